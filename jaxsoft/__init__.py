@@ -1,0 +1,20 @@
+"""jaxsoft, the softmax layer of JAX."""
+
+from jaxsoft.linear.losses import linear_cross_entropy
+from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
+from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
+from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
+
+__all__ = [
+    "LogitStatistics",
+    "distillation_loss",
+    "entropy",
+    "linear_cross_entropy",
+    "linear_statistics",
+    "log_softmax",
+    "logsumexp",
+    "softmax",
+    "softmax_cross_entropy",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,149 @@
+"""Checks of shapes, dtypes and values: one wording each, all at trace time.
+
+Every message reads "`name` must <rule>, got <value>." and, where there is one, the
+fix. A wrong type or dtype is a TypeError; a wrong shape, value or option is a
+ValueError.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "boolean",
+    "broadcasts_to",
+    "class_axis",
+    "floating",
+    "integer",
+    "one_of",
+    "positive_integer",
+    "scalar_in",
+    "shape",
+    "temperature",
+]
+
+
+def floating(name: str, value: Any) -> jax.Array:
+    """Returns `value` as an array, which must hold floating-point numbers."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"`{name}` must have a floating-point dtype, got {array.dtype}."
+        )
+    return array
+
+
+def integer(name: str, value: Any) -> jax.Array:
+    """Returns `value` as an array, which must hold integers."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must have an integer dtype, got {array.dtype}.")
+    return array
+
+
+def boolean(name: str, value: Any) -> jax.Array:
+    """Returns `value` as an array, which must hold booleans."""
+    array = jnp.asarray(value)
+    if array.dtype != jnp.bool_:
+        raise TypeError(
+            f"`{name}` must have dtype bool (True keeps), got {array.dtype}."
+        )
+    return array
+
+
+def shape(name: str, array: jax.Array, expected: Sequence[int], legend: str) -> None:
+    """Requires `array` to have exactly the shape `expected`, named by `legend`."""
+    if array.shape != tuple(expected):
+        raise ValueError(
+            f"`{name}` must have shape {legend} = {tuple(expected)}, got {array.shape}."
+        )
+
+
+def broadcasts_to(name: str, array: jax.Array, target: Sequence[int]) -> None:
+    """Requires `array` to broadcast to the shape `target` without enlarging it."""
+    target = tuple(target)
+    padded = (1,) * (len(target) - array.ndim) + array.shape
+    if array.ndim > len(target) or any(
+        a not in (1, t) for a, t in zip(padded, target, strict=True)
+    ):
+        raise ValueError(f"`{name}` must broadcast to {target}, got {array.shape}.")
+
+
+def class_axis(axis: int, array: jax.Array, name: str = "logits") -> int:
+    """Returns the non-negative class axis of `array`, which must have a class."""
+    if not isinstance(axis, numbers.Integral):
+        raise TypeError(f"`axis` must be an int, got {axis!r}.")
+    if not -array.ndim <= axis < array.ndim:
+        raise ValueError(
+            f"`axis` must name one of the {array.ndim} axes of `{name}`, got {axis}."
+        )
+    axis = int(axis) % array.ndim
+    if array.shape[axis] == 0:
+        raise ValueError(
+            f"`{name}` must have at least one class, got shape {array.shape} "
+            f"with axis {axis}."
+        )
+    return axis
+
+
+def one_of(name: str, value: Any, options: Sequence[str]) -> None:
+    """Requires `value` to be one of the strings `options`."""
+    if value not in options:
+        names = ", ".join(map(repr, options))
+        raise ValueError(f"`{name}` must be one of {names}, got {value!r}.")
+
+
+def scalar_in(name: str, value: Any, low: float, high: float) -> float:
+    """Returns a finite Python float, which must lie in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a Python number, got {value!r}.")
+    result = float(value)
+    if not (low <= result <= high and math.isfinite(result)):
+        rule = f"lie in [{low:g}, {high:g}]" if high < math.inf else "be finite, >= 0"
+        raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+    return result
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Returns a Python int, which must be positive."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    return int(value)
+
+
+def temperature(value: Any, dtype: jnp.dtype) -> float | jax.Array:
+    """Returns a temperature as a Python float or an array of `dtype`.
+
+    A Python or NumPy scalar stays a Python float, so that the trivial temperature 1
+    costs nothing. Wherever the values are known, they must not be negative or NaN;
+    a traced array is checked by the arithmetic, which turns such values into NaN.
+    """
+    if isinstance(value, bool) or not (
+        isinstance(value, numbers.Real) or hasattr(value, "dtype")
+    ):
+        raise TypeError(
+            f"`temperature` must be a real number or a floating-point array, "
+            f"got {value!r}."
+        )
+    if isinstance(value, numbers.Real):
+        _not_negative(np.asarray(float(value)))
+        return float(value)
+    array = floating("temperature", value)
+    if not isinstance(array, jax.core.Tracer) and array.is_fully_addressable:
+        _not_negative(np.asarray(array))
+    return array.astype(dtype)
+
+
+def _not_negative(values: np.ndarray) -> None:
+    bad = ~(values >= 0)
+    if bad.any():
+        raise ValueError(
+            f"`temperature` must not be negative or NaN, got {values[bad].flat[0]}."
+        )

@@ -1,0 +1,1 @@
+"""Softmax functions of `hidden @ kernel`, whose logits are never stored."""

@@ -1,0 +1,127 @@
+"""Calls whose batches under vmap become more rows.
+
+`jax.vmap` over a loop batches every operand of the loop: a vocabulary tile for each
+example, and a full dkernel for each before they are summed. The rows of a batch
+that shares one kernel are just more rows, so a `Foldable` call is a primitive of its
+own: under vmap it folds the batch into the rows, and when differentiated it steps
+aside for a function that knows which of its arguments have a tangent.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["Foldable"]
+
+
+class Foldable(abc.ABC):
+    """A function of arrays that knows how to take a batch.
+
+    Subclasses are frozen dataclasses, since they are parameters of a primitive.
+    """
+
+    @abc.abstractmethod
+    def call(self, *args: Any) -> Any:
+        """Computes the function; arguments and result are pytrees of arrays."""
+
+    @abc.abstractmethod
+    def rows(self, *args: Any) -> Any:
+        """Tells, in the structure of `args`, which arrays have a leading row axis."""
+
+    @abc.abstractmethod
+    def folds(self, *batched: Any) -> bool:
+        """Tells whether a batch can become rows, from which arrays are batched."""
+
+    def differentiable(self, *moving: Any) -> Callable[..., Any]:
+        """Returns the function to differentiate, given which arguments move."""
+        del moving
+        return self.call
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function through the primitive."""
+        flat, tree = jax.tree.flatten(args)
+
+        def function(*flat):
+            return jax.tree.leaves(self.call(*jax.tree.unflatten(tree, flat)))
+
+        jaxpr = jax.make_jaxpr(function)(*flat)
+        shapes = jax.eval_shape(
+            lambda *a: self.call(*jax.tree.unflatten(tree, a)), *flat
+        )
+        out = _primitive.bind(*flat, jaxpr=jaxpr, foldable=self, tree=tree)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+
+_primitive = Primitive("jaxsoft_rows")
+_primitive.multiple_results = True
+
+
+def _evaluate(*args, jaxpr, foldable, tree):
+    del foldable, tree
+    return jaxpr_as_fun(jaxpr)(*args)
+
+
+def _jvp(primals, tangents, *, jaxpr, foldable, tree):
+    """Differentiates by the arguments that have a tangent."""
+    del jaxpr
+    moving = [not isinstance(t, ad.Zero) for t in tangents]
+    function = foldable.differentiable(*jax.tree.unflatten(tree, moving))
+
+    def active_function(*active):
+        rest = iter(active)
+        args = [next(rest) if m else p for p, m in zip(primals, moving, strict=True)]
+        return jax.tree.leaves(function(*jax.tree.unflatten(tree, args)))
+
+    active = [p for p, m in zip(primals, moving, strict=True) if m]
+    tangents = [t for t, m in zip(tangents, moving, strict=True) if m]
+    return jax.jvp(active_function, active, tangents)
+
+
+def _batch(args, dims, *, jaxpr, foldable, tree):
+    """Folds the batch into the rows, or runs its elements one after another."""
+    del jaxpr
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+    batched = [d is not None for d in dims]
+    args = [
+        jnp.moveaxis(a, d, 0) if m else a
+        for a, d, m in zip(args, dims, batched, strict=True)
+    ]
+    if foldable.folds(*jax.tree.unflatten(tree, batched)):
+        is_row = jax.tree.leaves(foldable.rows(*jax.tree.unflatten(tree, args)))
+        folded = [
+            _fold(a, m, size) if r else a
+            for a, m, r in zip(args, batched, is_row, strict=True)
+        ]
+        out = jax.tree.leaves(foldable(*jax.tree.unflatten(tree, folded)))
+        out = [a.reshape((size, a.shape[0] // size) + a.shape[1:]) for a in out]
+    else:
+        out = _one_by_one(args, batched, foldable, tree)
+    return out, [0] * len(out)
+
+
+def _fold(array: jax.Array, batched: bool, size: int) -> jax.Array:
+    """Returns [size·N, …] from [size, N, …], or from [N, …] by repetition."""
+    if not batched:
+        array = jnp.broadcast_to(array, (size, *array.shape))
+    return array.reshape((array.shape[0] * array.shape[1],) + array.shape[2:])
+
+
+def _one_by_one(args, batched, foldable, tree):
+    def function(active):
+        rest = iter(active)
+        full = [next(rest) if m else a for a, m in zip(args, batched, strict=True)]
+        return jax.tree.leaves(foldable(*jax.tree.unflatten(tree, full)))
+
+    return jax.lax.map(function, [a for a, m in zip(args, batched, strict=True) if m])
+
+
+_primitive.def_impl(_evaluate)
+_primitive.def_abstract_eval(lambda *args, jaxpr, foldable, tree: jaxpr.out_avals)
+mlir.register_lowering(_primitive, mlir.lower_fun(_evaluate, multiple_results=True))
+ad.primitive_jvps[_primitive] = _jvp
+batching.primitive_batchers[_primitive] = _batch

@@ -1,0 +1,205 @@
+"""Cross-entropy of a softmax layer without its logits."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft import checks
+from jaxsoft.implementation import Implementation
+from jaxsoft.linear.operands import KernelLayout
+from jaxsoft.linear.statistics import LogitStatistics, prepare
+
+__all__ = ["linear_cross_entropy"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    reduction: Reduction = "mean",
+    return_statistics: bool = False,
+    kernel_layout: KernelLayout = "hv",
+    precision: Any = None,
+    vocab_axis: str | None = None,
+    token_axes: tuple[str, ...] = (),
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> Any:
+    """Cross-entropy of a softmax layer, its logits streamed and never stored.
+
+    `-(1 - ε) log p_label - ε mean_v log p_v + z_loss · lse²`, with p the softmax of
+    `u / τ`, `u = softcap(hidden @ kernel + bias)`, ε the smoothing, the mean over the
+    kept classes and lse = log Σ exp(u / τ).
+
+    Use it in place of a cross-entropy of `hidden @ kernel` whenever [N, V] logits
+    would not fit or cost time: at 8192 × 2304 × 256000 in bfloat16, value and gradient
+    need about 0.1 GiB beside the gradients on an H100, in place of 11.7 GiB.
+
+    Args:
+      hidden: [..., H] floating.
+      kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`, such as a tied
+        embedding table; it is never transposed nor padded in memory.
+      labels: [...] integers in [0, V).
+      bias: [V] floating, added to the logits before the cap; -inf masks a class.
+      temperature: τ in [0, ∞], a scalar or [...].
+      logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
+      class_mask: [V] booleans; False drops a class. None keeps all.
+      label_smoothing: ε in [0, 1], spread evenly over the kept classes.
+      z_loss: weight >= 0 of the squared log-sum-exp.
+      weights: [...] booleans or reals, one weight a token; a token of weight 0
+        contributes exactly nothing, whatever its label and hidden state.
+      ignore_label: a label whose tokens have weight 0, such as -100; or None.
+      reduction: "mean" (Σ weight · loss / Σ weight, 0 if the weights sum to 0), "sum"
+        (Σ weight · loss) or "none" (weight · loss).
+      return_statistics: whether to return the `LogitStatistics` as well.
+      kernel_layout: "hv" or "vh".
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      vocab_axis: must be None; sharded vocabularies are not implemented yet.
+      token_axes: must be empty; likewise.
+      tile_bytes: the most bytes that a tile of logits may take; None takes a
+        sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
+        is one to three tiles and, with gradients, a float32 sum of the shape of
+        `hidden`.
+      implementation: None, "xla" or "reference" (stored logits, for checking).
+
+    Returns:
+      A scalar, or [...] with reduction "none", in float32 (float64 if an input is);
+      with `return_statistics`, a pair of it and a `LogitStatistics`. A label outside
+      [0, V) gives NaN where its weight is not 0, a label that is a dropped class inf,
+      and a row without any kept class 0.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for mesh axes, and for implementations not available.
+
+    Notes:
+      Matrix products take the dtype of the inputs (the wider of the two) and
+      accumulate in float32, as do losses, weights and the gradient of `hidden`; each
+      gradient is rounded once to the dtype of its argument. Differentiable in reverse
+      mode in `hidden`, `kernel`, `bias`, `temperature` and `weights`; forward mode is
+      lost, except over reverse. A gradient that is not asked for is not computed.
+      Under `jax.vmap` with a shared kernel the batch becomes rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoft import linear_cross_entropy
+      >>> hidden, kernel = jnp.ones((4, 8)), jnp.zeros((8, 1000))
+      >>> loss, grad = jax.value_and_grad(linear_cross_entropy)(
+      ...     hidden, kernel, jnp.array([3, 1, 4, -100]), ignore_label=-100
+      ... )
+      >>> print(loss.round(4), grad.shape)
+      6.9078 (4, 8)
+
+    References:
+      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
+      arXiv:2411.09009; Szegedy et al., arXiv:1512.00567 (label smoothing); Chowdhery
+      et al., PaLM, arXiv:2204.02311 (z-loss); Gemma Team, arXiv:2408.00118 (soft-cap).
+    """
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    smoothing = checks.scalar_in("label_smoothing", label_smoothing, 0, 1)
+    z_weight = checks.scalar_in("z_loss", z_loss, 0, float("inf"))
+    hidden = checks.floating("hidden", hidden)
+    labels = checks.integer("labels", labels)
+    token_weights = _token_weights(hidden, labels, weights, ignore_label)
+    if token_weights is not None:
+        # What a masked token holds, NaN included, must not reach a matrix product.
+        live = token_weights != 0
+        hidden = jnp.where(live[..., None], hidden, 0)
+        labels = jnp.where(live, labels, 0)
+    wanted = ("mean",) if smoothing else ()
+    call = prepare(
+        "linear_cross_entropy",
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        class_mask=class_mask,
+        kernel_layout=kernel_layout,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        token_axes=token_axes,
+        tile_bytes=tile_bytes,
+        implementation=implementation,
+        wanted=("mean", "expected") if return_statistics else wanted,
+    )
+    statistics = call.run()
+    loss = _token_loss(statistics, smoothing, z_weight)
+    loss = _reduce(loss, token_weights, reduction)
+    return (loss, statistics) if return_statistics else loss
+
+
+def _token_weights(hidden, labels, weights, ignore_label) -> jax.Array | None:
+    """Returns one float32 weight a token, or None if all are 1."""
+    rows = hidden.shape[:-1]
+    checks.shape("labels", labels, rows, "hidden.shape[:-1]")
+    result = None
+    if weights is not None:
+        result = jnp.asarray(weights)
+        if result.dtype != jnp.bool_:
+            result = checks.floating("weights", result)
+        checks.shape("weights", result, rows, "hidden.shape[:-1]")
+        wide = result.dtype == jnp.float64
+        result = result.astype(jnp.float64 if wide else jnp.float32)
+    if ignore_label is not None:
+        if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
+            raise TypeError(f"`ignore_label` must be an int, got {ignore_label!r}.")
+        bounds = jnp.iinfo(labels.dtype)
+        if bounds.min <= ignore_label <= bounds.max:
+            keep = labels != ignore_label
+            if result is None:
+                result = keep.astype(jnp.float32)
+            else:
+                result = jnp.where(keep, result, 0)
+    return result
+
+
+def _token_loss(
+    statistics: LogitStatistics, smoothing: float, z_weight: float
+) -> jax.Array:
+    """Returns the loss of each token."""
+    assert statistics.label is not None
+    loss = statistics.log_sum - (1 - smoothing) * statistics.label
+    if smoothing:
+        assert statistics.mean is not None
+        loss = loss - smoothing * statistics.mean
+    if z_weight:
+        empty = statistics.max == -jnp.inf
+        loss = loss + z_weight * jnp.where(empty, 0, statistics.lse) ** 2
+    invalid = jnp.isnan(statistics.label)
+    return jnp.where((statistics.max == -jnp.inf) & ~invalid, 0, loss)
+
+
+def _reduce(
+    loss: jax.Array, weights: jax.Array | None, reduction: Reduction
+) -> jax.Array:
+    """Weights the losses of tokens, then reduces them."""
+    if weights is None:
+        if reduction == "mean":
+            return jnp.sum(loss) / max(loss.size, 1)
+        return jnp.sum(loss) if reduction == "sum" else loss
+    weights = weights.astype(loss.dtype)
+    loss = jnp.where(weights == 0, 0, loss)
+    weighted = weights * loss
+    if reduction == "none":
+        return weighted
+    total = jnp.sum(weighted)
+    if reduction == "sum":
+        return total
+    weight = jnp.sum(weights)
+    return total / jnp.where(weight == 0, 1, weight)

@@ -1,0 +1,109 @@
+"""How large a tile of logits is, from the shapes and a byte budget alone."""
+
+import dataclasses
+import math
+
+__all__ = ["Tiling", "choose", "default_tile_bytes"]
+
+# A tile may take this share of the bytes of hidden and kernel, within these bounds:
+# the workspace stays small beside what the caller holds already, tiles of small
+# layers stay in cache, and those of large ones keep an accelerator's matrix units
+# busy (8,192 rows × 1,024 classes).
+_SHARE = 1 / 16
+_LEAST = 4 * 2**20
+_MOST = 32 * 2**20
+
+# Sizes are multiples of what matrix units want.
+_CLASS_MULTIPLE = 128
+_ROW_MULTIPLE = 8
+
+# Below this many classes a tile is too thin for an efficient product; rows are
+# split before.
+_THIN = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """A cover of `rows` × `classes` by tiles; the last of each kind may overlap.
+
+    Attributes:
+      rows: N.
+      classes: V.
+      block_rows: rows of a tile, at most N.
+      block_classes: classes of a tile, at most V.
+    """
+
+    rows: int
+    classes: int
+    block_rows: int
+    block_classes: int
+
+    def __post_init__(self):
+        """Requires at least one row and one class, and tiles within the matrix."""
+        if not 1 <= self.block_rows <= self.rows:
+            raise ValueError(f"`block_rows` must lie in [1, {self.rows}], got {self}.")
+        if not 1 <= self.block_classes <= self.classes:
+            raise ValueError(
+                f"`block_classes` must lie in [1, {self.classes}], got {self}."
+            )
+
+    @property
+    def row_blocks(self) -> int:
+        """The number of blocks of rows."""
+        return math.ceil(self.rows / self.block_rows)
+
+    @property
+    def class_blocks(self) -> int:
+        """The number of blocks of classes."""
+        return math.ceil(self.classes / self.block_classes)
+
+    @property
+    def rows_overlap(self) -> bool:
+        """Whether the last block of rows covers rows of the one before again."""
+        return self.rows % self.block_rows != 0
+
+    @property
+    def classes_overlap(self) -> bool:
+        """Whether the last block of classes covers classes of the one before again."""
+        return self.classes % self.block_classes != 0
+
+
+def default_tile_bytes(operand_bytes: int) -> int:
+    """Returns the budget of a tile, from the bytes of hidden and kernel together."""
+    return int(min(max(operand_bytes * _SHARE, _LEAST), _MOST))
+
+
+def choose(rows: int, classes: int, itemsize: int, tile_bytes: int) -> Tiling:
+    """Chooses the tiles of a [rows, classes] matrix of logits.
+
+    Whole columns of rows are preferred, since every tile of the kernel is then read
+    once; rows are split when that would leave tiles thinner than 512 classes.
+
+    Args:
+      rows: N >= 1.
+      classes: V >= 1.
+      itemsize: bytes of one logit.
+      tile_bytes: the most bytes that a tile may take. Tiles of 8 rows × 128 classes
+        are the smallest, whatever the budget.
+
+    Returns:
+      The tiling; its sizes are balanced, so that the last tile is not a sliver.
+    """
+    elements = max(tile_bytes // itemsize, _CLASS_MULTIPLE * _ROW_MULTIPLE)
+    thin = min(_THIN, _ceil(classes, _CLASS_MULTIPLE))
+    block_rows = min(rows, max(_ROW_MULTIPLE, elements // thin))
+    block_rows = _balance(rows, block_rows, _ROW_MULTIPLE)
+    block_classes = max(_CLASS_MULTIPLE, elements // block_rows)
+    block_classes = block_classes // _CLASS_MULTIPLE * _CLASS_MULTIPLE
+    block_classes = _balance(classes, min(classes, block_classes), _CLASS_MULTIPLE)
+    return Tiling(rows, classes, block_rows, block_classes)
+
+
+def _ceil(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _balance(size: int, block: int, multiple: int) -> int:
+    """Returns the smallest multiple that covers `size` in as many blocks."""
+    blocks = math.ceil(size / block)
+    return min(size, _ceil(math.ceil(size / blocks), multiple))

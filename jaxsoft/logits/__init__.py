@@ -1,0 +1,1 @@
+"""Softmax functions of logits that the caller already has."""

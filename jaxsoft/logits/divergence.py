@@ -1,0 +1,177 @@
+"""Divergences between two tempered softmaxes, times τ², without cancellation.
+
+With p and q the two distributions and d = log(q / p), the Kullback-Leibler
+divergence is `Σ p log(p / q) = Σ p (exp(d) - 1 - d)`, because Σ p exp(d) = 1. Every
+term of the second form is non-negative. Where d is small it is a series in d, and
+τ·d is computed from the logits without a detour through probabilities, so that the
+factor τ² neither overflows nor amplifies rounding.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoft.logits.centre import centre
+from jaxsoft.logits.softmax import exponentials, finite, is_zero, pick_temperature
+from jaxsoft.temperature import Temperature, inverse
+
+__all__ = ["DIVERGENCES", "scaled_divergence"]
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+
+# Below this |d| the series is used; with 18 terms its truncation is below 2⁻⁵³.
+_SMALL = 0.5
+_TERMS = 18
+
+
+def _series(d: jax.Array) -> jax.Array:
+    """Returns (exp(d) - 1 - d) / d² for |d| <= 1/2, 1/2 at d = 0."""
+    result = jnp.zeros_like(d)
+    for k in reversed(range(2, _TERMS)):
+        result = result * d + 1 / math.factorial(k)
+    return result
+
+
+def _excess(p: jax.Array, q: jax.Array, d: jax.Array, scaled: jax.Array, tau):
+    """Returns τ² p (exp(d) - 1 - d), with q = p exp(d) and scaled = τ·d."""
+    small = jnp.abs(d) <= _SMALL
+    near = p * jnp.where(small, scaled, 0) ** 2 * _series(jnp.where(small, d, 0))
+    far = q - p - p * jnp.where((p == 0) | small, 0, d)
+    return jnp.where(small, near, tau * (tau * far))
+
+
+def _expm1_times(p: jax.Array, q: jax.Array, d: jax.Array, tau) -> jax.Array:
+    """Returns τ (q - p), with q = p exp(d)."""
+    near = jnp.abs(d) <= _SMALL
+    small = jnp.where(near, d, 0)
+    return jnp.where(near, p * (jnp.expm1(small) * tau), tau * (q - p))
+
+
+def _log_ratio(student, teacher, tau, where, axis):
+    """Returns p, q, d = log(q / p), τ·d and the kept classes."""
+    s, t = centre(student, tau, where, axis), centre(teacher, tau, where, axis)
+    kept = s.kept | t.kept
+    (ws, total_s), (wt, total_t) = exponentials(s, axis), exponentials(t, axis)
+    q, p = ws / total_s, wt / total_t
+    both = s.kept & t.kept
+    prepared = Temperature.prepare(tau, student.dtype)
+    # τ·(c_s - c_t), exact for close logits; at most 2e38, so that sums stay finite.
+    gap = jnp.where(both, (student - s.peak) - (teacher - t.peak), 0)
+    delta = jnp.where(both, s.values - t.values, 0)
+    delta = jnp.where(jnp.isnan(delta), 0, delta)
+    spread = jnp.max(jnp.abs(delta), axis, keepdims=True)
+    near = (spread <= _SMALL) & jnp.all(both | ~kept, axis, keepdims=True)
+    # log(Z_s / Z_t): the ratio of close sums has its own, relatively exact, form.
+    mean = jnp.sum(p * jnp.expm1(jnp.where(near, delta, 0)), axis, keepdims=True)
+    shift = jnp.where(near, jnp.log1p(mean), jnp.log(total_s) - jnp.log(total_t))
+    infinite = jnp.isinf(prepared.value)
+    flat = jnp.sum(jnp.where(kept, p * gap, 0), axis, keepdims=True)
+    finite_tau = jnp.where(infinite, 1, prepared.value)
+    # Above 2^100 the quotients underflow, and the limit is exact.
+    limit = finite_tau > 2.0**100
+    scaled_shift = jnp.where(infinite | limit, flat, finite_tau * shift)
+    d = jnp.where(both, delta - shift, jnp.where(s.kept, jnp.inf, -jnp.inf))
+    d = jnp.where(kept, d, 0)
+    scaled = jnp.where(both & near, gap - scaled_shift, finite(d) * finite_tau)
+    return p, q, d, scaled, finite_tau
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
+    """Returns τ² times the divergence `kind` of the student from the teacher.
+
+    Args:
+      kind: "forward_kl" (from the teacher) or "jensen_shannon".
+      axis: the class axis.
+      static_tau: the temperature, if it is a Python float.
+      student: logits in the dtype to compute in.
+      teacher: logits of the same shape and dtype.
+      tau: the temperature, if it is an array.
+      where: the class mask, or None.
+
+    Returns:
+      One value per row.
+    """
+    return _value_and_slopes(
+        kind, axis, student, teacher, pick_temperature(static_tau, tau), where
+    )[0]
+
+
+def _value_and_slopes(kind, axis, student, teacher, tau, where):
+    """Returns the divergence and its derivatives by student and teacher logits."""
+    p, q, d, scaled, value = _log_ratio(student, teacher, tau, where, axis)
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    zero = Temperature.prepare(tau, student.dtype).is_zero
+    if kind == "forward_kl":
+        loss = total(_excess(p, q, d, scaled, value))
+        by_student = _expm1_times(p, q, d, value)
+        # p (log(p/q) - KL), times τ.
+        ratio = jnp.where(p == 0, 0, finite(scaled))
+        by_teacher = -p * (ratio - total(p * ratio))
+    else:
+        # log(r/p) and log(r/q) for the mixture r, from d = log(q/p).
+        to_p, to_q = _half_step(d), _half_step(-d)
+        scaled_p, scaled_q = _half_scaled(d, scaled), _half_scaled(-d, -scaled)
+        r = (p + q) / 2
+        loss = total(
+            _excess(p, r, to_p, scaled_p, value) + _excess(q, r, to_q, scaled_q, value)
+        )
+        loss = loss / 2
+        by_student = _centred_product(q, finite(scaled_q), total)
+        by_teacher = _centred_product(p, finite(scaled_p), total)
+    loss, by_student, by_teacher = (
+        jnp.where(zero, 0, a) for a in (loss, by_student, by_teacher)
+    )
+    return jnp.squeeze(loss, axis), by_student, by_teacher
+
+
+def _centred_product(p, log_ratio, total):
+    """Returns -p/2 (log_ratio - Σ p log_ratio)."""
+    log_ratio = jnp.where(p == 0, 0, log_ratio)
+    return -p / 2 * (log_ratio - total(p * log_ratio))
+
+
+def _half_step(d: jax.Array) -> jax.Array:
+    """Returns log((1 + exp(d)) / 2)."""
+    near = jnp.log1p(jnp.expm1(jnp.clip(d, -1, 1)) / 2)
+    return jnp.where(jnp.abs(d) <= 1, near, jax.nn.softplus(d) - math.log(2))
+
+
+def _half_scaled(d: jax.Array, scaled: jax.Array) -> jax.Array:
+    """Returns τ log((1 + exp(d)) / 2), with scaled = τ·d."""
+    tiny = jnp.abs(d) < 1e-12
+    safe = jnp.where(tiny | jnp.isinf(d), 1, d)
+    slope = jnp.where(tiny, 0.5, _half_step(safe) / safe)
+    # Where d is ±inf: the limits are τ·∞ and -τ log 2, and p or q is 0 there.
+    return jnp.where(jnp.isinf(d), jnp.where(d > 0, scaled, 0), scaled * slope)
+
+
+def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):
+    student, teacher, tau_array, where = primals
+    ds, dt, dtau, _ = tangents
+    tau = pick_temperature(static_tau, tau_array)
+    loss, by_student, by_teacher = _value_and_slopes(
+        kind, axis, student, teacher, tau, where
+    )
+    tangent = jnp.zeros_like(loss)
+    if not is_zero(ds):
+        tangent += jnp.sum(by_student * ds, axis)
+    if not is_zero(dt):
+        tangent += jnp.sum(by_teacher * dt, axis)
+    if not is_zero(dtau):
+        # The loss is homogeneous of degree 2 in (logits, τ): Euler's identity.
+        inner = sum(
+            jnp.where(
+                slope == 0, 0, slope * (logits - centre(logits, 1.0, where, axis).peak)
+            )
+            for slope, logits in ((by_student, student), (by_teacher, teacher))
+        )
+        slope = 2 * loss - jnp.sum(inner, axis)
+        inverse_tau = jnp.squeeze(inverse(tau, student.dtype) * dtau, axis)
+        tangent += finite(slope) * inverse_tau
+    return loss, tangent
+
+
+scaled_divergence.defjvp(_scaled_divergence_jvp, symbolic_zeros=True)

@@ -1,0 +1,280 @@
+"""Softmax losses of stored logits: cross-entropy and distillation."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft import checks, dtypes
+from jaxsoft.logits.centre import centre
+from jaxsoft.logits.divergence import DIVERGENCES, scaled_divergence
+from jaxsoft.logits.softmax import (
+    check_temperature,
+    check_where,
+    exponentials,
+    finite,
+    is_zero,
+    log_softmax,
+    pick_temperature,
+    softmax,
+    times,
+)
+from jaxsoft.temperature import divide_by_temperature, inverse, over_temperature
+
+__all__ = ["distillation_loss", "softmax_cross_entropy"]
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    *,
+    targets: ArrayLike | None = None,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> jax.Array:
+    """Cross-entropy between labels or target distributions and a tempered softmax.
+
+    `-(1 - ε) log p_label - ε mean_v log p_v + z_loss · lse²`, with ε the smoothing,
+    the mean over the kept classes, and lse = log Σ exp(x / τ). With `targets` the
+    first term is `-(1 - ε) Σ_v targets_v log p_v`.
+
+    Args:
+      logits: [..., V] with the classes on `axis`, any floating dtype.
+      labels: [...] integers in [0, V). Exactly one of `labels` and `targets`.
+      temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
+        with size 1 on the class axis.
+      targets: [..., V] of the shape of `logits`, floating; non-negative weights of
+        classes, not required to sum to 1.
+      axis: the class axis.
+      where: booleans that broadcast to `logits`; False drops a class. None keeps all.
+      label_smoothing: ε in [0, 1], spread evenly over the kept classes.
+      z_loss: weight >= 0 of the squared log-sum-exp, which keeps logits from
+        drifting.
+
+    Returns:
+      [...] float32 (float64 for float64 logits), one loss per example. NaN where a
+      label lies outside [0, V); inf where it names a dropped class; 0 in a row
+      without any kept class.
+
+    Raises:
+      TypeError: if `logits` or `targets` is not floating, or `labels` not integer.
+      ValueError: if not exactly one of `labels` and `targets` is given, a shape does
+        not fit, or an option or a known temperature is out of its range.
+
+    Notes:
+      Differentiable in `logits`, `targets` and `temperature`, in both modes. The loss
+      of an example with a bad label is NaN, its gradient that of the terms without
+      the label, so `jnp.where(valid, loss, 0)` masks value and gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import softmax_cross_entropy
+      >>> logits = jnp.array([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+      >>> print(softmax_cross_entropy(logits, jnp.array([0, 1])).round(4))
+      [0.2395 1.0986]
+
+    References:
+      Szegedy et al., Rethinking the Inception Architecture, arXiv:1512.00567 (label
+      smoothing); Chowdhery et al., PaLM, arXiv:2204.02311 (z-loss).
+    """
+    logits = checks.floating("logits", logits)
+    axis = checks.class_axis(axis, logits)
+    where = check_where(where, logits)
+    tau = check_temperature(temperature, logits, axis)
+    smoothing = checks.scalar_in("label_smoothing", label_smoothing, 0, 1)
+    z_weight = checks.scalar_in("z_loss", z_loss, 0, float("inf"))
+    if (labels is None) == (targets is None):
+        raise ValueError(
+            "`labels` and `targets` must not both be given, nor both be missing: "
+            f"got labels={type(labels).__name__}, targets={type(targets).__name__}."
+        )
+    if targets is not None:
+        targets = checks.floating("targets", targets)
+        checks.shape("targets", targets, logits.shape, "logits.shape")
+    else:
+        labels = checks.integer("labels", labels)
+        rows = logits.shape[:axis] + logits.shape[axis + 1 :]
+        checks.shape("labels", labels, rows, "logits.shape without the class axis")
+    static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
+    options = _Options(axis, static_tau, smoothing, z_weight)
+    return _cross_entropy(options, logits, tau, where, labels, targets)
+
+
+class _Options(NamedTuple):
+    axis: int
+    static_tau: float | None
+    smoothing: float
+    z_weight: float
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _cross_entropy(options, logits, tau, where, labels, targets):
+    axis, static_tau, smoothing, z_weight = options
+    dtype = dtypes.compute_dtype(logits)
+    x = logits.astype(dtype)
+    if labels is None:
+        log_p = log_softmax(
+            x, pick_temperature(static_tau, tau), axis=axis, where=where
+        )
+        weights = targets.astype(dtype)
+        log_p = jnp.where((log_p == -jnp.inf) & (weights == 0), 0, log_p)
+        picked = jnp.sum(weights * log_p, axis)
+        labels = jnp.zeros(picked.shape, jnp.int32)
+        lse, _, mean = _row_statistics(axis, static_tau, x, tau, where, labels)
+    else:
+        lse, picked, mean = _row_statistics(axis, static_tau, x, tau, where, labels)
+    loss = -picked if smoothing == 0 else -(1 - smoothing) * picked
+    if smoothing:
+        loss = loss - smoothing * mean
+    if z_weight:
+        loss = loss + z_weight * lse**2
+    # A row without any kept class has lse = -inf: no loss at all.
+    kept = jnp.any(centre(x, 1.0, where, axis).kept, axis)
+    return jnp.where(kept | jnp.isnan(loss), loss, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _row_statistics(axis, static_tau, x, tau, where, labels):
+    """Returns (lse, log p_label, mean over kept classes of log p), each [...]."""
+    tau = pick_temperature(static_tau, tau)
+    centred = centre(x, tau, where, axis)
+    _, total = exponentials(centred, axis)
+    log_total = jnp.log(total)
+    lse = over_temperature(centred.peak, tau) + log_total
+    label = jnp.expand_dims(labels, axis)
+    classes = x.shape[axis]
+    label_logit = jnp.take_along_axis(x, jnp.clip(label, 0, classes - 1), axis)
+    if where is not None:
+        keeps = jnp.take_along_axis(
+            jnp.broadcast_to(where, x.shape), jnp.clip(label, 0, classes - 1), axis
+        )
+        label_logit = jnp.where(keeps, label_logit, -jnp.inf)
+    log_prob = divide_by_temperature(label_logit, centred.peak, tau) - log_total
+    log_prob = jnp.where((label >= 0) & (label < classes), log_prob, jnp.nan)
+    number = jnp.maximum(jnp.sum(centred.kept, axis, keepdims=True), 1)
+    mean = jnp.sum(
+        jnp.where(centred.kept, centred.values, 0), axis, keepdims=True
+    ) / number.astype(x.dtype)
+    out = (lse, log_prob, mean - log_total)
+    return tuple(jnp.squeeze(field, axis) for field in out)
+
+
+def _row_statistics_jvp(axis, static_tau, primals, tangents):
+    x, tau_array, where, labels = primals
+    dx, dtau, _, _ = tangents
+    tau = pick_temperature(static_tau, tau_array)
+    out = _row_statistics(axis, static_tau, x, tau_array, where, labels)
+    p = softmax(x, tau, axis=axis, where=where)
+    centred = centre(x, tau, where, axis)
+    inverse_tau = inverse(tau, x.dtype)
+    number = jnp.maximum(jnp.sum(centred.kept, axis, keepdims=True), 1)
+    number = number.astype(x.dtype)
+    total = functools.partial(jnp.sum, axis=axis)
+    is_label = jax.lax.broadcasted_iota(labels.dtype, x.shape, axis) == jnp.expand_dims(
+        labels, axis
+    )
+    is_label = is_label & centred.kept
+    tangent = [jnp.zeros_like(field) for field in out]
+    if not is_zero(dx):
+        dx = dx * inverse_tau
+        mean_p = total(p * dx)
+        tangent[0] += mean_p
+        tangent[1] += total(jnp.where(is_label, dx, 0)) - mean_p
+        tangent[2] += total(jnp.where(centred.kept, dx / number, 0)) - mean_p
+    if not is_zero(dtau):
+        slope = jnp.squeeze(dtau * inverse_tau, axis)
+        c = centred.values
+        peak = jnp.squeeze(over_temperature(centred.peak, tau), axis)
+        expected = total(times(p, c))
+        label = total(jnp.where(is_label, finite(c), 0))
+        mean = total(jnp.where(centred.kept, finite(c) / number, 0))
+        tangent[0] -= finite(peak + expected) * slope
+        tangent[1] -= finite(label - expected) * slope
+        tangent[2] -= finite(mean - expected) * slope
+    return out, tuple(tangent)
+
+
+_row_statistics.defjvp(_row_statistics_jvp, symbolic_zeros=True)
+
+
+def distillation_loss(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    divergence: Divergence = "forward_kl",
+) -> jax.Array:
+    """Divergence between a teacher's and a student's tempered softmax, times τ².
+
+    With p the teacher's and q the student's probabilities at temperature τ:
+    forward KL `τ² Σ p log(p / q)`, reverse KL `τ² Σ q log(q / p)`, Jensen-Shannon
+    `τ²/2 (Σ p log(p / r) + Σ q log(q / r))` with r = (p + q) / 2. The factor τ² keeps
+    gradients comparable across temperatures.
+
+    The sums run over `p (exp(d) - 1 - d)` with d = log(q / p): terms that are never
+    negative, so close distributions and high temperatures lose no digits.
+
+    Args:
+      student_logits: [..., V] with the classes on `axis`, any floating dtype.
+      teacher_logits: [..., V], the same shape, any floating dtype.
+      temperature: τ in [0, ∞], a scalar or an array that broadcasts against the
+        logits with size 1 on the class axis. The loss is 0 at τ = 0 and, at τ = ∞,
+        half the variance over classes of the difference of the logits (an eighth for
+        Jensen-Shannon).
+      axis: the class axis.
+      where: booleans that broadcast to the logits; False drops a class from both.
+      divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
+
+    Returns:
+      [...] float32 (float64 if either is), one loss >= 0 per example; 0 in a row
+      without any kept class; inf where a class has mass on one side only and the
+      divergence is infinite.
+
+    Raises:
+      TypeError: if the logits are not floating, or `where` is not boolean.
+      ValueError: if shapes differ, `divergence` is none of the three, or a known
+        temperature is negative or NaN.
+
+    Notes:
+      Differentiable in both logits and the temperature, in both modes; wrap the
+      teacher in `jax.lax.stop_gradient` to train the student alone.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import distillation_loss
+      >>> student, teacher = jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])
+      >>> print(distillation_loss(student, teacher, 2.0).round(4))
+      0.4898
+
+    References:
+      Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531;
+      Agarwal et al., On-Policy Distillation (GKD), arXiv:2306.13649.
+    """
+    student = checks.floating("student_logits", student_logits)
+    teacher = checks.floating("teacher_logits", teacher_logits)
+    checks.shape("teacher_logits", teacher, student.shape, "student_logits.shape")
+    axis = checks.class_axis(axis, student, "student_logits")
+    where = check_where(where, student)
+    checks.one_of("divergence", divergence, DIVERGENCES)
+    dtype = dtypes.compute_dtype(student, teacher)
+    student, teacher = student.astype(dtype), teacher.astype(dtype)
+    tau = check_temperature(temperature, student, axis)
+    static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
+    return _distillation(divergence, axis, static_tau, student, teacher, tau, where)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _distillation(divergence, axis, static_tau, student, teacher, tau, where):
+    if divergence == "reverse_kl":
+        student, teacher = teacher, student
+    kind = "jensen_shannon" if divergence == "jensen_shannon" else "forward_kl"
+    return scaled_divergence(kind, axis, static_tau, student, teacher, tau, where)

@@ -1,0 +1,427 @@
+"""Softmax, log-softmax, log-sum-exp and entropy of stored logits.
+
+Each function is one custom derivative over the centred logits of `centre.py`: its
+forward pass reads the logits twice (the peak, then the exponentials) and its
+derivative needs the probabilities alone, in forward and in reverse mode and of any
+order.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jaxsoft import checks, dtypes
+from jaxsoft.implementation import Implementation, resolve
+from jaxsoft.logits.centre import Centred, centre
+from jaxsoft.temperature import inverse, over_temperature
+
+__all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
+
+
+def softmax(
+    logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Probabilities of classes from their logits, at a temperature.
+
+    `p_v = exp(x_v / τ) / Σ_w exp(x_w / τ)`, the sum over the kept classes.
+
+    The logits are centred before they are divided, so finite logits give finite,
+    right probabilities at every temperature, compiled or not.
+
+    Args:
+      logits: [..., V] with the classes on `axis`, any floating dtype.
+      temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
+        with size 1 on the class axis. τ = 0 is the limit: uniform over the largest
+        logits, with zero gradients. τ = ∞ is uniform over the kept classes.
+      axis: the class axis.
+      where: booleans that broadcast to `logits`; False drops a class. None keeps all.
+      implementation: None or "xla".
+
+    Returns:
+      An array of the shape and dtype of `logits`. Dropped classes, and those with
+      logit -inf, have probability 0; a row without any kept class is all 0.
+
+    Raises:
+      TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
+      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      NotImplementedError: for an implementation that softmax does not have.
+
+    Notes:
+      Arithmetic is float32 (float64 for float64 logits); the result is rounded once.
+      Differentiable in `logits` and `temperature`, in both modes and to any order. A
+      traced negative temperature gives NaN, as do NaN and +inf logits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import softmax
+      >>> print(softmax(jnp.array([1.0, 2.0, 3.0]), 0.5).round(3))
+      [0.016 0.117 0.867]
+      >>> print(softmax(jnp.array([1.0, 3.0, 3.0]), 0.0))
+      [0.  0.5 0.5]
+
+    References:
+      Bridle, Probabilistic Interpretation of Feedforward Classification Network
+      Outputs, 1990; Hinton et al., Distilling the Knowledge in a Neural Network,
+      arXiv:1503.02531 (the temperature).
+    """
+    return _call(_softmax, logits, temperature, axis, where, implementation)
+
+
+def log_softmax(
+    logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Log-probabilities of classes from their logits, at a temperature.
+
+    `log p_v = (x_v - m) / τ - log Σ_w exp((x_w - m) / τ)`, with m the largest kept
+    logit; never above 0.
+
+    Args:
+      logits: [..., V] with the classes on `axis`, any floating dtype.
+      temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
+        with size 1 on the class axis.
+      axis: the class axis.
+      where: booleans that broadcast to `logits`; False drops a class. None keeps all.
+      implementation: None or "xla".
+
+    Returns:
+      An array of the shape and dtype of `logits`; -inf for dropped classes and where
+      the log-probability is below the smallest number of the dtype.
+
+    Raises:
+      TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
+      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      NotImplementedError: for an implementation that log_softmax does not have.
+
+    Notes:
+      Arithmetic is float32 (float64 for float64 logits); the result is rounded once.
+      Differentiable in `logits` and `temperature`, in both modes and to any order;
+      dropped classes have gradient 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import log_softmax
+      >>> print(log_softmax(jnp.array([0.0, 2.0]), 2.0).round(4))
+      [-1.3133 -0.3133]
+
+    References:
+      Blanchard, Higham and Higham, Accurately computing the log-sum-exp and softmax
+      functions, arXiv:1909.03469.
+    """
+    return _call(_log_softmax, logits, temperature, axis, where, implementation)
+
+
+def logsumexp(
+    logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Log of the sum of the exponentials of the tempered logits.
+
+    `log Σ_v exp(x_v / τ)`, the sum over the kept classes.
+
+    Args:
+      logits: [..., V] with the classes on `axis`, any floating dtype.
+      temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
+        with size 1 on the class axis.
+      axis: the class axis, which the result lacks.
+      where: booleans that broadcast to `logits`; False drops a class. None keeps all.
+      implementation: None or "xla".
+
+    Returns:
+      [...] float32 (float64 for float64 logits). -inf for a row without any kept
+      class; ±inf where m / τ overflows; at τ = 0 the limit: -inf, log of the number
+      of ties, or inf, by the sign of the largest logit.
+
+    Raises:
+      TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
+      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      NotImplementedError: for an implementation that logsumexp does not have.
+
+    Notes:
+      Differentiable in `logits` and `temperature`, in both modes and to any order.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import logsumexp
+      >>> print(logsumexp(jnp.zeros(8)).round(4))
+      2.0794
+
+    References:
+      Blanchard, Higham and Higham, Accurately computing the log-sum-exp and softmax
+      functions, arXiv:1909.03469.
+    """
+    return _call(_logsumexp, logits, temperature, axis, where, implementation)
+
+
+def entropy(
+    logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Entropy of the tempered softmax, in nats.
+
+    `H = -Σ_v p_v log p_v = ℓ - Σ_v p_v c_v`, with c the centred logits and
+    ℓ = log Σ exp(c): both terms are non-negative, so nothing cancels.
+
+    Args:
+      logits: [..., V] with the classes on `axis`, any floating dtype.
+      temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
+        with size 1 on the class axis.
+      axis: the class axis, which the result lacks.
+      where: booleans that broadcast to `logits`; False drops a class. None keeps all.
+      implementation: None or "xla".
+
+    Returns:
+      [...] float32 (float64 for float64 logits), in [0, log V]; 0 for a row without
+      any kept class.
+
+    Raises:
+      TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
+      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      NotImplementedError: for an implementation that entropy does not have.
+
+    Notes:
+      Differentiable in `logits` and `temperature`, in both modes and to any order.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import entropy
+      >>> print(entropy(jnp.array([0.0, 0.0, -jnp.inf])).round(4))
+      0.6931
+
+    References:
+      Shannon, A Mathematical Theory of Communication, 1948.
+    """
+    return _call(_entropy, logits, temperature, axis, where, implementation)
+
+
+def _call(
+    function: Any,
+    logits: ArrayLike,
+    temperature: ArrayLike,
+    axis: int,
+    where: ArrayLike | None,
+    implementation: Implementation | None,
+) -> jax.Array:
+    """Checks the arguments, then runs one of the derivatives below under jit."""
+    resolve(function.__name__.lstrip("_"), implementation, ("xla",))
+    logits = checks.floating("logits", logits)
+    axis = checks.class_axis(axis, logits)
+    where = check_where(where, logits)
+    tau = check_temperature(temperature, logits, axis)
+    static_tau, array_tau = (tau, None) if isinstance(tau, float) else (None, tau)
+    return _compiled(function, axis, static_tau, logits, array_tau, where)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _compiled(
+    function: Any,
+    axis: int,
+    static_tau: float | None,
+    logits: jax.Array,
+    tau: jax.Array | None,
+    where: jax.Array | None,
+) -> jax.Array:
+    x = logits.astype(dtypes.compute_dtype(logits))
+    result = function(axis, static_tau, x, tau, where)
+    return result.astype(logits.dtype) if result.ndim == logits.ndim else result
+
+
+def check_where(where: ArrayLike | None, logits: jax.Array) -> jax.Array | None:
+    """Returns the class mask as an array that broadcasts to `logits`, or None."""
+    if where is None:
+        return None
+    where = checks.boolean("where", where)
+    checks.broadcasts_to("where", where, logits.shape)
+    return where
+
+
+def check_temperature(
+    temperature: ArrayLike, logits: jax.Array, axis: int
+) -> float | jax.Array:
+    """Returns the temperature as a float or an array of the rank of `logits`."""
+    tau = checks.temperature(temperature, dtypes.compute_dtype(logits))
+    if isinstance(tau, float):
+        return tau
+    if tau.ndim == 0:
+        return tau.reshape((1,) * logits.ndim)
+    rows = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
+    try:
+        checks.broadcasts_to("temperature", tau, rows)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Its class axis must have size 1: for one temperature a row, "
+            f"pass jnp.expand_dims(temperature, {axis})."
+        ) from None
+    return tau.reshape((1,) * (logits.ndim - tau.ndim) + tau.shape)
+
+
+def pick_temperature(static_tau: float | None, tau: jax.Array | None) -> Any:
+    """Returns whichever of the two forms of a temperature was given."""
+    return tau if static_tau is None else static_tau
+
+
+def exponentials(centred: Centred, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns exp(c) and its sum over classes, 1 where no class is kept."""
+    weights = jnp.exp(centred.values)
+    total = jnp.sum(weights, axis=axis, keepdims=True)
+    return weights, jnp.where(total == 0, 1, total)
+
+
+def times(probabilities: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns p·c with 0·(-inf) = 0."""
+    return probabilities * jnp.where(probabilities == 0, 0, values)
+
+
+def finite(values: jax.Array) -> jax.Array:
+    """Clips ±inf to the largest finite numbers, so that 0 times it is 0."""
+    bound = jnp.finfo(values.dtype).max
+    return jnp.clip(values, -bound, bound)
+
+
+def is_zero(tangent: Any) -> bool:
+    """Tells whether a tangent is known to vanish."""
+    return tangent is None or isinstance(tangent, SymbolicZero)
+
+
+def _sum(values: jax.Array, axis: int) -> jax.Array:
+    return jnp.sum(values, axis=axis, keepdims=True)
+
+
+def _rule(derivative: Any) -> Any:
+    """Turns `derivative(axis, tau, x, where, dx, slope)` into a custom_jvp rule.
+
+    The derivative gets `dx`, the tangent of the logits over τ, or None, and
+    `slope`, the tangent of τ over τ, or None; it returns the output and its tangent.
+    """
+
+    def rule(axis, static_tau, primals, tangents):
+        x, tau_array, where = primals
+        dx, dtau, _ = tangents
+        tau = pick_temperature(static_tau, tau_array)
+        inverse_tau = inverse(tau, x.dtype)
+        dx = None if is_zero(dx) else dx * inverse_tau
+        slope = None if is_zero(dtau) else dtau * inverse_tau
+        out, terms = derivative(axis, static_tau, x, tau_array, where, dx, slope)
+        tangent = sum(terms) if terms else jnp.zeros_like(out)
+        return out, tangent
+
+    return rule
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _softmax(axis, static_tau, x, tau, where):
+    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
+    weights, total = exponentials(centred, axis)
+    return weights / total
+
+
+def _softmax_derivative(axis, static_tau, x, tau, where, dx, slope):
+    p = _softmax(axis, static_tau, x, tau, where)
+    terms = []
+    if dx is not None:
+        terms.append(p * (dx - _sum(p * dx, axis)))
+    if slope is not None:
+        c = centre(x, pick_temperature(static_tau, tau), where, axis).values
+        pc = times(p, c)
+        terms.append(-(pc - p * _sum(pc, axis)) * slope)
+    return p, terms
+
+
+_softmax.defjvp(_rule(_softmax_derivative), symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _log_softmax(axis, static_tau, x, tau, where):
+    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
+    _, total = exponentials(centred, axis)
+    return centred.values - jnp.log(total)
+
+
+def _log_softmax_derivative(axis, static_tau, x, tau, where, dx, slope):
+    out = _log_softmax(axis, static_tau, x, tau, where)
+    p = _softmax(axis, static_tau, x, tau, where)
+    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
+    terms = []
+    if dx is not None:
+        terms.append(jnp.where(centred.kept, dx - _sum(p * dx, axis), 0))
+    if slope is not None:
+        c = centred.values
+        change = finite(c - _sum(times(p, c), axis))
+        terms.append(jnp.where(centred.kept, -change * slope, 0))
+    return out, terms
+
+
+_log_softmax.defjvp(_rule(_log_softmax_derivative), symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _logsumexp(axis, static_tau, x, tau, where):
+    tau = pick_temperature(static_tau, tau)
+    centred = centre(x, tau, where, axis)
+    total = _sum(jnp.exp(centred.values), axis)
+    lse = over_temperature(centred.peak, tau) + jnp.log(total)
+    return jnp.squeeze(jnp.where(total == 0, -jnp.inf, lse), axis)
+
+
+def _logsumexp_derivative(axis, static_tau, x, tau, where, dx, slope):
+    out = _logsumexp(axis, static_tau, x, tau, where)
+    p = _softmax(axis, static_tau, x, tau, where)
+    terms = []
+    if dx is not None:
+        terms.append(jnp.sum(p * dx, axis))
+    if slope is not None:
+        tau = pick_temperature(static_tau, tau)
+        centred = centre(x, tau, where, axis)
+        mean = over_temperature(centred.peak, tau) + _sum(
+            times(p, centred.values), axis
+        )
+        terms.append(jnp.squeeze(-finite(mean) * slope, axis))
+    return out, terms
+
+
+_logsumexp.defjvp(_rule(_logsumexp_derivative), symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _entropy(axis, static_tau, x, tau, where):
+    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
+    weights, total = exponentials(centred, axis)
+    expected = _sum(times(weights, centred.values), axis) / total
+    return jnp.squeeze(jnp.log(total) - expected, axis)
+
+
+def _entropy_derivative(axis, static_tau, x, tau, where, dx, slope):
+    out = _entropy(axis, static_tau, x, tau, where)
+    p = _softmax(axis, static_tau, x, tau, where)
+    c = centre(x, pick_temperature(static_tau, tau), where, axis).values
+    excess = times(p, c) - p * _sum(times(p, c), axis)
+    terms = []
+    if dx is not None:
+        terms.append(-jnp.sum(excess * dx, axis))
+    if slope is not None:
+        terms.append(jnp.squeeze(_sum(times(excess, c), axis) * slope, axis))
+    return out, terms
+
+
+_entropy.defjvp(_rule(_entropy_derivative), symbolic_zeros=True)

@@ -1,0 +1,74 @@
+"""Division by a temperature, with its limits: the one place that does it.
+
+Differences are centred before they are divided. Centring first keeps every
+probability finite at any finite logits and temperature; dividing first does not
+(the quotient overflows, or two fusions round it differently).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Temperature", "divide_by_temperature", "inverse", "over_temperature"]
+
+
+class Temperature(NamedTuple):
+    """A temperature, prepared for division; every field broadcasts over classes.
+
+    Attributes:
+      value: τ, with a negative τ replaced by NaN.
+      is_zero: whether τ counts as 0: it is smaller than the smallest normal number.
+      scale: 1/4 where τ > 1, else 1. Scaling both sides of a difference keeps it
+        finite up to the dtype's largest number, and keeps 1 / (τ·scale) normal.
+      divisor: τ·scale, with 1 in place of a zero.
+    """
+
+    value: jax.Array
+    is_zero: jax.Array
+    scale: jax.Array
+    divisor: jax.Array
+
+    @classmethod
+    def prepare(cls, value: float | jax.Array, dtype: jnp.dtype) -> "Temperature":
+        """Prepares a Python float or an array."""
+        value = jnp.asarray(value, dtype)
+        value = jnp.where(value < 0, jnp.nan, value)
+        is_zero = value < jnp.finfo(dtype).tiny
+        scale = jnp.where(value > 1, 0.25, 1.0).astype(dtype)
+        divisor = jnp.where(is_zero, 1, value * scale)
+        return cls(value, is_zero, scale, divisor)
+
+
+def divide_by_temperature(
+    x: jax.Array, peak: jax.Array, temperature: float | jax.Array
+) -> jax.Array:
+    """Returns (x - peak) / τ for x <= peak, with its limits at τ = 0 and τ = ∞.
+
+    At τ = 0 it is 0 where x equals the peak and -inf below it. Where x is -inf it
+    is -inf at every temperature.
+    """
+    if isinstance(temperature, float) and temperature == 1.0:
+        return x - peak
+    tau = Temperature.prepare(temperature, x.dtype)
+    lowest = x == -jnp.inf
+    dropped = lowest | (tau.is_zero & (x < peak))
+    x = jnp.where(lowest, peak, x)
+    quotient = (x * tau.scale - peak * tau.scale) / tau.divisor
+    return jnp.where(dropped, -jnp.inf, quotient)
+
+
+def inverse(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns 1/τ for derivatives, which vanish at both limits: 0 at τ = 0 and ∞."""
+    tau = Temperature.prepare(temperature, dtype)
+    limit = tau.is_zero | jnp.isinf(tau.value)
+    return jnp.where(limit, 0, 1 / jnp.where(limit, 1, tau.value))
+
+
+def over_temperature(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """Returns x / τ with x / ∞ = 0, ±inf for τ = 0, and 0 / 0 = 0."""
+    if isinstance(temperature, float) and temperature == 1.0:
+        return x
+    tau = Temperature.prepare(temperature, x.dtype)
+    limit = jnp.where(x == 0, 0, jnp.copysign(jnp.inf, x))
+    return jnp.where(tau.is_zero, limit, x * tau.scale / tau.divisor)
