@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 __all__ = [
     "boolean",
@@ -133,10 +134,11 @@ def temperature(value: Any, dtype: jnp.dtype) -> float | jax.Array:
             f"got {value!r}."
         )
     if isinstance(value, numbers.Real):
-        _not_negative(np.asarray(float(value)))
-        return float(value)
+        number = float(value)
+        _not_negative(np.asarray(number))
+        return number
     array = floating("temperature", value)
-    if not isinstance(array, jax.core.Tracer) and array.is_fully_addressable:
+    if not isinstance(array, Tracer) and array.is_fully_addressable:
         _not_negative(np.asarray(array))
     return array.astype(dtype)
 

@@ -101,7 +101,7 @@ def linear_cross_entropy(
       >>> loss, grad = jax.value_and_grad(linear_cross_entropy)(
       ...     hidden, kernel, jnp.array([3, 1, 4, -100]), ignore_label=-100
       ... )
-      >>> print(loss.round(4), grad.shape)
+      >>> print(f"{loss:.4f}", grad.shape)
       6.9078 (4, 8)
 
     References:

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsoft.dtypes import operand_dtype
+
 __all__ = ["Config", "Fields", "KernelLayout", "Operands"]
 
 KernelLayout = Literal["hv", "vh"]
@@ -73,7 +75,7 @@ class Operands(NamedTuple):
 
     def matmul_dtype(self) -> jnp.dtype:
         """The dtype of the operands of the matrix products."""
-        return jnp.promote_types(self.hidden.dtype, self.kernel.dtype)
+        return operand_dtype(self.hidden, self.kernel)
 
     def temperature(self, config: Config) -> float | jax.Array:
         """The temperature as a float or as [N, 1]."""

@@ -22,11 +22,11 @@ def logits(config: Config, operands: Operands) -> jax.Array:
         preferred_element_type=dtype,
     )
     if operands.bias is not None:
-        u = u + operands.bias.astype(dtype)
+        u = u + operands.bias.astype(dtype)[None]
     if config.softcap is not None:
         u = config.softcap * jnp.tanh(u / config.softcap)
     if operands.class_mask is not None:
-        u = jnp.where(operands.class_mask, u, -jnp.inf)
+        u = jnp.where(operands.class_mask[None], u, -jnp.inf)
     return u
 
 
@@ -42,7 +42,9 @@ def statistics(config: Config, operands: Operands) -> Fields:
     total = jnp.where(largest == -jnp.inf, 1, total)
     label = mean = expected = argmax = None
     if operands.labels is not None:
-        is_label = jnp.arange(u.shape[1]) == operands.labels[:, None]
+        is_label = (
+            jnp.arange(u.shape[1], dtype=jnp.int32)[None] == operands.labels[:, None]
+        )
         label = jnp.sum(jnp.where(is_label, c, 0), axis=1)
     if config.mean:
         number = jnp.maximum(jnp.sum(kept, axis=1), 1)

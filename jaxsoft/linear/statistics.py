@@ -41,6 +41,13 @@ class LogitStatistics:
       argmax: the lowest class with the largest logit [...], int32; None where not
         asked for.
       temperature: τ, a scalar or [...].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import linear_statistics
+      >>> statistics = linear_statistics(jnp.ones((1, 1)), jnp.zeros((1, 4)))
+      >>> print(f"{statistics.lse[0]:.4f} {statistics.entropy[0]:.4f}")
+      1.3863 1.3863
     """
 
     max: jax.Array
@@ -144,11 +151,13 @@ def linear_statistics(
       `temperature`. Under `jax.vmap` with a shared kernel the batch becomes rows.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from jaxsoft import linear_statistics
       >>> statistics = linear_statistics(jnp.eye(2), jnp.eye(2), jnp.array([0, 1]))
-      >>> print(statistics.log_prob.round(4), statistics.entropy.round(4))
-      [-0.3133 -0.3133] [0.5822 0.5822]
+      >>> print(np.asarray([statistics.log_prob, statistics.entropy]).round(4))
+      [[-0.3133 -0.3133]
+       [ 0.5822  0.5822]]
 
     References:
       Milakov and Gimelshein, Online normalizer calculation for softmax,
@@ -232,6 +241,36 @@ def prepare(
             "`vocab_axis` and `token_axes` must be None and (), got "
             f"{vocab_axis!r} and {token_axes!r}: sharded vocabularies come later."
         )
+    arrays = _check_arrays(hidden, kernel, labels, bias, class_mask, kernel_layout)
+    hidden, kernel = arrays.hidden, arrays.kernel
+    if logit_softcap is not None:
+        logit_softcap = checks.scalar_in("logit_softcap", logit_softcap, 0, math.inf)
+        if logit_softcap == 0:
+            raise ValueError("`logit_softcap` must be positive, got 0.")
+    tau = checks.temperature(temperature, dtypes.compute_dtype(hidden, kernel))
+    if isinstance(tau, jax.Array) and tau.ndim:
+        checks.shape("temperature", tau, hidden.shape[:-1], "hidden.shape[:-1] or ()")
+    if tile_bytes is None:
+        tile_bytes = default_tile_bytes(
+            hidden.size * hidden.dtype.itemsize + kernel.size * kernel.dtype.itemsize
+        )
+    config = Config(
+        kernel_layout=kernel_layout,
+        static_tau=None if isinstance(tau, jax.Array) else tau,
+        softcap=logit_softcap,
+        precision=precision,
+        tile_bytes=checks.positive_integer("tile_bytes", tile_bytes),
+        mean="mean" in wanted,
+        expected="expected" in wanted,
+        argmax="argmax" in wanted,
+        implementation=chosen,
+    )
+    array_tau = tau if isinstance(tau, jax.Array) else None
+    return Call(config, arrays._replace(tau=array_tau))
+
+
+def _check_arrays(hidden, kernel, labels, bias, class_mask, kernel_layout) -> Operands:
+    """Returns the arrays of a call but the temperature, their shapes checked."""
     hidden = checks.floating("hidden", hidden)
     kernel = checks.floating("kernel", kernel)
     checks.one_of("kernel_layout", kernel_layout, ("hv", "vh"))
@@ -257,30 +296,7 @@ def prepare(
     if class_mask is not None:
         class_mask = checks.boolean("class_mask", class_mask)
         checks.shape("class_mask", class_mask, (num_classes,), "[V]")
-    if logit_softcap is not None:
-        logit_softcap = checks.scalar_in("logit_softcap", logit_softcap, 0, math.inf)
-        if logit_softcap == 0:
-            raise ValueError("`logit_softcap` must be positive, got 0.")
-    tau = checks.temperature(temperature, dtypes.compute_dtype(hidden, kernel))
-    if not isinstance(tau, float) and tau.ndim:
-        checks.shape("temperature", tau, rows, "hidden.shape[:-1] or ()")
-    if tile_bytes is None:
-        tile_bytes = default_tile_bytes(
-            hidden.size * hidden.dtype.itemsize + kernel.size * kernel.dtype.itemsize
-        )
-    config = Config(
-        kernel_layout=kernel_layout,
-        static_tau=tau if isinstance(tau, float) else None,
-        softcap=logit_softcap,
-        precision=precision,
-        tile_bytes=checks.positive_integer("tile_bytes", tile_bytes),
-        mean="mean" in wanted,
-        expected="expected" in wanted,
-        argmax="argmax" in wanted,
-        implementation=chosen,
-    )
-    array_tau = None if isinstance(tau, float) else tau
-    return Call(config, Operands(hidden, kernel, bias, array_tau, labels, class_mask))
+    return Operands(hidden, kernel, bias, None, labels, class_mask)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

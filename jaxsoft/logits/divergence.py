@@ -42,11 +42,14 @@ def _excess(p: jax.Array, q: jax.Array, d: jax.Array, scaled: jax.Array, tau):
     return jnp.where(small, near, tau * (tau * far))
 
 
-def _expm1_times(p: jax.Array, q: jax.Array, d: jax.Array, tau) -> jax.Array:
-    """Returns τ (q - p), with q = p exp(d)."""
-    near = jnp.abs(d) <= _SMALL
-    small = jnp.where(near, d, 0)
-    return jnp.where(near, p * (jnp.expm1(small) * tau), tau * (q - p))
+def _difference(p: jax.Array, q: jax.Array, d: jax.Array, scaled: jax.Array, tau):
+    """Returns τ (q - p), with q = p exp(d) and scaled = τ·d."""
+    small = jnp.abs(d) <= _SMALL
+    step = jnp.where(small, d, 0)
+    # (exp(d) - 1) / d, by the series of the second order.
+    ratio = 1 + step * _series(step)
+    near = p * jnp.where(small, scaled, 0) * ratio
+    return jnp.where(small, near, tau * (q - p))
 
 
 def _log_ratio(student, teacher, tau, where, axis):
@@ -106,7 +109,7 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     zero = Temperature.prepare(tau, student.dtype).is_zero
     if kind == "forward_kl":
         loss = total(_excess(p, q, d, scaled, value))
-        by_student = _expm1_times(p, q, d, value)
+        by_student = _difference(p, q, d, scaled, value)
         # p (log(p/q) - KL), times τ.
         ratio = jnp.where(p == 0, 0, finite(scaled))
         by_teacher = -p * (ratio - total(p * ratio))

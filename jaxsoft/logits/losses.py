@@ -124,8 +124,10 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
             x, pick_temperature(static_tau, tau), axis=axis, where=where
         )
         weights = targets.astype(dtype)
-        log_p = jnp.where((log_p == -jnp.inf) & (weights == 0), 0, log_p)
+        lost = log_p == -jnp.inf
+        log_p = jnp.where(lost & (weights == 0), 0, finite(log_p))
         picked = jnp.sum(weights * log_p, axis)
+        picked = jnp.where(jnp.any(lost & (weights != 0), axis), -jnp.inf, picked)
         labels = jnp.zeros(picked.shape, jnp.int32)
         lse, _, mean = _row_statistics(axis, static_tau, x, tau, where, labels)
     else:
@@ -134,7 +136,10 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
     if smoothing:
         loss = loss - smoothing * mean
     if z_weight:
-        loss = loss + z_weight * lse**2
+        # Where lse overflows the loss is inf, and has no gradient.
+        overflow = jnp.isinf(lse)
+        square = jnp.where(overflow, 0, lse) ** 2
+        loss = loss + z_weight * jnp.where(overflow, jnp.inf, square)
     # A row without any kept class has lse = -inf: no loss at all.
     kept = jnp.any(centre(x, 1.0, where, axis).kept, axis)
     return jnp.where(kept | jnp.isnan(loss), loss, 0)
@@ -252,7 +257,7 @@ def distillation_loss(
       >>> import jax.numpy as jnp
       >>> from jaxsoft import distillation_loss
       >>> student, teacher = jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])
-      >>> print(distillation_loss(student, teacher, 2.0).round(4))
+      >>> print(f"{distillation_loss(student, teacher, 2.0):.4f}")
       0.4898
 
     References:

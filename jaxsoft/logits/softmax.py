@@ -62,8 +62,9 @@ def softmax(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from jaxsoft import softmax
-      >>> print(softmax(jnp.array([1.0, 2.0, 3.0]), 0.5).round(3))
+      >>> print(np.asarray(softmax(jnp.array([1.0, 2.0, 3.0]), 0.5)).round(3))
       [0.016 0.117 0.867]
       >>> print(softmax(jnp.array([1.0, 3.0, 3.0]), 0.0))
       [0.  0.5 0.5]
@@ -113,8 +114,9 @@ def log_softmax(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from jaxsoft import log_softmax
-      >>> print(log_softmax(jnp.array([0.0, 2.0]), 2.0).round(4))
+      >>> print(np.asarray(log_softmax(jnp.array([0.0, 2.0]), 2.0)).round(4))
       [-1.3133 -0.3133]
 
     References:
@@ -160,7 +162,7 @@ def logsumexp(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft import logsumexp
-      >>> print(logsumexp(jnp.zeros(8)).round(4))
+      >>> print(f"{logsumexp(jnp.zeros(8)):.4f}")
       2.0794
 
     References:
@@ -206,7 +208,7 @@ def entropy(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxsoft import entropy
-      >>> print(entropy(jnp.array([0.0, 0.0, -jnp.inf])).round(4))
+      >>> print(f"{entropy(jnp.array([0.0, 0.0, -jnp.inf])):.4f}")
       0.6931
 
     References:
@@ -248,12 +250,12 @@ def _compiled(
 
 
 def check_where(where: ArrayLike | None, logits: jax.Array) -> jax.Array | None:
-    """Returns the class mask as an array that broadcasts to `logits`, or None."""
+    """Returns the class mask as an array of the rank of `logits`, or None."""
     if where is None:
         return None
     where = checks.boolean("where", where)
     checks.broadcasts_to("where", where, logits.shape)
-    return where
+    return where.reshape((1,) * (logits.ndim - where.ndim) + where.shape)
 
 
 def check_temperature(
@@ -261,7 +263,7 @@ def check_temperature(
 ) -> float | jax.Array:
     """Returns the temperature as a float or an array of the rank of `logits`."""
     tau = checks.temperature(temperature, dtypes.compute_dtype(logits))
-    if isinstance(tau, float):
+    if not isinstance(tau, jax.Array):
         return tau
     if tau.ndim == 0:
         return tau.reshape((1,) * logits.ndim)

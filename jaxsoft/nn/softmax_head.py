@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes as flax_dtypes
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft import checks
+from jaxsoft import checks, dtypes
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.statistics import linear_statistics
@@ -62,7 +62,7 @@ class SoftmaxHead(nnx.Module):
       >>> zeros = nnx.initializers.zeros
       >>> head = SoftmaxHead(16, 1000, kernel_init=zeros, rngs=nnx.Rngs(0))
       >>> hidden, labels = jnp.ones((2, 5, 16)), jnp.zeros((2, 5), jnp.int32)
-      >>> print(head.loss(hidden, labels).round(4), head(hidden).shape)
+      >>> print(f"{head.loss(hidden, labels):.4f}", head(hidden).shape)
       6.9078 (2, 5, 1000)
     """
 
@@ -88,25 +88,30 @@ class SoftmaxHead(nnx.Module):
         self.in_features = checks.positive_integer("in_features", in_features)
         self.num_classes = checks.positive_integer("num_classes", num_classes)
         shape = (self.num_classes, self.in_features)
-        if embedding is None:
-            self.kernel = nnx.Param(
-                kernel_init(rngs.params(), shape[::-1], param_dtype)
-            )
-        else:
+        if embedding is not None:
             checks.shape(
                 "embedding",
                 embedding.embedding[...],
                 shape,
                 "[num_classes, in_features]",
             )
-            self.kernel = None
+        # One assignment each: Flax fixes an attribute's kind by its first value.
+        self.kernel = (
+            nnx.Param(kernel_init(rngs.params(), shape[::-1], param_dtype))
+            if embedding is None
+            else None
+        )
         self.embedding = embedding
-        self.bias = None
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), shape[:1], param_dtype))
-        if not isinstance(temperature, (int, float)):
-            temperature = nnx.Variable(jnp.asarray(temperature))
-        self.temperature = temperature
+        self.bias = (
+            nnx.Param(bias_init(rngs.params(), shape[:1], param_dtype))
+            if use_bias
+            else None
+        )
+        self.temperature: float | nnx.Variable = (
+            temperature
+            if isinstance(temperature, (int, float))
+            else nnx.Variable(jnp.asarray(temperature))
+        )
         self.logit_softcap = logit_softcap
         self.dtype = dtype
         self.precision = precision
@@ -123,17 +128,18 @@ class SoftmaxHead(nnx.Module):
           [..., V] float32 (float64 if an input is): these are stored.
         """
         hidden, kernel, bias = self._promote(hidden)
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        wide = dtypes.compute_dtype(hidden, kernel)
+        operand = dtypes.operand_dtype(hidden, kernel)
         axis = 0 if self.embedding is None else 1
         logits = jax.lax.dot_general(
-            hidden,
-            kernel,
+            hidden.astype(operand),
+            kernel.astype(operand),
             (((hidden.ndim - 1,), (axis,)), ((), ())),
             precision=self.precision,
             preferred_element_type=wide,
         )
         if bias is not None:
-            logits = logits + bias.astype(wide)
+            logits = logits + jnp.expand_dims(bias, range(hidden.ndim - 1)).astype(wide)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
         return logits

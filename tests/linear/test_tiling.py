@@ -1,0 +1,46 @@
+"""Tiles: within the budget, balanced, and covering every class and row once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxsoft.linear import tiling
+
+SIZES = st.integers(1, 300_000)
+
+
+@given(SIZES, SIZES, st.sampled_from([4, 8]), st.integers(1, 2**28))
+def test_tiles_cover_the_matrix_within_the_budget(rows, classes, itemsize, budget):
+    tiles = tiling.choose(rows, classes, itemsize, budget)
+    assert (tiles.row_blocks - 1) * tiles.block_rows < rows
+    assert (tiles.class_blocks - 1) * tiles.block_classes < classes
+    assert tiles.row_blocks * tiles.block_rows >= rows
+    assert tiles.class_blocks * tiles.block_classes >= classes
+    least = 8 * 128 * itemsize
+    assert tiles.block_rows * tiles.block_classes * itemsize <= max(budget, least)
+
+
+@pytest.mark.parametrize(
+    "rows, classes, budget, expected",
+    [
+        (2048, 65536, 2**23, (2048, 1024)),
+        (8192, 256000, 2**25, (8192, 1024)),
+        (5, 7, 2**23, (5, 7)),
+    ],
+)
+def test_choices_at_known_shapes(rows, classes, budget, expected):
+    tiles = tiling.choose(rows, classes, 4, budget)
+    assert (tiles.block_rows, tiles.block_classes) == expected
+
+
+def test_impossible_tiles_are_refused():
+    with pytest.raises(ValueError, match="`block_rows` must lie in"):
+        tiling.Tiling(4, 4, 5, 1)
+    with pytest.raises(ValueError, match="`block_classes` must lie in"):
+        tiling.Tiling(4, 4, 1, 0)
+
+
+def test_default_budget_is_bounded():
+    assert tiling.default_tile_bytes(0) == 4 * 2**20
+    assert tiling.default_tile_bytes(2**27) == 2**23
+    assert tiling.default_tile_bytes(2**40) == 32 * 2**20

@@ -1,0 +1,117 @@
+"""Every message of the logits room."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoft
+
+X = np.zeros((2, 3), "float32")
+Y = np.zeros(2, int)
+CALLS = [
+    (jaxsoft.softmax, (X.astype(int),), {}, TypeError, "`logits` must have a floating"),
+    (jaxsoft.softmax, (X, True), {}, TypeError, "`temperature` must be a real number"),
+    (jaxsoft.softmax, (X, jnp.int32(1)), {}, TypeError, "`temperature` must have a fl"),
+    (jaxsoft.softmax, (X, -1.0), {}, ValueError, "not be negative or NaN, got -1.0"),
+    (jaxsoft.softmax, (X, float("nan")), {}, ValueError, "not be negative or NaN"),
+    (jaxsoft.softmax, (X, jnp.asarray([[1.0], [-2.0]])), {}, ValueError, "got -2.0"),
+    (jaxsoft.softmax, (X, np.ones(3, "f")), {}, ValueError, "class axis must have si"),
+    (jaxsoft.softmax, (X, np.ones((5, 1), "f")), {}, ValueError, "must broadcast to"),
+    (jaxsoft.softmax, (X,), {"axis": 2}, ValueError, "`axis` must name one of the 2"),
+    (jaxsoft.softmax, (X,), {"axis": 1.0}, TypeError, "`axis` must be an int"),
+    (jaxsoft.softmax, (X[:, :0],), {}, ValueError, "must have at least one class"),
+    (jaxsoft.softmax, (X,), {"where": Y}, TypeError, "`where` must have dtype bool"),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"where": np.ones((3, 3), bool)},
+        ValueError,
+        r"`where` must broadcast to \(2, 3\)",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"implementation": "cuda"},
+        ValueError,
+        "`implementation` must be None or one of",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"implementation": "mosaic_gpu"},
+        NotImplementedError,
+        "must be 'xla' for softmax, got 'mosaic_gpu'",
+    ),
+    (jaxsoft.softmax_cross_entropy, (X,), {}, ValueError, "not both be given, nor bo"),
+    (
+        jaxsoft.softmax_cross_entropy,
+        (X, Y),
+        {"targets": X},
+        ValueError,
+        "not both be given",
+    ),
+    (jaxsoft.softmax_cross_entropy, (X, X), {}, TypeError, "`labels` must have an int"),
+    (
+        jaxsoft.softmax_cross_entropy,
+        (X, np.zeros(3, int)),
+        {},
+        ValueError,
+        r"`labels` must have shape .* \(2,\), got \(3,\)",
+    ),
+    (
+        jaxsoft.softmax_cross_entropy,
+        (X,),
+        {"targets": X[:1]},
+        ValueError,
+        "`targets` must have shape",
+    ),
+    (
+        jaxsoft.softmax_cross_entropy,
+        (X, Y),
+        {"label_smoothing": 1.5},
+        ValueError,
+        r"`label_smoothing` must lie in \[0, 1\], got 1.5",
+    ),
+    (
+        jaxsoft.softmax_cross_entropy,
+        (X, Y),
+        {"z_loss": -1},
+        ValueError,
+        "`z_loss` must be finite, >= 0, got -1",
+    ),
+    (
+        jaxsoft.softmax_cross_entropy,
+        (X, Y),
+        {"z_loss": "a"},
+        TypeError,
+        "`z_loss` must be a Python number",
+    ),
+    (
+        jaxsoft.distillation_loss,
+        (X, X[:1]),
+        {},
+        ValueError,
+        "`teacher_logits` must have shape",
+    ),
+    (
+        jaxsoft.distillation_loss,
+        (X, X),
+        {"divergence": "kl"},
+        ValueError,
+        "`divergence` must be one of 'forward_kl'",
+    ),
+]
+
+
+@pytest.mark.parametrize("function, args, options, kind, message", CALLS)
+def test_messages(function, args, options, kind, message):
+    with pytest.raises(kind, match=message):
+        function(*args, **options)
+
+
+@pytest.mark.parametrize("name", ["log_softmax", "logsumexp", "entropy"])
+def test_all_functions_share_the_checks(name):
+    with pytest.raises(ValueError, match="must not be negative"):
+        getattr(jaxsoft, name)(X, -0.5)
+    with pytest.raises(NotImplementedError, match=name):
+        getattr(jaxsoft, name)(X, implementation="mosaic_tpu")

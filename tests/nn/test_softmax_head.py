@@ -1,0 +1,151 @@
+"""SoftmaxHead: the same numbers as the functions, in NNX and in Linen."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.nnx import bridge
+
+import jaxsoft
+from jaxsoft.nn import SoftmaxHead
+from tests.linear import cases
+
+HIDDEN, _, LABELS = cases.layer(6, 8, 50)
+
+
+def _head(**options):
+    return SoftmaxHead(8, 50, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_logits_loss_and_log_prob_agree(tied, softcap):
+    rngs = nnx.Rngs(1)
+    embedding = nnx.Embed(50, 8, rngs=rngs) if tied else None
+    head = _head(embedding=embedding, use_bias=True, logit_softcap=softcap)
+    assert head.bias is not None
+    head.bias[...] = jnp.linspace(-1, 1, 50)
+    logits = head(HIDDEN)
+    assert logits.shape == (6, 50) and logits.dtype == jnp.float32
+    for tau in (None, 0.5, jnp.linspace(0.5, 2, 6)):
+        value = 1.0 if tau is None else tau
+        column = value if np.ndim(value) == 0 else jnp.reshape(value, (6, 1))
+        per_token = head.loss(HIDDEN, LABELS, temperature=tau, reduction="none")
+        expected = jaxsoft.softmax_cross_entropy(logits, LABELS, column)
+        np.testing.assert_allclose(per_token, expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            head.log_prob(HIDDEN, LABELS, temperature=tau), -expected, rtol=1e-5
+        )
+    np.testing.assert_allclose(
+        head.loss(HIDDEN, LABELS, label_smoothing=0.1, z_loss=0.1),
+        jaxsoft.softmax_cross_entropy(
+            logits, LABELS, label_smoothing=0.1, z_loss=0.1
+        ).mean(),
+        rtol=1e-5,
+    )
+
+
+def test_temperature_of_the_module_and_of_the_call():
+    cold = _head(temperature=0.5)
+    np.testing.assert_allclose(
+        cold.loss(HIDDEN, LABELS),
+        _head().loss(HIDDEN, LABELS, temperature=0.5),
+        rtol=1e-6,
+    )
+    array = _head(temperature=jnp.asarray(0.5))
+    np.testing.assert_allclose(
+        array.loss(HIDDEN, LABELS), cold.loss(HIDDEN, LABELS), rtol=1e-6
+    )
+    assert "temperature" not in nnx.to_flat_state(nnx.state(array, nnx.Param)).paths
+
+
+def test_tied_gradients_add_up():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embedding = nnx.Embed(50, 8, rngs=rngs)
+            self.head = SoftmaxHead(8, 50, embedding=self.embedding, rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.head.loss(self.embedding(tokens), tokens)
+
+    model = Model(nnx.Rngs(0))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert [leaf.shape for leaf in leaves] == [(50, 8)]
+    grads = nnx.grad(lambda model: model(LABELS))(model)
+
+    def plain(table):
+        hidden = table[LABELS]
+        logits = hidden @ table.T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+    expected = jax.grad(plain)(model.embedding.embedding[...])
+    (grad,) = jax.tree.leaves(grads)
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_dtype_and_param_dtype():
+    head = _head(dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    assert head.kernel is not None and head.kernel[...].dtype == jnp.float32
+    assert head(HIDDEN).dtype == jnp.float32
+    grads = nnx.grad(lambda head: head.loss(HIDDEN, LABELS))(head)
+    assert jax.tree.leaves(grads)[0].dtype == jnp.float32
+    exact = _head().loss(HIDDEN, LABELS)
+    np.testing.assert_allclose(head.loss(HIDDEN, LABELS), exact, rtol=1e-2)
+    assert head.loss(HIDDEN, LABELS) != exact
+
+
+def test_an_optax_step_lowers_the_loss():
+    head = _head(use_bias=True)
+    optimizer = nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(head, optimizer):
+        loss, grads = nnx.value_and_grad(lambda h: h.loss(HIDDEN, LABELS))(head)
+        optimizer.update(head, grads)
+        return loss
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+        losses = [float(step(head, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_linen_model_through_the_bridge():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels):
+            hidden = nn.Dense(8)(x)
+            head = bridge.ToLinen(
+                SoftmaxHead, args=(8, 50), kwargs={"use_bias": True}, name="head"
+            )
+            return head(hidden, labels, nnx_method="loss")
+
+    model = Model()
+    variables = model.init(jax.random.key(0), HIDDEN, LABELS)
+
+    def loss(variables):
+        return model.apply(variables, HIDDEN, LABELS)
+
+    value, grads = jax.value_and_grad(loss)(variables)
+    params: Any = variables["params"]
+    hidden = HIDDEN @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+    kernel = jax.tree.leaves(params["head"]["kernel"])[0]
+    np.testing.assert_allclose(
+        value, jaxsoft.linear_cross_entropy(hidden, kernel, LABELS), rtol=1e-5
+    )
+    moved = jax.tree.map(lambda a, g: a - 0.1 * g, variables, grads)
+    assert loss(moved) < value
+
+
+def test_messages():
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="`embedding` must have shape"):
+        SoftmaxHead(8, 50, embedding=nnx.Embed(49, 8, rngs=rngs), rngs=rngs)
+    with pytest.raises(ValueError, match="`num_classes` must be at least 1"):
+        SoftmaxHead(8, 0, rngs=rngs)
+    with pytest.raises(TypeError, match="`hidden` must have a floating"):
+        _head().loss(jnp.zeros((6, 8), int), LABELS)

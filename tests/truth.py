@@ -1,0 +1,93 @@
+"""What is true: the formulas in float64 NumPy, and how close to it a result must be.
+
+Nothing here imports jaxsoft.
+"""
+
+from typing import Any
+
+import numpy as np
+
+DISTRIBUTIONS = ("unit", "zero", "peaked", "offset", "negative", "range")
+
+
+def logits(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Returns logits of a named kind, exactly representable in float32."""
+    noise = np.random.default_rng(seed).standard_normal(shape)
+    values = {
+        "unit": noise,
+        "zero": np.zeros(shape),
+        "peaked": np.where(noise == noise.max(-1, keepdims=True), 60.0, noise),
+        "offset": np.round(noise * 4) / 4 + 1e6,
+        "negative": noise - 1000,
+        "range": noise * 30,
+    }[kind]
+    return values.astype(np.float32)
+
+
+def centred(x, temperature: Any = 1.0, where=None):
+    """Returns (x - max) / τ in float64 over the last axis, -inf where dropped."""
+    x = np.asarray(x, np.float64)
+    if where is not None:
+        x = np.where(where, x, -np.inf)
+    peak = x.max(-1, keepdims=True)
+    peak = np.where(np.isinf(peak), 0, peak)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return (x - peak) / np.asarray(temperature, np.float64)
+
+
+def log_softmax(x, temperature: Any = 1.0, where=None):
+    """Returns log-probabilities; -inf where dropped."""
+    c = centred(x, temperature, where)
+    total = np.exp(c).sum(-1, keepdims=True)
+    return c - np.log(np.where(total == 0, 1, total))
+
+
+def softmax(x, temperature: Any = 1.0, where=None):
+    """Returns probabilities."""
+    return np.exp(log_softmax(x, temperature, where))
+
+
+def logsumexp(x, temperature: Any = 1.0, where=None):
+    """Returns log Σ exp(x / τ)."""
+    x = np.asarray(x, np.float64)
+    c = centred(x, temperature, where)
+    kept = x if where is None else np.where(where, x, -np.inf)
+    tau = np.broadcast_to(np.asarray(temperature, np.float64), (*x.shape[:-1], 1))
+    return kept.max(-1) / tau[..., 0] + np.log(np.exp(c).sum(-1))
+
+
+def entropy(x, temperature: Any = 1.0, where=None):
+    """Returns -Σ p log p."""
+    log_p = log_softmax(x, temperature, where)
+    p = np.exp(log_p)
+    return -(p * np.where(p == 0, 0, log_p)).sum(-1)
+
+
+def error(value, truth) -> float:
+    """Returns the largest error, relative to the largest finite true value.
+
+    Infinities must agree exactly; NaN never passes. An all-zero `value` has error 1.
+    """
+    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    assert value.shape == truth.shape, (value.shape, truth.shape)
+    infinite = np.isinf(truth)
+    if np.isnan(value).any() or (value[infinite] != truth[infinite]).any():
+        return np.inf
+    scale = np.abs(truth[~infinite]).max(initial=0)
+    gap = np.abs(value[~infinite] - truth[~infinite]).max(initial=0)
+    return float(gap / scale) if scale else float(gap)
+
+
+def assert_as_good(value, plain, truth, slack=3e-7):
+    """Requires the error of `value` to be at most that of `plain`, and a little.
+
+    Args:
+      value: ours.
+      plain: the plain formula's result in the same dtype.
+      truth: in float64.
+      slack: relative to the size of the truth.
+    """
+    ours, theirs = error(value, truth), error(plain, truth)
+    assert ours <= theirs + slack, (ours, theirs)
+    if np.abs(np.asarray(truth)[np.isfinite(truth)]).max(initial=0) > 0:
+        assert error(np.zeros_like(truth), truth) > theirs + slack
