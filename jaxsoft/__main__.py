@@ -1,0 +1,7 @@
+"""Lets `python -m jaxsoft` do what the console script `jaxsoft` does."""
+
+import sys
+
+from jaxsoft.cli import main
+
+sys.exit(main())

@@ -1,0 +1,172 @@
+"""The command line: `jaxsoft train`.
+
+Exit codes: 0 done; 1 the training itself failed; 2 bad input, said in one line on
+stderr, with nothing written; 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+import argparse
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from jaxsoft import __version__
+from jaxsoft.training import (
+    CheckpointError,
+    CorpusError,
+    LanguageModelConfig,
+    MissingExtraError,
+    NonFiniteLossError,
+    RunDirectoryError,
+    StopRequest,
+    TrainingInterrupted,
+    load_config,
+    require_train_extra,
+    train_language_model,
+)
+
+_TRAIN_HELP = {
+    "corpus": "text file, folder of text files, or .gz of one text (default: the "
+    "standard library's sources)",
+    "vocab_size": "tokens of the byte-level BPE",
+    "steps": "updates to make",
+    "batch_size": "sequences a step",
+    "sequence_length": "tokens a sequence",
+    "features": "width of the model",
+    "layers": "attention blocks",
+    "heads": "attention heads",
+    "learning_rate": "peak learning rate",
+    "seed": "seed of parameters, data order and samples",
+    "out": "folder of the run",
+    "cache_dir": "root of the token cache (default: the user's cache folder)",
+    "evaluate_every": "steps between validations",
+    "evaluation_tokens": "tokens of a validation; the last one reads four times more",
+    "checkpoint_every": "steps between checkpoints",
+    "sample_tokens": "length of the sampled texts",
+    "prompt": "text that the samples continue (default: some validation text)",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the error and exits with code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: The words after the program's name; None reads them from `sys`.
+
+    Returns:
+        The exit code.
+    """
+    parsed = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = parsed.run
+    return run(parsed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Builds the parser, one subcommand a job."""
+    parser = _Parser(prog="jaxsoft", description="The softmax layer of JAX.")
+    parser.add_argument("--version", action="version", version=f"jaxsoft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a language model without storing its logits",
+        description="Trains a small causal language model on text, without ever "
+        "storing its logits.",
+    )
+    train.set_defaults(run=_train)
+    for field in dataclasses.fields(LanguageModelConfig):
+        text = _TRAIN_HELP[field.name]
+        if field.default is not None:
+            text += f" (default: {field.default})"
+        train.add_argument(
+            _flag(field.name),
+            type=field.type if field.type in (int, float) else str,
+            default=argparse.SUPPRESS,
+            metavar=field.name.rpartition("_")[2].upper(),
+            help=text,
+        )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out; options not given are the run's own",
+    )
+    return parser
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    """Runs `jaxsoft train`."""
+    given = {
+        field.name: getattr(parsed, field.name)
+        for field in dataclasses.fields(LanguageModelConfig)
+        if hasattr(parsed, field.name)
+    }
+    out = given.setdefault("out", LanguageModelConfig.out)
+    try:
+        require_train_extra()
+        stored = load_config(out) if parsed.resume else LanguageModelConfig()
+        config = dataclasses.replace(stored, **given)
+    except (MissingExtraError, ValueError) as error:
+        return _fail("train", error, 2)
+    try:
+        with StopRequest() as stop:
+            return _train_until(stop, config, resume=parsed.resume)
+    except TrainingInterrupted as interruption:
+        print(_farewell(interruption, out), file=sys.stderr)
+        return 128 + interruption.signal_number
+    except (CorpusError, RunDirectoryError) as error:
+        return _fail("train", error, 2)
+    except (CheckpointError, NonFiniteLossError, OSError) as error:
+        return _fail("train", error, 1)
+
+
+def _train_until(
+    stop: StopRequest, config: LanguageModelConfig, *, resume: bool
+) -> int:
+    """Trains, prints the summary, and returns the exit code."""
+    from rich.console import Console
+
+    from jaxsoft.training.console import ConsoleListener, summarise
+    from jaxsoft.training.run_directory import RunDirectory
+
+    console = Console()
+    report = train_language_model(
+        config, resume=resume, listener=ConsoleListener(console), stop=stop
+    )
+    summarise(console, report, RunDirectory(config.out).files())
+    return 0
+
+
+def _farewell(interruption: TrainingInterrupted, out: str) -> str:
+    """Says where an interrupted run stands and how to resume it."""
+    command = shlex.join(["jaxsoft", "train", "--out", out, "--resume"])
+    if interruption.step is not None:
+        return f"{interruption}, saved step {interruption.step}; resume with: {command}"
+    try:
+        load_config(out)
+    except RunDirectoryError:
+        return f"{interruption} before the first step; nothing was written to {out}"
+    return f"{interruption}; resume from the last checkpoint with: {command}"
+
+
+def _fail(command: str, error: Exception, code: int) -> int:
+    """Prints an error as one line, options spelled as flags; returns the code."""
+    fields = "|".join([*_TRAIN_HELP, "resume"])
+    text = re.sub(
+        f"`({fields})`", lambda match: _flag(match[1]), " ".join(str(error).split())
+    )
+    print(f"jaxsoft {command}: {text}", file=sys.stderr)
+    return code
+
+
+def _flag(field: str) -> str:
+    """The command-line option of a configuration field."""
+    return "--" + field.replace("_", "-")

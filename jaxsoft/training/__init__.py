@@ -1,0 +1,31 @@
+"""Trainers and what they are made of; needs the extra `train` to run, not to import."""
+
+from jaxsoft.training.checkpoints import CheckpointError
+from jaxsoft.training.config import LanguageModelConfig, load_config
+from jaxsoft.training.corpus import CorpusError
+from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
+from jaxsoft.training.language_model import (
+    MissingExtraError,
+    NonFiniteLossError,
+    require_train_extra,
+    train_language_model,
+)
+from jaxsoft.training.reporting import FinalReport, Listener, Sample
+from jaxsoft.training.run_directory import RunDirectoryError
+
+__all__ = [
+    "CheckpointError",
+    "CorpusError",
+    "FinalReport",
+    "LanguageModelConfig",
+    "Listener",
+    "MissingExtraError",
+    "NonFiniteLossError",
+    "RunDirectoryError",
+    "Sample",
+    "StopRequest",
+    "TrainingInterrupted",
+    "load_config",
+    "require_train_extra",
+    "train_language_model",
+]

@@ -1,0 +1,154 @@
+"""Checkpoints of a training run, by Orbax: training state and position in the data.
+
+Saving is synchronous on purpose. The training state is donated to the next step, and
+on CPU a host copy may share memory with it, so a save in the background could read
+what the next step already overwrites.
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read back; the message says which."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step.
+
+    Attributes:
+        step: Number of updates made.
+        next_batch: Index of the batch that the next step reads. The data order is a
+            function of the seed and this index, so it is all there is to keep.
+        seconds: Time spent on steps so far, in all processes of the run.
+    """
+
+    step: int
+    next_batch: int
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager.
+
+    Orbax writes each under a temporary name and renames it when complete: a process
+    killed while saving leaves the one before.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        """Opens the folder, which is made where it is missing.
+
+        Args:
+            directory: Where the checkpoints are.
+            keep: How many to keep, the newest.
+        """
+        import orbax.checkpoint as ocp
+
+        # Orbax logs each save by way of absl; nobody asked for that here.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the manager."""
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: Any, progress: Progress) -> None:
+        """Saves; returns when the checkpoint is complete on disk.
+
+        Args:
+            state: A pytree of arrays.
+            progress: Where the run stands; its `step` names the checkpoint.
+
+        Raises:
+            CheckpointError: The disk refuses.
+        """
+        import orbax.checkpoint as ocp
+
+        if self.latest_step() == progress.step:
+            return
+        try:
+            self._manager.save(
+                progress.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
+                ),
+                force=True,
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {progress.step} cannot be written to {self._directory}: "
+                f"{_first_line(error)}"
+            ) from error
+
+    def restore(self, abstract_state: Any) -> tuple[Any, Progress]:
+        """Reads the newest checkpoint.
+
+        Args:
+            abstract_state: The state's structure, as `jax.eval_shape` gives it.
+
+        Returns:
+            The state, bit for bit as saved, and where the run stood.
+
+        Raises:
+            CheckpointError: There is none, or it does not fit `abstract_state`.
+        """
+        import orbax.checkpoint as ocp
+
+        step = self.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self._directory} holds no complete checkpoint.")
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
+            abstract_state,
+        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target),
+                    progress=ocp.args.JsonRestore(),
+                ),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self._directory} cannot be read: "
+                f"{_first_line(error)}"
+            ) from error
+        return restored["state"], Progress(**restored["progress"])
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text; tensorstore's go on for many."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,160 @@
+"""A training run on a terminal, or in a log: progress and the closing summary."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jaxsoft.training.reporting import FinalReport, Listener
+
+# Where there is no terminal to redraw, a line at most this often.
+_LOG_SECONDS = 10.0
+_MIB = 2**20
+
+
+class ConsoleListener(Listener):
+    """Shows a progress bar on a terminal, and a line now and then elsewhere."""
+
+    def __init__(self, console: Console):
+        """Keeps the console.
+
+        Args:
+            console: Where to print.
+        """
+        self._console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._steps = self._started_at = 0
+        self._started = self._logged = 0.0
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        say(self._console, text)
+
+    def start(self, step: int, steps: int) -> None:
+        """Opens the bar."""
+        self._steps, self._started_at = steps, step
+        self._started = time.monotonic()
+        self._logged = -math.inf
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(
+            "train", total=steps, completed=step, loss="-", rate="-"
+        )
+        self._progress.start()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Moves the bar, or prints a line if the last one is old enough."""
+        step = record["step"]
+        loss, rate = f"{record['loss']:.3f}", f"{record['tokens_per_second']:,.0f}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, loss=loss, rate=rate)
+            return
+        now = time.monotonic()
+        if now - self._logged < _LOG_SECONDS and step != self._steps:
+            return
+        self._logged = now
+        made = step - self._started_at
+        left = (now - self._started) / made * (self._steps - step)
+        self.note(
+            f"step {step}/{self._steps}  loss {loss}  {rate} tokens/s  "
+            f"{_clock(left)} left"
+        )
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Prints the validation loss."""
+        self.note(f"step {record['step']}  validation loss {record['loss']:.3f}")
+
+    def stop(self) -> None:
+        """Closes the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def say(console: Console, text: str) -> None:
+    """Prints text as it is: no markup, no colouring, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def summarise(console: Console, report: FinalReport, files: list[Path]) -> None:
+    """Prints the samples, the measurements and the files of a finished run.
+
+    Args:
+        console: Where to print.
+        report: The measurements.
+        files: The run's files.
+    """
+    say(console, "\n--- prompt ---")
+    say(console, printable(report.prompt))
+    for sample in report.samples:
+        say(console, f"\n--- sampled at temperature {sample.temperature:g} ---")
+        say(console, printable(sample.text))
+    say(console, "\n--- result ---")
+    for line in summary_lines(report):
+        say(console, line)
+    say(console, "files: " + ", ".join(str(file) for file in files))
+
+
+def summary_lines(report: FinalReport) -> list[str]:
+    """The measurements of a finished run, a line each."""
+    memory = report.memory
+    gain = report.unigram_entropy - report.loss
+    side = "below" if gain > 0 else "above"
+    lines = [
+        f"steps: {report.step:,} in {_clock(report.seconds)}, after "
+        f"{report.compile_seconds:.1f} s of compilation",
+        f"validation loss: {report.loss:.3f} nats a token, perplexity "
+        f"{report.perplexity:,.1f} ({report.tokens_evaluated:,} tokens)",
+        f"unigram entropy of the corpus: {report.unigram_entropy:.3f} nats; the "
+        f"validation loss is {abs(gain):.3f} nats {side} it",
+        "training frequencies on the validation tokens: "
+        f"{report.unigram_cross_entropy:.3f} nats",
+        f"stored logits would take {memory.stored_logits / _MIB:,.1f} MiB a step, "
+        f"{memory.stored_logits_with_gradient / _MIB:,.1f} MiB with their gradient",
+    ]
+    if memory.step_temporaries is None:
+        lines.append("the compiled step's memory: not reported on this platform")
+    else:
+        lines.append(
+            f"the compiled step's temporaries take "
+            f"{memory.step_temporaries / _MIB:,.1f} MiB in all"
+        )
+    return lines
+
+
+def printable(text: str) -> str:
+    """Spells out control characters, which sampled text may hold, line ends apart."""
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,227 @@
+"""The text to train on: which files, which of them are read, and how they are split.
+
+A corpus is a text file, a folder of text files, or a .gz of one; without a path it is
+the standard library's own sources, which every Python has. Everything here is
+deterministic: the same files give the same corpus, split and digest wherever they lie.
+
+- Inside a folder, files that are not UTF-8 text are passed over and counted; hidden
+  files and folders are not looked at.
+- Identical files count once, so that no validation file is also a training file.
+- Several files are split file by file, in the order of their contents' hashes. A
+  single file is split by position: its end is the validation text.
+"""
+
+import gzip
+import hashlib
+import os
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+VALIDATION_FRACTION = 0.05
+
+# Not the standard library's own sources, though they lie in its folder.
+_FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
+class CorpusError(ValueError):
+    """The corpus cannot be trained on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts to train and validate on.
+
+    Attributes:
+        source: Where the texts come from, in words.
+        train: One text a file.
+        validation: One text a file, none of them in `train`.
+        skipped: Number of files that were not UTF-8 text or could not be read.
+        duplicates: Number of files left out because another has the same contents.
+        digest: Hash of all texts and of the split; independent of names and places.
+    """
+
+    source: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    skipped: int
+    duplicates: int
+    digest: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all texts in UTF-8."""
+        return sum(len(text.encode()) for text in (*self.train, *self.validation))
+
+
+def read_corpus(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    validation_fraction: float = VALIDATION_FRACTION,
+) -> Corpus:
+    """Reads the corpus into memory and splits it.
+
+    Args:
+        path: A text file, a folder (searched recursively) or a .gz of one text. None
+            means the .py files of the running Python's standard library, without
+            installed packages.
+        validation_fraction: Share of the bytes to validate on, in (0, 1).
+
+    Returns:
+        The corpus, with at least one text on either side of the split.
+
+    Raises:
+        CorpusError: The path does not exist, or holds no text, or too little of it to
+            split.
+
+    Example:
+        >>> corpus = read_corpus()
+        >>> len(corpus.train) > len(corpus.validation) > 0
+        True
+    """
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(
+            f"`validation_fraction` must be between 0 and 1, got {validation_fraction}."
+        )
+    if path is None:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        source = f"the Python {version} standard library"
+        files = list(_standard_library_files())
+    else:
+        path, source = Path(path), str(path)
+        if not path.exists():
+            raise CorpusError(f"the corpus {source} does not exist.")
+        if not (path.is_dir() or path.is_file()):
+            raise CorpusError(f"the corpus {source} is neither a file nor a folder.")
+        files = list(_folder_files(path)) if path.is_dir() else [path]
+    single = path is not None and files == [path]
+    texts, skipped, duplicates = _read_texts(files, source, single=single)
+    if not texts:
+        passed_over = f" ({skipped} files are not UTF-8 text)" if skipped else ""
+        raise CorpusError(f"the corpus {source} holds no text{passed_over}.")
+    ordered = [texts[key] for key in sorted(texts)]
+    if len(ordered) == 1:
+        train, validation = _split_by_position(ordered[0], validation_fraction, source)
+    else:
+        train, validation = _split_by_file(ordered, validation_fraction)
+    return Corpus(
+        source=source,
+        train=tuple(train),
+        validation=tuple(validation),
+        skipped=skipped,
+        duplicates=duplicates,
+        digest=_digest(train, validation),
+    )
+
+
+def _standard_library_files() -> Iterator[Path]:
+    """Yields the standard library's .py files in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - _FOREIGN_FOLDERS)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                yield Path(folder, name)
+
+
+def _folder_files(root: Path) -> Iterator[Path]:
+    """Yields the files below `root` in a fixed order, hidden ones excepted."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(folder, name).is_file():
+                yield Path(folder, name)
+
+
+def _read_texts(
+    files: Sequence[Path], source: str, *, single: bool
+) -> tuple[dict[str, str], int, int]:
+    """Reads files; returns texts by hash, and the skipped and duplicate counts."""
+    texts: dict[str, str] = {}
+    skipped = duplicates = 0
+    for file in files:
+        try:
+            text = _read_text(file)
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            if single:
+                reason = (
+                    "is not UTF-8 text"
+                    if isinstance(error, UnicodeDecodeError)
+                    else f"cannot be read ({error})"
+                )
+                raise CorpusError(f"the corpus {source} {reason}.") from error
+            skipped += 1
+            continue
+        if not text.strip():
+            continue
+        key = hashlib.blake2b(text.encode()).hexdigest()
+        duplicates += key in texts
+        texts[key] = text
+    return texts, skipped, duplicates
+
+
+def _read_text(file: Path) -> str:
+    """Reads one file, or raises; a NUL byte marks it as binary."""
+    data = file.read_bytes()
+    if file.suffix == ".gz":
+        data = gzip.decompress(data)
+    if b"\0" in data:
+        position = data.index(b"\0")
+        raise UnicodeDecodeError("utf-8", data, position, position + 1, "NUL byte")
+    return data.decode("utf-8-sig")
+
+
+def _split_by_file(
+    texts: Sequence[str], fraction: float
+) -> tuple[list[str], list[str]]:
+    """Fills the validation share of the bytes with texts, in the order given.
+
+    Texts larger than a tenth of the share would make it one-sided: they are taken only
+    where the others do not fill half of it. Where no text fits at all, the smallest one
+    is the validation text.
+    """
+    sizes = [len(text.encode()) for text in texts]
+    share = fraction * sum(sizes)
+    chosen: set[int] = set()
+    taken = 0
+    for largest in (0.1 * share, share):
+        for index, size in enumerate(sizes):
+            fits = size <= largest and taken + size <= share
+            if index not in chosen and fits:
+                chosen.add(index)
+                taken += size
+        if taken >= 0.5 * share:
+            break
+    if not chosen:
+        chosen = {min(range(len(texts)), key=sizes.__getitem__)}
+    train = [text for index, text in enumerate(texts) if index not in chosen]
+    return train, [texts[index] for index in sorted(chosen)]
+
+
+def _split_by_position(
+    text: str, fraction: float, source: str
+) -> tuple[list[str], list[str]]:
+    """Cuts one text in two, at a line's end where there is one near the fraction."""
+    cut = round(len(text) * (1.0 - fraction))
+    line_end = text.rfind("\n", 0, cut) + 1
+    if line_end > 0.9 * cut:
+        cut = line_end
+    train, validation = text[:cut], text[cut:]
+    if not train.strip() or not validation.strip():
+        raise CorpusError(f"the corpus {source} is too small to split.")
+    return [train], [validation]
+
+
+def _digest(train: Sequence[str], validation: Sequence[str]) -> str:
+    """Hashes the texts and the split."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (train, validation):
+        digest.update(len(part).to_bytes(8, "little"))
+        for text in part:
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,173 @@
+"""The files of a training run: configuration, metrics, loss curve, checkpoints.
+
+One folder holds one run:
+
+- `config.json`: what the run is, written before its first step and never changed;
+- `metrics.jsonl`: one JSON object a line, each with an `event` ("train", "validation"
+  or, last, "final") and its `step`;
+- `loss.png`: the curve of both losses beside the unigram entropy;
+- `tokenizer.json`: the tokenizer, so that the run stands without the token cache;
+- `checkpoints/`: Orbax checkpoints.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Fields of a metrics line that differ between equal runs.
+WALL_CLOCK_FIELDS = frozenset({"seconds", "tokens_per_second", "compile_seconds"})
+
+_OWN_NAMES = (
+    "config.json",
+    "metrics.jsonl",
+    "loss.png",
+    "tokenizer.json",
+    "checkpoints",
+)
+
+
+class RunDirectoryError(ValueError):
+    """The run's folder cannot be used as asked; the message says why."""
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Names the folder; touches nothing.
+
+        Args:
+            path: The folder, which may not exist yet.
+        """
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.curve = self.path / "loss.png"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.checkpoints = self.path / "checkpoints"
+
+    def check_vacant(self) -> None:
+        """Raises `RunDirectoryError` unless a new run can be written here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"`out` {self.path} is a file, not a folder.")
+        for name in _OWN_NAMES:
+            if (self.path / name).exists():
+                raise RunDirectoryError(
+                    f"`out` {self.path} already holds a run ({name}); continue it with "
+                    "`resume` or name another folder."
+                )
+        existing = self.path.absolute()
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise RunDirectoryError(f"`out` {self.path} cannot be written.")
+
+    def check_resumable(self) -> None:
+        """Raises `RunDirectoryError` unless a run was started here."""
+        if not self.config.is_file():
+            raise RunDirectoryError(
+                f"`out` {self.path} holds no run to resume (no config.json)."
+            )
+
+    def start(self, description: Mapping[str, Any], tokenizer: Path) -> None:
+        """Makes the folder and writes what the run is; `config.json` comes last.
+
+        Args:
+            description: JSON-serialisable contents of `config.json`.
+            tokenizer: The tokenizer file to copy.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tokenizer, self.tokenizer)
+            self.metrics.touch()
+            text = json.dumps(description, indent=2) + "\n"
+            _write_atomically(self.config, text.encode())
+        except OSError as error:
+            raise RunDirectoryError(
+                f"`out` {self.path} cannot be written ({error})."
+            ) from error
+
+    def description(self) -> dict[str, Any]:
+        """Reads `config.json`."""
+        self.check_resumable()
+        try:
+            return json.loads(self.config.read_text())
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(
+                f"{self.config} cannot be read ({error})."
+            ) from error
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yields the complete lines of the metrics file."""
+        if not self.metrics.exists():
+            return
+        for line in self.metrics.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return  # the last line of a killed process may be cut short
+
+    def final_record(self) -> dict[str, Any] | None:
+        """The "final" metrics line of a finished run, or None."""
+        return next((line for line in self.records() if line["event"] == "final"), None)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a metrics line and hands it to the operating system at once."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the metrics lines after a step, and the "final" one.
+
+        Args:
+            step: The checkpoint's step; 0 drops all.
+        """
+        kept = [
+            json.dumps(record) + "\n"
+            for record in self.records()
+            if record["step"] <= step and record["event"] != "final"
+        ]
+        _write_atomically(self.metrics, "".join(kept).encode())
+
+    def plot(self, unigram: float, final: Mapping[str, Any]) -> None:
+        """Draws the loss curve from the metrics file.
+
+        Args:
+            unigram: Height in nats of the reference line, the unigram entropy.
+            final: The "final" metrics line, not yet in the file.
+        """
+        from matplotlib.figure import Figure
+
+        curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
+        for record in self.records():
+            if record["event"] in curves:
+                curves[record["event"]].append((record["step"], record["loss"]))
+        curves["validation"].append((final["step"], final["loss"]))
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        if curves["train"]:
+            axes.plot(*zip(*curves["train"], strict=True), lw=0.8, label="training")
+        axes.plot(
+            *zip(*curves["validation"], strict=True), marker="o", label="validation"
+        )
+        axes.axhline(unigram, color="0.5", ls="--", lw=1, label="unigram entropy")
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        partial = self.curve.with_name("." + self.curve.name)
+        figure.savefig(partial, dpi=150, format="png")
+        partial.replace(self.curve)
+
+    def files(self) -> list[Path]:
+        """The run's files and folders that exist."""
+        return [self.path / name for name in _OWN_NAMES if (self.path / name).exists()]
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a file so that it is never seen half-written."""
+    partial = path.with_name("." + path.name)
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,143 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxsoft import __version__
+from jaxsoft.cli import main
+
+TEXT = "".join(f"line {index} of a little text\n" for index in range(2000))
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """Flags of a run that takes a second; the working folder is a fresh one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return """--corpus text.txt --cache-dir cache --out run --vocab-size 270 --steps 4
+        --batch-size 4 --sequence-length 16 --features 16 --layers 1 --heads 2
+        --evaluation-tokens 64 --sample-tokens 8""".split()
+
+
+def fails(capsys, arguments, code=2):
+    """Runs the command; returns the one line that it says on stderr."""
+    try:
+        assert main(arguments) == code
+    except SystemExit as stop:
+        assert stop.code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_prints_its_measurements_and_files(options, capsys, tmp_path):
+    assert main(["train", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for pattern in (
+        r"corpus: text.txt, 0.1 MB; 1|2 texts",
+        r"step 4/4  loss \d\.\d{3}  [\d,]+ tokens/s  0:00 left",
+        r"--- sampled at temperature 0 ---",
+        r"--- sampled at temperature 0.7 ---",
+        r"--- sampled at temperature 1 ---",
+        r"validation loss: \d\.\d{3} nats a token, perplexity [\d.]+",
+        r"unigram entropy of the corpus: \d\.\d{3} nats; the validation loss is",
+        r"stored logits would take 0\.1 MiB a step, 0\.1 MiB with their gradient",
+        r"temporaries take [\d.]+ MiB in all",
+        r"files: run/config.json, run/metrics.jsonl, run/loss.png",
+    ):
+        assert re.search(pattern, captured.out), pattern
+    assert main(["train", "--out", "run", "--resume"]) == 0
+    captured = capsys.readouterr()
+    assert "the run in run finished at step 4" in captured.out
+    said = fails(capsys, ["train", *options])
+    assert "already holds a run (config.json)" in said and "--resume" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--corpus", "nowhere"], "the corpus nowhere does not exist."),
+        (["--corpus", "empty.txt"], "the corpus empty.txt holds no text."),
+        (["--corpus", "short.txt"], "is too small"),
+        (["--batch-size", "99999"], "smaller --batch-size or --sequence-length"),
+        (["--vocab-size", "100"], "--vocab-size must be at least 257"),
+        (["--steps", "0"], "--steps must be positive, got 0."),
+        (["--batch-size", "-3"], "--batch-size must be positive, got -3."),
+        (["--sequence-length", "0"], "--sequence-length must be positive, got 0."),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--out", "text.txt"], "--out text.txt is a file, not a folder."),
+        (["--out", "text.txt/run"], "--out text.txt/run cannot be written."),
+        (["--cache-dir", "text.txt"], "name another folder by --cache-dir."),
+        (["--resume"], "--out run holds no run to resume (no config.json)."),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    options, capsys, tmp_path, changes, message
+):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("a few words\n")
+    said = fails(capsys, ["train", *options, *changes])
+    assert message in said and said.startswith("jaxsoft")
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "text.txt").read_text() == TEXT
+
+
+def test_resume_of_another_configuration(options, capsys, tmp_path):
+    assert main(["train", *options]) == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run").glob("*.json*")}
+    capsys.readouterr()
+    said = fails(capsys, ["train", "--out", "run", "--resume", "--steps", "9"])
+    assert "the run in run has --steps 4, not 9" in said
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_resume_of_a_damaged_configuration(options, capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    for contents in ("", "{}", '{"config": {"nonsense": 1}}'):
+        (tmp_path / "run" / "config.json").write_text(contents)
+        assert "run/config.json" in fails(capsys, ["train", *options, "--resume"])
+
+
+def test_diverging_run_names_its_step(options, capsys):
+    said = fails(capsys, ["train", *options, "--learning-rate", "1e38"], code=1)
+    assert re.match(r"jaxsoft train: step \d: loss", said)
+    assert "--learning-rate" in said
+
+
+def test_missing_extra_is_one_line(options, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    said = fails(capsys, ["train", *options])
+    assert said.endswith('pip install "jaxsoft[train]"')
+
+
+def test_no_command_is_an_error(capsys):
+    assert "COMMAND" in fails(capsys, [])
+
+
+def test_version_and_help(capsys):
+    for arguments in (["--version"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    captured = capsys.readouterr()
+    assert f"jaxsoft {__version__}" in captured.out
+    assert "--vocab-size SIZE" in captured.out and "(default: 65536)" in captured.out
+
+
+def test_import_takes_no_optional_package():
+    """Flax itself imports rich; whatever else is loaded, jaxsoft loaded."""
+    script = """if True:
+        import sys
+        import flax.nnx, optax
+        before = set(sys.modules)
+        import jaxsoft.cli
+        new = {name.partition(".")[0] for name in set(sys.modules) - before}
+        print(sorted(new & {"grain", "matplotlib", "orbax", "rich", "tokenizers"}))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
