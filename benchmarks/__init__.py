@@ -1,0 +1,1 @@
+"""How fast jaxsoft is, how much memory it takes, and against whom."""

@@ -1,0 +1,203 @@
+"""One case: check every contender, then time those that are right, by turns."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from benchmarks import checks, machine, peers, timing
+from benchmarks.session import Result, Session, Work
+
+# What compiling, checking and warming up one contender may take, for the budget.
+_SECONDS_PER_CONTENDER = 4.0
+# Programs run below the machine's best rate: an estimate, for the budget alone.
+_USUAL_EFFICIENCY = 0.4
+_SPARE_MEMORY = 1.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is asked, of whom, and what the answer is.
+
+    Attributes:
+      suite: the question.
+      workload: the model's name.
+      shape: its sizes and dtype, by letter.
+      title: what was asked, in words.
+      contenders: ours first; those that cannot take part say why.
+      prepare: turns a contender's function into what is compiled.
+      arguments: of the timed programs.
+      truth: computes what the checked outputs should be.
+      observe: picks the checked outputs, by the truth's names.
+      baseline: whose time is the unit, and whose error ours must not exceed.
+      limit: the largest error that any contender may have.
+      slack: what our error may exceed the baseline's by.
+      work: the physical minimum of a contender.
+      donated: positions of the arguments that outputs may overwrite.
+      check_arguments: fewer rows, where the truth of all of them costs too much;
+        None checks what the timed programs return.
+      timed: whether the right ones are timed.
+    """
+
+    suite: str
+    workload: str
+    shape: dict[str, Any]
+    title: str
+    contenders: list[peers.Contender]
+    prepare: Callable[[Callable[..., Any]], Callable[..., Any]]
+    arguments: tuple[Any, ...]
+    truth: Callable[[], checks.Truth]
+    observe: Callable[[Any], Mapping[str, Any]]
+    baseline: str
+    limit: float
+    slack: float
+    work: Callable[[peers.Contender], Work]
+    donated: tuple[int, ...] = ()
+    check_arguments: tuple[Any, ...] | None = None
+    timed: bool = True
+
+    def result(self, name: str, status: str, **details: Any) -> Result:
+        """A contender's result in this case."""
+        return Result(
+            self.suite,
+            self.workload,
+            self.shape,
+            self.title,
+            name,
+            status,
+            **details,
+        )
+
+
+def run_case(case: Case, session: Session) -> None:
+    """Checks, times and records one case.
+
+    Args:
+      case: what is asked.
+      session: where the results go.
+    """
+    present = []
+    for contender in case.contenders:
+        if contender.function is None:
+            result = case.result(contender.name, "not run", reason=contender.absent)
+            session.add(result)
+        else:
+            present.append(contender)
+    if (needed := _estimate(case, present, session)) > session.seconds_left():
+        reason = f"needs about {needed:.0f} s, more than is left"
+        for contender in present:
+            session.add(case.result(contender.name, "not run", reason=reason))
+        return
+    truth = case.truth()
+    outcomes = {contender.name: _check(case, contender, truth) for contender in present}
+    _compare_with_plain(case, outcomes, truth)
+    timings = {}
+    programs = [o.program for o in outcomes.values() if o.program and not o.status]
+    if case.timed and programs:
+        timings = timing.interleave(
+            programs, case.arguments, session.rounds, session.case_seconds
+        )
+    for contender in present:
+        _record(case, session, contender, outcomes[contender.name], timings)
+
+
+@dataclasses.dataclass
+class _Outcome:
+    """Where a contender stands before it is timed; no status means that it may be."""
+
+    program: timing.Program | None = None
+    status: str = ""
+    reason: str = ""
+    outputs: Mapping[str, Any] | None = None
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def _check(case: Case, contender: peers.Contender, truth: checks.Truth) -> _Outcome:
+    assert contender.function is not None
+    function = case.prepare(contender.function)
+    outcome = _Outcome()
+    try:
+        outcome.program = timing.compile_program(
+            contender.name, function, case.arguments, case.donated
+        )
+        if reason := _too_large(outcome.program):
+            outcome.status, outcome.reason = "not run", reason
+            return outcome
+        checked, arguments = outcome.program, case.arguments
+        if case.check_arguments is not None:
+            arguments = case.check_arguments
+            checked = timing.compile_program(contender.name, function, arguments)
+            timing.call(outcome.program, case.arguments)  # Fails here, if it must.
+        outputs, _ = timing.call(checked, arguments)
+        observed = jax.device_get(dict(case.observe(outputs)))
+    except Exception as error:  # A contender's failure is a result, not ours to raise.
+        outcome.status = "failed"
+        outcome.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        return outcome
+    verdict = checks.judge(observed, truth, absolute=case.limit)
+    outcome.outputs, outcome.errors = observed, verdict.errors
+    if not verdict.correct:
+        outcome.status, outcome.reason = "wrong", "; ".join(verdict.faults)
+    return outcome
+
+
+def _compare_with_plain(
+    case: Case, outcomes: dict[str, _Outcome], truth: checks.Truth
+) -> None:
+    """Holds ours to the error of the plain formula, where both were checked."""
+    ours, plain = outcomes[peers.OURS], outcomes[case.baseline].errors
+    if ours.outputs is None or not plain:
+        return
+    verdict = checks.judge(
+        ours.outputs, truth, absolute=case.limit, plain=plain, slack=case.slack
+    )
+    if not verdict.correct:
+        ours.status, ours.reason = "wrong", "; ".join(verdict.faults)
+
+
+def _record(
+    case: Case,
+    session: Session,
+    contender: peers.Contender,
+    outcome: _Outcome,
+    timings: dict[str, timing.Timing],
+) -> None:
+    measured, unit = timings.get(contender.name), timings.get(case.baseline)
+    session.add(
+        case.result(
+            contender.name,
+            outcome.status or ("timed" if measured else "right"),
+            reason=outcome.reason,
+            errors=outcome.errors,
+            timing=measured,
+            ratio=timing.paired_ratio(measured, unit) if measured and unit else None,
+            baseline=case.baseline if unit else "",
+            program=outcome.program,
+            work=case.work(contender),
+        )
+    )
+
+
+def _too_large(program: timing.Program) -> str:
+    available = machine.available_bytes()
+    if available is None or program.temporary_bytes is None:
+        return ""
+    needed = program.temporary_bytes + (program.output_bytes or 0)
+    if needed * _SPARE_MEMORY <= available:
+        return ""
+    return f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+
+
+def _estimate(case: Case, contenders: list[peers.Contender], session: Session) -> float:
+    """Seconds that a case may take: the rounds, one warm-up and one check of each."""
+    rates = session.rates()
+    seconds = 0.0
+    for contender in contenders:
+        work = case.work(contender)
+        floor = work.flops / rates.get(f"matmul {work.dtype}", float("inf"))
+        floor = max(floor, work.bytes / rates.get("copy", float("inf")))
+        each = floor / _USUAL_EFFICIENCY
+        seconds += _SECONDS_PER_CONTENDER + 2 * each
+        seconds += min(session.rounds * each, max(session.case_seconds, 5 * each))
+    return seconds

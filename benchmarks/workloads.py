@@ -1,0 +1,144 @@
+"""The shapes that are measured, each named after the model that has it."""
+
+import dataclasses
+import zlib
+from typing import Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Layout = Literal["hv", "vh"]
+_W = TypeVar("_W", "LinearWorkload", "SoftmaxWorkload")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearWorkload:
+    """A language model's head: `tokens` rows of `features`, over `classes`.
+
+    Attributes:
+      name: the model, and the dtype where two differ only in it.
+      tokens: N, rows of `hidden`.
+      features: H.
+      classes: V.
+      dtype: of `hidden` and of the kernel.
+      on_cpu: whether a CPU is asked to run it when no workload is named.
+    """
+
+    name: str
+    tokens: int
+    features: int
+    classes: int
+    dtype: str = "bfloat16"
+    on_cpu: bool = False
+
+    @property
+    def matmul_flops(self) -> int:
+        """Operations of one pass over the logits: a multiply and an add each."""
+        return 2 * self.tokens * self.features * self.classes
+
+    def quick(self) -> "LinearWorkload":
+        """The same workload, cut to sizes that take milliseconds."""
+        return dataclasses.replace(
+            self,
+            tokens=min(self.tokens, 67),
+            features=min(self.features, 32),
+            classes=min(self.classes, 4099),
+        )
+
+    def inputs(self, layout: Layout, seed: int = 0) -> tuple[jax.Array, ...]:
+        """Draws `hidden`, the kernel and the labels; logits have unit scale."""
+        keys = jax.random.split(_key(self.name, seed), 3)
+        kernel_shape = (self.features, self.classes)
+        if layout == "vh":
+            kernel_shape = kernel_shape[::-1]
+        hidden = jax.random.normal(keys[0], (self.tokens, self.features), self.dtype)
+        kernel = jax.random.normal(keys[1], kernel_shape, self.dtype)
+        kernel = kernel * jnp.asarray(self.features**-0.5, self.dtype)
+        labels = jax.random.randint(keys[2], (self.tokens,), 0, self.classes)
+        return jax.block_until_ready((hidden, kernel, labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxWorkload:
+    """A batch of stored logits: `rows` of `classes`.
+
+    Attributes:
+      name: the model whose vocabulary it is.
+      rows: N.
+      classes: V.
+      dtype: of the logits.
+      on_cpu: whether a CPU is asked to run it when no workload is named.
+    """
+
+    name: str
+    rows: int
+    classes: int
+    dtype: str = "float32"
+    on_cpu: bool = False
+
+    @property
+    def logits_bytes(self) -> int:
+        """Size of the logits."""
+        return self.rows * self.classes * jnp.dtype(self.dtype).itemsize
+
+    def quick(self) -> "SoftmaxWorkload":
+        """The same workload, cut to sizes that take milliseconds."""
+        return dataclasses.replace(
+            self, rows=min(self.rows, 67), classes=min(self.classes, 4099)
+        )
+
+    def inputs(self, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Draws logits, labels and a cotangent of the logits' shape."""
+        keys = jax.random.split(_key(self.name, seed), 3)
+        shape = (self.rows, self.classes)
+        logits = 4 * jax.random.normal(keys[0], shape, self.dtype)
+        labels = jax.random.randint(keys[1], (self.rows,), 0, self.classes)
+        cotangent = jax.random.normal(keys[2], shape, self.dtype)
+        return jax.block_until_ready((logits, labels, cotangent))
+
+
+LINEAR = (
+    # The vocabulary of `jaxsoft train`, at a size that two CPU cores can store.
+    LinearWorkload("train-65k", 2048, 512, 65536, "float32", on_cpu=True),
+    # GPT-2's vocabulary: a prime, under a prime number of tokens.
+    LinearWorkload("gpt2-odd", 20011, 64, 50257, "float32", on_cpu=True),
+    LinearWorkload("gpt2-odd-bfloat16", 20011, 64, 50257, on_cpu=True),
+    LinearWorkload("gemma2-2b", 8192, 2304, 256000),
+    LinearWorkload("llama3-8b", 8192, 4096, 128256),
+    LinearWorkload("qwen3-8b", 4096, 4096, 151936),
+    LinearWorkload("gemma3-4b", 8192, 2560, 262144),
+    # The shape of Liger's published figures.
+    LinearWorkload("liger-131k", 8192, 4096, 131072),
+)
+
+SOFTMAX = (
+    SoftmaxWorkload("mistral-7b", 2048, 32768, on_cpu=True),
+    # The shape of QuACK's published figures.
+    SoftmaxWorkload("quack-131k", 16384, 131072),
+)
+
+
+def select(
+    workloads: tuple[_W, ...], names: tuple[str, ...], *, platform: str, quick: bool
+) -> tuple[_W, ...]:
+    """Picks the workloads to run.
+
+    Args:
+      workloads: all of a suite.
+      names: those asked for; none means those that suit the platform.
+      platform: JAX's name of it.
+      quick: whether to cut them to sizes that take milliseconds.
+
+    Returns:
+      The chosen workloads, in the suite's order.
+    """
+    if names:
+        chosen = tuple(w for w in workloads if w.name in names)
+    else:
+        chosen = tuple(w for w in workloads if platform != "cpu" or w.on_cpu)
+    return tuple(w.quick() for w in chosen) if quick else chosen
+
+
+def _key(name: str, seed: int) -> jax.Array:
+    """A key of its own for every workload, the same in every run."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
