@@ -1,0 +1,63 @@
+"""README: every snippet and every command runs."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_snippets_run_in_order():
+    """In a process of its own: users do not run JAX as strictly as the tests."""
+    code = "\n".join(_blocks("python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (line.split() for line in done.stdout.splitlines())
+    assert (before[0], after[0]) == ("before", "after")
+    assert abs(float(before[1]) - float(after[1])) < 1e-4
+    assert float(after[2]) < float(before[2]) / 4
+
+
+def test_set_up_commands_name_what_exists():
+    """`.ci/run` runs the test command whole; here its parts are checked."""
+    commands = [shlex.split(line) for block in _blocks("bash") for line in [block]]
+    assert len(commands) == 2
+    train, tests = commands
+    assert ".[train]" in train and train[-2:] == [".venv/bin/jaxsoft", "train"]
+    assert ".[test]" in tests and tests[-1] == ".venv/bin/pytest"
+
+
+def test_options_that_the_text_names_exist():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxsoft", "train", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    named = set(re.findall(r"`jaxsoft train (--[a-z-]+)", README)) - {"--help"}
+    assert named == {"--corpus", "--resume"}
+    assert all(option in done.stdout for option in named)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_table_names_every_public_function():
+    import jaxsoft
+
+    for name in jaxsoft.__all__:
+        if name[0].islower():
+            assert f"`{name}`" in README, name
