@@ -24,7 +24,8 @@ def logits(config: Config, operands: Operands) -> jax.Array:
     if operands.bias is not None:
         u = u + operands.bias.astype(dtype)[None]
     if config.softcap is not None:
-        u = config.softcap * jnp.tanh(u / config.softcap)
+        capped = config.softcap * jnp.tanh(u / config.softcap)
+        u = jnp.where(u == -jnp.inf, u, capped)
     if operands.class_mask is not None:
         u = jnp.where(operands.class_mask[None], u, -jnp.inf)
     return u

@@ -39,12 +39,14 @@ class Tile(NamedTuple):
       logits: [R, B] u, with -inf at masked classes and at those covered before.
       masked: whether some logits can be -inf on purpose.
       is_label: [R, B] whether the class is the row's label; None without labels.
+      slope: [R, B] derivative of the soft-cap; None without one.
     """
 
     kernel: jax.Array
     logits: jax.Array
     masked: bool
     is_label: jax.Array | None
+    slope: jax.Array | None
 
 
 class _Running(NamedTuple):
@@ -105,10 +107,6 @@ def slice_or_none(array: Any, start: jax.Array, size: int) -> Any:
     return None if array is None else lax.dynamic_slice_in_dim(array, start, size)
 
 
-def _softcap(logits: jax.Array, cap: float | None) -> jax.Array:
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
 def compute_tile(
     config: Config, operands: Operands, tiles: tiling.Tiling, index
 ) -> Tile:
@@ -122,9 +120,19 @@ def compute_tile(
     kernel = kernel.astype(operand_dtype)
     hidden = operands.hidden.astype(operand_dtype)
     u = dot(hidden, kernel, (1, 1 - config.class_axis), config, dtype)
+    bias = None
     if operands.bias is not None:
-        u = u + slice_or_none(operands.bias, start, size).astype(dtype)[None]
-    u = _softcap(u, config.softcap)
+        bias = slice_or_none(operands.bias, start, size).astype(dtype)[None]
+        u = u + bias
+    slope = None
+    if config.softcap is not None:
+        bent = jnp.tanh(u / config.softcap)
+        # From the tanh itself: the rounded u would cost digits where it saturates.
+        slope = 1 - bent * bent
+        u = config.softcap * bent
+        if bias is not None:
+            # The cap would lift the -inf of a masked class.
+            u = jnp.where(bias == -jnp.inf, -jnp.inf, u)
     masked = operands.bias is not None
     if operands.class_mask is not None:
         u = jnp.where(
@@ -143,7 +151,7 @@ def compute_tile(
         if fresh is not None:
             labels = jnp.where(labels >= first, labels, -1)
         is_label = classes[None] == labels[:, None]
-    return Tile(kernel, u, masked, is_label)
+    return Tile(kernel, u, masked, is_label, slope)
 
 
 def forward(config: Config, operands: Operands) -> tuple[Fields, jax.Array]:

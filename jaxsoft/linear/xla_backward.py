@@ -237,7 +237,7 @@ def _write(total, tile, start, axis: int, fresh, tiles: tiling.Tiling):
     return lax.dynamic_update_slice_in_dim(total, tile, start, axis)
 
 
-def _dlogits(config, operands, rows: _Rows, tile: Tile, moments: bool):
+def _dlogits(config, operands, rows: _Rows, tile: Tile, moments: bool) -> tuple:
     """Returns the derivative by the logits before the cap, and Σ p c and Σ p c²."""
     rows = jax.tree.map(lambda a: a[:, None], rows)
     peak = jnp.where(rows.max == -jnp.inf, 0, rows.max)
@@ -256,9 +256,8 @@ def _dlogits(config, operands, rows: _Rows, tile: Tile, moments: bool):
         d = d + jnp.where(picked, rows.label, 0)
     if rows.kept is not None:
         d = d + (jnp.where(u == -jnp.inf, 0, rows.kept) if tile.masked else rows.kept)
-    if config.softcap is not None:
-        slope = 1 - (u / config.softcap) ** 2
-        d = jnp.where(u == -jnp.inf, 0, d * slope) if tile.masked else d * slope
+    if tile.slope is not None:
+        d = d * tile.slope
     if not moments:
         return d, None
     pc = jnp.where(p == 0, 0, p * c)

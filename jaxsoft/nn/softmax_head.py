@@ -141,7 +141,8 @@ class SoftmaxHead(nnx.Module):
         if bias is not None:
             logits = logits + jnp.expand_dims(bias, range(hidden.ndim - 1)).astype(wide)
         if self.logit_softcap is not None:
-            logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+            capped = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+            logits = jnp.where(logits == -jnp.inf, logits, capped)
         return logits
 
     def loss(

@@ -253,8 +253,9 @@ def test_all_masked_is_zero_with_zero_gradient(reduction):
         assert all((np.asarray(g) == 0).all() for g in grads)
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_classes_masked_by_mask_and_by_bias(implementation):
+def test_classes_masked_by_mask_and_by_bias(implementation, cap):
     hidden, kernel, labels = cases.layer(5, 8, 300)
     labels = labels * 0 + 7
     mask = jnp.arange(300) % 3 != 0
@@ -263,7 +264,7 @@ def test_classes_masked_by_mask_and_by_bias(implementation):
     small = kernel[:, rest]
     at = jnp.full(5, int(np.searchsorted(rest, 7)))
     options = {"label_smoothing": 0.1, "z_loss": 0.1, "tile_bytes": TILE}
-    options["implementation"] = implementation
+    options |= {"implementation": implementation, "logit_softcap": cap}
 
     def run(kernel, labels, **more):
         def loss(hidden, kernel):
