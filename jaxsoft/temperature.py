@@ -10,7 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Temperature", "divide_by_temperature", "inverse", "over_temperature"]
+__all__ = [
+    "Temperature",
+    "divide_by_temperature",
+    "finite",
+    "inverse",
+    "over_temperature",
+    "times",
+]
 
 
 class Temperature(NamedTuple):
@@ -72,3 +79,14 @@ def over_temperature(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
     tau = Temperature.prepare(temperature, x.dtype)
     limit = jnp.where(x == 0, 0, jnp.copysign(jnp.inf, x))
     return jnp.where(tau.is_zero, limit, x * tau.scale / tau.divisor)
+
+
+def times(probabilities: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns p·c with 0·(-inf) = 0."""
+    return probabilities * jnp.where(probabilities == 0, 0, values)
+
+
+def finite(values: jax.Array) -> jax.Array:
+    """Clips ±inf to the largest finite numbers, so that 0 times it is 0."""
+    bound = jnp.finfo(values.dtype).max
+    return jnp.clip(values, -bound, bound)

@@ -18,7 +18,7 @@ from jax import lax
 from jaxsoft.dtypes import compute_dtype
 from jaxsoft.linear import tiling, varying
 from jaxsoft.linear.operands import Config, Fields, Operands
-from jaxsoft.temperature import divide_by_temperature, over_temperature
+from jaxsoft.temperature import divide_by_temperature, over_temperature, times
 
 __all__ = [
     "Tile",
@@ -229,7 +229,7 @@ def _merge(config, operands, tiles, running: _Running, tile: Tile, index) -> _Ru
     if weighted is not None:
         moved = jnp.where(rescale == 0, 0, back)
         weighted = rescale * (weighted + running.sum * moved)
-        weighted += _sum_times(weights, c)
+        weighted += jnp.sum(times(weights, c), axis=1, keepdims=True)
     if argmax is not None:
         start = jnp.minimum(
             index * tiles.block_classes, tiles.classes - tiles.block_classes
@@ -238,11 +238,6 @@ def _merge(config, operands, tiles, running: _Running, tile: Tile, index) -> _Ru
         argmax = jnp.where(new > running.max, best, argmax)
     total = rescale * running.sum + jnp.sum(weights, axis=1, keepdims=True)
     return _Running(new, total, label, gap, number, weighted, argmax)
-
-
-def _sum_times(weights: jax.Array, c: jax.Array) -> jax.Array:
-    """Returns Σ w c over classes, with 0·(-inf) = 0."""
-    return jnp.sum(jnp.where(weights == 0, 0, weights * c), axis=1, keepdims=True)
 
 
 def _finish(config: Config, operands: Operands, running: _Running):

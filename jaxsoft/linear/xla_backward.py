@@ -23,7 +23,7 @@ from jaxsoft.linear.xla import (
     slice_rows,
     tiles_of,
 )
-from jaxsoft.temperature import divide_by_temperature, inverse
+from jaxsoft.temperature import divide_by_temperature, finite, inverse, times
 
 __all__ = ["Cotangents", "Gradients", "Wanted", "backward"]
 
@@ -248,7 +248,7 @@ def _dlogits(config, operands, rows: _Rows, tile: Tile, moments: bool) -> tuple:
     if rows.share is not None:
         d = p * rows.share
     if rows.slope is not None:
-        d = d + jnp.where(p == 0, 0, p * c) * rows.slope
+        d = d + times(p, c) * rows.slope
     if rows.label is not None and tile.is_label is not None:
         picked = tile.is_label
         if tile.masked:
@@ -260,9 +260,8 @@ def _dlogits(config, operands, rows: _Rows, tile: Tile, moments: bool) -> tuple:
         d = d * tile.slope
     if not moments:
         return d, None
-    pc = jnp.where(p == 0, 0, p * c)
-    pcc = jnp.where(p == 0, 0, pc * c)
-    return d, jnp.stack([pc.sum(axis=1), pcc.sum(axis=1)], axis=1)
+    pc = times(p, c)
+    return d, jnp.stack([pc.sum(axis=1), times(pc, c).sum(axis=1)], axis=1)
 
 
 def _tau_cotangent(config, operands, fields, cotangents, moments) -> jax.Array:
@@ -274,14 +273,9 @@ def _tau_cotangent(config, operands, fields, cotangents, moments) -> jax.Array:
     if log_sum is not None:
         total += log_sum * first
     if label is not None:
-        total += label * _finite(fields.label)
+        total += label * finite(fields.label)
     if mean is not None:
-        total += mean * _finite(fields.mean)
+        total += mean * finite(fields.mean)
     if expected is not None:
         total += expected * (second - first * first + first)
     return -total * scale
-
-
-def _finite(values: jax.Array) -> jax.Array:
-    bound = jnp.finfo(values.dtype).max
-    return jnp.clip(values, -bound, bound)

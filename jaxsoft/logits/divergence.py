@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import exponentials, finite, is_zero, pick_temperature
-from jaxsoft.temperature import Temperature, inverse
+from jaxsoft.logits.softmax import exponentials, is_zero, pick_temperature
+from jaxsoft.temperature import Temperature, finite, inverse
 
 __all__ = ["DIVERGENCES", "scaled_divergence"]
 

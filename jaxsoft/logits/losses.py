@@ -14,14 +14,18 @@ from jaxsoft.logits.softmax import (
     check_temperature,
     check_where,
     exponentials,
-    finite,
     is_zero,
     log_softmax,
     pick_temperature,
     softmax,
+)
+from jaxsoft.temperature import (
+    divide_by_temperature,
+    finite,
+    inverse,
+    over_temperature,
     times,
 )
-from jaxsoft.temperature import divide_by_temperature, inverse, over_temperature
 
 __all__ = ["distillation_loss", "softmax_cross_entropy"]
 

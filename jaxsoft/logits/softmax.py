@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxsoft import checks, dtypes
 from jaxsoft.implementation import Implementation, resolve
 from jaxsoft.logits.centre import Centred, centre
-from jaxsoft.temperature import inverse, over_temperature
+from jaxsoft.temperature import finite, inverse, over_temperature, times
 
 __all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
 
@@ -288,17 +288,6 @@ def exponentials(centred: Centred, axis: int) -> tuple[jax.Array, jax.Array]:
     weights = jnp.exp(centred.values)
     total = jnp.sum(weights, axis=axis, keepdims=True)
     return weights, jnp.where(total == 0, 1, total)
-
-
-def times(probabilities: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns p·c with 0·(-inf) = 0."""
-    return probabilities * jnp.where(probabilities == 0, 0, values)
-
-
-def finite(values: jax.Array) -> jax.Array:
-    """Clips ±inf to the largest finite numbers, so that 0 times it is 0."""
-    bound = jnp.finfo(values.dtype).max
-    return jnp.clip(values, -bound, bound)
 
 
 def is_zero(tangent: Any) -> bool:
