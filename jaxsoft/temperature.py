@@ -55,8 +55,13 @@ def divide_by_temperature(
     At τ = 0 it is 0 where x equals the peak and -inf below it. Where x is -inf it
     is -inf at every temperature.
     """
-    if isinstance(temperature, float) and temperature == 1.0:
-        return x - peak
+    if isinstance(temperature, float):
+        if temperature == 1.0:
+            return x - peak
+        if jnp.finfo(x.dtype).tiny <= temperature <= 1.0:
+            return (x - peak) / temperature
+        if 1.0 < temperature <= jnp.finfo(x.dtype).max:
+            return (x * 0.25 - peak * 0.25) / (temperature * 0.25)
     tau = Temperature.prepare(temperature, x.dtype)
     lowest = x == -jnp.inf
     dropped = lowest | (tau.is_zero & (x < peak))

@@ -33,12 +33,23 @@ def centre(
     temperature: float | jax.Array,
     where: jax.Array | None,
     axis: int,
+    *,
+    guard: bool = True,
 ) -> Centred:
-    """Centres the logits `x`, which already have the dtype to compute in."""
+    """Centres the logits `x`, which already have the dtype to compute in.
+
+    With `guard=False` the peak of a row without any kept class is the lowest finite
+    number instead of 0, without a select, which would keep XLA from fusing the peak
+    with the exponentials.
+    """
     kept = x != -jnp.inf
     if where is not None:
         kept = kept & where
         x = jnp.where(where, x, -jnp.inf)
-    peak = jnp.max(x, axis=axis, keepdims=True)
-    peak = jnp.where(peak == -jnp.inf, 0, peak)
+    if guard:
+        peak = jnp.max(x, axis=axis, keepdims=True)
+        peak = jnp.where(peak == -jnp.inf, 0, peak)
+    else:
+        finite = jnp.maximum(x, jnp.finfo(x.dtype).min)
+        peak = jnp.max(finite, axis=axis, keepdims=True)
     return Centred(divide_by_temperature(x, peak, temperature), peak, kept)

@@ -62,7 +62,8 @@ def _log_ratio(student, teacher, tau, where, axis):
     prepared = Temperature.prepare(tau, student.dtype)
     # τ·(c_s - c_t), exact for close logits; at most 2e38, so that sums stay finite.
     gap = jnp.where(both, (student - s.peak) - (teacher - t.peak), 0)
-    delta = jnp.where(both, s.values - t.values, 0)
+    # XLA may contract the difference of the quotients: equal logits keep 0.
+    delta = jnp.where(both & (gap != 0), s.values - t.values, 0)
     delta = jnp.where(jnp.isnan(delta), 0, delta)
     spread = jnp.max(jnp.abs(delta), axis, keepdims=True)
     near = (spread <= _SMALL) & jnp.all(both | ~kept, axis, keepdims=True)

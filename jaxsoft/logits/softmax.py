@@ -322,45 +322,50 @@ def _rule(derivative: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _softmax(axis, static_tau, x, tau, where):
-    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
+    tau = pick_temperature(static_tau, tau)
+    centred = centre(x, tau, where, axis, guard=False)
     weights, total = exponentials(centred, axis)
     return weights / total
 
 
-def _softmax_derivative(axis, static_tau, x, tau, where, dx, slope):
-    p = _softmax(axis, static_tau, x, tau, where)
-    terms = []
-    if dx is not None:
-        terms.append(p * (dx - _sum(p * dx, axis)))
-    if slope is not None:
-        c = centre(x, pick_temperature(static_tau, tau), where, axis).values
-        pc = times(p, c)
-        terms.append(-(pc - p * _sum(pc, axis)) * slope)
-    return p, terms
+def _softmax_jvp(axis, static_tau, primals, tangents):
+    """Returns p and p (u - Σ p u) / τ, with u = dx - c dτ: one product a class."""
+    x, tau_array, where = primals
+    dx, dtau, _ = tangents
+    tau = pick_temperature(static_tau, tau_array)
+    p = _softmax(axis, static_tau, x, tau_array, where)
+    terms = [] if is_zero(dx) else [dx]
+    if not is_zero(dtau):
+        c = centre(x, tau, where, axis, guard=False).values
+        # Where c < -1000, p is 0 in every dtype: a finite c keeps the product 0.
+        terms.append(-jnp.maximum(c, -1000) * dtau)
+    if not terms:
+        return p, jnp.zeros_like(p)
+    change = sum(terms)
+    return p, p * (change - _sum(p * change, axis)) * inverse(tau, x.dtype)
 
 
-_softmax.defjvp(_rule(_softmax_derivative), symbolic_zeros=True)
+_softmax.defjvp(_softmax_jvp, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _log_softmax(axis, static_tau, x, tau, where):
-    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
+    tau = pick_temperature(static_tau, tau)
+    centred = centre(x, tau, where, axis, guard=False)
     _, total = exponentials(centred, axis)
     return centred.values - jnp.log(total)
 
 
 def _log_softmax_derivative(axis, static_tau, x, tau, where, dx, slope):
     out = _log_softmax(axis, static_tau, x, tau, where)
-    p = _softmax(axis, static_tau, x, tau, where)
-    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
-    terms = []
-    if dx is not None:
-        terms.append(jnp.where(centred.kept, dx - _sum(p * dx, axis), 0))
+    p = jnp.exp(out)
+    kept = x != -jnp.inf if where is None else (x != -jnp.inf) & where
+    change = jnp.zeros_like(x) if dx is None else dx
     if slope is not None:
-        c = centred.values
-        change = finite(c - _sum(times(p, c), axis))
-        terms.append(jnp.where(centred.kept, -change * slope, 0))
-    return out, terms
+        c = centre(x, pick_temperature(static_tau, tau), where, axis, guard=False)
+        change = change - finite(c.values) * slope
+    change = jnp.where(kept, change, 0)
+    return out, [jnp.where(kept, change - _sum(p * change, axis), 0)]
 
 
 _log_softmax.defjvp(_rule(_log_softmax_derivative), symbolic_zeros=True)
