@@ -17,7 +17,7 @@ from jaxsoft.logits.softmax import (
     is_zero,
     log_softmax,
     pick_temperature,
-    softmax,
+    probabilities,
 )
 from jaxsoft.temperature import (
     divide_by_temperature,
@@ -180,7 +180,7 @@ def _row_statistics_jvp(axis, static_tau, primals, tangents):
     dx, dtau, _, _ = tangents
     tau = pick_temperature(static_tau, tau_array)
     out = _row_statistics(axis, static_tau, x, tau_array, where, labels)
-    p = softmax(x, tau, axis=axis, where=where)
+    p = probabilities(axis, static_tau, x, tau_array, where)
     centred = centre(x, tau, where, axis)
     inverse_tau = inverse(tau, x.dtype)
     number = jnp.maximum(jnp.sum(centred.kept, axis, keepdims=True), 1)

@@ -322,18 +322,27 @@ def _rule(derivative: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _softmax(axis, static_tau, x, tau, where):
+    """Returns p, for storing: XLA computes peak and exponentials in one go."""
     tau = pick_temperature(static_tau, tau)
     centred = centre(x, tau, where, axis, guard=False)
     weights, total = exponentials(centred, axis)
     return weights / total
 
 
-def _softmax_jvp(axis, static_tau, primals, tangents):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def probabilities(axis, static_tau, x, tau, where):
+    """Returns p, for use inside a loop over classes, where it is not stored."""
+    tau = pick_temperature(static_tau, tau)
+    weights, total = exponentials(centre(x, tau, where, axis), axis)
+    return weights / total
+
+
+def _softmax_jvp(function, axis, static_tau, primals, tangents):
     """Returns p and p (u - Σ p u) / τ, with u = dx - c dτ: one product a class."""
     x, tau_array, where = primals
     dx, dtau, _ = tangents
     tau = pick_temperature(static_tau, tau_array)
-    p = _softmax(axis, static_tau, x, tau_array, where)
+    p = function(axis, static_tau, x, tau_array, where)
     terms = [] if is_zero(dx) else [dx]
     if not is_zero(dtau):
         c = centre(x, tau, where, axis, guard=False).values
@@ -345,7 +354,8 @@ def _softmax_jvp(axis, static_tau, primals, tangents):
     return p, p * (change - _sum(p * change, axis)) * inverse(tau, x.dtype)
 
 
-_softmax.defjvp(_softmax_jvp, symbolic_zeros=True)
+for _function in (_softmax, probabilities):
+    _function.defjvp(functools.partial(_softmax_jvp, _function), symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -382,7 +392,7 @@ def _logsumexp(axis, static_tau, x, tau, where):
 
 def _logsumexp_derivative(axis, static_tau, x, tau, where, dx, slope):
     out = _logsumexp(axis, static_tau, x, tau, where)
-    p = _softmax(axis, static_tau, x, tau, where)
+    p = probabilities(axis, static_tau, x, tau, where)
     terms = []
     if dx is not None:
         terms.append(jnp.sum(p * dx, axis))
@@ -409,7 +419,7 @@ def _entropy(axis, static_tau, x, tau, where):
 
 def _entropy_derivative(axis, static_tau, x, tau, where, dx, slope):
     out = _entropy(axis, static_tau, x, tau, where)
-    p = _softmax(axis, static_tau, x, tau, where)
+    p = probabilities(axis, static_tau, x, tau, where)
     c = centre(x, pick_temperature(static_tau, tau), where, axis).values
     excess = times(p, c) - p * _sum(times(p, c), axis)
     terms = []
