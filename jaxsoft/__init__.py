@@ -1,6 +1,9 @@
 """jaxsoft, the softmax layer of JAX."""
 
+from jaxsoft.linear.expected import linear_expected
+from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.losses import linear_cross_entropy
+from jaxsoft.linear.selection import linear_sample, linear_top_k
 from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
 from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
@@ -10,7 +13,12 @@ __all__ = [
     "distillation_loss",
     "entropy",
     "linear_cross_entropy",
+    "linear_expected",
+    "linear_log_prob",
+    "linear_log_prob_at",
+    "linear_sample",
     "linear_statistics",
+    "linear_top_k",
     "log_softmax",
     "logsumexp",
     "softmax",

@@ -9,23 +9,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxsoft.linear import reference, varying, xla, xla_backward
 from jaxsoft.linear.folding import Foldable
-from jaxsoft.linear.operands import Config, Fields, Operands
+from jaxsoft.linear.operands import Config, Fields, Operands, roles_like
 
-__all__ = ["statistics"]
-
-# Which operands have one row for each token, in the order of their fields.
-_ROWS = (True, False, False, True, True, False)
-
-
-def _shared(operands: Operands) -> tuple[Any, ...]:
-    """Returns what all rows share."""
-    return (operands.kernel, operands.bias, operands.class_mask)
-
-
-def _rows(operands: Operands) -> Operands:
-    """Returns `_ROWS` with None where an operand is missing."""
-    pairs = zip(_ROWS, operands, strict=True)
-    return Operands._make(None if o is None else f for f, o in pairs)
+__all__ = ["nonzero", "statistics", "values"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +25,14 @@ class _Statistics(Foldable):
             return reference.statistics(self.config, operands)
         return xla.forward(self.config, operands)[0]
 
-    def rows(self, operands: Operands) -> Operands:
-        return _rows(operands)
+    def roles(self, operands: Operands) -> tuple[Any, ...]:
+        return (operands.roles(self.config),)
 
-    def folds(self, batched: Operands) -> bool:
-        return not any(_shared(batched))
+    def out_roles(self, operands: Operands) -> Any:
+        config = self.config
+        labels = None if operands.labels is None else "nk"
+        wanted = [config.mean, config.expected, config.argmax]
+        return Fields._make(["n", "n", labels, *("n" if w else None for w in wanted)])
 
     def differentiable(self, moving: Operands):
         if self.config.implementation == "reference":
@@ -61,8 +50,12 @@ class _Statistics(Foldable):
 class _Forward(_Statistics):
     """The statistics inside their own derivative: JAX differentiates the loops."""
 
-    def call(self, operands: Operands) -> tuple[Fields, jax.Array]:
+    def call(self, operands: Operands) -> tuple[Fields, Any, Any]:
         return xla.forward(self.config, operands)
+
+    def out_roles(self, operands: Operands) -> Any:
+        number = "n" if self.config.mean else None
+        return super().out_roles(operands), "n", number
 
     def differentiable(self, moving: Operands):
         del moving
@@ -76,18 +69,30 @@ class _Backward(Foldable):
     config: Config
     wanted: xla_backward.Wanted
 
-    def call(self, operands, fields, total, cotangents) -> xla_backward.Gradients:
+    @property
+    def partial(self) -> bool:
+        return True
+
+    def call(self, operands, saved, cotangents) -> xla_backward.Gradients:
         return xla_backward.backward(
-            self.config, operands, fields, total, cotangents, self.wanted
+            self.config, operands, saved, cotangents, self.wanted
         )
 
-    def rows(self, operands, *rest) -> Any:
-        return _rows(operands), *jax.tree.map(lambda _: True, rest)
+    def roles(self, operands, saved, cotangents) -> Any:
+        fields, _, number = saved
+        return (
+            operands.roles(self.config),
+            (
+                roles_like(fields, ("n", "n", "nk", "n", "n", "n")),
+                "n",
+                None if number is None else "n",
+            ),
+            roles_like(cotangents, ("n", "nk", "n", "n")),
+        )
 
-    def folds(self, operands: Operands, *rest) -> bool:
-        del rest
-        # One dkernel an example cannot come from folded rows.
-        return not (any(_shared(operands)) or self.wanted.kernel or self.wanted.bias)
+    def out_roles(self, *args: Any) -> Any:
+        del args
+        return self.wanted.roles(self.config)
 
 
 def statistics(config: Config, operands: Operands) -> Fields:
@@ -98,7 +103,7 @@ def statistics(config: Config, operands: Operands) -> Fields:
       operands: the arrays; all rows are in one axis.
 
     Returns:
-      The wanted fields, [N] each.
+      The wanted fields.
     """
     return _Statistics(config)(varying.like(operands, operands))
 
@@ -112,31 +117,42 @@ def _differentiable(
 
 
 def _fwd(config: Config, wanted: xla_backward.Wanted, primals):
-    operands = jax.tree.map(
-        lambda a: a.value, primals, is_leaf=lambda a: hasattr(a, "perturbed")
-    )
     del wanted
-    fields, total = _Forward(config)(operands)
-    return fields, (operands, fields, total)
+    operands = values(primals)
+    saved = _Forward(config)(operands)
+    return saved[0], (operands, saved)
 
 
 def _bwd(config: Config, wanted: xla_backward.Wanted, residuals, cotangents: Fields):
     """Runs the one backward pass, for the cotangents that do not vanish."""
-    operands, fields, total = residuals
+    operands, saved = residuals
     given = xla_backward.Cotangents(
         *(
-            _nonzero(getattr(cotangents, name))
+            nonzero(getattr(cotangents, name))
             for name in xla_backward.Cotangents._fields
         )
     )
     if all(g is None for g in given):
         return (Operands._make([None] * len(operands)),)
-    out = _Backward(config, wanted)(operands, fields, total, given)
-    gradients = (out.hidden, out.kernel, out.bias, out.tau, None, None)
-    return (Operands._make(gradients),)
+    saved, given = varying.like((saved, given), operands)
+    out = _Backward(config, wanted)(operands, saved, given)
+    gradients = Operands._make([None] * len(operands))
+    return (
+        gradients._replace(
+            hidden=out.hidden, kernel=out.kernel, bias=out.bias, tau=out.tau
+        ),
+    )
 
 
-def _nonzero(cotangent: Any) -> jax.Array | None:
+def values(primals: Any) -> Any:
+    """Returns the values of primals that custom_vjp wrapped for symbolic zeros."""
+    return jax.tree.map(
+        lambda a: a.value, primals, is_leaf=lambda a: hasattr(a, "perturbed")
+    )
+
+
+def nonzero(cotangent: Any) -> jax.Array | None:
+    """Returns a cotangent, or None if it is known to vanish."""
     return None if isinstance(cotangent, SymbolicZero) else cotangent
 
 

@@ -1,13 +1,16 @@
-"""Calls whose batches under vmap become more rows.
+"""Calls whose batches under vmap become more rows, and which know how to be sharded.
 
 `jax.vmap` over a loop batches every operand of the loop: a vocabulary tile for each
 example, and a full dkernel for each before they are summed. The rows of a batch
 that shares one kernel are just more rows, so a `Foldable` call is a primitive of its
 own: under vmap it folds the batch into the rows, and when differentiated it steps
-aside for a function that knows which of its arguments have a tangent.
+aside for a function that knows which of its arguments have a tangent. Compiled for
+several devices it is cut along rows and classes by `partitioning.py`: XLA alone
+would gather what a loop slices.
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +19,16 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from jaxsoft.linear import partitioning
+
 __all__ = ["Foldable"]
 
 
 class Foldable(abc.ABC):
-    """A function of arrays that knows how to take a batch.
+    """A function of arrays that knows how to take a batch, and how to be sharded.
 
     Subclasses are frozen dataclasses, since they are parameters of a primitive.
+    Roles are those of `operands.py`.
     """
 
     @abc.abstractmethod
@@ -30,12 +36,26 @@ class Foldable(abc.ABC):
         """Computes the function; arguments and result are pytrees of arrays."""
 
     @abc.abstractmethod
-    def rows(self, *args: Any) -> Any:
-        """Tells, in the structure of `args`, which arrays have a leading row axis."""
+    def roles(self, *args: Any) -> Any:
+        """Returns the roles of the arrays, in the structure of `args`."""
 
     @abc.abstractmethod
-    def folds(self, *batched: Any) -> bool:
-        """Tells whether a batch can become rows, from which arrays are batched."""
+    def out_roles(self, *args: Any) -> Any:
+        """Returns the roles of the arrays of the result, in its structure."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether shards' results still have to be added up."""
+        return False
+
+    def over(self, vocab_axes: tuple[str, ...]) -> "Foldable":
+        """Returns the same function with its classes sharded over mesh axes."""
+        configs = {
+            field.name: dataclasses.replace(value, vocab_axes=vocab_axes)
+            for field in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+            if hasattr(value := getattr(self, field.name), "vocab_axes")
+        }
+        return dataclasses.replace(self, **configs)  # pyright: ignore
 
     def differentiable(self, *moving: Any) -> Callable[..., Any]:
         """Returns the function to differentiate, given which arguments move."""
@@ -91,8 +111,11 @@ def _batch(args, dims, *, jaxpr, foldable, tree):
         jnp.moveaxis(a, d, 0) if m else a
         for a, d, m in zip(args, dims, batched, strict=True)
     ]
-    if foldable.folds(*jax.tree.unflatten(tree, batched)):
-        is_row = jax.tree.leaves(foldable.rows(*jax.tree.unflatten(tree, args)))
+    roles, out_roles = _roles(foldable, tree, args)
+    is_row = [role[0] == "n" for role in roles]
+    # A batch becomes rows unless something has no rows, such as one dkernel an example.
+    rows_alone = all(r for r, m in zip(is_row, batched, strict=True) if m)
+    if rows_alone and all(role[0] == "n" for role in out_roles):
         folded = [
             _fold(a, m, size) if r else a
             for a, m, r in zip(args, batched, is_row, strict=True)
@@ -102,6 +125,13 @@ def _batch(args, dims, *, jaxpr, foldable, tree):
     else:
         out = _one_by_one(args, batched, foldable, tree)
     return out, [0] * len(out)
+
+
+def _roles(foldable, tree, args) -> tuple[list[str], list[str]]:
+    """Returns the roles of the flat arguments and results."""
+    args = jax.tree.unflatten(tree, args)
+    roles, out_roles = foldable.roles(*args), foldable.out_roles(*args)
+    return jax.tree.leaves(roles), jax.tree.leaves(out_roles)
 
 
 def _fold(array: jax.Array, batched: bool, size: int) -> jax.Array:
@@ -120,8 +150,20 @@ def _one_by_one(args, batched, foldable, tree):
     return jax.lax.map(function, [a for a, m in zip(args, batched, strict=True) if m])
 
 
+def _lower(ctx, *args, jaxpr, foldable, tree):
+    """Lowers to the function itself or, for several devices, to one they share."""
+    function = _evaluate
+    if partitioning.applies(ctx.module_context.axis_context):
+        roles, out_roles = _roles(foldable, tree, ctx.avals_in)
+        function = partitioning.shared(foldable, tree, roles, out_roles)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+    return mlir.lower_fun(function, multiple_results=True)(
+        ctx, *args, jaxpr=jaxpr, foldable=foldable, tree=tree
+    )
+
+
 _primitive.def_impl(_evaluate)
 _primitive.def_abstract_eval(lambda *args, jaxpr, foldable, tree: jaxpr.out_avals)
-mlir.register_lowering(_primitive, mlir.lower_fun(_evaluate, multiple_results=True))
+mlir.register_lowering(_primitive, _lower)
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

@@ -8,10 +8,11 @@ from jax.typing import ArrayLike
 
 from jaxsoft import checks
 from jaxsoft.implementation import Implementation
+from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import LogitStatistics, prepare
+from jaxsoft.linear.statistics import LogitStatistics, MeshAxes, prepare
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["Reduction", "linear_cross_entropy", "reduce_losses", "token_weights"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -33,8 +34,8 @@ def linear_cross_entropy(
     return_statistics: bool = False,
     kernel_layout: KernelLayout = "hv",
     precision: Any = None,
-    vocab_axis: str | None = None,
-    token_axes: tuple[str, ...] = (),
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> Any:
@@ -67,8 +68,11 @@ def linear_cross_entropy(
       return_statistics: whether to return the `LogitStatistics` as well.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
-      vocab_axis: must be None; sharded vocabularies are not implemented yet.
-      token_axes: must be empty; likewise.
+      vocab_axis: inside `jax.shard_map`, the mesh axis (or axes) that the classes are
+        sharded over: `kernel`, `bias` and `class_mask` are this shard's, labels and V
+        those of the whole. None: the classes are all here.
+      token_axes: inside `jax.shard_map`, the mesh axes that the tokens are sharded
+        over: "mean" and "sum" are those of all shards.
       tile_bytes: the most bytes that a tile of logits may take; None takes a
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
         is one to three tiles and, with gradients, a float32 sum of the shape of
@@ -84,7 +88,7 @@ def linear_cross_entropy(
     Raises:
       TypeError: if a dtype is wrong.
       ValueError: if a shape does not fit or an option is out of its range.
-      NotImplementedError: for mesh axes, and for implementations not available.
+      NotImplementedError: for implementations not available.
 
     Notes:
       Matrix products take the dtype of the inputs (the wider of the two) and
@@ -112,12 +116,13 @@ def linear_cross_entropy(
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     smoothing = checks.scalar_in("label_smoothing", label_smoothing, 0, 1)
     z_weight = checks.scalar_in("z_loss", z_loss, 0, float("inf"))
+    axes = sharding.check_axes("token_axes", token_axes)
     hidden = checks.floating("hidden", hidden)
     labels = checks.integer("labels", labels)
-    token_weights = _token_weights(hidden, labels, weights, ignore_label)
-    if token_weights is not None:
+    each = token_weights(hidden, labels, weights, ignore_label)
+    if each is not None:
         # What a masked token holds, NaN included, must not reach a matrix product.
-        live = token_weights != 0
+        live = each != 0
         hidden = jnp.where(live[..., None], hidden, 0)
         labels = jnp.where(live, labels, 0)
     wanted = ("mean",) if smoothing else ()
@@ -133,18 +138,17 @@ def linear_cross_entropy(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        token_axes=token_axes,
         tile_bytes=tile_bytes,
         implementation=implementation,
         wanted=("mean", "expected") if return_statistics else wanted,
     )
-    statistics = call.run()
+    statistics = call.run().with_one_label()
     loss = _token_loss(statistics, smoothing, z_weight)
-    loss = _reduce(loss, token_weights, reduction)
+    loss = reduce_losses(loss, each, reduction, axes)
     return (loss, statistics) if return_statistics else loss
 
 
-def _token_weights(hidden, labels, weights, ignore_label) -> jax.Array | None:
+def token_weights(hidden, labels, weights, ignore_label) -> jax.Array | None:
     """Returns one float32 weight a token, or None if all are 1."""
     rows = hidden.shape[:-1]
     checks.shape("labels", labels, rows, "hidden.shape[:-1]")
@@ -185,21 +189,29 @@ def _token_loss(
     return jnp.where((statistics.max == -jnp.inf) & ~invalid, 0, loss)
 
 
-def _reduce(
-    loss: jax.Array, weights: jax.Array | None, reduction: Reduction
+def reduce_losses(
+    loss: jax.Array,
+    weights: jax.Array | None,
+    reduction: Reduction,
+    token_axes: tuple[str, ...],
 ) -> jax.Array:
-    """Weights the losses of tokens, then reduces them."""
+    """Weights the losses of tokens, then reduces them over all shards of tokens."""
+
+    def total(values):
+        values = jnp.sum(values)
+        return jax.lax.psum(values, token_axes) if token_axes else values
+
     if weights is None:
-        if reduction == "mean":
-            return jnp.sum(loss) / max(loss.size, 1)
-        return jnp.sum(loss) if reduction == "sum" else loss
+        if reduction == "none":
+            return loss
+        count = loss.size * sharding.size(token_axes)
+        return total(loss) / max(count, 1) if reduction == "mean" else total(loss)
     weights = weights.astype(loss.dtype)
     loss = jnp.where(weights == 0, 0, loss)
     weighted = weights * loss
     if reduction == "none":
         return weighted
-    total = jnp.sum(weighted)
     if reduction == "sum":
-        return total
-    weight = jnp.sum(weights)
-    return total / jnp.where(weight == 0, 1, weight)
+        return total(weighted)
+    weight = total(weights)
+    return total(weighted) / jnp.where(weight == 0, 1, weight)

@@ -1,8 +1,11 @@
 """What the implementations of the linear room take and return.
 
-Shapes: N rows, H features, V classes. All leading axes of the public arguments are
-folded into N before they come here, and a temperature that is not a Python float is
-one number a row.
+Shapes: N rows, H features, V classes, K class ids a row. All leading axes of the public
+arguments are folded into N before they come here, and a temperature that is not a
+Python float is one number a row.
+
+Roles: a string per array names what each axis runs over, one letter an axis: "n" rows,
+"v" classes, anything else neither. vmap folds into "n"; devices share "n" and "v".
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsoft.dtypes import operand_dtype
 
-__all__ = ["Config", "Fields", "KernelLayout", "Operands"]
+__all__ = ["Config", "Fields", "KernelLayout", "Operands", "roles_like"]
 
 KernelLayout = Literal["hv", "vh"]
 
@@ -32,6 +35,7 @@ class Config:
       expected: whether the expected centred logit is wanted.
       argmax: whether the argmax is wanted.
       implementation: "reference" or "xla".
+      vocab_axes: the mesh axes that the classes are sharded over; () for none.
     """
 
     kernel_layout: KernelLayout
@@ -43,6 +47,7 @@ class Config:
     expected: bool
     argmax: bool
     implementation: str
+    vocab_axes: tuple[str, ...] = ()
 
     @property
     def class_axis(self) -> int:
@@ -58,8 +63,9 @@ class Operands(NamedTuple):
       kernel: [H, V] or [V, H] floating.
       bias: [V] floating, or None.
       tau: [N] in the dtype of the statistics, or None if it is static.
-      labels: [N] integers, or None. -1 in a row without a valid label.
+      labels: [N, K] int32 classes whose logits are wanted, or None. -1 for none.
       class_mask: [V] booleans, True keeps, or None.
+      excluded: [N, K] int32 classes that a row drops, or None. -1 for none.
     """
 
     hidden: jax.Array
@@ -68,10 +74,15 @@ class Operands(NamedTuple):
     tau: jax.Array | None
     labels: jax.Array | None
     class_mask: jax.Array | None
+    excluded: jax.Array | None = None
 
     def num_classes(self, config: Config) -> int:
         """V."""
         return self.kernel.shape[config.class_axis]
+
+    def roles(self, config: Config) -> Any:
+        """The roles of the arrays' axes; see the module."""
+        return roles_like(self, ("nh", config.kernel_layout, "v", "n", "nk", "v", "ne"))
 
     def matmul_dtype(self) -> jnp.dtype:
         """The dtype of the operands of the matrix products."""
@@ -86,14 +97,14 @@ class Operands(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """The centred statistics of each row, [N] each; None where not wanted.
+    """The centred statistics of each row; None where not wanted. All but label are [N].
 
     With u the logits, m their maximum, τ the temperature and c = (u - m) / τ:
 
     Attributes:
       max: m; -inf in a row without any kept class. No gradient flows through it.
       log_sum: ℓ = log Σ exp(c); 0 in a row without any kept class.
-      label: the centred logit of the label.
+      label: the centred logits of the labels, [N, K].
       mean: the mean of c over kept classes.
       expected: Σ p c.
       argmax: int32, the lowest class that reaches m.
@@ -105,3 +116,9 @@ class Fields(NamedTuple):
     mean: jax.Array | None
     expected: jax.Array | None
     argmax: jax.Array | None
+
+
+def roles_like(tree: Any, roles: Any) -> Any:
+    """Returns `roles` with None wherever `tree`, of the same type, has None."""
+    pairs = zip(tree, roles, strict=True)
+    return type(tree)._make(None if a is None else role for a, role in pairs)

@@ -28,6 +28,10 @@ def logits(config: Config, operands: Operands) -> jax.Array:
         u = jnp.where(u == -jnp.inf, u, capped)
     if operands.class_mask is not None:
         u = jnp.where(operands.class_mask[None], u, -jnp.inf)
+    if operands.excluded is not None:
+        classes = jnp.arange(u.shape[1], dtype=jnp.int32)
+        dropped = operands.excluded[..., None] == classes[None, None]
+        u = jnp.where(jnp.any(dropped, axis=1), -jnp.inf, u)
     return u
 
 
@@ -43,10 +47,9 @@ def statistics(config: Config, operands: Operands) -> Fields:
     total = jnp.where(largest == -jnp.inf, 1, total)
     label = mean = expected = argmax = None
     if operands.labels is not None:
-        is_label = (
-            jnp.arange(u.shape[1], dtype=jnp.int32)[None] == operands.labels[:, None]
-        )
-        label = jnp.sum(jnp.where(is_label, c, 0), axis=1)
+        classes = jnp.arange(u.shape[1], dtype=jnp.int32)
+        is_label = operands.labels[..., None] == classes[None, None]
+        label = jnp.sum(jnp.where(is_label, c[:, None], 0), axis=2)
     if config.mean:
         number = jnp.maximum(jnp.sum(kept, axis=1), 1)
         mean = jnp.sum(jnp.where(kept, c, 0), axis=1) / number.astype(c.dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,21 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft import checks, dtypes
 from jaxsoft.implementation import Implementation, resolve
-from jaxsoft.linear import derivative
+from jaxsoft.linear import derivative, sharding
 from jaxsoft.linear.operands import Config, Fields, KernelLayout, Operands
 from jaxsoft.linear.tiling import default_tile_bytes
 from jaxsoft.temperature import over_temperature
 
-__all__ = ["Call", "LogitStatistics", "linear_statistics", "prepare"]
+__all__ = [
+    "Call",
+    "LogitStatistics",
+    "MeshAxes",
+    "fold_rows",
+    "linear_statistics",
+    "prepare",
+]
+
+MeshAxes = str | Sequence[str] | None
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
 
@@ -78,6 +88,12 @@ class LogitStatistics:
         """The entropy in nats [...], in [0, log V]."""
         return self.log_sum - self._need("expected")
 
+    def with_one_label(self) -> "LogitStatistics":
+        """Returns the statistics with `label` [...] in place of [..., 1]."""
+        if self.label is None:
+            return self
+        return dataclasses.replace(self, label=self.label[..., 0])
+
     def _peak(self) -> jax.Array:
         tau = jnp.broadcast_to(self.temperature, self.max.shape)
         return over_temperature(jax.lax.stop_gradient(self.max), tau)
@@ -103,8 +119,8 @@ def linear_statistics(
     class_mask: ArrayLike | None = None,
     kernel_layout: KernelLayout = "hv",
     precision: Any = None,
-    vocab_axis: str | None = None,
-    token_axes: tuple[str, ...] = (),
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
     return_argmax: bool = False,
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,
@@ -126,8 +142,11 @@ def linear_statistics(
       class_mask: [V] booleans; False drops a class. None keeps all.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
-      vocab_axis: must be None; sharded vocabularies are not implemented yet.
-      token_axes: must be empty; likewise.
+      vocab_axis: inside `jax.shard_map`, the mesh axis (or axes) that the classes are
+        sharded over: `kernel`, `bias` and `class_mask` are this shard's, labels and V
+        those of the whole. None: the classes are all here.
+      token_axes: inside `jax.shard_map`, the mesh axes that the tokens are sharded
+        over; the statistics of a token do not depend on them.
       return_argmax: whether to compute `argmax`, at some cost.
       tile_bytes: the most bytes that a tile of logits may take; None takes a
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
@@ -142,7 +161,7 @@ def linear_statistics(
     Raises:
       TypeError: if a dtype is wrong.
       ValueError: if a shape does not fit or an option is out of its range.
-      NotImplementedError: for mesh axes, and for implementations not available.
+      NotImplementedError: for implementations not available.
 
     Notes:
       Matrix products take the dtype of the inputs (the wider of the two) and
@@ -164,6 +183,7 @@ def linear_statistics(
       arXiv:1805.02867; Wijmans et al., Cut Your Losses in Large-Vocabulary Language
       Models, arXiv:2411.09009.
     """
+    sharding.check_axes("token_axes", token_axes)
     call = prepare(
         "linear_statistics",
         hidden,
@@ -176,80 +196,102 @@ def linear_statistics(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        token_axes=token_axes,
         tile_bytes=tile_bytes,
         implementation=implementation,
         wanted=("mean", "expected") + (("argmax",) if return_argmax else ()),
     )
-    return call.run()
+    return call.run().with_one_label()
 
 
 class Call(NamedTuple):
-    """A checked call: the configuration, the arrays as given, and the shape of rows."""
+    """A checked call.
+
+    Attributes:
+      config: what is known when it is traced.
+      arrays: the arrays as given, with leading axes; `labels` [..., K].
+    """
 
     config: Config
     arrays: Operands
 
     def run(self) -> LogitStatistics:
-        """Computes the statistics."""
+        """Computes the statistics; `label` is [..., K]."""
         return _run(self.config, self.arrays)
+
+    def num_classes(self) -> int:
+        """V, of all shards."""
+        shards = sharding.size(self.config.vocab_axes)
+        return self.arrays.num_classes(self.config) * shards
+
+    def rows(self) -> Operands:
+        """Returns the arrays with all leading axes folded into one."""
+        return fold_rows(self.config, self.arrays)
 
 
 def prepare(
     name: str,
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike | None,
+    labels: ArrayLike | None = None,
     *,
-    bias: ArrayLike | None,
-    temperature: ArrayLike,
-    logit_softcap: float | None,
-    class_mask: ArrayLike | None,
-    kernel_layout: KernelLayout,
-    precision: Any,
-    vocab_axis: str | None,
-    token_axes: tuple[str, ...],
-    tile_bytes: int | None,
-    implementation: Implementation | None,
-    wanted: tuple[str, ...],
+    class_ids: ArrayLike | None = None,
+    excluded: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    kernel_layout: KernelLayout = "hv",
+    precision: Any = None,
+    vocab_axis: MeshAxes = None,
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+    wanted: tuple[str, ...] = (),
+    implementations: tuple[Implementation, ...] = IMPLEMENTATIONS,
+    prefix: str = "",
 ) -> Call:
     """Checks the arguments that the functions of this room share.
 
     Args:
       name: the public function's name, for messages.
-      hidden: see `linear_statistics`, as are all other arguments but the last.
+      hidden: see `linear_statistics`, as are all other arguments not said here.
       kernel: [H, V] or [V, H].
-      labels: [...].
+      labels: [...] integers, or None.
+      class_ids: [..., K] integers in place of labels, or None.
+      excluded: [..., K] integers, classes that a row drops, or None.
       bias: [V].
       temperature: scalar or [...].
       logit_softcap: the cap.
       class_mask: [V].
       kernel_layout: "hv" or "vh".
       precision: of the matrix products.
-      vocab_axis: must be None.
-      token_axes: must be empty.
+      vocab_axis: the mesh axes of the classes.
       tile_bytes: the budget.
       implementation: None or a name.
       wanted: which of "mean", "expected" and "argmax" to compute.
+      implementations: those that the function has.
+      prefix: what the names of hidden, kernel and their options start with.
 
     Returns:
       The call, ready to run.
     """
-    chosen = resolve(name, implementation, IMPLEMENTATIONS)
-    if vocab_axis is not None or tuple(token_axes):
+    chosen = resolve(name, implementation, implementations)
+    axes = sharding.check_axes("vocab_axis", vocab_axis)
+    if axes and chosen == "reference":
         raise NotImplementedError(
-            "`vocab_axis` and `token_axes` must be None and (), got "
-            f"{vocab_axis!r} and {token_axes!r}: sharded vocabularies come later."
+            '`implementation` must be None or "xla" with a vocab_axis, got "reference".'
         )
-    arrays = _check_arrays(hidden, kernel, labels, bias, class_mask, kernel_layout)
+    arrays = _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix)
     hidden, kernel = arrays.hidden, arrays.kernel
     if logit_softcap is not None:
-        logit_softcap = checks.scalar_in("logit_softcap", logit_softcap, 0, math.inf)
+        logit_softcap = checks.scalar_in(
+            f"{prefix}logit_softcap", logit_softcap, 0, math.inf
+        )
         if logit_softcap == 0:
-            raise ValueError("`logit_softcap` must be positive, got 0.")
+            raise ValueError(f"`{prefix}logit_softcap` must be positive, got 0.")
     tau = checks.temperature(temperature, dtypes.compute_dtype(hidden, kernel))
     if isinstance(tau, jax.Array) and tau.ndim:
-        checks.shape("temperature", tau, hidden.shape[:-1], "hidden.shape[:-1] or ()")
+        rows = f"{prefix}hidden.shape[:-1] or ()"
+        checks.shape("temperature", tau, hidden.shape[:-1], rows)
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(
             hidden.size * hidden.dtype.itemsize + kernel.size * kernel.dtype.itemsize
@@ -264,68 +306,102 @@ def prepare(
         expected="expected" in wanted,
         argmax="argmax" in wanted,
         implementation=chosen,
+        vocab_axes=axes,
     )
     array_tau = tau if isinstance(tau, jax.Array) else None
-    return Call(config, arrays._replace(tau=array_tau))
+    rows = hidden.shape[:-1]
+    if labels is not None:
+        labels = checks.integer("labels", labels)
+        checks.shape("labels", labels, rows, f"{prefix}hidden.shape[:-1]")
+        class_ids = labels[..., None]
+    elif class_ids is not None:
+        class_ids = _check_ids("class_ids", class_ids, rows)
+    if excluded is not None:
+        excluded = _check_ids("excluded", excluded, rows)
+    return Call(
+        config, arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
+    )
 
 
-def _check_arrays(hidden, kernel, labels, bias, class_mask, kernel_layout) -> Operands:
-    """Returns the arrays of a call but the temperature, their shapes checked."""
-    hidden = checks.floating("hidden", hidden)
-    kernel = checks.floating("kernel", kernel)
-    checks.one_of("kernel_layout", kernel_layout, ("hv", "vh"))
+def _check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
+    """Returns integers whose shape must be [..., K], K at least 1."""
+    ids = checks.integer(name, ids)
+    if ids.ndim == 0 or ids.shape[:-1] != rows or ids.shape[-1] == 0:
+        raise ValueError(
+            f"`{name}` must have shape [..., K] with hidden.shape[:-1] = {rows} and "
+            f"K >= 1, got {ids.shape}."
+        )
+    return ids
+
+
+def _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix) -> Operands:
+    """Returns the floating arrays and the mask of a call, their shapes checked."""
+    hidden = checks.floating(f"{prefix}hidden", hidden)
+    kernel = checks.floating(f"{prefix}kernel", kernel)
+    checks.one_of(f"{prefix}kernel_layout", kernel_layout, ("hv", "vh"))
     if hidden.ndim < 1:
-        raise ValueError("`hidden` must have shape [..., H], got a scalar.")
-    rows, features = hidden.shape[:-1], hidden.shape[-1]
+        raise ValueError(f"`{prefix}hidden` must have shape [..., H], got a scalar.")
+    features = hidden.shape[-1]
     legend = "[H, V]" if kernel_layout == "hv" else "[V, H]"
     class_axis = 1 if kernel_layout == "hv" else 0
     if kernel.ndim != 2 or kernel.shape[1 - class_axis] != features:
         raise ValueError(
-            f"`kernel` must have shape {legend} with H = {features}, "
-            f"got {kernel.shape}. kernel_layout says which axis holds the classes."
+            f"`{prefix}kernel` must have shape {legend} with H = {features}, got "
+            f"{kernel.shape}. {prefix}kernel_layout says which axis holds the classes."
         )
     num_classes = kernel.shape[class_axis]
     if num_classes == 0:
-        raise ValueError(f"`kernel` must have a class, got shape {kernel.shape}.")
-    if labels is not None:
-        labels = checks.integer("labels", labels)
-        checks.shape("labels", labels, rows, "hidden.shape[:-1]")
+        raise ValueError(
+            f"`{prefix}kernel` must have a class, got shape {kernel.shape}."
+        )
     if bias is not None:
-        bias = checks.floating("bias", bias)
-        checks.shape("bias", bias, (num_classes,), "[V]")
+        bias = checks.floating(f"{prefix}bias", bias)
+        checks.shape(f"{prefix}bias", bias, (num_classes,), "[V]")
     if class_mask is not None:
         class_mask = checks.boolean("class_mask", class_mask)
         checks.shape("class_mask", class_mask, (num_classes,), "[V]")
-    return Operands(hidden, kernel, bias, None, labels, class_mask)
+    return Operands(hidden, kernel, bias, None, None, class_mask)
+
+
+def fold_rows(config: Config, arrays: Operands) -> Operands:
+    """Folds leading axes into rows; labels that are no class become -1."""
+    rows = arrays.hidden.shape[:-1]
+    count = math.prod(rows)
+    num_classes = arrays.num_classes(config) * sharding.size(config.vocab_axes)
+
+    def ids(classes):
+        if classes is None:
+            return None
+        valid = (classes >= 0) & (classes < num_classes)
+        # Labels of a narrow or an unsigned dtype hold -1 and V only after widening.
+        classes = jnp.where(valid, classes, 0).astype(jnp.int32)
+        return jnp.where(valid, classes, -1).reshape(count, classes.shape[-1])
+
+    tau = arrays.tau
+    return arrays._replace(
+        hidden=arrays.hidden.reshape(count, arrays.hidden.shape[-1]),
+        labels=ids(arrays.labels),
+        tau=None if tau is None else jnp.broadcast_to(tau, rows).reshape(count),
+        excluded=ids(arrays.excluded),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _run(config: Config, arrays: Operands) -> LogitStatistics:
     """Folds leading axes into rows, computes, and unfolds."""
     rows = arrays.hidden.shape[:-1]
-    count = math.prod(rows)
-    num_classes = arrays.num_classes(config)
-    labels, valid = arrays.labels, None
-    if labels is not None:
-        valid = (labels >= 0) & (labels < num_classes)
-        # Labels of a narrow or an unsigned dtype hold -1 and V only after widening.
-        labels = jnp.where(valid, labels, 0).astype(jnp.int32)
-        labels = jnp.where(valid, labels, -1).reshape(count)
+    operands = fold_rows(config, arrays)
     dtype = dtypes.compute_dtype(arrays.hidden, arrays.kernel)
-    tau = arrays.tau
-    operands = arrays._replace(
-        hidden=arrays.hidden.reshape(count, arrays.hidden.shape[-1]),
-        labels=labels,
-        tau=None if tau is None else jnp.broadcast_to(tau, rows).reshape(count),
-    )
-    if count:
+    if operands.hidden.shape[0]:
         fields = derivative.statistics(config, operands)
-        fields = jax.tree.map(lambda a: a.reshape(rows), fields)
+        fields = jax.tree.map(lambda a: a.reshape(rows + a.shape[1:]), fields)
     else:
-        fields = _no_rows(config, rows, labels is not None, dtype)
+        fields = _no_rows(config, rows, arrays.labels, dtype)
     label = fields.label
-    if label is not None and valid is not None:
+    if label is not None and operands.labels is not None:
+        valid = operands.labels.reshape(label.shape) >= 0
         label = jnp.where(valid, label, jnp.nan)
+    tau = arrays.tau
     temperature = jnp.asarray(config.static_tau, dtype) if tau is None else tau
     return LogitStatistics(
         max=fields.max,
@@ -339,14 +415,17 @@ def _run(config: Config, arrays: Operands) -> LogitStatistics:
 
 
 def _no_rows(
-    config: Config, rows: tuple[int, ...], labelled: bool, dtype: DTypeLike
+    config: Config,
+    rows: tuple[int, ...],
+    labels: jax.Array | None,
+    dtype: DTypeLike,
 ) -> Fields:
     """Returns the fields of no rows at all."""
     empty = jnp.zeros(rows, dtype)
     return Fields(
         empty,
         empty,
-        empty if labelled else None,
+        None if labels is None else jnp.zeros(labels.shape, dtype),
         empty if config.mean else None,
         empty if config.expected else None,
         jnp.zeros(rows, jnp.int32) if config.argmax else None,

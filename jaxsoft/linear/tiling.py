@@ -31,12 +31,14 @@ class Tiling:
       classes: V.
       block_rows: rows of a tile, at most N.
       block_classes: classes of a tile, at most V.
+      extra: by how many classes the first tile may start before the first class.
     """
 
     rows: int
     classes: int
     block_rows: int
     block_classes: int
+    extra: int = 0
 
     def __post_init__(self):
         """Requires at least one row and one class, and tiles within the matrix."""
@@ -55,7 +57,7 @@ class Tiling:
     @property
     def class_blocks(self) -> int:
         """The number of blocks of classes."""
-        return math.ceil(self.classes / self.block_classes)
+        return math.ceil((self.classes + self.extra) / self.block_classes)
 
     @property
     def rows_overlap(self) -> bool:
@@ -64,8 +66,8 @@ class Tiling:
 
     @property
     def classes_overlap(self) -> bool:
-        """Whether the last block of classes covers classes of the one before again."""
-        return self.classes % self.block_classes != 0
+        """Whether some block of classes covers classes of another one again."""
+        return self.extra > 0 or self.classes % self.block_classes != 0
 
 
 def default_tile_bytes(operand_bytes: int) -> int:
@@ -73,7 +75,9 @@ def default_tile_bytes(operand_bytes: int) -> int:
     return int(min(max(operand_bytes * _SHARE, _LEAST), _MOST))
 
 
-def choose(rows: int, classes: int, itemsize: int, tile_bytes: int) -> Tiling:
+def choose(
+    rows: int, classes: int, itemsize: int, tile_bytes: int, multiple: int = 1
+) -> Tiling:
     """Chooses the tiles of a [rows, classes] matrix of logits.
 
     Whole columns of rows are preferred, since every tile of the kernel is then read
@@ -85,17 +89,20 @@ def choose(rows: int, classes: int, itemsize: int, tile_bytes: int) -> Tiling:
       itemsize: bytes of one logit.
       tile_bytes: the most bytes that a tile may take. Tiles of 8 rows × 128 classes
         are the smallest, whatever the budget.
+      multiple: what the classes of a tile must be a multiple of, unless there is but
+        one tile of them.
 
     Returns:
       The tiling; its sizes are balanced, so that the last tile is not a sliver.
     """
-    elements = max(tile_bytes // itemsize, _CLASS_MULTIPLE * _ROW_MULTIPLE)
-    thin = min(_THIN, _ceil(classes, _CLASS_MULTIPLE))
+    multiple = math.lcm(multiple, _CLASS_MULTIPLE)
+    elements = max(tile_bytes // itemsize, multiple * _ROW_MULTIPLE)
+    thin = min(max(_THIN, multiple), _ceil(classes, multiple))
     block_rows = min(rows, max(_ROW_MULTIPLE, elements // thin))
     block_rows = _balance(rows, block_rows, _ROW_MULTIPLE)
-    block_classes = max(_CLASS_MULTIPLE, elements // block_rows)
-    block_classes = block_classes // _CLASS_MULTIPLE * _CLASS_MULTIPLE
-    block_classes = _balance(classes, min(classes, block_classes), _CLASS_MULTIPLE)
+    block_classes = max(multiple, elements // block_rows)
+    block_classes = block_classes // multiple * multiple
+    block_classes = _balance(classes, min(classes, block_classes), multiple)
     return Tiling(rows, classes, block_rows, block_classes)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 from jax import lax
 
-__all__ = ["like"]
+__all__ = ["axes", "like"]
 
 
-def _axes(array: jax.Array) -> frozenset[str]:
+def axes(array: jax.Array) -> frozenset[str]:
     """Returns the mesh axes that an array varies over; none outside shard_map."""
     return frozenset(jax.typeof(array).manual_axis_type.varying)
 
@@ -26,12 +26,12 @@ def like(tree: Any, reference: Any) -> Any:
     Returns:
       `tree`, the same object outside shard_map.
     """
-    axes = frozenset().union(*map(_axes, jax.tree.leaves(reference)))
-    if not axes:
+    wanted = frozenset().union(*map(axes, jax.tree.leaves(reference)))
+    if not wanted:
         return tree
 
     def vary(array):
-        missing = tuple(sorted(axes - _axes(array)))
+        missing = tuple(sorted(wanted - axes(array)))
         return lax.pcast(array, missing, to="varying") if missing else array
 
     return jax.tree.map(vary, tree)

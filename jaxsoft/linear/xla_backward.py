@@ -1,35 +1,33 @@
-"""The derivative of the statistics of `hidden @ kernel`, tile by tile, in plain XLA.
+"""The derivative of what is folded over the tiles of `hidden @ kernel`, in plain XLA.
 
 The tiles are computed again, turned into the derivative by the logits in the dtype of
 the operands, and multiplied twice (6·N·H·V flops in all): into a float32 sum for the
-rows, and into a tile of dkernel, which is written once, in its own dtype. One pass
-serves every loss, because every derivative by a logit has the same form (`_Rows`).
+rows, and into a tile of dkernel, which is written once, in its own dtype. For the
+statistics one pass serves every loss, because every derivative by a logit has the same
+form (`_Rows`).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft.dtypes import compute_dtype
-from jaxsoft.linear import tiling, varying
-from jaxsoft.linear.operands import Config, Fields, Operands
-from jaxsoft.linear.xla import (
-    Tile,
-    compute_tile,
-    dot,
-    slice_or_none,
-    slice_rows,
-    tiles_of,
-)
+from jaxsoft.linear import sharding, tiling, varying
+from jaxsoft.linear.operands import Config, Operands
+from jaxsoft.linear.xla import Tile, compute_tile, dot, slice_rows, tiles_of
 from jaxsoft.temperature import divide_by_temperature, finite, inverse, times
 
-__all__ = ["Cotangents", "Gradients", "Wanted", "backward"]
+__all__ = ["Cotangents", "Gradients", "Share", "Wanted", "accumulate", "backward"]
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of the fields that have one, [N] each; None where they vanish."""
+    """Cotangents of the fields that have one; None where they vanish.
+
+    All but `label` [N, K] are [N].
+    """
 
     log_sum: jax.Array | None
     label: jax.Array | None
@@ -44,6 +42,13 @@ class Wanted(NamedTuple):
     kernel: bool
     bias: bool
     tau: bool
+    values: bool = False
+
+    def roles(self, config: Config) -> "Gradients":
+        """The roles of the gradients; see `operands.py`."""
+        roles = ("nh", config.kernel_layout, "v", "n", "vd")
+        pairs = zip(self, roles, strict=True)
+        return Gradients._make(role if wanted else None for wanted, role in pairs)
 
 
 class Gradients(NamedTuple):
@@ -54,18 +59,36 @@ class Gradients(NamedTuple):
       kernel: in the shape and dtype of `kernel`.
       bias: [V] in the dtype of `bias`.
       tau: [N].
+      values: in the shape and dtype of an array [V, D] that is mixed.
     """
 
-    hidden: jax.Array | None
-    kernel: jax.Array | None
-    bias: jax.Array | None
-    tau: jax.Array | None
+    hidden: Any
+    kernel: Any
+    bias: Any
+    tau: Any
+    values: Any = None
+
+
+class Share(NamedTuple):
+    """What a tile of R rows and B classes contributes to the gradients.
+
+    Attributes:
+      logits: [R, B], by the logits u after the soft-cap.
+      moments: [R, M], sums over the classes, for the temperature; None if not wanted.
+      mix: weights [R, B] and rows [R, D] whose product, summed over R, is the gradient
+        of the tile's values; None if not wanted.
+    """
+
+    logits: jax.Array
+    moments: jax.Array | None
+    mix: tuple[jax.Array, jax.Array] | None = None
 
 
 class _Rows(NamedTuple):
-    """What the backward pass needs of each row, [N] each; None stands for 0.
+    """What the derivative of the statistics needs of each row; None stands for 0.
 
-    The derivative by the logits is p (share + c·slope) + 1[v = label]·label + kept.
+    All but `label` [N, K] are [N]. The derivative by the logits is
+    p (share + c·slope) + 1[v = label]·label + kept.
     """
 
     max: jax.Array
@@ -77,60 +100,40 @@ class _Rows(NamedTuple):
 
 
 def backward(
-    config: Config,
-    operands: Operands,
-    fields: Fields,
-    total: jax.Array,
-    cotangents: Cotangents,
-    wanted: Wanted,
+    config: Config, operands: Operands, saved, cotangents: Cotangents, wanted: Wanted
 ) -> Gradients:
-    """Returns the cotangents of the operands from those of the fields.
+    """Returns the cotangents of the operands from those of the statistics.
 
     Args:
       config: what is known at trace time.
       operands: the arrays of the forward pass.
-      fields: its results.
-      total: its sums of exponentials, [N].
-      cotangents: the cotangents of the fields, [N] each.
+      saved: what `xla.forward` returned.
+      cotangents: the cotangents of the fields.
       wanted: which gradients to compute.
 
     Returns:
-      The wanted gradients; a gradient that is not wanted costs nothing.
+      The wanted gradients; a gradient that is not wanted costs nothing. With sharded
+      classes those of `hidden` and `tau` are this shard's part of a sum.
     """
-    tiles = tiles_of(config, operands)
-    dtype = compute_dtype(operands.hidden, operands.kernel)
-    sums = (
-        jnp.zeros(operands.hidden.shape, dtype) if wanted.hidden else None,
-        jnp.zeros(operands.kernel.shape, operands.kernel.dtype)
-        if wanted.kernel
-        else None,
-        _zeros_like(operands.bias) if wanted.bias else None,
-        jnp.zeros((operands.hidden.shape[0], 2), dtype) if wanted.tau else None,
-    )
+    fields, total, number = saved
+    operands = sharding.local_classes(config, operands)
     rows = _Rows(
-        fields.max, 1 / total, *_coefficients(config, operands, fields, cotangents)
+        fields.max,
+        1 / total,
+        *_coefficients(config, operands, fields, number, cotangents),
     )
 
-    def step(index, sums):
-        return _backward_classes(config, operands, rows, tiles, index, sums)
+    def share(part, part_rows, tile, _):
+        return _statistics_share(config, part, part_rows, tile, wanted.tau)
 
-    dhidden, dkernel, dbias, moments = lax.fori_loop(
-        0, tiles.class_blocks, step, varying.like(sums, operands)
-    )
-    if dhidden is not None:
-        dhidden = dhidden.astype(operands.hidden.dtype)
-    dtau = None
+    gradients, moments = accumulate(config, operands, wanted, share, rows, moments=2)
     if moments is not None:
-        dtau = _tau_cotangent(config, operands, fields, cotangents, moments)
-    return Gradients(dhidden, dkernel, dbias, dtau)
+        tau = _tau_cotangent(config, operands, fields, cotangents, moments)
+        gradients = gradients._replace(tau=tau)
+    return gradients
 
 
-def _zeros_like(array: jax.Array | None) -> jax.Array:
-    assert array is not None
-    return jnp.zeros_like(array)
-
-
-def _coefficients(config, operands, fields, cotangents: Cotangents):
+def _coefficients(config, operands, fields, number, cotangents: Cotangents):
     """Returns the last four fields of `_Rows`."""
     scale = inverse(operands.temperature(config), fields.log_sum.dtype)
     scale = jnp.broadcast_to(scale, (operands.hidden.shape[0], 1))[:, 0]
@@ -140,82 +143,153 @@ def _coefficients(config, operands, fields, cotangents: Cotangents):
         more = expected * (1 - fields.expected)
         share = more if share is None else share + more
     if mean is not None:
-        kept = mean / _number_kept(config, operands)
-    return [None if a is None else a * scale for a in (share, label, kept, expected)]
+        kept = mean / number
+    share, kept, expected = (
+        None if a is None else a * scale for a in (share, kept, expected)
+    )
+    label = None if label is None else label * scale[:, None]
+    return share, label, kept, expected
 
 
-def _number_kept(config: Config, operands: Operands) -> jax.Array | int:
-    """Returns how many classes count, at least 1."""
-    kept = jnp.ones(operands.num_classes(config), jnp.bool_)
-    if operands.class_mask is not None:
-        kept = kept & operands.class_mask
-    if operands.bias is not None:
-        kept = kept & (operands.bias != -jnp.inf)
-    return jnp.maximum(jnp.sum(kept), 1).astype(
-        compute_dtype(operands.hidden, operands.kernel)
+def accumulate(
+    config: Config,
+    operands: Operands,
+    wanted: Wanted,
+    share: Callable[..., Share],
+    rows: Any,
+    *,
+    moments: int = 1,
+    values: jax.Array | None = None,
+    tiles: tiling.Tiling | None = None,
+) -> tuple[Gradients, jax.Array | None]:
+    """Adds up what tiles contribute to gradients.
+
+    Args:
+      config: what is known at trace time.
+      operands: the arrays, their classes those of this shard.
+      wanted: which gradients to compute.
+      share: gives a tile's contribution from the operands of R rows, their part of
+        `rows`, the tile and its index.
+      rows: further arrays whose first axis is N.
+      moments: M, how many sums over classes the temperature's gradient needs.
+      values: an array like the gradient `values`.
+      tiles: the tiles, if not those of `tiles_of`.
+
+    Returns:
+      The gradients but `tau`, and the moments [N, M], None if not wanted.
+    """
+    plan = tiles_of(config, operands) if tiles is None else tiles
+    dtype = compute_dtype(operands.hidden, operands.kernel)
+    count = operands.hidden.shape[0]
+    sums = _Sums(
+        jnp.zeros(operands.hidden.shape, dtype) if wanted.hidden else None,
+        jnp.zeros_like(operands.kernel) if wanted.kernel else None,
+        None
+        if operands.bias is None or not wanted.bias
+        else jnp.zeros_like(operands.bias),
+        jnp.zeros((count, moments), dtype) if wanted.tau else None,
+        jnp.zeros_like(values) if wanted.values and values is not None else None,
     )
 
+    def step(index, sums):
+        return _accumulate_classes(config, operands, share, rows, plan, index, sums)
 
-def _backward_classes(config, operands, rows: _Rows, tiles, index, sums):
+    start = varying.like(sums, (operands, rows))
+    sums = lax.fori_loop(0, plan.class_blocks, step, start)
+    hidden = sums.hidden
+    if hidden is not None:
+        hidden = hidden.astype(operands.hidden.dtype)
+    return Gradients(hidden, sums.kernel, sums.bias, None, sums.values), sums.moments
+
+
+class _Sums(NamedTuple):
+    """Gradients as they grow; `hidden` and `moments` in the dtype of the statistics."""
+
+    hidden: jax.Array | None
+    kernel: jax.Array | None
+    bias: jax.Array | None
+    moments: jax.Array | None
+    values: jax.Array | None
+
+
+def _accumulate_classes(config, operands, share, rows, tiles, index, sums: _Sums):
     """Adds the tile `index` of classes, of every block of rows, to the gradients."""
-    dhidden, dkernel, dbias, moments = sums
     size, axis = tiles.block_classes, config.class_axis
     first = index * size
     start = jnp.minimum(first, tiles.classes - size)
-    dtype = rows.max.dtype
+    dtype = compute_dtype(operands.hidden, operands.kernel)
     features = operands.hidden.shape[1]
     shape = (features, size) if axis == 1 else (size, features)
-    kernel_tile = jnp.zeros(shape, dtype) if dkernel is not None else None
-    bias_tile = jnp.zeros(size, dtype) if dbias is not None else None
+    of_tile = _Sums(
+        sums.hidden,
+        None if sums.kernel is None else jnp.zeros(shape, dtype),
+        None if sums.bias is None else jnp.zeros(size, dtype),
+        sums.moments,
+        None
+        if sums.values is None
+        else jnp.zeros((size, *sums.values.shape[1:]), dtype),
+    )
 
-    def rows_step(block, carry):
-        dhidden, kernel_tile, bias_tile, moments = carry
+    def rows_step(block, of_tile):
         row = block * tiles.block_rows
         row_start = jnp.minimum(row, tiles.rows - tiles.block_rows)
         part, part_rows = operands, rows
         if tiles.row_blocks > 1:
-            part = slice_rows(operands, row_start, tiles.block_rows)
-            part_rows = jax.tree.map(
-                lambda a: slice_or_none(a, row_start, tiles.block_rows), rows
+            part, part_rows = (
+                slice_rows(tree, row_start, tiles.block_rows) for tree in (part, rows)
             )
-        fresh_rows = None
-        if tiles.rows_overlap:
-            fresh_rows = row_start + lax.iota(jnp.int32, tiles.block_rows) >= row
         tile = compute_tile(config, part, tiles, index)
-        d, part_moments = _dlogits(config, part, part_rows, tile, moments is not None)
-        if fresh_rows is not None:
-            d = jnp.where(fresh_rows[:, None], d, 0)
-        if bias_tile is not None:
-            bias_tile = bias_tile + jnp.sum(d, axis=0)
-        d = d.astype(operands.matmul_dtype())
-        if dhidden is not None:
-            new = dot(d, tile.kernel, (1, axis), config, dtype)
-            dhidden = _add_rows(dhidden, new, row_start, tiles)
-        if kernel_tile is not None:
-            hidden = part.hidden.astype(operands.matmul_dtype())
-            pair = (hidden, d) if axis == 1 else (d, hidden)
-            new = dot(*pair, (0, 0), config, dtype)
-            kernel_tile = new if tiles.row_blocks == 1 else kernel_tile + new
-        if moments is not None:
-            if fresh_rows is not None:
-                part_moments = jnp.where(fresh_rows[:, None], part_moments, 0)
-            moments = _add_rows(moments, part_moments, row_start, tiles)
-        return dhidden, kernel_tile, bias_tile, moments
+        d, moments, mix = share(part, part_rows, tile, index)
+        if tile.slope is not None:
+            d = d * tile.slope
+        if tiles.rows_overlap:
+            fresh = (row_start + lax.iota(jnp.int32, tiles.block_rows) >= row)[:, None]
+            d = jnp.where(fresh, d, 0)
+            moments = None if moments is None else jnp.where(fresh, moments, 0)
+            mix = None if mix is None else (mix[0], jnp.where(fresh, mix[1], 0))
+        return _add(config, part, tiles, row_start, of_tile, tile, d, moments, mix)
 
-    carry = (dhidden, kernel_tile, bias_tile, moments)
     if tiles.row_blocks == 1:
-        carry = rows_step(0, carry)
+        of_tile = rows_step(0, of_tile)
     else:
-        carry = lax.fori_loop(
-            0, tiles.row_blocks, rows_step, varying.like(carry, operands)
-        )
-    dhidden, kernel_tile, bias_tile, moments = carry
+        of_tile = varying.like(of_tile, (operands, rows))
+        of_tile = lax.fori_loop(0, tiles.row_blocks, rows_step, of_tile)
     fresh = start + lax.iota(jnp.int32, size) >= first
-    if dkernel is not None:
-        dkernel = _write(dkernel, kernel_tile, start, axis, fresh, tiles)
-    if dbias is not None:
-        dbias = _write(dbias, bias_tile, start, 0, fresh, tiles)
-    return dhidden, dkernel, dbias, moments
+
+    def write(total, tile, axis):
+        return None if total is None else _write(total, tile, start, axis, fresh, tiles)
+
+    return _Sums(
+        of_tile.hidden,
+        write(sums.kernel, of_tile.kernel, axis),
+        write(sums.bias, of_tile.bias, 0),
+        of_tile.moments,
+        write(sums.values, of_tile.values, 0),
+    )
+
+
+def _add(config, part, tiles, row_start, sums: _Sums, tile, d, moments, mix):
+    """Adds a block of rows to the gradients of one tile of classes."""
+    dtype, axis = d.dtype, config.class_axis
+    hidden, kernel, bias, all_moments, all_values = sums
+    if bias is not None:
+        bias = bias + jnp.sum(d, axis=0)
+    d = d.astype(part.matmul_dtype())
+    if hidden is not None:
+        new = dot(d, tile.kernel, (1, axis), config.precision, dtype)
+        hidden = _add_rows(hidden, new, row_start, tiles)
+    if kernel is not None:
+        rows = part.hidden.astype(part.matmul_dtype())
+        pair = (rows, d) if axis == 1 else (d, rows)
+        new = dot(*pair, (0, 0), config.precision, dtype)
+        kernel = new if tiles.row_blocks == 1 else kernel + new
+    if all_moments is not None:
+        all_moments = _add_rows(all_moments, moments, row_start, tiles)
+    if all_values is not None:
+        weights, of_rows = mix
+        weights = weights.astype(of_rows.dtype)
+        all_values += dot(weights, of_rows, (0, 0), config.precision, dtype)
+    return _Sums(hidden, kernel, bias, all_moments, all_values)
 
 
 def _add_rows(total: jax.Array, new: jax.Array, start, tiles: tiling.Tiling):
@@ -237,9 +311,10 @@ def _write(total, tile, start, axis: int, fresh, tiles: tiling.Tiling):
     return lax.dynamic_update_slice_in_dim(total, tile, start, axis)
 
 
-def _dlogits(config, operands, rows: _Rows, tile: Tile, moments: bool) -> tuple:
-    """Returns the derivative by the logits before the cap, and Σ p c and Σ p c²."""
-    rows = jax.tree.map(lambda a: a[:, None], rows)
+def _statistics_share(config, operands, rows: _Rows, tile: Tile, moments: bool):
+    """Returns what a tile contributes to the derivative of the statistics."""
+    label = rows.label
+    rows = jax.tree.map(lambda a: a[:, None], rows._replace(label=None))
     peak = jnp.where(rows.max == -jnp.inf, 0, rows.max)
     u = tile.logits
     c = divide_by_temperature(u, peak, operands.temperature(config))
@@ -249,23 +324,18 @@ def _dlogits(config, operands, rows: _Rows, tile: Tile, moments: bool) -> tuple:
         d = p * rows.share
     if rows.slope is not None:
         d = d + times(p, c) * rows.slope
-    if rows.label is not None and tile.is_label is not None:
-        picked = tile.is_label
-        if tile.masked:
-            picked = picked & (u != -jnp.inf)
-        d = d + jnp.where(picked, rows.label, 0)
+    if label is not None and tile.labels is not None:
+        d = d + tile.place(label)
     if rows.kept is not None:
         d = d + (jnp.where(u == -jnp.inf, 0, rows.kept) if tile.masked else rows.kept)
-    if tile.slope is not None:
-        d = d * tile.slope
     if not moments:
-        return d, None
+        return Share(d, None)
     pc = times(p, c)
-    return d, jnp.stack([pc.sum(axis=1), times(pc, c).sum(axis=1)], axis=1)
+    return Share(d, jnp.stack([pc.sum(axis=1), times(pc, c).sum(axis=1)], axis=1))
 
 
 def _tau_cotangent(config, operands, fields, cotangents, moments) -> jax.Array:
-    """Returns the cotangent of the temperature, [N]."""
+    """Returns the cotangent of the temperature, [N]; a shard's part of it."""
     scale = inverse(operands.temperature(config), moments.dtype)[:, 0]
     log_sum, label, mean, expected = cotangents
     first, second = moments[:, 0], moments[:, 1]
@@ -273,9 +343,17 @@ def _tau_cotangent(config, operands, fields, cotangents, moments) -> jax.Array:
     if log_sum is not None:
         total += log_sum * first
     if label is not None:
-        total += label * finite(fields.label)
+        total += _once(config, jnp.sum(label * finite(fields.label), axis=1))
     if mean is not None:
-        total += mean * finite(fields.mean)
+        total += _once(config, mean * finite(fields.mean))
     if expected is not None:
-        total += expected * (second - first * first + first)
+        # Σ p c² - (Σ p c)² + Σ p c, of which `fields` has the second factor.
+        total += expected * (second - first * fields.expected + first)
     return -total * scale
+
+
+def _once(config: Config, values: jax.Array) -> jax.Array:
+    """Returns what every shard has on the first shard, and 0 on the others."""
+    if not config.vocab_axes:
+        return values
+    return jnp.where(lax.axis_index(config.vocab_axes) == 0, values, 0)

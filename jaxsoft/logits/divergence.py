@@ -1,55 +1,22 @@
-"""Divergences between two tempered softmaxes, times τ², without cancellation.
-
-With p and q the two distributions and d = log(q / p), the Kullback-Leibler
-divergence is `Σ p log(p / q) = Σ p (exp(d) - 1 - d)`, because Σ p exp(d) = 1. Every
-term of the second form is non-negative. Where d is small it is a series in d, and
-τ·d is computed from the logits without a detour through probabilities, so that the
-factor τ² neither overflows nor amplifies rounding.
-"""
+"""Divergences between two tempered softmaxes of stored logits, times τ²."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
+from jaxsoft.divergence_terms import (
+    SMALL,
+    difference,
+    excess,
+    half_scaled,
+    half_step,
+)
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.softmax import exponentials, is_zero, pick_temperature
 from jaxsoft.temperature import Temperature, finite, inverse
 
-__all__ = ["DIVERGENCES", "scaled_divergence"]
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
-
-# Below this |d| the series is used; with 18 terms its truncation is below 2⁻⁵³.
-_SMALL = 0.5
-_TERMS = 18
-
-
-def _series(d: jax.Array) -> jax.Array:
-    """Returns (exp(d) - 1 - d) / d² for |d| <= 1/2, 1/2 at d = 0."""
-    result = jnp.zeros_like(d)
-    for k in reversed(range(2, _TERMS)):
-        result = result * d + 1 / math.factorial(k)
-    return result
-
-
-def _excess(p: jax.Array, q: jax.Array, d: jax.Array, scaled: jax.Array, tau):
-    """Returns τ² p (exp(d) - 1 - d), with q = p exp(d) and scaled = τ·d."""
-    small = jnp.abs(d) <= _SMALL
-    near = p * jnp.where(small, scaled, 0) ** 2 * _series(jnp.where(small, d, 0))
-    far = q - p - p * jnp.where((p == 0) | small, 0, d)
-    return jnp.where(small, near, tau * (tau * far))
-
-
-def _difference(p: jax.Array, q: jax.Array, d: jax.Array, scaled: jax.Array, tau):
-    """Returns τ (q - p), with q = p exp(d) and scaled = τ·d."""
-    small = jnp.abs(d) <= _SMALL
-    step = jnp.where(small, d, 0)
-    # (exp(d) - 1) / d, by the series of the second order.
-    ratio = 1 + step * _series(step)
-    near = p * jnp.where(small, scaled, 0) * ratio
-    return jnp.where(small, near, tau * (q - p))
+__all__ = ["scaled_divergence"]
 
 
 def _log_ratio(student, teacher, tau, where, axis):
@@ -66,7 +33,7 @@ def _log_ratio(student, teacher, tau, where, axis):
     delta = jnp.where(both & (gap != 0), s.values - t.values, 0)
     delta = jnp.where(jnp.isnan(delta), 0, delta)
     spread = jnp.max(jnp.abs(delta), axis, keepdims=True)
-    near = (spread <= _SMALL) & jnp.all(both | ~kept, axis, keepdims=True)
+    near = (spread <= SMALL) & jnp.all(both | ~kept, axis, keepdims=True)
     # log(Z_s / Z_t): the ratio of close sums has its own, relatively exact, form.
     mean = jnp.sum(p * jnp.expm1(jnp.where(near, delta, 0)), axis, keepdims=True)
     shift = jnp.where(near, jnp.log1p(mean), jnp.log(total_s) - jnp.log(total_t))
@@ -109,18 +76,18 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     zero = Temperature.prepare(tau, student.dtype).is_zero
     if kind == "forward_kl":
-        loss = total(_excess(p, q, d, scaled, value))
-        by_student = _difference(p, q, d, scaled, value)
+        loss = total(excess(p, q, d, scaled, value))
+        by_student = difference(p, q, d, scaled, value)
         # p (log(p/q) - KL), times τ.
         ratio = jnp.where(p == 0, 0, finite(scaled))
         by_teacher = -p * (ratio - total(p * ratio))
     else:
         # log(r/p) and log(r/q) for the mixture r, from d = log(q/p).
-        to_p, to_q = _half_step(d), _half_step(-d)
-        scaled_p, scaled_q = _half_scaled(d, scaled), _half_scaled(-d, -scaled)
+        to_p, to_q = half_step(d), half_step(-d)
+        scaled_p, scaled_q = half_scaled(d, scaled), half_scaled(-d, -scaled)
         r = (p + q) / 2
         loss = total(
-            _excess(p, r, to_p, scaled_p, value) + _excess(q, r, to_q, scaled_q, value)
+            excess(p, r, to_p, scaled_p, value) + excess(q, r, to_q, scaled_q, value)
         )
         loss = loss / 2
         by_student = _centred_product(q, finite(scaled_q), total)
@@ -135,21 +102,6 @@ def _centred_product(p, log_ratio, total):
     """Returns -p/2 (log_ratio - Σ p log_ratio)."""
     log_ratio = jnp.where(p == 0, 0, log_ratio)
     return -p / 2 * (log_ratio - total(p * log_ratio))
-
-
-def _half_step(d: jax.Array) -> jax.Array:
-    """Returns log((1 + exp(d)) / 2)."""
-    near = jnp.log1p(jnp.expm1(jnp.clip(d, -1, 1)) / 2)
-    return jnp.where(jnp.abs(d) <= 1, near, jax.nn.softplus(d) - math.log(2))
-
-
-def _half_scaled(d: jax.Array, scaled: jax.Array) -> jax.Array:
-    """Returns τ log((1 + exp(d)) / 2), with scaled = τ·d."""
-    tiny = jnp.abs(d) < 1e-12
-    safe = jnp.where(tiny | jnp.isinf(d), 1, d)
-    slope = jnp.where(tiny, 0.5, _half_step(safe) / safe)
-    # Where d is ±inf: the limits are τ·∞ and -τ log 2, and p or q is 0 there.
-    return jnp.where(jnp.isinf(d), jnp.where(d > 0, scaled, 0), scaled * slope)
 
 
 def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):

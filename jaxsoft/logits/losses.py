@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft import checks, dtypes
+from jaxsoft.divergence_terms import DIVERGENCES
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.divergence import DIVERGENCES, scaled_divergence
+from jaxsoft.logits.divergence import scaled_divergence
 from jaxsoft.logits.softmax import (
     check_temperature,
     check_where,

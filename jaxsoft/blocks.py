@@ -1,0 +1,148 @@
+"""The one sampling algorithm: a block of classes first, then a class inside it.
+
+Classes come in blocks of about √V. A block is drawn by the Gumbel-max rule over the
+logarithms of the blocks' sums, one random number a block; a class inside it by
+inversion of its cumulative sum, one random number a row. The bits depend on the key,
+the row and the block, and the size of a block on V alone: every tile size,
+implementation and sharding draws the same classes, up to ties within rounding.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft import noise
+from jaxsoft.temperature import divide_by_temperature
+
+__all__ = ["Drawn", "block_size", "draw", "invert", "is_zero", "later", "scores"]
+
+_LEAST = 128
+
+
+class Drawn(NamedTuple):
+    """The best block so far and the class drawn in it, for each row, [R] each.
+
+    Attributes:
+      max: the largest logit met; -inf before the first kept class.
+      score: (log of the block's sum, centred on `max` and divided by τ) plus noise.
+      class_id: int32; -1 before the first kept class.
+    """
+
+    max: jax.Array
+    score: jax.Array
+    class_id: jax.Array
+
+
+def block_size(num_classes: int) -> int:
+    """Returns the classes of a block: a power of two near √V, at least 128."""
+    return max(_LEAST, 2 ** math.ceil(math.log2(max(num_classes, 1)) / 2))
+
+
+def is_zero(tau: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Tells where a temperature counts as 0: the lowest argmax is drawn there."""
+    return jnp.asarray(tau, dtype) < jnp.finfo(dtype).tiny
+
+
+def scores(
+    sums: jax.Array, words: jax.Array, blocks: jax.Array, zero: jax.Array
+) -> jax.Array:
+    """Returns log-sums of blocks plus noise; without either where τ is 0.
+
+    Args:
+      sums: [R, n] sums of exponentials.
+      words: [R, 2], see `noise.row_words`.
+      blocks: [n] numbers of the blocks.
+      zero: where τ is 0, broadcastable to [R, 1].
+
+    Returns:
+      [R, n]; -inf for an empty block.
+    """
+    perturbed = jnp.log(sums) + noise.gumbel(words, noise.BLOCKS, blocks, sums.dtype)
+    alone = jnp.where(sums > 0, 0.0, -jnp.inf).astype(sums.dtype)
+    return jnp.where(zero, alone, perturbed)
+
+
+def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns the class whose part of the cumulative sum contains the target.
+
+    Args:
+      weights: [R, B] non-negative.
+      target: [R].
+
+    Returns:
+      [R] int32; the last class of positive weight where rounding puts the target
+      beyond the sum.
+    """
+    inside = jnp.sum(jnp.cumsum(weights, axis=1) <= target[:, None], axis=1)
+    positive = weights > 0
+    last = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
+    return jnp.minimum(inside, last).astype(jnp.int32)
+
+
+def draw(
+    logits: jax.Array,
+    tau: float | jax.Array,
+    words: jax.Array,
+    first_block: jax.Array | int,
+    block: int,
+    whole: jax.Array | None = None,
+) -> Drawn:
+    """Draws a class from a tile of whole blocks.
+
+    Args:
+      logits: [R, n·B], -inf at dropped classes.
+      tau: the temperature, a float or [R, 1].
+      words: [R, 2], see `noise.row_words`.
+      first_block: the number of the tile's first block.
+      block: B.
+      whole: [n] booleans, False for blocks that do not take part; None for all.
+
+    Returns:
+      The drawn classes, numbered as `first_block` is.
+    """
+    rows, columns = logits.shape
+    largest = jnp.max(logits, axis=1, keepdims=True)
+    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    weights = jnp.exp(divide_by_temperature(logits, peak, tau))
+    weights = weights.reshape(rows, columns // block, block)
+    sums = jnp.sum(weights, axis=2)
+    if whole is not None:
+        sums = jnp.where(whole[None], sums, 0)
+    blocks = first_block + lax.iota(jnp.int32, columns // block)
+    zero = is_zero(tau, logits.dtype)
+    perturbed = scores(sums, words, blocks, zero)
+    best = jnp.argmax(perturbed, axis=1)
+    score = jnp.max(perturbed, axis=1)
+    chosen = jnp.take_along_axis(weights, best[:, None, None], axis=1)[:, 0]
+    part = jnp.where(zero, 0, noise.uniform(words, logits.dtype)[:, None])[:, 0]
+    total = jnp.take_along_axis(sums, best[:, None], axis=1)[:, 0]
+    class_id = (first_block + best.astype(jnp.int32)) * block
+    class_id += invert(chosen, part * total)
+    class_id = jnp.where(score == -jnp.inf, -1, class_id)
+    return Drawn(largest[:, 0], score, class_id)
+
+
+def later(old: Drawn, new: Drawn, tau: float | jax.Array) -> Drawn:
+    """Returns the better of two draws; the old one where they are equal.
+
+    Args:
+      old: draws from lower classes.
+      new: draws from higher classes.
+      tau: the temperature, a float or [R].
+
+    Returns:
+      The better draw of each row.
+    """
+    largest = jnp.maximum(old.max, new.max)
+    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    before = old.score + divide_by_temperature(old.max, peak, tau)
+    after = new.score + divide_by_temperature(new.max, peak, tau)
+    better = after > before
+    return Drawn(
+        largest,
+        jnp.where(better, after, before),
+        jnp.where(better, new.class_id, old.class_id),
+    )

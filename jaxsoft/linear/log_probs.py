@@ -1,0 +1,201 @@
+"""Log-probabilities of given classes, and the entropy, without the logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft.implementation import Implementation
+from jaxsoft.linear import sharding
+from jaxsoft.linear.operands import KernelLayout
+from jaxsoft.linear.statistics import MeshAxes, prepare
+
+__all__ = ["linear_log_prob", "linear_log_prob_at"]
+
+
+def linear_log_prob(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    kernel_layout: KernelLayout = "hv",
+    precision: Any = None,
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each label, and the entropy, of a softmax layer.
+
+    `log p_label = (u_label - m) / τ - log Σ_v exp((u_v - m) / τ)` and
+    `-Σ_v p_v log p_v`, with `u = softcap(hidden @ kernel + bias)` and m = max u. This
+    is what policy gradients (PPO, GRPO), preference losses (DPO) and evaluation are
+    made of.
+
+    Args:
+      hidden: [..., H] floating.
+      kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`.
+      labels: [...] integers in [0, V).
+      bias: [V] floating, added to the logits before the cap; -inf masks a class.
+      temperature: τ in [0, ∞], a scalar or [...].
+      logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
+      class_mask: [V] booleans; False drops a class. None keeps all.
+      kernel_layout: "hv" or "vh".
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
+        `linear_statistics`.
+      token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
+      tile_bytes: the most bytes that a tile of logits may take; see
+        `linear_statistics`.
+      implementation: None, "xla" or "reference".
+
+    Returns:
+      A pair of log-probability, at most 0, and entropy, in [0, log V]: [...] float32
+      (float64 if an input is). The log-probability is NaN for a label outside [0, V),
+      -inf for a dropped class.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      Both are differentiable in `hidden`, `kernel`, `bias` and `temperature`, as
+      `linear_statistics` is, in one backward pass.
+
+    Example:
+      The loss of GRPO for one group of answers to a prompt, from the policy's head:
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoft import linear_log_prob
+      >>> def grpo_loss(kernel, hidden, tokens, old_log_prob, advantages):
+      ...     log_prob, entropy = linear_log_prob(hidden, kernel, tokens)
+      ...     ratio = jnp.exp(log_prob - old_log_prob)
+      ...     advantages = advantages[:, None]
+      ...     clipped = jnp.clip(ratio, 0.8, 1.2) * advantages
+      ...     loss = -jnp.minimum(ratio * advantages, clipped)
+      ...     return (loss - 0.01 * entropy).mean()
+      >>> hidden, tokens = jnp.ones((2, 3, 8)), jnp.zeros((2, 3), jnp.int32)
+      >>> kernel = jnp.zeros((8, 100))
+      >>> old_log_prob, _ = linear_log_prob(hidden, kernel, tokens)
+      >>> rewards = jnp.array([1.0, 0.0])
+      >>> advantages = (rewards - rewards.mean()) / rewards.std()
+      >>> loss = grpo_loss(kernel, hidden, tokens, old_log_prob, advantages)
+      >>> print(f"{loss:.4f}")
+      -0.0461
+
+    References:
+      Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300; Wijmans et al., Cut Your
+      Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
+    """
+    sharding.check_axes("token_axes", token_axes)
+    statistics = (
+        prepare(
+            "linear_log_prob",
+            hidden,
+            kernel,
+            labels,
+            bias=bias,
+            temperature=temperature,
+            logit_softcap=logit_softcap,
+            class_mask=class_mask,
+            kernel_layout=kernel_layout,
+            precision=precision,
+            vocab_axis=vocab_axis,
+            tile_bytes=tile_bytes,
+            implementation=implementation,
+            wanted=("expected",),
+        )
+        .run()
+        .with_one_label()
+    )
+    return statistics.log_prob, statistics.entropy
+
+
+def linear_log_prob_at(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    class_ids: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    kernel_layout: KernelLayout = "hv",
+    precision: Any = None,
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Log-probabilities of K classes for each token of a softmax layer.
+
+    As `linear_log_prob`, for K classes a token in one stream: the candidates of a
+    speculative decoder, the answers of a multiple choice, a teacher's best classes.
+
+    Args:
+      hidden: [..., H] floating.
+      kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`.
+      class_ids: [..., K] integers in [0, V), K >= 1; repeated ids are fine.
+      bias: [V] floating, added to the logits before the cap; -inf masks a class.
+      temperature: τ in [0, ∞], a scalar or [...].
+      logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
+      class_mask: [V] booleans; False drops a class. None keeps all.
+      kernel_layout: "hv" or "vh".
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
+        `linear_statistics`.
+      token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
+      tile_bytes: the most bytes that a tile of logits may take; see
+        `linear_statistics`.
+      implementation: None, "xla" or "reference".
+
+    Returns:
+      [..., K] float32 (float64 if an input is), at most 0; NaN for an id outside
+      [0, V), -inf for a dropped class.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      Differentiable in `hidden`, `kernel`, `bias` and `temperature`, as
+      `linear_statistics` is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from jaxsoft import linear_log_prob_at
+      >>> hidden, kernel = jnp.ones((1, 1)), jnp.array([[0.0, 1.0, 2.0]])
+      >>> log_probs = linear_log_prob_at(hidden, kernel, jnp.array([[2, 0]]))
+      >>> print(np.asarray(log_probs).round(4))
+      [[-0.4076 -2.4076]]
+
+    References:
+      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
+      arXiv:2411.09009.
+    """
+    sharding.check_axes("token_axes", token_axes)
+    statistics = prepare(
+        "linear_log_prob_at",
+        hidden,
+        kernel,
+        class_ids=class_ids,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        class_mask=class_mask,
+        kernel_layout=kernel_layout,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        tile_bytes=tile_bytes,
+        implementation=implementation,
+    ).run()
+    assert statistics.label is not None
+    return statistics.label - jnp.expand_dims(statistics.log_sum, -1)

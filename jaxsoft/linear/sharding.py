@@ -1,0 +1,110 @@
+"""Classes sharded over mesh axes: which are mine, and how shards agree.
+
+Every shard holds as many classes; those of shard i follow those of shard i - 1. With
+no axes every function here is the identity.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft.linear import varying
+from jaxsoft.linear.operands import Config, Operands
+
+__all__ = [
+    "add",
+    "check_axes",
+    "local_classes",
+    "lowest",
+    "lowest_argmax",
+    "maximum",
+    "offset",
+    "size",
+]
+
+Axes = tuple[str, ...]
+
+
+def check_axes(name: str, value: str | Sequence[str] | None) -> Axes:
+    """Returns mesh axes as a tuple, which must be those of an enclosing shard_map."""
+    axes = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    for axis in axes:
+        try:
+            index = lax.axis_index(axis)
+        except NameError:
+            raise ValueError(
+                f"`{name}` must name axes of an enclosing jax.shard_map, got "
+                f"{axis!r}. Under plain jit leave it out: sharded arguments are "
+                "enough."
+            ) from None
+        if axis not in varying.axes(index):
+            raise ValueError(
+                f"`{name}` must be used with shard_map's check_vma=True, got "
+                f"{axis!r} without it: gradients would be scaled or left unsummed. "
+                "Use jaxsoft.over_mesh, or leave check_vma at its default."
+            )
+    return axes
+
+
+def size(axes: Axes) -> int:
+    """Returns the number of shards."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
+
+
+def offset(axes: Axes, number: int) -> jax.Array | int:
+    """Returns the first of this shard's things, if each shard has `number` of them."""
+    return lax.axis_index(axes) * number if axes else 0
+
+
+def maximum(values: jax.Array, axes: Axes) -> jax.Array:
+    """Returns the largest of the shards' values; no gradient flows through it."""
+    return lax.pmax(lax.stop_gradient(values), axes) if axes else values
+
+
+def lowest(values: jax.Array, axes: Axes) -> jax.Array:
+    """Returns the smallest of the shards' values."""
+    return lax.pmin(values, axes) if axes else values
+
+
+def add(sums: dict[str, jax.Array], axes: Axes) -> dict[str, jax.Array]:
+    """Returns the sums of [N, K] arrays over the shards, in one collective."""
+    if not axes:
+        return sums
+    total = lax.psum(jnp.concatenate(list(sums.values()), axis=1), axes)
+    widths = [a.shape[1] for a in sums.values()]
+    starts = [sum(widths[:i]) for i in range(1, len(widths))]
+    return dict(zip(sums, jnp.split(total, starts, axis=1), strict=True))
+
+
+def local_classes(config: Config, operands: Operands) -> Operands:
+    """Returns operands whose class ids count from this shard's first class."""
+    if not config.vocab_axes:
+        return operands
+    number = operands.num_classes(config)
+    start = offset(config.vocab_axes, number)
+
+    def localize(classes):
+        if classes is None:
+            return None
+        ours = (classes >= start) & (classes < start + number)
+        return jnp.where(ours, classes - start, -1)
+
+    return operands._replace(
+        labels=localize(operands.labels), excluded=localize(operands.excluded)
+    )
+
+
+def lowest_argmax(config: Config, operands: Operands, running: Any, largest: jax.Array):
+    """Returns the lowest class, of all shards, whose logit is the largest."""
+    if not config.vocab_axes:
+        return running.argmax
+    number = operands.num_classes(config)
+    best = running.argmax + offset(config.vocab_axes, number)
+    none = jnp.iinfo(jnp.int32).max
+    best = lowest(jnp.where(running.max == largest, best, none), config.vocab_axes)
+    # NaN logits equal no maximum.
+    return jnp.where(best == none, 0, best)
