@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from jaxsoft.linear import partitioning
+from jaxsoft.linear import partitioning, varying
 
 __all__ = ["Foldable"]
 
@@ -65,16 +65,20 @@ class Foldable(abc.ABC):
     def __call__(self, *args: Any) -> Any:
         """Calls the function through the primitive."""
         flat, tree = jax.tree.flatten(args)
-
-        def function(*flat):
-            return jax.tree.leaves(self.call(*jax.tree.unflatten(tree, flat)))
-
+        function = self._flat(tree)
+        if not any(map(varying.axes, flat)):
+            # Outside shard_map XLA may have to share the function among devices.
+            roles = _roles(self, tree, flat)
+            function = partitioning.shared(self, tree, *roles)
         jaxpr = jax.make_jaxpr(function)(*flat)
         shapes = jax.eval_shape(
             lambda *a: self.call(*jax.tree.unflatten(tree, a)), *flat
         )
         out = _primitive.bind(*flat, jaxpr=jaxpr, foldable=self, tree=tree)
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+    def _flat(self, tree: Any) -> Callable[..., list[jax.Array]]:
+        return lambda *flat: jax.tree.leaves(self.call(*jax.tree.unflatten(tree, flat)))
 
 
 _primitive = Primitive("jaxsoft_rows")
@@ -150,20 +154,8 @@ def _one_by_one(args, batched, foldable, tree):
     return jax.lax.map(function, [a for a, m in zip(args, batched, strict=True) if m])
 
 
-def _lower(ctx, *args, jaxpr, foldable, tree):
-    """Lowers to the function itself or, for several devices, to one they share."""
-    function = _evaluate
-    if partitioning.applies(ctx.module_context.axis_context):
-        roles, out_roles = _roles(foldable, tree, ctx.avals_in)
-        function = partitioning.shared(foldable, tree, roles, out_roles)
-        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
-    return mlir.lower_fun(function, multiple_results=True)(
-        ctx, *args, jaxpr=jaxpr, foldable=foldable, tree=tree
-    )
-
-
 _primitive.def_impl(_evaluate)
 _primitive.def_abstract_eval(lambda *args, jaxpr, foldable, tree: jaxpr.out_avals)
-mlir.register_lowering(_primitive, _lower)
+mlir.register_lowering(_primitive, mlir.lower_fun(_evaluate, multiple_results=True))
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

@@ -13,15 +13,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["applies", "shared"]
-
-
-def applies(axis_context: Any) -> bool:
-    """Tells whether a program is for several devices that XLA partitions."""
-    return (
-        getattr(axis_context, "num_devices", 1) > 1
-        and getattr(axis_context, "device_assignment", None) is not None
-    )
+__all__ = ["shared"]
 
 
 def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> Any:
@@ -34,7 +26,8 @@ def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> 
       out_roles: the roles of its flat results.
 
     Returns:
-      A function that returns a list of arrays.
+      A function that returns a list of arrays; for one device, and inside shard_map, it
+      is the given function.
     """
 
     def call(foldable, flat):
@@ -45,7 +38,7 @@ def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> 
         shardings = [shape.sharding for shape in arg_shapes]
         if not all(isinstance(s, NamedSharding) for s in shardings):
             whole = [_named(mesh, role, {}) for role in out_roles]
-            return mesh, lambda *flat: call(foldable, flat), whole, shardings
+            return mesh, lambda *flat: call(foldable, flat), whole, tuple(shardings)
         shapes = [shape.shape for shape in arg_shapes]
         axes = _axes(mesh, roles, shapes, [s.spec for s in shardings])
         local = foldable.over(axes["v"])
@@ -63,10 +56,11 @@ def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> 
         def place(names):
             return [_named(mesh, role, axes) for role in names]
 
-        return mesh, lower, place(out_roles), place(roles)
+        return mesh, lower, place(out_roles), tuple(place(roles))
 
     function = custom_partitioning(lambda *flat: call(foldable, flat))
-    letters = sorted(set("".join(roles)))
+    # In the order in which the rule meets them.
+    letters = list(dict.fromkeys("".join(roles + out_roles)))
     summed = [f for f in "nv" if f in letters and f not in "".join(out_roles)]
     function.def_partition(
         partition,

@@ -202,7 +202,8 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
     """
     axes = config.vocab_axes
     tau = operands.temperature(config)
-    row_tau = tau if isinstance(tau, float) else tau[:, 0]
+    # Of the rows, along the second axis.
+    row_tau = tau if isinstance(tau, float) else tau.T
     classes = operands.num_classes(config)
     end = first + classes
     dtype = drawn.max.dtype
@@ -236,7 +237,7 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
         same = ((all_numbers == number) & (number >= 0))[:, None]
         top = jnp.max(jnp.where(same, all_tops, -jnp.inf), axis=0)
         peak = jnp.where(top == -jnp.inf, 0, top)
-        back = jnp.exp(divide_by_temperature(all_tops, peak, row_tau))
+        back = jnp.exp(divide_by_temperature(all_tops, peak[None], row_tau))
         parts = jnp.where(same, all_sums * back, 0)
         until = jnp.cumsum(parts, axis=0)
         whole = jnp.sum(parts, axis=0)
@@ -253,10 +254,10 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
     tops, scores, ids = (jnp.stack(field) for field in zip(*candidates, strict=True))
     top = sharding.maximum(jnp.max(tops, axis=0), axes)
     peak = jnp.where(top == -jnp.inf, 0, top)
-    scores = scores + divide_by_temperature(tops, peak, row_tau)
+    scores = scores + divide_by_temperature(tops, peak[None], row_tau)
     best = sharding.maximum(jnp.max(scores, axis=0), axes)
     none = jnp.iinfo(jnp.int32).max
-    here = (scores == best) & (ids >= 0)
+    here = (scores == best[None]) & (ids >= 0)
     class_id = sharding.lowest(jnp.min(jnp.where(here, ids, none), axis=0), axes)
     return blocks.Drawn(top, best, jnp.where(class_id == none, -1, class_id))
 

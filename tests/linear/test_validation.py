@@ -36,7 +36,12 @@ CALLS = [
     ((H, W, Y), {"tile_bytes": 0}, ValueError, "`tile_bytes` must be at least 1"),
     ((H, W, Y), {"tile_bytes": 1.5}, TypeError, "`tile_bytes` must be an int"),
     ((H, W, Y), {"vocab_axis": "v"}, ValueError, "`vocab_axis` must name axes of an"),
-    ((H, W, Y), {"token_axes": ("d",)}, ValueError, "`token_axes` must name axes of an"),
+    (
+        (H, W, Y),
+        {"token_axes": ("d",)},
+        ValueError,
+        "`token_axes` must name axes of an",
+    ),
     (
         (H, W, Y),
         {"implementation": "mosaic_tpu"},
