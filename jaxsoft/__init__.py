@@ -1,5 +1,6 @@
 """jaxsoft, the softmax layer of JAX."""
 
+from jaxsoft.linear.distillation import linear_distillation
 from jaxsoft.linear.expected import linear_expected
 from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.losses import linear_cross_entropy
@@ -13,6 +14,7 @@ __all__ = [
     "distillation_loss",
     "entropy",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_expected",
     "linear_log_prob",
     "linear_log_prob_at",

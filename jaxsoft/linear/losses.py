@@ -119,7 +119,8 @@ def linear_cross_entropy(
     axes = sharding.check_axes("token_axes", token_axes)
     hidden = checks.floating("hidden", hidden)
     labels = checks.integer("labels", labels)
-    each = token_weights(hidden, labels, weights, ignore_label)
+    checks.shape("labels", labels, hidden.shape[:-1], "hidden.shape[:-1]")
+    each = token_weights(hidden.shape[:-1], weights, labels, ignore_label)
     if each is not None:
         # What a masked token holds, NaN included, must not reach a matrix product.
         live = each != 0
@@ -148,10 +149,13 @@ def linear_cross_entropy(
     return (loss, statistics) if return_statistics else loss
 
 
-def token_weights(hidden, labels, weights, ignore_label) -> jax.Array | None:
+def token_weights(
+    rows: tuple[int, ...],
+    weights: ArrayLike | None,
+    labels: jax.Array | None = None,
+    ignore_label: int | None = None,
+) -> jax.Array | None:
     """Returns one float32 weight a token, or None if all are 1."""
-    rows = hidden.shape[:-1]
-    checks.shape("labels", labels, rows, "hidden.shape[:-1]")
     result = None
     if weights is not None:
         result = jnp.asarray(weights)
@@ -160,17 +164,15 @@ def token_weights(hidden, labels, weights, ignore_label) -> jax.Array | None:
         checks.shape("weights", result, rows, "hidden.shape[:-1]")
         wide = result.dtype == jnp.float64
         result = result.astype(jnp.float64 if wide else jnp.float32)
-    if ignore_label is not None:
-        if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
-            raise TypeError(f"`ignore_label` must be an int, got {ignore_label!r}.")
-        bounds = jnp.iinfo(labels.dtype)
-        if bounds.min <= ignore_label <= bounds.max:
-            keep = labels != ignore_label
-            if result is None:
-                result = keep.astype(jnp.float32)
-            else:
-                result = jnp.where(keep, result, 0)
-    return result
+    if labels is None or ignore_label is None:
+        return result
+    if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
+        raise TypeError(f"`ignore_label` must be an int, got {ignore_label!r}.")
+    bounds = jnp.iinfo(labels.dtype)
+    if not bounds.min <= ignore_label <= bounds.max:
+        return result
+    keep = labels != ignore_label
+    return keep.astype(jnp.float32) if result is None else jnp.where(keep, result, 0)
 
 
 def _token_loss(
