@@ -1,6 +1,10 @@
 """jaxsoft, the softmax layer of JAX."""
 
-from jaxsoft.linear.distillation import linear_distillation
+from jaxsoft.linear.contrastive import clip_loss, nt_xent, supervised_contrastive
+from jaxsoft.linear.distillation import (
+    linear_distillation,
+    linear_distillation_top_k,
+)
 from jaxsoft.linear.expected import linear_expected
 from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.losses import linear_cross_entropy
@@ -11,10 +15,12 @@ from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 
 __all__ = [
     "LogitStatistics",
+    "clip_loss",
     "distillation_loss",
     "entropy",
     "linear_cross_entropy",
     "linear_distillation",
+    "linear_distillation_top_k",
     "linear_expected",
     "linear_log_prob",
     "linear_log_prob_at",
@@ -23,8 +29,10 @@ __all__ = [
     "linear_top_k",
     "log_softmax",
     "logsumexp",
+    "nt_xent",
     "softmax",
     "softmax_cross_entropy",
+    "supervised_contrastive",
 ]
 
 __version__ = "0.1.0"

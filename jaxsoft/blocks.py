@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft import noise
-from jaxsoft.temperature import divide_by_temperature
+from jaxsoft.temperature import divide_by_temperature, is_zero
 
-__all__ = ["Drawn", "block_size", "draw", "invert", "is_zero", "later", "scores"]
+__all__ = ["Drawn", "block_size", "draw", "invert", "later", "scores"]
 
 _LEAST = 128
 
@@ -39,11 +39,6 @@ class Drawn(NamedTuple):
 def block_size(num_classes: int) -> int:
     """Returns the classes of a block: a power of two near √V, at least 128."""
     return max(_LEAST, 2 ** math.ceil(math.log2(max(num_classes, 1)) / 2))
-
-
-def is_zero(tau: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Tells where a temperature counts as 0: the lowest argmax is drawn there."""
-    return jnp.asarray(tau, dtype) < jnp.finfo(dtype).tiny
 
 
 def scores(

@@ -15,6 +15,7 @@ __all__ = [
     "divide_by_temperature",
     "finite",
     "inverse",
+    "is_zero",
     "over_temperature",
     "times",
 ]
@@ -68,6 +69,11 @@ def divide_by_temperature(
     x = jnp.where(lowest, peak, x)
     quotient = (x * tau.scale - peak * tau.scale) / tau.divisor
     return jnp.where(dropped, -jnp.inf, quotient)
+
+
+def is_zero(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Tells where a temperature counts as 0: below the smallest normal number."""
+    return jnp.asarray(temperature, dtype) < jnp.finfo(dtype).tiny
 
 
 def inverse(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:

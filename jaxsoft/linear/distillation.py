@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,18 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft import checks
-from jaxsoft.divergence_terms import DIVERGENCES
+from jaxsoft.divergence_terms import DIVERGENCES, excess
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear import sharding, varying
 from jaxsoft.linear.losses import Reduction, reduce_losses, token_weights
 from jaxsoft.linear.operands import KernelLayout, Operands
 from jaxsoft.linear.pair import Divergence, Pair, distillation
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
+from jaxsoft.temperature import is_zero, over_temperature
 
-__all__ = ["linear_distillation"]
+__all__ = ["linear_distillation", "linear_distillation_top_k"]
+
+Remaining = Literal["other", "renormalize", "ignore"]
 
 
 def linear_distillation(
@@ -182,3 +185,162 @@ def _distill(pair: Pair, student: Operands, teacher: Operands) -> jax.Array:
     teacher = fold_rows(pair.teacher, teacher)
     both = varying.like((student, teacher), (student, teacher))
     return distillation(pair, *both).reshape(rows)
+
+
+def linear_distillation_top_k(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    teacher_ids: ArrayLike,
+    teacher_log_probs: ArrayLike,
+    *,
+    remaining: Remaining = "other",
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    kernel_layout: KernelLayout = "hv",
+    precision: Any = None,
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Distillation from a teacher known by its K best classes, times τ².
+
+    Forward KL from the teacher's probabilities p to the student's q at temperature τ.
+    What becomes of the teacher's remaining mass 1 - Σ p is a choice:
+
+    - "other": all classes that are not listed are one more class, in teacher and
+      student: `Σ_k p log(p / q) + p_rest log(p_rest / q_rest)`. Never negative, and at
+      most the divergence of the full distributions.
+    - "renormalize": the teacher is `p / Σ p`, the rest is given probability 0.
+    - "ignore": `Σ_k p log(p / q)` of the listed classes alone, which may be negative.
+
+    Args:
+      hidden: [..., H] floating.
+      kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`.
+      teacher_ids: [..., K] integers in [0, V), no class twice in a row. An id outside
+        counts as none if its log-probability is -inf.
+      teacher_log_probs: [..., K] floating, the teacher's log-probabilities of them,
+        at the temperature τ: those that `linear_top_k` gives for the teacher.
+      remaining: "other", "renormalize" or "ignore".
+      bias: [V] floating, added to the logits before the cap; -inf masks a class.
+      temperature: τ in [0, ∞), a scalar or [...], of the student.
+      logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
+      class_mask: [V] booleans; False drops a class. None keeps all.
+      weights: [...] booleans or reals, one weight a token; a token of weight 0
+        contributes exactly nothing.
+      reduction: "mean", "sum" or "none"; see `linear_distillation`.
+      kernel_layout: "hv" or "vh".
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
+        `linear_statistics`. Ids are those of the whole vocabulary.
+      token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
+      tile_bytes: the most bytes that a tile of logits may take; see
+        `linear_statistics`.
+      implementation: None, "xla" or "reference".
+
+    Returns:
+      A scalar, or [...] with reduction "none", float32 (float64 if an input is); NaN
+      for an id outside [0, V) that has mass, inf where a dropped class has.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      With "other", the student's remaining mass comes from a second stream over the
+      classes that are not listed: 1 - Σ q would cancel. Differentiable in `hidden`,
+      `kernel`, `bias`, `temperature` and `teacher_log_probs`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import linear_distillation_top_k, linear_top_k
+      >>> teacher, student = jnp.array([[2.0, 1.0, 0.0, 0.0]]), jnp.zeros((1, 4))
+      >>> log_probs, ids = linear_top_k(teacher, jnp.eye(4), 2)
+      >>> loss = linear_distillation_top_k(student, jnp.eye(4), ids, log_probs)
+      >>> print(f"{loss:.4f}")
+      0.3376
+
+    References:
+      Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531;
+      Anshumann et al., Sparse Logit Sampling, arXiv:2503.16870 (what top-k loses).
+    """
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    checks.one_of("remaining", remaining, ("other", "renormalize", "ignore"))
+    axes = sharding.check_axes("token_axes", token_axes)
+    hidden = checks.floating("hidden", hidden)
+    ids = checks.integer("teacher_ids", teacher_ids)
+    log_p = checks.floating("teacher_log_probs", teacher_log_probs)
+    checks.shape("teacher_log_probs", log_p, ids.shape, "teacher_ids.shape")
+    each = token_weights(hidden.shape[:-1], weights)
+    if each is not None:
+        live = (each != 0)[..., None]
+        hidden = jnp.where(live, hidden, 0)
+        ids, log_p = jnp.where(live, ids, -1), jnp.where(live, log_p, -jnp.inf)
+    call = functools.partial(
+        prepare,
+        "linear_distillation_top_k",
+        hidden,
+        kernel,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        class_mask=class_mask,
+        kernel_layout=kernel_layout,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        tile_bytes=tile_bytes,
+        implementation=implementation,
+    )
+    statistics = call(class_ids=ids).run()
+    assert statistics.label is not None
+    dtype = statistics.log_sum.dtype
+    log_p = log_p.astype(dtype)
+    log_q = statistics.label - jnp.expand_dims(statistics.log_sum, -1)
+    gone = log_p == -jnp.inf
+    log_q = jnp.where(gone, 0, log_q)
+    tau = jnp.expand_dims(jnp.broadcast_to(statistics.temperature, ids.shape[:-1]), -1)
+    if remaining == "other":
+        # Listed classes without mass are part of the rest.
+        rest = call(excluded=jnp.where(gone, -1, ids)).run()
+        nothing = rest.max == -jnp.inf
+        gap = jnp.where(nothing, 0, rest.max - statistics.max)
+        gap = over_temperature(jax.lax.stop_gradient(gap), tau[..., 0])
+        log_rest = gap + rest.log_sum - statistics.log_sum
+        log_rest = jnp.where(nothing, -jnp.inf, log_rest)
+        loss = _with_rest(log_p, log_q, log_rest, tau)
+    else:
+        if remaining == "renormalize":
+            log_p = log_p - jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
+        log_p = jnp.where(gone, 0, log_p)
+        terms = jnp.where(gone, 0, jnp.exp(log_p)) * (log_p - log_q)
+        loss = jnp.sum(tau * (tau * terms), axis=-1)
+    # A row without any kept class, and a temperature of 0, have no loss.
+    none = (statistics.max == -jnp.inf) | is_zero(tau[..., 0], dtype)
+    loss = jnp.where(none & ~jnp.isnan(loss), 0, loss)
+    return reduce_losses(loss, each, reduction, axes)
+
+
+def _with_rest(log_p, log_q, log_rest, tau) -> jax.Array:
+    """Returns the divergence over K classes and one that has the rest, [...].
+
+    Its terms p (exp(d) - 1 - d) need all of q: where p is 0, they are q.
+    """
+    listed = jnp.minimum(jax.nn.logsumexp(log_p, axis=-1), 0)
+    mass = -jnp.expm1(listed)
+    some = mass > 0
+    rest = jnp.where(some, jnp.log(jnp.where(some, mass, 1)), -jnp.inf)
+    log_q = jnp.where(log_p == -jnp.inf, -jnp.inf, log_q)
+    log_p = jnp.concatenate([log_p, rest[..., None]], axis=-1)
+    log_q = jnp.concatenate([log_q, log_rest[..., None]], axis=-1)
+    gone, empty = log_p == -jnp.inf, log_q == -jnp.inf
+    log_p = jnp.where(gone, 0, log_p)
+    p = jnp.where(gone, 0, jnp.exp(log_p))
+    q = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, log_q)))
+    d = jnp.where(gone, 0, log_q - log_p)
+    terms = excess(p, q, d, tau * jnp.where(jnp.isinf(d), 0, d), tau)
+    return jnp.sum(jnp.where(gone, tau * (tau * q), terms), axis=-1)

@@ -17,7 +17,13 @@ from jaxsoft.divergence_terms import difference, excess, half_scaled, half_step
 from jaxsoft.linear import derivative, sharding, tiling, varying, xla, xla_backward
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.temperature import Temperature, divide_by_temperature, finite, inverse
+from jaxsoft.temperature import (
+    Temperature,
+    divide_by_temperature,
+    finite,
+    inverse,
+    is_zero,
+)
 
 __all__ = ["Divergence", "Pair", "distillation"]
 
@@ -295,7 +301,7 @@ def _forward(pair: Pair, student: Operands, teacher: Operands):
     sums = xla.fold(pair.student, student, start, step, more, tiles)
     # Before the shards meet: their temperatures are equal, but not known to be.
     tau = student.temperature(pair.student)
-    zero = Temperature.prepare(tau, total_s.dtype).is_zero
+    zero = is_zero(tau, total_s.dtype)
     sums = jax.tree.map(lambda a: jnp.where(zero, 0, a), sums)
     total = sharding.add(sums._asdict(), pair.vocab_axes)
     return _Sums._make(total[name][:, 0] for name in _Sums._fields), rows
@@ -312,7 +318,7 @@ def _backward(call: _Backward, student, teacher, sums, rows, cotangent) -> Any:
         layers.reverse()
     tau = student.temperature(pair.student)
     # The limit has no gradient.
-    zero = Temperature.prepare(tau, dtype).is_zero
+    zero = is_zero(tau, dtype)
     cotangent = jnp.where(zero, 0, cotangent[:, None])[:, 0]
 
     def share(part, more, tile, index):

@@ -17,7 +17,7 @@ from jaxsoft.linear import derivative, sharding, varying, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
-from jaxsoft.temperature import divide_by_temperature
+from jaxsoft.temperature import divide_by_temperature, is_zero
 
 __all__ = ["linear_sample", "linear_top_k"]
 
@@ -207,7 +207,7 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
     classes = operands.num_classes(config)
     end = first + classes
     dtype = drawn.max.dtype
-    zero = blocks.is_zero(tau, dtype)
+    zero = is_zero(tau, dtype)
     part = jnp.where(zero, 0, noise.uniform(words, dtype)[:, None])[:, 0]
     size = min(block, classes)
     head, tail = first // block, (end - 1) // block

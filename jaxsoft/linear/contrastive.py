@@ -1,0 +1,288 @@
+"""Contrastive losses: a softmax over a batch of embeddings, similarities not stored."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft import checks
+from jaxsoft.dtypes import compute_dtype, operand_dtype
+from jaxsoft.implementation import Implementation
+from jaxsoft.linear.statistics import prepare
+from jaxsoft.temperature import over_temperature
+
+__all__ = ["clip_loss", "nt_xent", "supervised_contrastive"]
+
+
+def nt_xent(
+    anchors: ArrayLike,
+    positives: ArrayLike,
+    temperature: ArrayLike = 0.5,
+    *,
+    normalize: bool = True,
+    precision: Any = None,
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Normalised temperature-scaled cross-entropy of pairs, as in SimCLR.
+
+    With z all 2N embeddings and j the partner of i, the mean over i of
+    `-log(exp(z_i·z_j / τ) / Σ_{k≠i} exp(z_i·z_k / τ))`.
+
+    Args:
+      anchors: [N, D] floating.
+      positives: [N, D] floating; row i is the partner of row i of `anchors`.
+      temperature: τ in [0, ∞], a scalar; differentiable.
+      normalize: whether embeddings are divided by their Euclidean norms first.
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      tile_bytes: the most bytes that a tile of similarities may take; see
+        `linear_statistics`.
+      implementation: None, "xla" or "reference".
+
+    Returns:
+      A scalar, float32 (float64 if an input is); 0 for N = 0.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      The [2N, 2N] similarities are streamed. Differentiable in both embeddings and the
+      temperature. Devices that share a batch gather the embeddings, [N, D], first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import nt_xent
+      >>> print(f"{nt_xent(jnp.eye(4), jnp.eye(4), 0.5):.4f}")
+      0.5944
+
+    References:
+      Chen et al., A Simple Framework for Contrastive Learning, arXiv:2002.05709.
+    """
+    first, second = _pair("anchors", anchors, "positives", positives)
+    count = first.shape[0]
+    if not count:
+        return jnp.zeros((), compute_dtype(first))
+    z = _normalized(jnp.concatenate([first, second]), normalize)
+    own = jnp.arange(2 * count)
+    log_prob = _log_prob(
+        "nt_xent",
+        z,
+        z,
+        jnp.roll(own, count),
+        temperature,
+        excluded=own[:, None],
+        precision=precision,
+        tile_bytes=tile_bytes,
+        implementation=implementation,
+    )
+    return -jnp.mean(log_prob)
+
+
+def clip_loss(
+    image: ArrayLike,
+    text: ArrayLike,
+    temperature: ArrayLike = 0.07,
+    *,
+    normalize: bool = True,
+    precision: Any = None,
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """The symmetric contrastive loss of CLIP.
+
+    The mean of two cross-entropies of `image @ text.T / τ` with labels 0 … N-1: over
+    texts for each image, and over images for each text.
+
+    Args:
+      image: [N, D] floating.
+      text: [N, D] floating; row i belongs to row i of `image`.
+      temperature: τ in [0, ∞], a scalar; differentiable. CLIP learns
+        `logit_scale = log(1 / τ)`: pass `jnp.exp(-logit_scale)`.
+      normalize: whether embeddings are divided by their Euclidean norms first.
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      tile_bytes: the most bytes that a tile of similarities may take; see
+        `linear_statistics`.
+      implementation: None, "xla" or "reference".
+
+    Returns:
+      A scalar, float32 (float64 if an input is); 0 for N = 0.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      The [N, N] similarities are streamed, once for each direction. Differentiable in
+      both embeddings and the temperature. Devices that share a batch gather the
+      embeddings, [N, D], first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import clip_loss
+      >>> print(f"{clip_loss(jnp.eye(4), jnp.eye(4), 0.5):.4f}")
+      0.3408
+
+    References:
+      Radford et al., Learning Transferable Visual Models From Natural Language
+      Supervision, arXiv:2103.00020.
+    """
+    images, texts = _pair("image", image, "text", text)
+    count = images.shape[0]
+    if not count:
+        return jnp.zeros((), compute_dtype(images))
+    images, texts = _normalized(images, normalize), _normalized(texts, normalize)
+    log_prob = functools.partial(
+        _log_prob,
+        "clip_loss",
+        labels=jnp.arange(count),
+        temperature=temperature,
+        precision=precision,
+        tile_bytes=tile_bytes,
+        implementation=implementation,
+    )
+    return -(jnp.mean(log_prob(images, texts)) + jnp.mean(log_prob(texts, images))) / 2
+
+
+def supervised_contrastive(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    temperature: ArrayLike = 0.1,
+    *,
+    normalize: bool = True,
+    precision: Any = None,
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Supervised contrastive loss: all embeddings of a label are positives.
+
+    With P(i) the other embeddings that have the label of i, the mean over all i with
+    a non-empty P(i) of
+    `-1/|P(i)| Σ_{p∈P(i)} log(exp(z_i·z_p / τ) / Σ_{k≠i} exp(z_i·z_k / τ))`.
+
+    Args:
+      embeddings: [N, D] floating.
+      labels: [N] integers, any values.
+      temperature: τ in (0, ∞], a scalar; differentiable.
+      normalize: whether embeddings are divided by their Euclidean norms first.
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      tile_bytes: the most bytes that a tile of similarities may take; see
+        `linear_statistics`.
+      implementation: None, "xla" or "reference".
+
+    Returns:
+      A scalar, float32 (float64 if an input is); 0, with gradient 0, where no two
+      embeddings have the same label.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      This is the loss that the paper calls L_out. The [N, N] similarities are
+      streamed; the mean over positives comes from the sums of each label's embeddings.
+      Differentiable in the embeddings and the temperature. Devices that share a batch
+      gather the embeddings, [N, D], first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import supervised_contrastive
+      >>> embeddings = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+      >>> loss = supervised_contrastive(embeddings, jnp.array([5, 5, 7]), 0.5)
+      >>> print(f"{loss:.4f}")
+      0.1269
+
+    References:
+      Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362.
+    """
+    z = _matrix("embeddings", embeddings)
+    labels = checks.integer("labels", labels)
+    count = z.shape[0]
+    checks.shape("labels", labels, (count,), "[N]")
+    dtype = compute_dtype(z)
+    if not count:
+        return jnp.zeros((), dtype)
+    z = _normalized(z, normalize)
+    statistics = prepare(
+        "supervised_contrastive",
+        z,
+        z,
+        excluded=jnp.arange(count)[:, None],
+        temperature=_scalar(temperature),
+        kernel_layout="vh",
+        precision=precision,
+        tile_bytes=tile_bytes,
+        implementation=implementation,
+    ).run()
+    tau = statistics.temperature
+    # z_i · Σ_{p∈P(i)} z_p is a product with the sum of the label's embeddings.
+    wide = z.astype(dtype)
+    groups = jnp.unique(labels, return_inverse=True, size=count)[1].reshape(count)
+    sums = jax.ops.segment_sum(wide, groups, count)[groups]
+    number = jax.ops.segment_sum(jnp.ones(count, dtype), groups, count)[groups] - 1
+    alone = number == 0
+    total = jnp.sum(wide * (sums - wide), axis=1)
+    mean = total / jnp.where(alone, 1, number)
+    centred = over_temperature(mean - jax.lax.stop_gradient(statistics.max), tau)
+    # A row alone in the batch has no similarity at all: its maximum is -inf.
+    loss = jnp.where(alone, 0, statistics.log_sum - jnp.where(alone, 0, centred))
+    return jnp.sum(loss) / jnp.maximum(jnp.sum(~alone), 1).astype(dtype)
+
+
+def _matrix(name: str, value: ArrayLike) -> jax.Array:
+    array = checks.floating(name, value)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise ValueError(f"`{name}` must have shape [N, D], got {array.shape}.")
+    return array
+
+
+def _pair(
+    first: str, a: ArrayLike, second: str, b: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Returns two matrices of one shape, in one dtype."""
+    one, two = _matrix(first, a), _matrix(second, b)
+    checks.shape(second, two, one.shape, f"{first}.shape")
+    dtype = operand_dtype(one, two)
+    return one.astype(dtype), two.astype(dtype)
+
+
+def _normalized(z: jax.Array, normalize: bool) -> jax.Array:
+    """Returns rows of unit length; a row of zeros stays, with gradient 0."""
+    if not normalize:
+        return z
+    wide = z.astype(compute_dtype(z))
+    # Scaled by the largest entry, so that no square overflows or vanishes.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
+    empty = largest == 0
+    wide = wide / jnp.where(empty, 1, largest)
+    square = jnp.sum(wide * wide, axis=1, keepdims=True)
+    norm = jnp.sqrt(jnp.where(empty, 1, square))
+    return jnp.where(empty, 0, wide / norm).astype(z.dtype)
+
+
+def _log_prob(name, rows, columns, labels, temperature, **options) -> jax.Array:
+    """Returns the log-probability of each row's label among all columns."""
+    statistics = prepare(
+        name,
+        rows,
+        columns,
+        labels,
+        temperature=_scalar(temperature),
+        kernel_layout="vh",
+        **options,
+    ).run()
+    return statistics.with_one_label().log_prob
+
+
+def _scalar(temperature: ArrayLike) -> ArrayLike:
+    """Returns a temperature, which must be a scalar."""
+    if jnp.ndim(temperature):
+        raise ValueError(
+            f"`temperature` must be a scalar, got shape {jnp.shape(temperature)}."
+        )
+    return temperature
