@@ -8,6 +8,7 @@ from jaxsoft.linear.distillation import (
 from jaxsoft.linear.expected import linear_expected
 from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.losses import linear_cross_entropy
+from jaxsoft.linear.mesh import over_mesh
 from jaxsoft.linear.selection import linear_sample, linear_top_k
 from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
 from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
@@ -30,6 +31,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "nt_xent",
+    "over_mesh",
     "softmax",
     "softmax_cross_entropy",
     "supervised_contrastive",

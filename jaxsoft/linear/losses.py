@@ -185,8 +185,11 @@ def _token_loss(
         assert statistics.mean is not None
         loss = loss - smoothing * statistics.mean
     if z_weight:
-        empty = statistics.max == -jnp.inf
-        loss = loss + z_weight * jnp.where(empty, 0, statistics.lse) ** 2
+        lse = jnp.where(statistics.max == -jnp.inf, 0, statistics.lse)
+        # Where lse overflows the loss is inf, and has no gradient.
+        overflow = jnp.isinf(lse)
+        square = jnp.where(overflow, 0, lse) ** 2
+        loss = loss + z_weight * jnp.where(overflow, jnp.inf, square)
     invalid = jnp.isnan(statistics.label)
     return jnp.where((statistics.max == -jnp.inf) & ~invalid, 0, loss)
 

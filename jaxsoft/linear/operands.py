@@ -36,6 +36,7 @@ class Config:
       argmax: whether the argmax is wanted.
       implementation: "reference" or "xla".
       vocab_axes: the mesh axes that the classes are sharded over; () for none.
+      total_classes: V where the last shards have masked padding; else None.
     """
 
     kernel_layout: KernelLayout
@@ -48,6 +49,7 @@ class Config:
     argmax: bool
     implementation: str
     vocab_axes: tuple[str, ...] = ()
+    total_classes: int | None = None
 
     @property
     def class_axis(self) -> int:

@@ -147,7 +147,7 @@ def _sample_rows(config: Config, operands: Operands, words: jax.Array) -> jax.Ar
     dtype = compute_dtype(operands.hidden, operands.kernel)
     classes = operands.num_classes(config)
     first = sharding.offset(config.vocab_axes, classes)
-    total = classes * sharding.size(config.vocab_axes)
+    total = sharding.num_classes(config, operands)
     block = blocks.block_size(total)
     shift = first % block if config.vocab_axes else 0
     tiles = xla.tiles_of(config, operands, block)

@@ -5,8 +5,7 @@ no axes every function here is the identity.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,15 @@ from jaxsoft.linear import varying
 from jaxsoft.linear.operands import Config, Operands
 
 __all__ = [
+    "Classes",
     "add",
     "check_axes",
     "local_classes",
     "lowest",
     "lowest_argmax",
     "maximum",
+    "names",
+    "num_classes",
     "offset",
     "size",
 ]
@@ -29,9 +31,28 @@ __all__ = [
 Axes = tuple[str, ...]
 
 
-def check_axes(name: str, value: str | Sequence[str] | None) -> Axes:
+class Classes(NamedTuple):
+    """Mesh axes of classes whose last shards have padding; see `mesh.py`.
+
+    Attributes:
+      axes: the mesh axes.
+      number: V, without the padding.
+    """
+
+    axes: Axes
+    number: int
+
+
+def names(value: Any) -> Axes:
+    """Returns mesh axes, given as one or several, as a tuple."""
+    if isinstance(value, Classes):
+        return value.axes
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def check_axes(name: str, value: Any) -> Axes:
     """Returns mesh axes as a tuple, which must be those of an enclosing shard_map."""
-    axes = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    axes = names(value)
     for axis in axes:
         try:
             index = lax.axis_index(axis)
@@ -53,6 +74,13 @@ def check_axes(name: str, value: str | Sequence[str] | None) -> Axes:
 def size(axes: Axes) -> int:
     """Returns the number of shards."""
     return math.prod(lax.axis_size(axis) for axis in axes)
+
+
+def num_classes(config: Config, operands: Operands) -> int:
+    """Returns V, of all shards and without padding."""
+    if config.total_classes is not None:
+        return config.total_classes
+    return operands.num_classes(config) * size(config.vocab_axes)
 
 
 def offset(axes: Axes, number: int) -> jax.Array | int:

@@ -220,8 +220,7 @@ class Call(NamedTuple):
 
     def num_classes(self) -> int:
         """V, of all shards."""
-        shards = sharding.size(self.config.vocab_axes)
-        return self.arrays.num_classes(self.config) * shards
+        return sharding.num_classes(self.config, self.arrays)
 
     def rows(self) -> Operands:
         """Returns the arrays with all leading axes folded into one."""
@@ -307,6 +306,7 @@ def prepare(
         argmax="argmax" in wanted,
         implementation=chosen,
         vocab_axes=axes,
+        total_classes=getattr(vocab_axis, "number", None),
     )
     array_tau = tau if isinstance(tau, jax.Array) else None
     rows = hidden.shape[:-1]
@@ -367,7 +367,7 @@ def fold_rows(config: Config, arrays: Operands) -> Operands:
     """Folds leading axes into rows; labels that are no class become -1."""
     rows = arrays.hidden.shape[:-1]
     count = math.prod(rows)
-    num_classes = arrays.num_classes(config) * sharding.size(config.vocab_axes)
+    num_classes = sharding.num_classes(config, arrays)
 
     def ids(classes):
         if classes is None:

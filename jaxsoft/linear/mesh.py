@@ -1,0 +1,190 @@
+"""Functions of this room for arrays that live on a mesh of devices."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxsoft.linear import sharding
+from jaxsoft.linear.statistics import MeshAxes
+
+__all__ = ["over_mesh"]
+
+# What the first axis of an argument runs over; kernels have a layout.
+_TOKENS = (
+    "hidden",
+    "labels",
+    "class_ids",
+    "weights",
+    "student_hidden",
+    "teacher_hidden",
+    "teacher_ids",
+    "teacher_log_probs",
+)
+_CLASSES = ("bias", "student_bias", "teacher_bias", "class_mask", "values")
+_KERNELS = ("kernel", "student_kernel", "teacher_kernel")
+
+
+def over_mesh(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
+) -> Callable[..., Any]:
+    """Wraps a `linear_*` function so that a mesh of devices shares its work.
+
+    The classes of kernels, biases, masks and values are sharded over `vocab_axis`, the
+    first axis of hidden states, labels and all that belongs to tokens over
+    `token_axes`: by `jax.shard_map`, with each device's own tiles, and collectives of
+    a few numbers a token between them.
+
+    Args:
+      function: one of jaxsoft's `linear_*` functions.
+      mesh: the devices.
+      vocab_axis: the mesh axis, or axes, of the classes; None leaves them whole.
+      token_axes: the mesh axes of the tokens; () leaves them whole.
+
+    Returns:
+      A function with the arguments of `function` but the two named here, for whole
+      arrays, wherever they live. Its results equal those of one device but for
+      rounding; reductions are over all tokens.
+
+    Raises:
+      TypeError: if `function` is not one of the linear room's.
+      ValueError: if an axis is not the mesh's.
+
+    Notes:
+      A number of classes or tokens that the mesh does not divide is padded: padding
+      classes are masked, and padding tokens weigh nothing. That copies the kernel; a
+      kernel padded once by its owner, with a `class_mask`, is not copied. Under
+      `jax.jit` alone, sharded arguments are enough where both divide evenly.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoft import linear_cross_entropy, over_mesh
+      >>> mesh = jax.make_mesh((1,), ("vocab",))
+      >>> loss = over_mesh(linear_cross_entropy, mesh, vocab_axis="vocab")
+      >>> hidden, kernel = jnp.ones((4, 8)), jnp.zeros((8, 1000))
+      >>> print(f"{jax.jit(loss)(hidden, kernel, jnp.arange(4)):.4f}")
+      6.9078
+
+    References:
+      Shoeybi et al., Megatron-LM, arXiv:1909.08053 (vocabulary-parallel
+      cross-entropy).
+    """
+    parameters = inspect.signature(function).parameters
+    if not ({"vocab_axis", "token_axes"} <= parameters.keys()):
+        raise TypeError(
+            "`function` must be one of jaxsoft's linear_* functions, which take "
+            f"vocab_axis and token_axes, got {function!r}."
+        )
+    classes, tokens = sharding.names(vocab_axis), sharding.names(token_axes)
+    for name, axes in (("vocab_axis", classes), ("token_axes", tokens)):
+        for axis in axes:
+            if axis not in mesh.axis_names:
+                raise ValueError(
+                    f"`{name}` must name axes of the mesh, {mesh.axis_names}, "
+                    f"got {axis!r}."
+                )
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(function).bind(*args, **kwargs)
+        for name in ("vocab_axis", "token_axes"):
+            if name in given.arguments:
+                raise TypeError(f"`{name}` must be given to over_mesh, not here.")
+        return _call(function, mesh, classes, tokens, given.arguments)
+
+    return wrapped
+
+
+def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
+    """Pads, shards, calls, and cuts the padding off."""
+    arrays = {
+        name: jnp.asarray(value)
+        for name, value in arguments.items()
+        if name in (*_TOKENS, *_CLASSES, *_KERNELS) and value is not None
+    }
+    for name in ("key", "temperature"):
+        if hasattr(arguments.get(name), "dtype"):
+            arrays[name] = jnp.asarray(arguments[name])
+    static = {name: v for name, v in arguments.items() if name not in arrays}
+    axes = {name: _axis_of_classes(name, static) for name in arrays}
+    hidden = arrays.get("hidden", arrays.get("student_hidden"))
+    kernel = "kernel" if "kernel" in arrays else "student_kernel"
+    if hidden is None or hidden.ndim < 1 or arrays[kernel].ndim != 2:
+        return function(**arguments)
+    count = hidden.shape[0] if hidden.ndim > 1 else None
+    number = arrays[kernel].shape[axes[kernel] or 0]
+    shapes = jax.eval_shape(lambda a: function(**a, **static), arrays)
+    more = -number % _shards(mesh, classes)
+    if more and "class_mask" not in arrays:
+        arrays["class_mask"], axes["class_mask"] = jnp.ones(number, jnp.bool_), 0
+    rest = -count % _shards(mesh, tokens) if count is not None else 0
+    if rest and "weights" not in arrays and _takes(function, "weights"):
+        arrays["weights"] = jnp.ones(hidden.shape[:-1], jnp.bool_)
+        axes["weights"] = None
+    specs = {}
+    for name, array in arrays.items():
+        spec: list[Any] = [None] * array.ndim
+        if (axis := axes[name]) is not None:
+            arrays[name] = _pad(array, axis, more)
+            spec[axis] = classes or None
+        elif count is not None and _is_tokens(name, array):
+            arrays[name] = _pad(array, 0, rest, name == "temperature")
+            spec[0] = tokens or None
+        specs[name] = PartitionSpec(*spec)
+
+    def local(arrays):
+        return function(
+            **arrays,
+            **static,
+            vocab_axis=sharding.Classes(classes, number) if classes else None,
+            token_axes=tokens,
+        )
+
+    def out_spec(shape):
+        is_tokens = count is not None and shape.ndim > 0
+        return PartitionSpec(tokens or None) if is_tokens else PartitionSpec()
+
+    out_specs = jax.tree.map(out_spec, shapes)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs)
+    out = mapped(arrays)
+    if not rest:
+        return out
+    return jax.tree.map(lambda a, s: a[:count] if s.ndim else a, out, shapes)
+
+
+def _axis_of_classes(name: str, options: dict[str, Any]) -> int | None:
+    """Returns the axis of an argument that runs over classes, if it has one."""
+    if name in _CLASSES:
+        return 0
+    if name not in _KERNELS:
+        return None
+    return 1 if options.get(f"{name}_layout", "hv") == "hv" else 0
+
+
+def _is_tokens(name: str, array: jax.Array) -> bool:
+    return name in _TOKENS or (name == "temperature" and array.ndim > 0)
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _shards(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=np.int64))
+
+
+def _pad(array: jax.Array, axis: int, more: int, value: int = 0) -> jax.Array:
+    """Pads the end of an axis."""
+    if not more:
+        return array
+    widths = [(0, more if i == axis else 0) for i in range(array.ndim)]
+    return jnp.pad(array, widths, constant_values=value)

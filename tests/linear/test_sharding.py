@@ -1,0 +1,298 @@
+"""Classes and tokens over a mesh of eight devices: every function equals one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+
+ROWS, FEATURES, OTHER, CLASSES, WIDTH = 24, 8, 6, 1208, 5
+TILE = 4 * 8 * 256
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+LAYOUTS = {"2 × 4": ((2, 4), ("data", "vocab")), "8": ((8,), ("vocab",))}
+
+
+def arguments(rows=ROWS, classes=CLASSES):
+    """Returns named arrays, and how each lies on a mesh."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    labels = jnp.asarray(rng.integers(0, classes, rows))
+    mask = jnp.asarray(rng.uniform(size=classes) < 0.7).at[labels].set(True)
+    return {
+        "hidden": normal(rows, FEATURES),
+        "kernel": normal(FEATURES, classes),
+        "bias": normal(classes),
+        "temperature": jnp.asarray(rng.uniform(0.5, 2, rows), jnp.float32),
+        "values": normal(classes, WIDTH),
+        "teacher_hidden": normal(rows, OTHER),
+        "teacher_kernel": normal(OTHER, classes),
+        "weights": jnp.asarray(rng.uniform(0, 2, rows), jnp.float32),
+        "labels": labels,
+        "class_mask": mask,
+    }
+
+
+def shardings(data, vocab):
+    """Returns the specification of each argument."""
+    tokens, classes = P(data), P(vocab)
+    names = {"kernel": P(None, vocab), "teacher_kernel": P(None, vocab)}
+    names |= dict.fromkeys(("bias", "values", "class_mask"), classes)
+    return {name: names.get(name, tokens) for name in arguments()}
+
+
+def shared(a, *names):
+    """Returns the options of a call, all at once."""
+    chosen = ("bias", "temperature", "class_mask", *names)
+    return {name: a[name] for name in chosen} | {"tile_bytes": TILE}
+
+
+def plain(function):
+    """Leaves a function as it is."""
+    return function
+
+
+def ce(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_cross_entropy)
+    options = shared(a, "weights") | {"label_smoothing": 0.1, "z_loss": 0.01}
+    return f(a["hidden"], a["kernel"], a["labels"], **options, **mesh)
+
+
+def softcap(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_cross_entropy)
+    options = {"logit_softcap": 0.7, "reduction": "none", "tile_bytes": TILE}
+    return f(a["hidden"], a["kernel"], a["labels"], **options, **mesh)
+
+
+def log_prob(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_log_prob)
+    return f(a["hidden"], a["kernel"], a["labels"], **shared(a), **mesh)
+
+
+def log_prob_at(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_log_prob_at)
+    ids = jnp.stack([a["labels"], a["labels"], (7 * a["labels"] + 1) % 500], -1)
+    options = shared(a)
+    del options["class_mask"]
+    return f(a["hidden"], a["kernel"], ids, **options, **mesh)
+
+
+def statistics(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_statistics)
+    out = f(
+        a["hidden"], a["kernel"], a["labels"], return_argmax=True, **shared(a), **mesh
+    )
+    return out.lse, out.log_prob, out.entropy, out.argmax
+
+
+def sample(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_sample)
+    return f(jax.random.key(3), a["hidden"], a["kernel"], **shared(a), **mesh)
+
+
+def top_k(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_top_k)
+    return f(a["hidden"], a["kernel"], 7, **shared(a), **mesh)
+
+
+def expected(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_expected)
+    return f(a["hidden"], a["kernel"], a["values"], **shared(a), **mesh)
+
+
+def straight_through(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_expected)
+    options = shared(a) | {"key": jax.random.key(1), "hard": True}
+    return f(a["hidden"], a["kernel"], a["values"], **options, **mesh)
+
+
+def distillation(a, divergence, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_distillation)
+    return f(
+        a["hidden"],
+        a["kernel"],
+        a["teacher_hidden"],
+        a["teacher_kernel"],
+        student_bias=a["bias"],
+        temperature=a["temperature"],
+        class_mask=a["class_mask"],
+        weights=a["weights"],
+        divergence=divergence,
+        teacher_gradient=True,
+        tile_bytes=2 * TILE,
+        **mesh,
+    )
+
+
+def distillation_top_k(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_distillation_top_k)
+    ids = jnp.stack([a["labels"], (a["labels"] + 1) % 500], -1)
+    options = shared(a, "weights")
+    del options["class_mask"]
+    log_probs = jnp.log(jnp.full(ids.shape, 0.4))
+    return f(a["hidden"], a["kernel"], ids, log_probs, **options, **mesh)
+
+
+CALLS = {
+    f.__name__: f
+    for f in (
+        ce,
+        softcap,
+        log_prob,
+        log_prob_at,
+        statistics,
+        sample,
+        top_k,
+        expected,
+        straight_through,
+        distillation_top_k,
+    )
+} | {d: functools.partial(distillation, divergence=d) for d in DIVERGENCES}
+SCALARS = ("ce", "distillation_top_k", *DIVERGENCES)
+
+
+def mesh_of(layout):
+    shape, names = LAYOUTS[layout]
+    return Mesh(np.array(jax.devices()).reshape(shape), names)
+
+
+def close(value, truth, scale=1.0):
+    for ours, theirs in zip(*map(jax.tree.leaves, (value, truth)), strict=True):
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        size = np.abs(theirs[np.isfinite(theirs)]).max(initial=0)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6 * scale * size)
+
+
+def value_and_grad(call):
+    """Returns a function of float arrays and others: outputs and a gradient."""
+
+    def total(floats, others):
+        out = call(floats | others)
+        parts = [
+            (jnp.cos(jnp.arange(float(a.size))).reshape(a.shape) * a).sum()
+            for a in jax.tree.leaves(out)
+            if jnp.issubdtype(a.dtype, jnp.floating)
+        ]
+        return sum(parts, jnp.float32(0)), out
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def split(a):
+    others = ("labels", "class_mask")
+    return (
+        {name: v for name, v in a.items() if name not in others},
+        {name: a[name] for name in others},
+    )
+
+
+@functools.cache
+def on_one_device(name):
+    return value_and_grad(CALLS[name])(*split(arguments()))
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [(name, "2 × 4") for name in CALLS] + [(name, "8") for name in ("ce", "sample")],
+)
+def test_inside_shard_map(name, layout):
+    mesh = mesh_of(layout)
+    data = "data" if "data" in mesh.axis_names else None
+    specs = shardings(data, "vocab")
+    axes = {"vocab_axis": "vocab", "token_axes": (data,) if data else ()}
+
+    def call(a):
+        out = P() if name in SCALARS else P(data)
+        function = functools.partial(CALLS[name], **axes)
+        return jax.shard_map(function, mesh=mesh, in_specs=(specs,), out_specs=out)(a)
+
+    (_, out), grad = value_and_grad(call)(*split(arguments()))
+    (_, truth), true_grad = on_one_device(name)
+    close(out, truth)
+    close(grad, true_grad, scale=5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_plain_jit_gathers_neither_hidden_nor_kernel(name):
+    mesh = mesh_of("2 × 4")
+    specs = shardings("data", "vocab")
+    placed = {
+        key: jax.device_put(v, NamedSharding(mesh, specs[key]))
+        for key, v in arguments().items()
+    }
+    step = value_and_grad(CALLS[name])
+    (_, out), grad = step(*split(placed))
+    (_, truth), true_grad = on_one_device(name)
+    close(out, truth)
+    close(grad, true_grad, scale=5)
+    text = step.lower(*split(placed)).compile().as_text()
+    collectives = [
+        line
+        for line in text.splitlines()
+        if any(f" {op}(" in line for op in ("all-gather", "all-to-all"))
+    ]
+    for line in collectives:
+        result = line.split(" = ")[1].split("(")[0]
+        for whole in (f"[{ROWS},{FEATURES}]", f"{FEATURES},{CLASSES}]", f"[{CLASSES}"):
+            assert whole not in result, line
+
+
+@pytest.mark.parametrize(
+    "name, rows, classes",
+    [(name, 21, 1201) for name in CALLS] + [(n, 5, 509) for n in ("ce", "sample")],
+)
+def test_over_mesh_pads_what_does_not_divide(name, rows, classes):
+    a = arguments(rows, classes)
+    over = functools.partial(
+        jaxsoft.over_mesh,
+        mesh=mesh_of("2 × 4"),
+        vocab_axis="vocab",
+        token_axes=("data",),
+    )
+    (_, out), grad = value_and_grad(functools.partial(CALLS[name], wrap=over))(
+        *split(a)
+    )
+    (_, truth), true_grad = value_and_grad(CALLS[name])(*split(a))
+    close(out, truth)
+    close(grad, true_grad, scale=5)
+
+
+def test_without_the_varying_axes_check_it_is_an_error():
+    """It would scale gradients silently."""
+    mesh = mesh_of("8")
+    a = arguments()
+    call = jax.shard_map(
+        lambda h, w: jaxsoft.linear_statistics(h, w, vocab_axis="vocab").lse,
+        mesh=mesh,
+        in_specs=(P(), P(None, "vocab")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match="check_vma=True"):
+        call(a["hidden"], a["kernel"])
+
+
+def test_labels_of_padding_are_no_classes():
+    mesh = mesh_of("8")
+    hidden, kernel = jnp.ones((2, 3)), jnp.zeros((3, 13))
+    loss = jaxsoft.over_mesh(jaxsoft.linear_cross_entropy, mesh, vocab_axis="vocab")
+    out = loss(hidden, kernel, jnp.asarray([12, 13]), reduction="none")
+    np.testing.assert_allclose(out, [np.log(13), np.nan], rtol=1e-6)
+
+
+def test_messages():
+    mesh = mesh_of("8")
+    with pytest.raises(TypeError, match="`function` must be one of"):
+        jaxsoft.over_mesh(jaxsoft.softmax, mesh)
+    with pytest.raises(ValueError, match="`vocab_axis` must name axes of the mesh"):
+        jaxsoft.over_mesh(jaxsoft.linear_sample, mesh, vocab_axis="rows")
+    wrapped = jaxsoft.over_mesh(jaxsoft.linear_statistics, mesh)
+    with pytest.raises(TypeError, match="`vocab_axis` must be given to over_mesh"):
+        wrapped(jnp.ones((1, 1)), jnp.ones((1, 2)), vocab_axis="vocab")
