@@ -1,0 +1,196 @@
+"""Samples and best classes: right frequencies, right classes, the same for everyone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxsoft import linear_sample, linear_top_k
+from tests import truth
+from tests.linear import cases
+
+TILE = 4 * 8 * 256
+
+
+def chi_square(drawn, probabilities):
+    """Returns the p-value of draws, rare classes pooled into groups of 10 expected."""
+    expected = probabilities * drawn.size
+    order = np.argsort(expected)
+    counts = np.bincount(drawn, minlength=probabilities.size)[order]
+    groups = np.floor(np.cumsum(expected[order]) / 10).astype(int)
+    groups = np.unique(groups, return_inverse=True)[1]
+    seen, due = (np.bincount(groups, a) for a in (counts, expected[order]))
+    if due[-1] < 5:
+        seen[-2], due[-2] = seen[-2:].sum(), due[-2:].sum()
+        seen, due = seen[:-1], due[:-1]
+    return stats.chisquare(seen, due * seen.sum() / due.sum()).pvalue
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("classes", [1000, 100_003])
+def test_frequencies(classes, dtype, request):
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(2 * rng.standard_normal((1, classes)), dtype)
+    p = truth.softmax(np.asarray(logits, np.float64), 0.8)[0]
+    rows = 20_000 if classes == 1000 else 4_000
+    sample = jax.jit(functools.partial(linear_sample, temperature=0.8))
+    drawn = [
+        sample(jax.random.key(seed), jnp.ones((rows, 1), dtype), logits)
+        for seed in range(3)
+    ]
+    drawn = np.concatenate(drawn)
+    assert drawn.min() >= 0 and drawn.max() < classes
+    assert chi_square(drawn, p) > 1e-4
+    # Every kind of class appears at its rate, the rarest half of the mass included.
+    rare = np.argsort(p)[: np.searchsorted(np.cumsum(np.sort(p)), 0.05)]
+    share = np.isin(drawn, rare).mean()
+    assert abs(share - p[rare].sum()) < 4 * np.sqrt(0.05 / drawn.size)
+
+
+@pytest.mark.parametrize("classes", [1, 5, 127, 128, 129, 1000, 2048, 4099])
+def test_the_same_for_every_tile_size(classes):
+    hidden, kernel, _ = cases.layer(30, 8, classes)
+    key = jax.random.key(2)
+    draws = [
+        linear_sample(key, hidden, kernel, tile_bytes=budget)
+        for budget in (1, TILE, 8 * TILE, 2**25)
+    ]
+    for drawn in draws[1:]:
+        np.testing.assert_array_equal(drawn, draws[0])
+    by_table = linear_sample(key, hidden, kernel.T, kernel_layout="vh")
+    np.testing.assert_array_equal(by_table, draws[0])
+    assert draws[0].min() >= 0 and draws[0].max() < classes
+
+
+def test_a_row_depends_on_its_place_alone():
+    hidden, kernel, _ = cases.layer(24, 8, 700)
+    key = jax.random.key(0)
+    drawn = linear_sample(key, hidden, kernel)
+    folded = linear_sample(key, hidden.reshape(2, 3, 4, 8), kernel)
+    np.testing.assert_array_equal(folded.reshape(24), drawn)
+    np.testing.assert_array_equal(linear_sample(key, hidden[:5], kernel), drawn[:5])
+    same = linear_sample(key, jnp.broadcast_to(hidden[:1], hidden.shape), kernel)
+    assert len(np.unique(same)) > 5
+
+
+def test_vmap_over_keys_and_rows():
+    hidden, kernel, _ = cases.layer(12, 8, 300)
+    keys = jax.random.split(jax.random.key(1), 3)
+    mapped = jax.vmap(linear_sample, (0, 0, None))(
+        keys, hidden.reshape(3, 4, 8), kernel
+    )
+    for key, rows, drawn in zip(keys, hidden.reshape(3, 4, 8), mapped, strict=True):
+        np.testing.assert_array_equal(linear_sample(key, rows, kernel), drawn)
+
+
+def test_offsets_change_no_sample():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(np.round(rng.standard_normal((1, 900)) * 4) / 4, jnp.float32)
+    ones, key = jnp.ones((50, 1)), jax.random.key(4)
+    plain = linear_sample(key, ones, logits)
+    for offset in (1e4, 1e6, -1e6):
+        moved = linear_sample(key, ones, logits + offset)
+        np.testing.assert_array_equal(plain, moved)
+
+
+def test_temperatures():
+    hidden, kernel, _ = cases.layer(40, 8, 700, kind="peaked")
+    key = jax.random.key(0)
+    u = np.asarray(hidden @ kernel)
+    for tau in (0.0, 1e-38, jnp.zeros(40)):
+        drawn = linear_sample(key, hidden, kernel, temperature=tau)
+        np.testing.assert_array_equal(drawn, u.argmax(1))
+    tau = jnp.where(jnp.arange(40) < 20, 0.0, 1.5)
+    mixed = linear_sample(key, hidden, kernel, temperature=tau)
+    np.testing.assert_array_equal(mixed[:20], u[:20].argmax(1))
+    hot = linear_sample(key, jnp.ones((3000, 8)), kernel, temperature=jnp.inf)
+    assert chi_square(np.asarray(hot), np.full(700, 1 / 700)) > 1e-4
+    ties = jnp.zeros((1, 700)).at[0, jnp.asarray([300, 650])].set(1.0)
+    cold = linear_sample(key, jnp.ones((9, 1)), ties, temperature=0.0)
+    np.testing.assert_array_equal(cold, 300)
+    traced = jax.jit(lambda tau: linear_sample(key, hidden, kernel, temperature=tau))
+    np.testing.assert_array_equal(traced(-1.0), -1)
+
+
+def test_dropped_classes_and_empty_rows():
+    hidden, kernel, _ = cases.layer(50, 8, 500)
+    mask = jnp.arange(500) % 7 == 3
+    key = jax.random.key(0)
+    drawn = linear_sample(key, hidden, kernel, class_mask=mask)
+    assert (np.asarray(drawn) % 7 == 3).all()
+    bias = jnp.where(mask, 0.0, -jnp.inf)
+    np.testing.assert_array_equal(linear_sample(key, hidden, kernel, bias=bias), drawn)
+    none = linear_sample(key, hidden, kernel, class_mask=jnp.zeros(500, bool))
+    np.testing.assert_array_equal(none, -1)
+    lost = linear_sample(key, hidden.at[3].set(jnp.nan), kernel)
+    assert lost[3] == -1 and (np.asarray(lost)[[0, 1, 2, 4]] >= 0).all()
+    assert linear_sample(key, hidden[:0], kernel).shape == (0,)
+
+
+def test_samples_have_no_derivative():
+    hidden, kernel, _ = cases.layer(4, 8, 30)
+
+    def drawn(hidden):
+        ids = linear_sample(jax.random.key(0), hidden, kernel)
+        return hidden[:, 0].sum() + 0 * ids.astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(drawn)(hidden)[:, 1:], 0)
+
+
+@pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("classes, k", [(1, 1), (20, 20), (300, 1), (1009, 50)])
+def test_top_k_is_exact(classes, k, kind):
+    hidden, kernel, _ = cases.layer(13, 8, classes, kind=kind)
+    log_probs, ids = linear_top_k(hidden, kernel, k, temperature=0.7, tile_bytes=TILE)
+    u = hidden @ kernel
+    np.testing.assert_array_equal(ids, jax.lax.top_k(u, k)[1])
+    true = truth.log_softmax(np.asarray(u, np.float64), 0.7)
+    true = np.take_along_axis(true, np.asarray(ids), 1)
+    plain = jnp.take_along_axis(jax.nn.log_softmax(u / 0.7), ids, 1)
+    truth.assert_as_good(log_probs, plain, true, slack=3e-6)
+    assert (np.asarray(log_probs) <= 0).all()
+
+
+def test_top_k_with_fewer_classes_than_k():
+    hidden, kernel, _ = cases.layer(3, 8, 300)
+    mask = jnp.zeros(300, bool).at[jnp.asarray([4, 200])].set(True)
+    log_probs, ids = linear_top_k(hidden, kernel, 4, class_mask=mask, tile_bytes=TILE)
+    assert set(np.asarray(ids[0, :2]).tolist()) == {4, 200}
+    np.testing.assert_array_equal(ids[:, 2:], -1)
+    np.testing.assert_array_equal(log_probs[:, 2:], -np.inf)
+    np.testing.assert_allclose(np.exp(log_probs).sum(1), 1, rtol=1e-6)
+
+
+def test_top_k_gradients():
+    hidden, kernel, _ = cases.layer(6, 8, 300)
+    tau = jnp.full(6, 0.8)
+
+    def ours(hidden, kernel, tau):
+        log_probs, _ = linear_top_k(hidden, kernel, 5, temperature=tau, tile_bytes=TILE)
+        return (log_probs * jnp.arange(5.0)[None]).sum()
+
+    def plain(hidden, kernel, tau):
+        log_p = jax.nn.log_softmax(hidden @ kernel / tau[:, None])
+        return (jax.lax.top_k(log_p, 5)[0] * jnp.arange(5.0)[None]).sum()
+
+    for a, b in zip(
+        jax.grad(ours, (0, 1, 2))(hidden, kernel, tau),
+        jax.grad(plain, (0, 1, 2))(hidden, kernel, tau),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_messages():
+    hidden, kernel, _ = cases.layer(6, 8, 30)
+    with pytest.raises(ValueError, match="`k` must be at most V = 30, got 31"):
+        linear_top_k(hidden, kernel, 31)
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        linear_top_k(hidden, kernel, 0)
+    with pytest.raises(NotImplementedError, match="for linear_sample"):
+        linear_sample(jax.random.key(0), hidden, kernel, implementation="reference")
