@@ -34,7 +34,7 @@ _TIMED_HEADS = ("llama3-8b", "qwen3-8b", "gemma2-2b", "liger-131k", "gemma3-4b")
 _TIMED_ROWS = ("quack-131k", "mistral-7b")
 _TIMED_CASES = (
     *linear.MAIN_CASES,
-    peers.LinearCase(layout="vh", gradient=True),
+    workloads.LinearCase(layout="vh", gradient=True),
 )
 
 
@@ -92,7 +92,7 @@ def _parity_case(
     options: truth.LinearOptions,
 ) -> contest.Case:
     hidden, kernel, labels = arguments
-    case = peers.LinearCase(layout=layout, gradient=True)
+    case = workloads.LinearCase(layout=layout, gradient=True)
     subset = checks.Subset.of(workload.tokens, workload.classes)
 
     def loss(implementation: Implementation) -> Callable[..., jax.Array]:

@@ -97,6 +97,31 @@ class SoftmaxWorkload:
         return jax.block_until_ready((logits, labels, cotangent))
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearCase:
+    """What is asked of a linear cross-entropy.
+
+    Attributes:
+      layout: of the kernel, `"hv"` or `"vh"`.
+      reduction: `"mean"` or `"none"`.
+      temperature: whether logits are divided by a traced scalar.
+      gradient: whether the gradients of hidden and kernel are wanted too.
+    """
+
+    layout: Layout = "hv"
+    reduction: Literal["mean", "none"] = "mean"
+    temperature: bool = False
+    gradient: bool = False
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        shape = "[H, V]" if self.layout == "hv" else "[V, H]"
+        temperature = ", temperature" if self.temperature else ""
+        wanted = "value and gradient" if self.gradient else "value"
+        return f"{self.reduction}, {shape}{temperature}: {wanted}"
+
+
 LINEAR = (
     # The vocabulary of `jaxsoft train`, at a size that two CPU cores can store.
     LinearWorkload("train-65k", 2048, 512, 65536, "float32", on_cpu=True),
