@@ -136,6 +136,14 @@ LINEAR = (
     LinearWorkload("liger-131k", 8192, 4096, 131072),
 )
 
+HEADS = (
+    # One token of each of 256 answers, over a vocabulary of Llama 3's kind, at a size
+    # that two CPU cores can store.
+    LinearWorkload("decode-131k", 256, 512, 131072, "float32", on_cpu=True),
+    LINEAR[0],
+    LinearWorkload("llama3-8b-decode", 256, 4096, 128256),
+)
+
 SOFTMAX = (
     SoftmaxWorkload("mistral-7b", 2048, 32768, on_cpu=True),
     # The shape of QuACK's published figures.

@@ -39,6 +39,7 @@ def reject_constant(name):
     [
         ("linear", {"optax"}),
         ("softmax", {"optax", "jax.nn"}),
+        ("heads", {"jax.nn", "jax.random", "matmul", "jax.lax"}),
         ("device", {"optax", "jax.nn", "reference"}),
     ],
 )
