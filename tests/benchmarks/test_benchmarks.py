@@ -66,7 +66,9 @@ def test_quick_run_of_a_suite_writes_its_results(tmp_path, suite, baselines):
         if result["name"] != "jaxsoft" and result["shape"]["dtype"] == "bfloat16":
             continue  # The plain formula may be wrong: it is then not the measure.
         assert result["status"] in ("timed", "right"), result
-        assert result["errors"] and max(result["errors"].values()) < 0.05
+        # What is said of samples is statistical, with 3/√67 as its limit.
+        limit = 0.4 if result["case"] == "sample" else 0.05
+        assert result["errors"] and max(result["errors"].values()) < limit
         assert result["temporary_bytes"] >= 0 and result["compile_seconds"] > 0
         if result["status"] == "timed":
             assert len(result["seconds"]["samples"]) == 1
