@@ -7,10 +7,10 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks import device, linear, plot, report, softmax, workloads
+from benchmarks import device, heads, linear, plot, report, softmax, workloads
 from benchmarks.session import SCHEMA, Result, Session
 
-SUITES = {suite.SUITE: suite.run for suite in (linear, softmax, device)}
+SUITES = {suite.SUITE: suite.run for suite in (linear, softmax, heads, device)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = [w.name for w in (*workloads.LINEAR, *workloads.SOFTMAX)]
+    every = (*workloads.LINEAR, *workloads.HEADS, *workloads.SOFTMAX)
+    names = list(dict.fromkeys(workload.name for workload in every))
     parser.add_argument(
         "suites",
         nargs="*",

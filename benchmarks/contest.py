@@ -38,6 +38,8 @@ class Case:
       check_arguments: fewer rows, where the truth of all of them costs too much;
         None checks what the timed programs return.
       timed: whether the right ones are timed.
+      part: who does a part of the work that nobody can do without, as a second
+        unit of time; empty where nobody does.
     """
 
     suite: str
@@ -56,6 +58,7 @@ class Case:
     donated: tuple[int, ...] = ()
     check_arguments: tuple[Any, ...] | None = None
     timed: bool = True
+    part: str = ""
 
     def result(self, name: str, status: str, **details: Any) -> Result:
         """A contender's result in this case."""
@@ -79,7 +82,7 @@ def run_case(case: Case, session: Session) -> None:
     """
     present = []
     for contender in case.contenders:
-        if contender.function is None:
+        if contender.absent:
             result = case.result(contender.name, "not run", reason=contender.absent)
             session.add(result)
         else:
@@ -114,20 +117,16 @@ class _Outcome:
 
 
 def _check(case: Case, contender: peers.Contender, truth: checks.Truth) -> _Outcome:
-    assert contender.function is not None
-    function = case.prepare(contender.function)
     outcome = _Outcome()
     try:
-        outcome.program = timing.compile_program(
-            contender.name, function, case.arguments, case.donated
-        )
+        outcome.program = _program(case, contender, case.arguments, case.donated)
         if reason := _too_large(outcome.program):
             outcome.status, outcome.reason = "not run", reason
             return outcome
         checked, arguments = outcome.program, case.arguments
         if case.check_arguments is not None:
             arguments = case.check_arguments
-            checked = timing.compile_program(contender.name, function, arguments)
+            checked = _program(case, contender, arguments)
             timing.call(outcome.program, case.arguments)  # Fails here, if it must.
         outputs, _ = timing.call(checked, arguments)
         observed = jax.device_get(dict(case.observe(outputs)))
@@ -140,6 +139,19 @@ def _check(case: Case, contender: peers.Contender, truth: checks.Truth) -> _Outc
     if not verdict.correct:
         outcome.status, outcome.reason = "wrong", "; ".join(verdict.faults)
     return outcome
+
+
+def _program(
+    case: Case,
+    contender: peers.Contender,
+    arguments: tuple[Any, ...],
+    donated: tuple[int, ...] = (),
+) -> timing.Program:
+    if contender.program:
+        return contender.program(arguments)
+    assert contender.function is not None
+    function = case.prepare(contender.function)
+    return timing.compile_program(contender.name, function, arguments, donated)
 
 
 def _compare_with_plain(
@@ -164,6 +176,7 @@ def _record(
     timings: dict[str, timing.Timing],
 ) -> None:
     measured, unit = timings.get(contender.name), timings.get(case.baseline)
+    part = timings.get(case.part)
     session.add(
         case.result(
             contender.name,
@@ -173,6 +186,10 @@ def _record(
             timing=measured,
             ratio=timing.paired_ratio(measured, unit) if measured and unit else None,
             baseline=case.baseline if unit else "",
+            part_ratio=timing.paired_ratio(measured, part)
+            if measured and part
+            else None,
+            part=case.part if part else "",
             program=outcome.program,
             work=case.work(contender),
         )

@@ -14,7 +14,16 @@ from typing import TypeVar
 import jax
 
 import jaxsoft
-from benchmarks import checks, contest, linear, peers, softmax, truth, workloads
+from benchmarks import (
+    checks,
+    contest,
+    heads,
+    linear,
+    peers,
+    softmax,
+    truth,
+    workloads,
+)
 from benchmarks.session import Session, Work
 from benchmarks.workloads import Layout, LinearWorkload, SoftmaxWorkload
 from jaxsoft.implementation import Implementation
@@ -31,10 +40,12 @@ _ROWS = SoftmaxWorkload("unaligned", 67, 4099)
 
 # What is timed, the most telling first.
 _TIMED_HEADS = ("llama3-8b", "qwen3-8b", "gemma2-2b", "liger-131k", "gemma3-4b")
+_TIMED_DECODING = ("llama3-8b-decode",)
 _TIMED_ROWS = ("quack-131k", "mistral-7b")
+_DECODING = tuple(w for w in workloads.HEADS if w not in workloads.LINEAR)
 _TIMED_CASES = (
     *linear.MAIN_CASES,
-    peers.LinearCase(layout="vh", gradient=True),
+    workloads.LinearCase(layout="vh", gradient=True),
 )
 
 
@@ -45,6 +56,7 @@ def run(session: Session) -> None:
         session.notes.append("No accelerator: JAX sees the CPU, and shapes are small.")
     for dtype in ("float32", "bfloat16"):
         _check_linear(session, dtype)
+        _check_heads(session, dtype)
         softmax.run_workload(
             session,
             dataclasses.replace(_ROWS, dtype=dtype),
@@ -60,6 +72,9 @@ def run(session: Session) -> None:
     for rows in _chosen(session, workloads.SOFTMAX, _TIMED_ROWS):
         rows = rows.quick() if small else rows
         softmax.run_workload(session, rows, softmax.MAIN_CASES, SUITE)
+    for head in _chosen(session, _DECODING, _TIMED_DECODING):
+        head = head.quick() if small else head
+        heads.run_workload(session, head, heads.HEADS, SUITE)
 
 
 def _chosen(
@@ -70,6 +85,16 @@ def _chosen(
     names = session.workloads or usual
     found = [by_name[name] for name in names if name in by_name]
     return found[:1] if session.quick else found
+
+
+def _check_heads(session: Session, dtype: str) -> None:
+    """Checks what else is done with a layer; float32 products are not rounded."""
+    workload = dataclasses.replace(_UNALIGNED, dtype=dtype)
+    precision = "highest" if dtype == "float32" else None
+    with jax.default_matmul_precision(precision):
+        heads.run_workload(
+            session, workload, heads.HEADS, f"{SUITE} parity", timed=False
+        )
 
 
 def _check_linear(session: Session, dtype: str) -> None:
@@ -92,7 +117,7 @@ def _parity_case(
     options: truth.LinearOptions,
 ) -> contest.Case:
     hidden, kernel, labels = arguments
-    case = peers.LinearCase(layout=layout, gradient=True)
+    case = workloads.LinearCase(layout=layout, gradient=True)
     subset = checks.Subset.of(workload.tokens, workload.classes)
 
     def loss(implementation: Implementation) -> Callable[..., jax.Array]:

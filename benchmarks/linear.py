@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import checks, contest, peers, truth, workloads
-from benchmarks.peers import LinearCase
 from benchmarks.session import Session, Work
-from benchmarks.workloads import LinearWorkload
+from benchmarks.workloads import LinearCase, LinearWorkload
 
 SUITE = "linear"
 

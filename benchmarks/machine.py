@@ -31,6 +31,7 @@ _PACKAGES = (
     "flax",
     "jax-cce",
     "tokamax",
+    "torch",
     "jax-cuda13-plugin",
     "jax-cuda12-plugin",
     "libtpu",
@@ -52,7 +53,7 @@ def describe() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "runtime": device.client.platform_version,
         "driver": _driver() if device.platform == "gpu" else None,
-        "cores": _cores(),
+        "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": _versions(),
         "commit": _output("git", "rev-parse", "HEAD"),
@@ -104,10 +105,10 @@ def busy() -> str:
     """Says so where other work takes the processor; empty where none does."""
     if not hasattr(os, "getloadavg"):
         return ""
-    load, cores = os.getloadavg()[0], _cores()
-    if load < _QUIET_LOAD * cores:
+    load, count = os.getloadavg()[0], cores()
+    if load < _QUIET_LOAD * count:
         return ""
-    return f"Disturbed: before the run, the load was {load:.1f} on {cores} CPU cores."
+    return f"Disturbed: before the run, the load was {load:.1f} on {count} CPU cores."
 
 
 def available_bytes() -> int | None:
@@ -121,6 +122,13 @@ def available_bytes() -> int | None:
     return _available_host_bytes()
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _available_host_bytes() -> int | None:
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
@@ -130,12 +138,6 @@ def _available_host_bytes() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

@@ -5,17 +5,20 @@ that reason and never left out in silence.
 """
 
 import dataclasses
+import functools
 import importlib
+import operator
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import jaxsoft
-from benchmarks.workloads import Layout
+from benchmarks import timing, torch_peer
+from benchmarks.workloads import Layout, LinearCase
 
 OURS = "jaxsoft"
 
@@ -26,41 +29,19 @@ class Contender:
 
     Attributes:
       name: whose it is.
-      function: what to call; None where it cannot take part.
-      absent: why it cannot take part.
+      function: what to call, which JAX compiles; None where there is none.
+      program: makes a program of the case's arguments, gradients included, where JAX
+        does not compile it.
+      absent: why it cannot take part; empty where it can.
       gradient_matmuls: how many passes over the logits its value and gradient take,
         the recomputation of logits that were not stored included.
     """
 
     name: str
     function: Callable[..., Any] | None = None
+    program: Callable[[tuple[Any, ...]], timing.Program] | None = None
     absent: str = ""
     gradient_matmuls: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearCase:
-    """What is asked of a linear cross-entropy.
-
-    Attributes:
-      layout: of the kernel, `"hv"` or `"vh"`.
-      reduction: `"mean"` or `"none"`.
-      temperature: whether logits are divided by a traced scalar.
-      gradient: whether the gradients of hidden and kernel are wanted too.
-    """
-
-    layout: Layout = "hv"
-    reduction: Literal["mean", "none"] = "mean"
-    temperature: bool = False
-    gradient: bool = False
-
-    @property
-    def title(self) -> str:
-        """The case in words."""
-        shape = "[H, V]" if self.layout == "hv" else "[V, H]"
-        temperature = ", temperature" if self.temperature else ""
-        wanted = "value and gradient" if self.gradient else "value"
-        return f"{self.reduction}, {shape}{temperature}: {wanted}"
 
 
 def linear_contenders(case: LinearCase) -> list[Contender]:
@@ -95,39 +76,27 @@ def linear_contenders(case: LinearCase) -> list[Contender]:
         Contender("optax", stored),
         _jax_cce(case),
         _tokamax(case),
+        _torch(case),
     ]
 
 
 def _jax_cce(case: LinearCase) -> Contender:
-    name = "jax-cce"
-    module, absent = _import("jax_cce")
+    module, absent = _package("jax-cce", "linear_cross_entropy", case, ("vh",))
     if module is None:
-        return Contender(name, absent=absent)
-    absent = _mean_only(case)
-    if case.layout != "vh":
-        absent = "takes a [V, H] kernel only"
-    if absent:
-        return Contender(name, absent=absent)
+        return Contender("jax-cce", absent=absent)
 
     def loss(hidden: Any, kernel: Any, labels: Any, temperature: Any) -> jax.Array:
         del temperature
         return module.linear_cross_entropy(hidden, kernel, labels)
 
-    return Contender(name, loss, gradient_matmuls=4)
+    return Contender("jax-cce", loss, gradient_matmuls=4)
 
 
 def _tokamax(case: LinearCase) -> Contender:
-    name = "tokamax"
-    module, absent = _import("tokamax")
+    name = "linear_softmax_cross_entropy_loss"
+    module, absent = _package("tokamax", name, case, ("hv",))
     if module is None:
-        return Contender(name, absent=absent)
-    absent = _mean_only(case)
-    if case.layout != "hv":
-        absent = "takes an [H, V] kernel only"
-    if not hasattr(module, "linear_softmax_cross_entropy_loss"):
-        absent = "this release has no linear cross-entropy"
-    if absent:
-        return Contender(name, absent=absent)
+        return Contender("tokamax", absent=absent)
     flags = importlib.import_module("absl.flags").FLAGS
     if not flags.is_parsed():  # Or it would read this command's own arguments.
         flags(["benchmarks"])
@@ -138,15 +107,60 @@ def _tokamax(case: LinearCase) -> Contender:
             hidden, labels, kernel, reduction="mean"
         )
 
-    return Contender(name, loss)
+    return Contender("tokamax", loss)
 
 
-def _mean_only(case: LinearCase) -> str:
-    if case.reduction != "mean":
-        return "has no loss per token"
-    if case.temperature:
-        return "has no temperature"
-    return ""
+def _torch(case: LinearCase) -> Contender:
+    name = "nn.functional.linear_cross_entropy"
+    module, absent = _package("torch", name, case, reductions=("mean", "none"))
+    if module is not None and jax.default_backend() != "cpu":
+        absent = "takes part on a CPU only, where it can share memory with JAX"
+    if module is None or absent:
+        return Contender("torch", absent=absent)
+    # Gradients of the mean are made with the value; those per token, from logits that
+    # are computed again.
+    return Contender(
+        "torch",
+        program=functools.partial(torch_peer.program, module, case),
+        gradient_matmuls=3 if case.reduction == "mean" else 4,
+    )
+
+
+def _package(
+    name: str,
+    function: str,
+    case: LinearCase,
+    layouts: tuple[Layout, ...] = ("hv", "vh"),
+    reductions: tuple[str, ...] = ("mean",),
+) -> tuple[ModuleType | None, str]:
+    """Imports a package that can do what a case asks for.
+
+    Args:
+      name: of the package.
+      function: its linear cross-entropy, by its dotted name in the package.
+      case: what is asked.
+      layouts: of the kernel, that the function takes.
+      reductions: that it has.
+
+    Returns:
+      The package, or None and the reason why it cannot take part.
+    """
+    module, absent = _import(name.replace("-", "_"))
+    if module is None:
+        return None, absent
+    if case.layout not in layouts:
+        shape = {"hv": "an [H, V]", "vh": "a [V, H]"}[layouts[0]]
+        absent = f"takes {shape} kernel only"
+    elif case.reduction not in reductions:
+        absent = "has no loss per token"
+    elif case.temperature:
+        absent = "has no temperature"
+    else:
+        try:
+            operator.attrgetter(function)(module)
+        except AttributeError:
+            absent = "this release has no linear cross-entropy"
+    return (None, absent) if absent else (module, "")
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:

@@ -101,13 +101,22 @@ def _cells(result: dict[str, Any]) -> list[str]:
         result["name"],
         f"{seconds['median'] * 1e3:.4g}" if seconds else "",
         f"{seconds['low'] * 1e3:.4g}–{seconds['high'] * 1e3:.4g}" if seconds else "",
-        f"{result['ratio']:.2f}" if result["ratio"] else "",
+        _ratio(result),
         f"{floor * 1e3:.4g}" if floor else "",
         f"{floor / seconds['median']:.0%}" if floor and seconds else "",
         "" if temporaries is None else f"{temporaries / 2**20:.1f}",
         "" if compiling is None else f"{compiling:.1f}",
         f"{max(errors):.0e}" if errors else "",
     ]
+
+
+def _ratio(result: dict[str, Any]) -> str:
+    """The time over the baseline's, and over that of a part of the work."""
+    ratio = f"{result['ratio']:.2f}" if result["ratio"] else ""
+    # Files of earlier runs have no parts.
+    if result.get("part_ratio"):
+        ratio += f" ({result['part_ratio']:.2f} of {result['part']})"
+    return ratio.strip()
 
 
 def print_markdown(document: dict[str, Any]) -> None:

@@ -54,6 +54,8 @@ class Result:
       timing: seconds of a call.
       ratio: the median over the rounds of its time over the baseline's.
       baseline: whose time that was.
+      part_ratio: likewise, over the time of a part of the work.
+      part: who did that part.
       program: what was compiled.
       work: the physical minimum.
     """
@@ -69,6 +71,8 @@ class Result:
     timing: Timing | None = None
     ratio: float | None = None
     baseline: str = ""
+    part_ratio: float | None = None
+    part: str = ""
     program: Program | None = None
     work: Work | None = None
 
@@ -97,6 +101,8 @@ class Result:
             "seconds": dataclasses.asdict(timing) if timing else None,
             "ratio": self.ratio,
             "baseline": self.baseline,
+            "part_ratio": self.part_ratio,
+            "part": self.part,
             "floor_seconds": floor_seconds(self.work, rates) if timing else None,
             "compile_seconds": program.compile_seconds if program else None,
             "temporary_bytes": program.temporary_bytes if program else None,

@@ -97,6 +97,31 @@ class SoftmaxWorkload:
         return jax.block_until_ready((logits, labels, cotangent))
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearCase:
+    """What is asked of a linear cross-entropy.
+
+    Attributes:
+      layout: of the kernel, `"hv"` or `"vh"`.
+      reduction: `"mean"` or `"none"`.
+      temperature: whether logits are divided by a traced scalar.
+      gradient: whether the gradients of hidden and kernel are wanted too.
+    """
+
+    layout: Layout = "hv"
+    reduction: Literal["mean", "none"] = "mean"
+    temperature: bool = False
+    gradient: bool = False
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        shape = "[H, V]" if self.layout == "hv" else "[V, H]"
+        temperature = ", temperature" if self.temperature else ""
+        wanted = "value and gradient" if self.gradient else "value"
+        return f"{self.reduction}, {shape}{temperature}: {wanted}"
+
+
 LINEAR = (
     # The vocabulary of `jaxsoft train`, at a size that two CPU cores can store.
     LinearWorkload("train-65k", 2048, 512, 65536, "float32", on_cpu=True),
@@ -109,6 +134,14 @@ LINEAR = (
     LinearWorkload("gemma3-4b", 8192, 2560, 262144),
     # The shape of Liger's published figures.
     LinearWorkload("liger-131k", 8192, 4096, 131072),
+)
+
+HEADS = (
+    # One token of each of 256 answers, over a vocabulary of Llama 3's kind, at a size
+    # that two CPU cores can store.
+    LinearWorkload("decode-131k", 256, 512, 131072, "float32", on_cpu=True),
+    LINEAR[0],
+    LinearWorkload("llama3-8b-decode", 256, 4096, 128256),
 )
 
 SOFTMAX = (

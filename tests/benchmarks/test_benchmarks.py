@@ -39,6 +39,7 @@ def reject_constant(name):
     [
         ("linear", {"optax"}),
         ("softmax", {"optax", "jax.nn"}),
+        ("heads", {"jax.nn", "jax.random", "matmul", "jax.lax"}),
         ("device", {"optax", "jax.nn", "reference"}),
     ],
 )
@@ -59,12 +60,15 @@ def test_quick_run_of_a_suite_writes_its_results(tmp_path, suite, baselines):
     assert {r["name"] for r in results} >= {"jaxsoft", *baselines}
     for result in results:
         if result["status"] == "not run":
-            assert result["name"] in ("jax-cce", "tokamax") and result["reason"]
+            assert result["name"] in ("jax-cce", "tokamax", "torch")
+            assert result["reason"]
             continue
         if result["name"] != "jaxsoft" and result["shape"]["dtype"] == "bfloat16":
             continue  # The plain formula may be wrong: it is then not the measure.
         assert result["status"] in ("timed", "right"), result
-        assert result["errors"] and max(result["errors"].values()) < 0.05
+        # What is said of samples is statistical, with 3/√67 as its limit.
+        limit = 0.4 if result["case"] == "sample" else 0.05
+        assert result["errors"] and max(result["errors"].values()) < limit
         assert result["temporary_bytes"] >= 0 and result["compile_seconds"] > 0
         if result["status"] == "timed":
             assert len(result["seconds"]["samples"]) == 1
@@ -81,8 +85,11 @@ def test_peers_are_reported_even_where_they_cannot_take_part():
             "optax",
             "jax-cce",
             "tokamax",
+            "torch",
         ]
-        assert all((c.function is None) == bool(c.absent) for c in contenders)
+        for contender in contenders:
+            called = contender.function or contender.program
+            assert (called is None) == bool(contender.absent)
 
 
 class TestCommandLine:
@@ -116,7 +123,8 @@ class TestCommandLine:
         terminal = capsys.readouterr().out
         assert command.main(["--from", str(path), "--markdown"]) == 0
         markdown = capsys.readouterr().out
-        median = json.loads(path.read_text())["results"][2]["seconds"]["median"]
+        results = json.loads(path.read_text())["results"]
+        median = next(r["seconds"]["median"] for r in results if r["seconds"])
         for text in (terminal, markdown):
             assert f"{median * 1e3:.4g}" in text
             assert "not run" in text
@@ -167,7 +175,7 @@ class TestWrongFunctions:
         monkeypatch.setattr(
             jaxsoft, "linear_cross_entropy", lambda *a, **k: spoil(right(*a, **k))
         )
-        case = peers.LinearCase(reduction="none", gradient=gradient)
+        case = workloads.LinearCase(reduction="none", gradient=gradient)
         self.expect_wrong(case, "loss is off")
 
     def test_wrong_gradient_under_a_right_value(self, monkeypatch):
@@ -181,14 +189,14 @@ class TestWrongFunctions:
             return value + doubled - jax.lax.stop_gradient(doubled)
 
         monkeypatch.setattr(jaxsoft, "linear_cross_entropy", wrong)
-        self.expect_wrong(peers.LinearCase(gradient=True), "dkernel is off")
+        self.expect_wrong(workloads.LinearCase(gradient=True), "dkernel is off")
 
     def test_exception_is_a_result(self, monkeypatch):
         def broken(*_, **__):
             raise RuntimeError("no such kernel")
 
         monkeypatch.setattr(jaxsoft, "linear_cross_entropy", broken)
-        self.expect_wrong(peers.LinearCase(), "no such kernel", status="failed")
+        self.expect_wrong(workloads.LinearCase(), "no such kernel", status="failed")
 
     def expect_wrong(self, case, reason, status="wrong"):
         session = Session(quick=True, rounds=1)

@@ -1,0 +1,227 @@
+"""The heads that are measured: what is asked, of whom, and what the answer is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxsoft
+from benchmarks import heads_truth
+from benchmarks.checks import Subset
+from benchmarks.peers import OURS
+from benchmarks.workloads import LinearWorkload
+
+_CANDIDATES = 16
+_BEST = 50
+
+Inputs = dict[str, Any]
+Outputs = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One thing to do with `hidden` `[N, H]`, `kernel` `[H, V]` and `labels` `[N]`.
+
+    Attributes:
+      title: what is asked, in words.
+      ours: makes named outputs of named inputs.
+      plain: the same with stored logits.
+      truth: what checked outputs and gradients should be, of inputs, cotangents by
+        output (empty where no gradient is wanted) and the rows and classes compared.
+      passes: over the logits that each contender cannot do without, 1 if not named.
+      draws: further inputs, of a workload and a key.
+      per_token: names of the inputs that have one row a token.
+      moving: names of the inputs whose gradients are wanted too.
+      plain_name: whose formula `plain` is.
+      part: another's function that does only a part of the work, by name.
+      observe: makes what is compared with the truth of outputs cut to the rows and
+        classes compared, and the truth.
+      checked: the most rows, and classes, that are compared.
+      limit: the largest error, of the number of rows compared, where figures are
+        statistical; None takes that of the dtype.
+    """
+
+    title: str
+    ours: Callable[[Inputs], Outputs]
+    plain: Callable[[Inputs], Outputs]
+    truth: Callable[[Inputs, Outputs, Subset], dict[str, Any]]
+    passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    draws: Callable[[LinearWorkload, jax.Array], Inputs] = lambda workload, key: {}
+    per_token: tuple[str, ...] = ("hidden", "labels")
+    moving: tuple[str, ...] = ()
+    plain_name: str = "jax.nn"
+    part: Mapping[str, Callable[[Inputs], Outputs]] = dataclasses.field(
+        default_factory=dict
+    )
+    observe: Callable[[Outputs, Outputs], Outputs] = lambda found, truth: found
+    checked: int = 48
+    limit: Callable[[int], float] | None = None
+
+    def with_gradient(self, *moving: str, passes: Mapping[str, int]) -> "Head":
+        """The same head, with the gradients of these inputs."""
+        title = f"{self.title.removesuffix(': value')}: value and gradient"
+        return dataclasses.replace(self, title=title, moving=moving, passes=passes)
+
+
+def by_rows(
+    block_truth: heads_truth.BlockTruth,
+    per_token: tuple[str, ...] = ("hidden", "labels"),
+) -> Callable[[Inputs, Outputs, Subset], dict[str, Any]]:
+    """The truth of a head that treats every token by itself."""
+
+    def truth(inputs: Inputs, cotangents: Outputs, subset: Subset) -> dict[str, Any]:
+        return heads_truth.by_rows(block_truth, inputs, per_token, subset, cotangents)
+
+    return truth
+
+
+def _logits(x: Inputs) -> jax.Array:
+    return x["hidden"] @ x["kernel"]
+
+
+def _log_probs(x: Inputs) -> jax.Array:
+    return jax.nn.log_softmax(_logits(x).astype(jnp.float32))
+
+
+def _our_log_prob(x: Inputs) -> Outputs:
+    log_prob, entropy = jaxsoft.linear_log_prob(x["hidden"], x["kernel"], x["labels"])
+    return {"log_prob": log_prob, "entropy": entropy}
+
+
+def _plain_log_prob(x: Inputs) -> Outputs:
+    log_probs = _log_probs(x)
+    at_label = jnp.take_along_axis(log_probs, x["labels"][:, None], axis=1)[:, 0]
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=1)
+    return {"log_prob": at_label, "entropy": entropy}
+
+
+def _our_log_prob_at(x: Inputs) -> Outputs:
+    found = jaxsoft.linear_log_prob_at(x["hidden"], x["kernel"], x["class_ids"])
+    return {"log_prob": found}
+
+
+def _plain_log_prob_at(x: Inputs) -> Outputs:
+    return {"log_prob": jnp.take_along_axis(_log_probs(x), x["class_ids"], axis=1)}
+
+
+def _class_ids(workload: LinearWorkload, key: jax.Array) -> Inputs:
+    shape = (workload.tokens, _CANDIDATES)
+    return {"class_ids": jax.random.randint(key, shape, 0, workload.classes)}
+
+
+def _our_sample(x: Inputs) -> Outputs:
+    return {"class_ids": jaxsoft.linear_sample(x["key"], x["hidden"], x["kernel"])}
+
+
+def _plain_sample(x: Inputs) -> Outputs:
+    # In bfloat16, the noise would be too: its largest values are then all the same.
+    logits = _logits(x).astype(jnp.float32)
+    return {"class_ids": jax.random.categorical(x["key"], logits)}
+
+
+def _observe_sample(found: Outputs, truth: Outputs) -> Outputs:
+    if "logits" in found:
+        return found
+    return heads_truth.sample_statistics(truth["every"], found["class_ids"])
+
+
+def _sample_truth(
+    inputs: Inputs, cotangents: Outputs, subset: Subset
+) -> dict[str, Any]:
+    rows = by_rows(heads_truth.sample)(inputs, cotangents, subset)
+    return rows | heads_truth.uniform_grid(len(subset.rows))
+
+
+def _our_top_k(x: Inputs) -> Outputs:
+    log_prob, ids = jaxsoft.linear_top_k(x["hidden"], x["kernel"], _BEST)
+    return {"log_prob": log_prob, "class_ids": ids}
+
+
+def _plain_top_k(x: Inputs) -> Outputs:
+    logits = _logits(x)
+    best, ids = jax.lax.top_k(logits, _BEST)
+    lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=1, keepdims=True)
+    return {"log_prob": best.astype(jnp.float32) - lse, "class_ids": ids}
+
+
+def _top_k_alone(x: Inputs) -> Outputs:
+    return {"class_ids": jax.lax.top_k(_logits(x), _BEST)[1]}
+
+
+def _observe_top_k(found: Outputs, truth: Outputs) -> Outputs:
+    return {
+        **{name: a for name, a in found.items() if name == "log_prob"},
+        **heads_truth.top_k_statistics(truth["every"], found["class_ids"]),
+    }
+
+
+def _our_expected(x: Inputs) -> Outputs:
+    return {"expected": jaxsoft.linear_expected(x["hidden"], x["kernel"], x["values"])}
+
+
+def _plain_expected(x: Inputs) -> Outputs:
+    return {"expected": jax.nn.softmax(_logits(x)) @ x["values"]}
+
+
+def _values(workload: LinearWorkload, key: jax.Array) -> Inputs:
+    shape = (workload.classes, workload.features)
+    return {"values": jax.random.normal(key, shape, workload.dtype)}
+
+
+LOG_PROB = Head(
+    "log_prob and entropy: value",
+    _our_log_prob,
+    _plain_log_prob,
+    by_rows(heads_truth.log_prob),
+)
+EXPECTED = Head(
+    "expected values [V, H]: value",
+    _our_expected,
+    _plain_expected,
+    by_rows(heads_truth.expected),
+    passes={OURS: 2, "jax.nn": 2},
+    draws=_values,
+)
+TRAINING = (
+    LOG_PROB,
+    # With stored logits: them, dhidden and dkernel. Ours computes logits again.
+    LOG_PROB.with_gradient("hidden", "kernel", passes={OURS: 4, "jax.nn": 3}),
+    EXPECTED,
+    # Besides, the mean and two products in its derivative.
+    EXPECTED.with_gradient("hidden", "kernel", "values", passes={OURS: 7, "jax.nn": 6}),
+)
+DECODING = (
+    Head(
+        f"log_prob_at, {_CANDIDATES} classes: value",
+        _our_log_prob_at,
+        _plain_log_prob_at,
+        by_rows(heads_truth.log_prob_at, ("hidden", "labels", "class_ids")),
+        draws=_class_ids,
+        per_token=("hidden", "labels", "class_ids"),
+    ),
+    Head(
+        "sample",
+        _our_sample,
+        _plain_sample,
+        _sample_truth,
+        draws=lambda workload, key: {"key": key},
+        plain_name="jax.random",
+        part={"matmul": lambda x: {"logits": _logits(x)}},
+        observe=_observe_sample,
+        checked=256,
+        # Three standard deviations of the mean surprise of logits of unit scale; more
+        # than the distance in `place` that one right sampler in a million exceeds.
+        limit=lambda rows: 3 * rows**-0.5,
+    ),
+    Head(
+        f"top_k, k = {_BEST}",
+        _our_top_k,
+        _plain_top_k,
+        by_rows(heads_truth.top_k(_BEST)),
+        part={"jax.lax": _top_k_alone},
+        observe=_observe_top_k,
+    ),
+)
+HEADS = (*DECODING, *TRAINING)

@@ -1,0 +1,212 @@
+"""What the functions of a softmax layer should return, in float64 NumPy.
+
+A head's truth is computed row by row, like every other in `truth.py`: a function of a
+block of logits gives outputs and, for given cotangents, the gradient of the logits;
+the rest is the same for all of them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.checks import Subset
+from benchmarks.truth import Array
+
+_BLOCK_BYTES = 2**28
+
+Inputs = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a block of rows comes to.
+
+    Attributes:
+      outputs: by name, one row each.
+      dlogits: for the cotangents that were given, `[R, V]`; None where the function
+        has no gradient.
+      values_weights: `[R, V]`, by which the cotangent of a mixture of `values` reaches
+        them; None where there is none.
+    """
+
+    outputs: dict[str, Array]
+    dlogits: Array | None = None
+    values_weights: Array | None = None
+
+
+# Of log-probabilities `[R, V]`, and inputs and cotangents cut to the same rows.
+BlockTruth = Callable[[Array, dict[str, Any], dict[str, Array]], Block]
+
+
+def by_rows(
+    block_truth: BlockTruth,
+    inputs: Inputs,
+    per_token: tuple[str, ...],
+    subset: Subset,
+    cotangents: Mapping[str, Any],
+) -> dict[str, Array]:
+    """The truth of a function that treats every token by itself.
+
+    Args:
+      block_truth: of a block of rows.
+      inputs: `hidden` `[N, H]`, `kernel` `[H, V]` and what else `block_truth` reads.
+      per_token: names of the inputs whose first axis is N.
+      subset: which rows and classes are wanted.
+      cotangents: by output, `[N, …]`; none asks for no gradient, and only the rows of
+        the subset are then computed.
+
+    Returns:
+      The subset's rows of every output, and the gradients `dhidden`, of the subset's
+      rows, `dkernel` and `dvalues`, of its classes.
+    """
+    exact = {name: _exact(array) for name, array in inputs.items()}
+    kernel = exact["kernel"]
+    rows = np.arange(len(exact["hidden"])) if cotangents else subset.rows
+    upstream = {name: _exact(array) for name, array in cotangents.items()}
+    step = max(1, _BLOCK_BYTES // (8 * kernel.shape[1]))
+    found: dict[str, list[Array]] = {}
+    sums: dict[str, Array] = {}
+    for start in range(0, len(rows), step):
+        chosen = rows[start : start + step]
+        cut = {k: v[chosen] if k in per_token else v for k, v in exact.items()}
+        given = {name: array[chosen] for name, array in upstream.items()}
+        block = block_truth(log_probs(cut["hidden"] @ kernel), cut, given)
+        wanted = np.isin(chosen, subset.rows)
+        for name, output in block.outputs.items():
+            found.setdefault(name, []).append(output[wanted])
+        if block.dlogits is not None:
+            dhidden = block.dlogits[wanted] @ kernel.T
+            found.setdefault("dhidden", []).append(dhidden)
+            share = cut["hidden"].T @ block.dlogits[:, subset.classes]
+            sums["dkernel"] = sums.get("dkernel", np.zeros(())) + share
+        if block.values_weights is not None:
+            share = block.values_weights[:, subset.classes].T @ given["expected"]
+            sums["dvalues"] = sums.get("dvalues", np.zeros(())) + share
+    return {name: np.concatenate(parts) for name, parts in found.items()} | sums
+
+
+def log_prob(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+    """Log-probability of the label, and entropy."""
+    rows, labels = np.arange(len(log_p)), inputs["labels"]
+    p = np.exp(log_p)
+    entropy = -(p * log_p).sum(axis=1)
+    outputs = {"log_prob": log_p[rows, labels], "entropy": entropy}
+    if not given:
+        return Block(outputs)
+    dlogits = -p * (log_p + entropy[:, None]) * given["entropy"][:, None]
+    dlogits -= p * given["log_prob"][:, None]
+    dlogits[rows, labels] += given["log_prob"]
+    return Block(outputs, dlogits)
+
+
+def log_prob_at(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+    """Log-probabilities of K classes a row."""
+    class_ids = inputs["class_ids"]
+    outputs = {"log_prob": np.take_along_axis(log_p, class_ids, axis=1)}
+    if not given:
+        return Block(outputs)
+    dlogits = -np.exp(log_p) * given["log_prob"].sum(axis=1, keepdims=True)
+    rows = np.arange(len(log_p))[:, None]
+    np.add.at(dlogits, (rows, class_ids), given["log_prob"])
+    return Block(outputs, dlogits)
+
+
+def expected(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+    """The mean of values."""
+    values, p = inputs["values"], np.exp(log_p)
+    mean = p @ values
+    if not given:
+        return Block({"expected": mean})
+    upstream = given["expected"]
+    gain = upstream @ values.T - (upstream * mean).sum(axis=1, keepdims=True)
+    return Block({"expected": mean}, p * gain, p)
+
+
+def top_k(k: int) -> BlockTruth:
+    """The k largest log-probabilities; and all of them, to look ids up in."""
+
+    def block(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+        del inputs, given
+        best = np.sort(np.partition(log_p, -k, axis=1)[:, -k:], axis=1)[:, ::-1]
+        ones = np.ones(len(log_p))
+        return Block(
+            {"log_prob": best, "at_ids": best, "distinct": ones, "every": log_p}
+        )
+
+    return block
+
+
+def top_k_statistics(every: Array, class_ids: Any) -> dict[str, Array]:
+    """True log-probabilities at ids `[R, K]`, and the share of them that is distinct.
+
+    Args:
+      every: `[R, V]` log-probabilities.
+      class_ids: `[R, K]`.
+
+    Returns:
+      `at_ids`, `[R, K]`, NaN where an id is no class, and `distinct`, `[R]`.
+    """
+    ids = np.asarray(class_ids)
+    inside = (ids >= 0) & (ids < every.shape[1])
+    at_ids = np.take_along_axis(every, np.where(inside, ids, 0), axis=1)
+    distinct = [len(np.unique(row)) / len(row) for row in ids]
+    return {
+        "at_ids": np.where(inside, at_ids, np.nan),
+        "distinct": np.asarray(distinct),
+    }
+
+
+def sample(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+    """Every log-probability; what they say of samples, `sample_statistics` does."""
+    del given
+    return Block({"every": log_p, "logits": inputs["hidden"] @ inputs["kernel"]})
+
+
+def sample_statistics(every: Array, class_ids: Any) -> dict[str, Array]:
+    """Two figures of one sample a row that are known whatever the distribution.
+
+    Where in its row's cumulative distribution a sample lies is uniform over the rows:
+    `place` is these numbers, sorted, and `PLACE_TRUTH` a uniform grid, so that the
+    error is the Kolmogorov-Smirnov distance. `surprise` is exp of the mean of a
+    sample's log-probability plus its row's entropy, which is near 1: a sampler that
+    finds the right region and a wrong class in it is off by 0.6 on logits of unit
+    scale.
+
+    Args:
+      every: `[R, V]` log-probabilities.
+      class_ids: `[R]`, one sample a row.
+
+    Returns:
+      `place`, `[R]`, and `surprise`, a scalar; NaN where an id is no class.
+    """
+    ids = np.asarray(class_ids)
+    inside = (ids >= 0) & (ids < every.shape[1])
+    column = np.where(inside, ids, 0)[:, None]
+    p = np.exp(every)
+    at = np.take_along_axis(every, column, axis=1)[:, 0]
+    until = np.take_along_axis(np.cumsum(p, axis=1), column, axis=1)[:, 0]
+    place = np.where(inside, until - np.exp(at) / 2, np.nan)
+    excess = np.where(inside, at - (p * every).sum(axis=1), np.nan)
+    return {"place": np.sort(place), "surprise": np.exp(excess.mean())}
+
+
+def uniform_grid(rows: int) -> dict[str, Array]:
+    """What `sample_statistics` should be near to."""
+    return {"place": (np.arange(rows) + 0.5) / rows, "surprise": np.ones(())}
+
+
+def log_probs(logits: Array) -> Array:
+    """Log-softmax over the last axis, in place."""
+    logits -= logits.max(axis=1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return logits
+
+
+def _exact(array: Any) -> Any:
+    """Integers as they are, all else in float64; a key is of no use to NumPy."""
+    if hasattr(array, "dtype") and str(array.dtype).startswith("key<"):
+        return array
+    found = np.asarray(array)
+    return found if found.dtype.kind in "iu" else found.astype(np.float64)
