@@ -151,7 +151,9 @@ def test_sample_and_top_k_are_those_of_the_functions(tied):
     head.bias[...] = jnp.linspace(-1, 1, 50)
     key, mask = jax.random.key(3), jnp.arange(50) % 3 > 0
     logits = jnp.where(mask[None], head(HIDDEN), -jnp.inf)
-    kernel = head.kernel[...] if head.kernel is not None else embedding.embedding[...]
+    param = head.kernel if embedding is None else embedding.embedding
+    assert param is not None
+    kernel = param[...]
     options: Any = {
         "bias": head.bias[...],
         "logit_softcap": 2.0,
@@ -246,7 +248,8 @@ def test_decoding_in_linen_through_the_bridge():
 
     model = Model()
     variables = model.init(jax.random.key(0), HIDDEN)
-    drawn, (log_probs, ids) = model.apply(variables, HIDDEN)
+    result: Any = model.apply(variables, HIDDEN)
+    drawn, (log_probs, ids) = result
     kernel = jax.tree.leaves(variables)[0]
     np.testing.assert_array_equal(
         drawn,

@@ -84,7 +84,7 @@ def placement(fields):
     for _ in range(2):
         state, _ = programs.step(state, batch)
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    text = programs._step.as_text()
+    text = programs._step.as_text() or ""
     return {
         "cut": {
             jax.tree_util.keystr(path): str(leaf.sharding.spec)
