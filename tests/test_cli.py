@@ -1,11 +1,13 @@
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from jaxsoft import __version__
+from jaxsoft import __version__, cli
 from jaxsoft.cli import main
+from jaxsoft.training import TrainingInterrupted
 
 TEXT = "".join(f"line {index} of a little text\n" for index in range(2000))
 
@@ -114,6 +116,16 @@ def test_missing_extra_is_one_line(options, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     said = fails(capsys, ["train", *options])
     assert said.endswith('pip install "jaxsoft[train]"')
+
+
+def test_farewell_repeats_the_mesh(options, capsys, monkeypatch):
+    def stopped(config, *, mesh, **rest):
+        assert dict(mesh.shape) == {"data": 1, "vocab": 1}
+        raise TrainingInterrupted(signal.SIGTERM, 3)
+
+    monkeypatch.setattr(cli, "train_language_model", stopped)
+    said = fails(capsys, ["train", *options, "--mesh", "vocab=1"], code=143)
+    assert said.endswith("jaxsoft train --out run --resume --mesh vocab=1")
 
 
 def test_no_command_is_an_error(capsys):

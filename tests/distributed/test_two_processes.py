@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-SECONDS = 300
+SECONDS = 600
 
 
 def _free_port():
@@ -20,12 +20,14 @@ def _free_port():
 def _start(port, number, log):
     """Starts a process that writes all it says into a file: no pipe can fill up."""
     return subprocess.Popen(
-        [sys.executable, SCRIPT, str(port), str(number)],
+        [sys.executable, "-W", "error", SCRIPT, str(port), str(number)],
         stdout=log,
         stderr=subprocess.STDOUT,
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
+            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+            "JAX_NUMPY_RANK_PROMOTION": "raise",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path]),
         },

@@ -28,7 +28,8 @@ from jaxsoft.training.steps import OptimizerConfig, Programs
 MESHES = {
     "none": None,
     "data=2,vocab=4": parse_mesh("data=2,vocab=4"),
-    "vocab=2,data=4": parse_mesh("vocab=2,data=4"),
+    # A user's own mesh: the other order, and axes of JAX's default kind.
+    "vocab=2,data=4": jax.make_mesh((2, 4), ("vocab", "data")),
 }
 
 

@@ -39,7 +39,7 @@ def runs(corpus_dir, cache_dir, tmp_path_factory):
         "sample_tokens": 8,
     }
     done = subprocess.run(
-        [sys.executable, SCRIPT, json.dumps(fields)],
+        [sys.executable, "-W", "error", SCRIPT, json.dumps(fields)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -47,6 +47,8 @@ def runs(corpus_dir, cache_dir, tmp_path_factory):
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
+            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+            "JAX_NUMPY_RANK_PROMOTION": "raise",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
             "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), *sys.path]),
         },
