@@ -124,17 +124,7 @@ class SoftmaxHead(nnx.Module):
         self.num_classes = checks.positive_integer("num_classes", num_classes)
         shape = (self.num_classes, self.in_features)
         if embedding is not None:
-            checks.shape(
-                "embedding",
-                embedding.embedding[...],
-                shape,
-                "[num_classes, in_features]",
-            )
-            if kernel_metadata:
-                raise ValueError(
-                    "`kernel_metadata` must be empty with a tied embedding, got "
-                    f"{dict(kernel_metadata)}. Give nnx.Embed `embedding_metadata`."
-                )
+            _check_embedding(embedding, shape, kernel_metadata)
         # One assignment each: Flax fixes an attribute's kind by its first value.
         self.kernel = (
             nnx.Param(
@@ -368,3 +358,16 @@ class SoftmaxHead(nnx.Module):
 def _axes(value: MeshAxes) -> str | tuple[str, ...] | None:
     """Returns mesh axes without a list."""
     return value if value is None or isinstance(value, str) else tuple(value)
+
+
+def _check_embedding(
+    embedding: nnx.Embed, shape: tuple[int, int], kernel_metadata: Mapping[str, Any]
+) -> None:
+    """Raises unless a tied embedding is a kernel [V, H], with its own metadata."""
+    table = embedding.embedding[...]
+    checks.shape("embedding", table, shape, "[num_classes, in_features]")
+    if kernel_metadata:
+        raise ValueError(
+            "`kernel_metadata` must be empty with a tied embedding, got "
+            f"{dict(kernel_metadata)}. Give nnx.Embed `embedding_metadata`."
+        )

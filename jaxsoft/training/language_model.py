@@ -88,12 +88,11 @@ def train_language_model(
     Args:
         config: What to train.
         resume: Go on with the run in `config.out`, from its last checkpoint, bit for
-            bit as if it had not been stopped; from the start if it has none. A
-            finished run is not run again: its report comes back.
-        mesh: The devices: sequences of a batch are sharded over its axis `data`,
-            kernel and bias of the head over `vocab`, and nothing else is; an axis may
-            be left out. Losses are those of one device, within rounding, and a run may
-            be resumed on another mesh. None takes one device.
+            bit as if it had not been stopped; from the start if it has none. Of a
+            finished run the report comes back.
+        mesh: The devices, with the axes `data` for sequences, `vocab` for the head's
+            classes, or one of them; None takes one device. Losses are the same within
+            rounding, and a run may be resumed on another mesh.
         listener: Told of progress.
         stop: Asked between steps whether to stop; a stop saves first.
 
@@ -104,16 +103,14 @@ def train_language_model(
         MissingExtraError: The extra `train` is not installed.
         MeshError: The mesh has other axes, or does not divide batch or vocabulary.
         CorpusError: The corpus is missing, empty or too small.
-        RunDirectoryError: `config.out` holds another run, or, to resume, none or one
-            with a different configuration.
+        RunDirectoryError: `config.out` holds another run or, to resume, not this one.
         CheckpointError: A checkpoint cannot be written or read.
         NonFiniteLossError: The loss or its gradient is no longer finite.
         TrainingInterrupted: `stop` received a signal; the run can be resumed.
     """
     require_train_extra()
     listener, stop = listener or Listener(), stop or StopRequest()
-    mesh = usable_mesh(mesh, config.batch_size)
-    directory = RunDirectory(config.out)
+    mesh, directory = usable_mesh(mesh, config.batch_size), RunDirectory(config.out)
     if resume:
         check_same(config, load_config(config.out))
         finished = directory.final_record()
