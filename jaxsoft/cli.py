@@ -12,17 +12,21 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from jax.sharding import Mesh
+
 from jaxsoft import __version__
 from jaxsoft.training import (
     CheckpointError,
     CorpusError,
     LanguageModelConfig,
+    MeshError,
     MissingExtraError,
     NonFiniteLossError,
     RunDirectoryError,
     StopRequest,
     TrainingInterrupted,
     load_config,
+    parse_mesh,
     require_train_extra,
     train_language_model,
 )
@@ -99,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with the run in --out; options not given are the run's own",
     )
+    train.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="use all devices, such as data=2,vocab=4 for eight: batches are sharded "
+        "over data, the head's classes over vocab; --resume may take another mesh "
+        "(default: one device)",
+    )
     return parser
 
 
@@ -114,22 +125,23 @@ def _train(parsed: argparse.Namespace) -> int:
         require_train_extra()
         stored = load_config(out) if parsed.resume else LanguageModelConfig()
         config = dataclasses.replace(stored, **given)
+        mesh = None if parsed.mesh is None else parse_mesh(parsed.mesh)
     except (MissingExtraError, ValueError) as error:
         return _fail("train", error, 2)
     try:
         with StopRequest() as stop:
-            return _train_until(stop, config, resume=parsed.resume)
+            return _train_until(stop, config, resume=parsed.resume, mesh=mesh)
     except TrainingInterrupted as interruption:
-        print(_farewell(interruption, out), file=sys.stderr)
+        print(_farewell(interruption, out, parsed.mesh), file=sys.stderr)
         return 128 + interruption.signal_number
-    except (CorpusError, RunDirectoryError) as error:
+    except (CorpusError, MeshError, RunDirectoryError) as error:
         return _fail("train", error, 2)
     except (CheckpointError, NonFiniteLossError, OSError) as error:
         return _fail("train", error, 1)
 
 
 def _train_until(
-    stop: StopRequest, config: LanguageModelConfig, *, resume: bool
+    stop: StopRequest, config: LanguageModelConfig, *, resume: bool, mesh: Mesh | None
 ) -> int:
     """Trains, prints the summary, and returns the exit code."""
     from rich.console import Console
@@ -139,15 +151,20 @@ def _train_until(
 
     console = Console()
     report = train_language_model(
-        config, resume=resume, listener=ConsoleListener(console), stop=stop
+        config,
+        resume=resume,
+        mesh=mesh,
+        listener=ConsoleListener(console),
+        stop=stop,
     )
     summarise(console, report, RunDirectory(config.out).files())
     return 0
 
 
-def _farewell(interruption: TrainingInterrupted, out: str) -> str:
+def _farewell(interruption: TrainingInterrupted, out: str, mesh: str | None) -> str:
     """Says where an interrupted run stands and how to resume it."""
-    command = shlex.join(["jaxsoft", "train", "--out", out, "--resume"])
+    words = ["jaxsoft", "train", "--out", out, "--resume"]
+    command = shlex.join(words if mesh is None else [*words, "--mesh", mesh])
     if interruption.step is not None:
         return f"{interruption}, saved step {interruption.step}; resume with: {command}"
     try:
@@ -159,7 +176,7 @@ def _farewell(interruption: TrainingInterrupted, out: str) -> str:
 
 def _fail(command: str, error: Exception, code: int) -> int:
     """Prints an error as one line, options spelled as flags; returns the code."""
-    fields = "|".join([*_TRAIN_HELP, "resume"])
+    fields = "|".join([*_TRAIN_HELP, "resume", "mesh"])
     text = re.sub(
         f"`({fields})`", lambda match: _flag(match[1]), " ".join(str(error).split())
     )

@@ -1,11 +1,13 @@
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from jaxsoft import __version__
+from jaxsoft import __version__, cli
 from jaxsoft.cli import main
+from jaxsoft.training import TrainingInterrupted
 
 TEXT = "".join(f"line {index} of a little text\n" for index in range(2000))
 
@@ -48,7 +50,7 @@ def test_train_prints_its_measurements_and_files(options, capsys, tmp_path):
         r"files: run/config.json, run/metrics.jsonl, run/loss.png",
     ):
         assert re.search(pattern, captured.out), pattern
-    assert main(["train", "--out", "run", "--resume"]) == 0
+    assert main(["train", "--out", "run", "--resume", "--mesh", "data=1"]) == 0
     captured = capsys.readouterr()
     assert "the run in run finished at step 4" in captured.out
     said = fails(capsys, ["train", *options])
@@ -71,6 +73,9 @@ def test_train_prints_its_measurements_and_files(options, capsys, tmp_path):
         (["--out", "text.txt/run"], "--out text.txt/run cannot be written."),
         (["--cache-dir", "text.txt"], "name another folder by --cache-dir."),
         (["--resume"], "--out run holds no run to resume (no config.json)."),
+        (["--mesh", "data"], "--mesh must be axes with their sizes, such as data=2,"),
+        (["--mesh", "rows=1"], "--mesh must have the axes data and vocab, each once"),
+        (["--mesh", "vocab=99"], "the sizes in --mesh must multiply to the number of"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
@@ -113,6 +118,16 @@ def test_missing_extra_is_one_line(options, capsys, monkeypatch):
     assert said.endswith('pip install "jaxsoft[train]"')
 
 
+def test_farewell_repeats_the_mesh(options, capsys, monkeypatch):
+    def stopped(config, *, mesh, **rest):
+        assert dict(mesh.shape) == {"data": 1, "vocab": 1}
+        raise TrainingInterrupted(signal.SIGTERM, 3)
+
+    monkeypatch.setattr(cli, "train_language_model", stopped)
+    said = fails(capsys, ["train", *options, "--mesh", "vocab=1"], code=143)
+    assert said.endswith("jaxsoft train --out run --resume --mesh vocab=1")
+
+
 def test_no_command_is_an_error(capsys):
     assert "COMMAND" in fails(capsys, [])
 
@@ -124,6 +139,7 @@ def test_version_and_help(capsys):
         assert stop.value.code == 0
     captured = capsys.readouterr()
     assert f"jaxsoft {__version__}" in captured.out
+    assert "--mesh AXES" in captured.out and "data=2,vocab=4" in captured.out
     assert "--vocab-size SIZE" in captured.out and "(default: 65536)" in captured.out
 
 

@@ -1,5 +1,7 @@
 """The full softmax layer: logits when asked for, losses without them."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -10,20 +12,28 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft import checks, dtypes
 from jaxsoft.implementation import Implementation
+from jaxsoft.linear.log_probs import linear_log_prob
 from jaxsoft.linear.losses import linear_cross_entropy
-from jaxsoft.linear.statistics import linear_statistics
+from jaxsoft.linear.selection import linear_sample, linear_top_k
+from jaxsoft.linear.statistics import MeshAxes
 
 __all__ = ["SoftmaxHead"]
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class SoftmaxHead(nnx.Module):
     """A softmax over many classes on top of hidden states.
 
     Logits are `u = softcap(hidden @ kernel + bias)`, probabilities `softmax(u / τ)`.
-    `loss` and `log_prob` stream over the classes and never store [N, V] logits;
-    calling the module does.
+    `loss`, `log_prob`, `sample` and `top_k` stream over the classes and never store
+    [N, V] logits; calling the module does.
+
+    On many devices, place the parameters and jit: no method gathers `hidden` or the
+    kernel. `kernel_metadata` and `bias_metadata` say where a parameter belongs, and
+    `nnx.get_named_sharding` reads it. Inside `jax.shard_map`, where the parameters are
+    one shard's, `vocab_axis` and `token_axes` name the axes in place of that.
 
     Attributes:
       kernel: the parameter [H, V], or None with a tied embedding.
@@ -37,7 +47,8 @@ class SoftmaxHead(nnx.Module):
       num_classes: V.
       use_bias: whether the logits have a bias.
       embedding: an `nnx.Embed` with V rows and H features to tie the head to. The
-        two share one parameter: gradients of both uses add up.
+        two share one parameter: gradients of both uses add up, and its metadata is
+        the embedding's.
       temperature: τ in [0, ∞], a Python float or an array; a constant, not a
         parameter.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None.
@@ -46,14 +57,23 @@ class SoftmaxHead(nnx.Module):
       precision: of the matrix products, as in `jnp.matmul`.
       kernel_init: initialiser of the kernel, of shape (H, V).
       bias_init: initialiser of the bias.
+      kernel_metadata: metadata of the kernel's `nnx.Param`, as in `nnx.Linear`:
+        `{"out_sharding": (None, "vocab")}` shards the classes over that mesh axis.
+        Flax places the new parameter at once, and needs `jax.set_mesh` for it, unless
+        `"eager_sharding": False` is there too.
+      bias_metadata: metadata of the bias's `nnx.Param`.
       tile_bytes: the most bytes that a tile of logits may take; see
         `jaxsoft.linear_cross_entropy`.
+      vocab_axis: inside `jax.shard_map`, the mesh axis (or axes) that the classes are
+        sharded over; None: the classes are all here, or placed by plain jit.
+      token_axes: inside `jax.shard_map`, the mesh axes of the tokens: losses are those
+        of all shards, and every token is drawn with bits of its own.
       implementation: as in `jaxsoft.linear_cross_entropy`.
       rngs: source of the parameters' keys.
 
     Raises:
       ValueError: if the embedding's shape is not [num_classes, in_features], or an
-        argument is out of its range.
+        argument is out of its range or does nothing with an embedding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,6 +84,17 @@ class SoftmaxHead(nnx.Module):
       >>> hidden, labels = jnp.ones((2, 5, 16)), jnp.zeros((2, 5), jnp.int32)
       >>> print(f"{head.loss(hidden, labels):.4f}", head(hidden).shape)
       6.9078 (2, 5, 1000)
+
+      Decoding, with a kernel that prefers class 7:
+
+      >>> import jax
+      >>> prefers_7 = lambda key, shape, dtype: jnp.zeros(shape, dtype).at[:, 7].set(9)
+      >>> head = SoftmaxHead(16, 1000, kernel_init=prefers_7, rngs=nnx.Rngs(0))
+      >>> print(head.sample(jax.random.key(0), hidden[0], temperature=0.5))
+      [7 7 7 7 7]
+      >>> log_probs, class_ids = head.top_k(hidden[0, 0], 3)
+      >>> print(class_ids)
+      [7 0 1]
     """
 
     def __init__(
@@ -80,6 +111,10 @@ class SoftmaxHead(nnx.Module):
         precision: Any = None,
         kernel_init: nnx.Initializer = _KERNEL_INIT,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
+        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        vocab_axis: MeshAxes = None,
+        token_axes: MeshAxes = (),
         tile_bytes: int | None = None,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
@@ -89,21 +124,18 @@ class SoftmaxHead(nnx.Module):
         self.num_classes = checks.positive_integer("num_classes", num_classes)
         shape = (self.num_classes, self.in_features)
         if embedding is not None:
-            checks.shape(
-                "embedding",
-                embedding.embedding[...],
-                shape,
-                "[num_classes, in_features]",
-            )
+            _check_embedding(embedding, shape, kernel_metadata)
         # One assignment each: Flax fixes an attribute's kind by its first value.
         self.kernel = (
-            nnx.Param(kernel_init(rngs.params(), shape[::-1], param_dtype))
+            nnx.Param(
+                kernel_init(rngs.params(), shape[::-1], param_dtype), **kernel_metadata
+            )
             if embedding is None
             else None
         )
         self.embedding = embedding
         self.bias = (
-            nnx.Param(bias_init(rngs.params(), shape[:1], param_dtype))
+            nnx.Param(bias_init(rngs.params(), shape[:1], param_dtype), **bias_metadata)
             if use_bias
             else None
         )
@@ -115,6 +147,9 @@ class SoftmaxHead(nnx.Module):
         self.logit_softcap = logit_softcap
         self.dtype = dtype
         self.precision = precision
+        # Flax takes tuples, but no lists, for constants.
+        self.vocab_axis = _axes(vocab_axis)
+        self.token_axes = _axes(token_axes)
         self.tile_bytes = tile_bytes
         self.implementation: Implementation | None = implementation
 
@@ -125,7 +160,8 @@ class SoftmaxHead(nnx.Module):
           hidden: [..., H] floating.
 
         Returns:
-          [..., V] float32 (float64 if an input is): these are stored.
+          [..., V] float32 (float64 if an input is): these are stored. With a
+          `vocab_axis`, the logits of this shard's classes.
         """
         hidden, kernel, bias = self._promote(hidden)
         wide = dtypes.compute_dtype(hidden, kernel)
@@ -210,7 +246,7 @@ class SoftmaxHead(nnx.Module):
           [...] float32 (float64 if an input is), never above 0.
         """
         hidden, kernel, bias = self._promote(hidden)
-        return linear_statistics(
+        log_prob, _ = linear_log_prob(
             hidden,
             kernel,
             labels,
@@ -218,7 +254,74 @@ class SoftmaxHead(nnx.Module):
             temperature=self._temperature(temperature),
             class_mask=class_mask,
             **self._options(),
-        ).log_prob
+        )
+        return log_prob
+
+    def sample(
+        self,
+        key: jax.Array,
+        hidden: ArrayLike,
+        *,
+        temperature: ArrayLike | None = None,
+        class_mask: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Draws one class for each token, exactly, without stored logits.
+
+        Args:
+          key: a JAX random key.
+          hidden: [..., H] floating.
+          temperature: τ in [0, ∞], a scalar or [...]; 0 takes the lowest argmax; None
+            takes the module's.
+          class_mask: [V] booleans; False drops a class.
+
+        Returns:
+          [...] int32 in [0, V), as `jaxsoft.linear_sample`: the same for every tile
+          size and sharding, but for ties within rounding; -1 for a row without any kept
+          class, or with a NaN.
+        """
+        hidden, kernel, bias = self._promote(hidden)
+        return linear_sample(
+            key,
+            hidden,
+            kernel,
+            bias=bias,
+            temperature=self._temperature(temperature),
+            class_mask=class_mask,
+            **self._options(),
+        )
+
+    def top_k(
+        self,
+        hidden: ArrayLike,
+        k: int,
+        *,
+        temperature: ArrayLike | None = None,
+        class_mask: ArrayLike | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The k most probable classes of each token, without stored logits.
+
+        Args:
+          hidden: [..., H] floating.
+          k: how many classes, in [1, V].
+          temperature: τ in [0, ∞], a scalar or [...], of the log-probabilities; None
+            takes the module's.
+          class_mask: [V] booleans; False drops a class.
+
+        Returns:
+          Log-probabilities [..., k], descending, float32 (float64 if an input is), and
+          class ids [..., k], int32, as `jaxsoft.linear_top_k`: equal ones ordered by
+          id; -inf and id -1 where fewer than k classes are kept.
+        """
+        hidden, kernel, bias = self._promote(hidden)
+        return linear_top_k(
+            hidden,
+            kernel,
+            k,
+            bias=bias,
+            temperature=self._temperature(temperature),
+            class_mask=class_mask,
+            **self._options(),
+        )
 
     def _promote(self, hidden: ArrayLike):
         """Returns hidden, kernel and bias in the dtype of matrix products."""
@@ -245,6 +348,26 @@ class SoftmaxHead(nnx.Module):
             "logit_softcap": self.logit_softcap,
             "kernel_layout": "hv" if self.embedding is None else "vh",
             "precision": self.precision,
+            "vocab_axis": self.vocab_axis,
+            "token_axes": self.token_axes,
             "tile_bytes": self.tile_bytes,
             "implementation": self.implementation,
         }
+
+
+def _axes(value: MeshAxes) -> str | tuple[str, ...] | None:
+    """Returns mesh axes without a list."""
+    return value if value is None or isinstance(value, str) else tuple(value)
+
+
+def _check_embedding(
+    embedding: nnx.Embed, shape: tuple[int, int], kernel_metadata: Mapping[str, Any]
+) -> None:
+    """Raises unless a tied embedding is a kernel [V, H], with its own metadata."""
+    table = embedding.embedding[...]
+    checks.shape("embedding", table, shape, "[num_classes, in_features]")
+    if kernel_metadata:
+        raise ValueError(
+            "`kernel_metadata` must be empty with a tied embedding, got "
+            f"{dict(kernel_metadata)}. Give nnx.Embed `embedding_metadata`."
+        )

@@ -10,6 +10,7 @@ from jaxsoft.training.language_model import (
     require_train_extra,
     train_language_model,
 )
+from jaxsoft.training.mesh import MeshError, parse_mesh
 from jaxsoft.training.reporting import FinalReport, Listener, Sample
 from jaxsoft.training.run_directory import RunDirectoryError
 
@@ -19,6 +20,7 @@ __all__ = [
     "FinalReport",
     "LanguageModelConfig",
     "Listener",
+    "MeshError",
     "MissingExtraError",
     "NonFiniteLossError",
     "RunDirectoryError",
@@ -26,6 +28,7 @@ __all__ = [
     "StopRequest",
     "TrainingInterrupted",
     "load_config",
+    "parse_mesh",
     "require_train_extra",
     "train_language_model",
 ]

@@ -113,7 +113,9 @@ class Checkpoints:
         """Reads the newest checkpoint.
 
         Args:
-            abstract_state: The state's structure, as `jax.eval_shape` gives it.
+            abstract_state: The state's structure, as `jax.eval_shape` gives it. A
+                leaf with a sharding is read into it, on whatever devices it was
+                saved; one without is read onto the first device.
 
         Returns:
             The state, bit for bit as saved, and where the run stood.
@@ -126,10 +128,10 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise CheckpointError(f"{self._directory} holds no complete checkpoint.")
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding
+                leaf.shape, leaf.dtype, sharding=leaf.sharding or first
             ),
             abstract_state,
         )

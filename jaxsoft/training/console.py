@@ -132,7 +132,8 @@ def summary_lines(report: FinalReport) -> list[str]:
         "training frequencies on the validation tokens: "
         f"{report.unigram_cross_entropy:.3f} nats",
         f"stored logits would take {memory.stored_logits / _MIB:,.1f} MiB a step, "
-        f"{memory.stored_logits_with_gradient / _MIB:,.1f} MiB with their gradient",
+        f"{memory.stored_logits_with_gradient / _MIB:,.1f} MiB with their gradient"
+        + (f", on each of {memory.devices} devices" if memory.devices > 1 else ""),
     ]
     if memory.step_temporaries is None:
         lines.append("the compiled step's memory: not reported on this platform")

@@ -1,8 +1,9 @@
 """Training of a small causal language model whose logits are never stored.
 
 The run is a function of its configuration, its corpus and its machine: stopped at any
-moment and resumed, it goes on bit for bit. Every piece of state is in the checkpoint
-(parameters, optimizer, step), and the data order is a function of seed and step.
+moment and resumed, it goes on bit for bit, and on another mesh within rounding. Every
+piece of state is in the checkpoint (parameters, optimizer, step), and the data order is
+a function of seed and step.
 """
 
 import dataclasses
@@ -14,11 +15,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.config import LanguageModelConfig, check_same, load_config
-from jaxsoft.training.corpus import Corpus, CorpusError, read_corpus
+from jaxsoft.training.corpus import Corpus
 from jaxsoft.training.interruption import StopRequest
+from jaxsoft.training.mesh import check_vocabulary, usable_mesh
+from jaxsoft.training.preparation import prepare
 from jaxsoft.training.reporting import FinalReport, Listener, Sample
 from jaxsoft.training.run_directory import RunDirectory, RunDirectoryError
 from jaxsoft.training.steps import (
@@ -29,7 +33,6 @@ from jaxsoft.training.steps import (
 from jaxsoft.training.tokens import (
     DOCUMENT_START_ID,
     TokenCache,
-    prepare_tokens,
 )
 from jaxsoft.training.unigram import (
     unigram_cross_entropy,
@@ -72,6 +75,7 @@ def train_language_model(
     config: LanguageModelConfig,
     *,
     resume: bool = False,
+    mesh: Mesh | None = None,
     listener: Listener | None = None,
     stop: StopRequest | None = None,
 ) -> FinalReport:
@@ -84,8 +88,11 @@ def train_language_model(
     Args:
         config: What to train.
         resume: Go on with the run in `config.out`, from its last checkpoint, bit for
-            bit as if it had not been stopped; from the start if it has none. A
-            finished run is not run again: its report comes back.
+            bit as if it had not been stopped; from the start if it has none. Of a
+            finished run the report comes back.
+        mesh: The devices, with the axes `data` for sequences, `vocab` for the head's
+            classes, or one of them; None takes one device. Losses are the same within
+            rounding, and a run may be resumed on another mesh.
         listener: Told of progress.
         stop: Asked between steps whether to stop; a stop saves first.
 
@@ -94,16 +101,16 @@ def train_language_model(
 
     Raises:
         MissingExtraError: The extra `train` is not installed.
+        MeshError: The mesh has other axes, or does not divide batch or vocabulary.
         CorpusError: The corpus is missing, empty or too small.
-        RunDirectoryError: `config.out` holds another run, or, to resume, none or one
-            with a different configuration.
+        RunDirectoryError: `config.out` holds another run or, to resume, not this one.
         CheckpointError: A checkpoint cannot be written or read.
         NonFiniteLossError: The loss or its gradient is no longer finite.
         TrainingInterrupted: `stop` received a signal; the run can be resumed.
     """
     require_train_extra()
     listener, stop = listener or Listener(), stop or StopRequest()
-    directory = RunDirectory(config.out)
+    mesh, directory = usable_mesh(mesh, config.batch_size), RunDirectory(config.out)
     if resume:
         check_same(config, load_config(config.out))
         finished = directory.final_record()
@@ -113,11 +120,12 @@ def train_language_model(
             return report
     else:
         directory.check_vacant()
-    corpus, tokens = _prepare(config, listener, stop)
-    description = _description(config, corpus, tokens)
+    corpus, tokens = prepare(config, listener, stop)
+    check_vocabulary(mesh, tokens.facts.vocab_size)
+    description = _description(config, corpus, tokens, mesh)
     if resume:
         _check_same_surroundings(directory, description, listener)
-    run = _Run(config, directory, tokens, listener, stop)
+    run = _Run(config, directory, tokens, mesh, listener, stop)
     stop.check()
     if not resume:
         directory.start(description, tokens.tokenizer_file)
@@ -132,6 +140,7 @@ class _Run:
         config: LanguageModelConfig,
         directory: RunDirectory,
         tokens: TokenCache,
+        mesh: Mesh,
         listener: Listener,
         stop: StopRequest,
     ):
@@ -148,6 +157,7 @@ class _Run:
             self.optimizer,
             (config.batch_size, length),
             seed=config.seed,
+            mesh=mesh,
         )
         listener.note(f"compiled in {self.programs.compile_seconds:.1f} s")
 
@@ -298,7 +308,7 @@ def _is_installed(package: str) -> bool:
 def _check_same_surroundings(
     directory: RunDirectory, description: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Raises if corpus or tokens changed; notes if versions or device did."""
+    """Raises if corpus or tokens changed; notes if versions, device or mesh did."""
     stored = directory.description()
     for part in ("corpus", "tokens"):
         if stored.get(part, {}).get("digest") != description[part]["digest"]:
@@ -306,63 +316,15 @@ def _check_same_surroundings(
                 f"the {part} of the run in {directory.path} changed since it started; "
                 "start another run."
             )
-    for part in ("versions", "device"):
+    for part in ("versions", "device", "mesh"):
         if stored.get(part) != description[part]:
             listener.note(
                 f"{part} changed since the run started: it goes on, but not bit for bit"
             )
 
 
-def _prepare(
-    config: LanguageModelConfig, listener: Listener, stop: StopRequest
-) -> tuple[Corpus, TokenCache]:
-    """Reads the corpus and makes its tokens, or raises `CorpusError`."""
-    corpus = read_corpus(config.corpus)
-    _describe_corpus(corpus, listener)
-    tokens = prepare_tokens(
-        corpus,
-        config.vocab_size,
-        config.cache_dir,
-        note=listener.note,
-        check=stop.check,
-    )
-    _check_large_enough(config, corpus, tokens)
-    return corpus, tokens
-
-
-def _describe_corpus(corpus: Corpus, listener: Listener) -> None:
-    """Notes what was read and what was left out."""
-    files = len(corpus.train) + len(corpus.validation)
-    listener.note(
-        f"corpus: {corpus.source}, {corpus.num_bytes / 1e6:,.1f} MB; {files:,} texts, "
-        f"{len(corpus.validation):,} of them to validate"
-    )
-    if corpus.skipped or corpus.duplicates:
-        listener.note(
-            f"left out {corpus.skipped:,} files that are not UTF-8 text and "
-            f"{corpus.duplicates:,} copies"
-        )
-
-
-def _check_large_enough(
-    config: LanguageModelConfig, corpus: Corpus, tokens: TokenCache
-) -> None:
-    """Raises `CorpusError` unless a batch can be trained and a window validated."""
-    length = config.sequence_length
-    for what, available, wanted in (
-        ("training", tokens.train, config.batch_size),
-        ("validation", tokens.validation, 1),
-    ):
-        if len(Windows(available, length)) < wanted:
-            raise CorpusError(
-                f"the corpus {corpus.source} is too small: {len(available):,} {what} "
-                f"tokens, {wanted * length + 1:,} needed; give more text or a smaller "
-                "`batch_size` or `sequence_length`."
-            )
-
-
 def _description(
-    config: LanguageModelConfig, corpus: Corpus, tokens: TokenCache
+    config: LanguageModelConfig, corpus: Corpus, tokens: TokenCache, mesh: Mesh
 ) -> dict[str, Any]:
     """Contents of `config.json`."""
     train, validation = (tokens.counts(split) for split in ("train", "validation"))
@@ -387,4 +349,5 @@ def _description(
             for name in ("jax", "jaxlib", "flax", "optax")
         },
         "device": jax.devices()[0].device_kind,
+        "mesh": dict(mesh.shape),
     }

@@ -19,7 +19,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
+from jaxsoft.training.mesh import over_data, placed, replicated, usable_mesh
 from jaxsoft.training.transformer import LanguageModel, TransformerConfig
 
 
@@ -99,19 +101,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes: what stored logits would take, and what the compiled step does take.
+    """Bytes a device: what stored logits would take, and what the step does take.
 
     Attributes:
-        stored_logits: `4·N·V`, the logits of one step in float32.
+        stored_logits: `4·N·V`, the logits of one step in float32, over the number of
+            devices.
         stored_logits_with_gradient: Twice that: the logits and their gradient.
         step_temporaries: The compiled step's `temp_size_in_bytes`: every intermediate
             of trunk, head, their gradients and the optimizer. None where the platform
             does not tell.
+        devices: How many devices take that much, each.
     """
 
     stored_logits: int
     stored_logits_with_gradient: int
     step_temporaries: int | None
+    devices: int = 1
 
 
 class Programs:
@@ -124,6 +129,7 @@ class Programs:
         batch_shape: tuple[int, int],
         *,
         seed: int,
+        mesh: Mesh | None = None,
     ):
         """Compiles the training step and the evaluation.
 
@@ -132,24 +138,36 @@ class Programs:
             optimizer: The optimizer and its schedule.
             batch_shape: `(B, T)`.
             seed: Seed of the initial parameters.
+            mesh: The devices, see `jaxsoft.training.mesh`; None takes the first.
         """
+        self.mesh = usable_mesh(mesh, batch_shape[0])
         self.batch_shape = batch_shape
         self.num_classes = model.num_classes
         self._config, self._seed = model, seed
         self._optimizer = optimizer.build()
         bias = jax.ShapeDtypeStruct((model.num_classes,), jnp.float32)
         self._graph, _ = nnx.split(nnx.eval_shape(self._build_model, bias))
-        self.abstract_state = jax.eval_shape(self._init, bias)
+        self.abstract_state = placed(self.mesh, jax.eval_shape(self._init, bias))
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         started = time.perf_counter()
         batch, length = batch_shape
-        tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+        tokens = jax.ShapeDtypeStruct(
+            (batch, length + 1), jnp.int32, sharding=over_data(self.mesh)
+        )
+        everywhere = replicated(self.mesh)
         self._step = (
-            jax.jit(self._train, donate_argnums=0)
+            jax.jit(
+                self._train,
+                donate_argnums=0,
+                out_shardings=(self._shardings, everywhere),
+            )
             .lower(self.abstract_state, tokens)
             .compile(compiler_options=_deterministic_options())
         )
         self._evaluate = (
-            jax.jit(self._losses).lower(self.abstract_state.params, tokens).compile()
+            jax.jit(self._losses, out_shardings=everywhere)
+            .lower(self.abstract_state.params, tokens)
+            .compile()
         )
         self.compile_seconds = time.perf_counter() - started
 
@@ -163,7 +181,8 @@ class Programs:
         Returns:
             The state, a function of the seed and of the bias alone.
         """
-        return jax.jit(self._init)(jnp.asarray(unigram_log_probs, jnp.float32))
+        bias = np.asarray(unigram_log_probs, np.float32)
+        return jax.jit(self._init, out_shardings=self._shardings)(bias)
 
     def step(self, state: TrainState, batch: np.ndarray) -> tuple[TrainState, Any]:
         """Makes one update.
@@ -175,7 +194,7 @@ class Programs:
         Returns:
             The new state and a `StepResult`.
         """
-        return self._step(state, batch)
+        return self._step(state, self._place(batch))
 
     def evaluate(self, params: Any, windows: np.ndarray) -> float:
         """Mean loss in nats over windows of text.
@@ -193,7 +212,8 @@ class Programs:
         for start in range(0, len(windows), batch):
             part = windows[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)), mode="edge")
-            losses = np.asarray(self._evaluate(params, padded), np.float64)
+            losses = self._evaluate(params, self._place(padded))
+            losses = np.asarray(losses, np.float64)
             total += losses[: len(part)].sum()
         return total / (len(windows) * self.batch_shape[1])
 
@@ -239,10 +259,14 @@ class Programs:
 
     def memory(self) -> MemoryReport:
         """Compares the compiled step with one that stores its logits."""
-        logits = 4 * math.prod(self.batch_shape) * self.num_classes
+        devices = self.mesh.size
+        logits = 4 * math.prod(self.batch_shape) * self.num_classes // devices
         analysis = self._step.memory_analysis()
         temporaries = getattr(analysis, "temp_size_in_bytes", None)
-        return MemoryReport(logits, 2 * logits, temporaries)
+        return MemoryReport(logits, 2 * logits, temporaries, devices)
+
+    def _place(self, batch: np.ndarray) -> Array:
+        return jax.device_put(batch, over_data(self.mesh))
 
     def _build_model(self, bias: Array) -> LanguageModel:
         return LanguageModel(
@@ -291,7 +315,7 @@ class Programs:
             window, filled = carry
             hidden = model.trunk(window)
             last = jax.lax.dynamic_index_in_dim(hidden, filled - 1, 1, keepdims=False)
-            token = draw(key, model.head(last), temperatures)
+            token = model.head.sample(key, last, temperature=temperatures)
             full = filled == length
             window = jnp.where(full, jnp.roll(window, -1, axis=1), window)
             filled = jnp.where(full, filled, filled + 1)
@@ -312,21 +336,3 @@ def _deterministic_options() -> dict[str, str | bool] | None:
     if jax.local_devices()[0].platform == "gpu":
         return {"xla_gpu_deterministic_ops": True}
     return None
-
-
-def draw(key: Array, logits: Array, temperatures: Array) -> Array:
-    """Draws one class a row from `softmax(logits / temperature)`.
-
-    Args:
-        key: PRNG key.
-        logits: `[R, V]` float32.
-        temperatures: `[R]`, at least 0; 0 takes the first largest logit.
-
-    Returns:
-        `[R]` int32.
-    """
-    greedy = temperatures == 0
-    scale = jnp.where(greedy, 1.0, temperatures)[:, None]
-    centred = logits - logits.max(axis=-1, keepdims=True)
-    drawn = jax.random.categorical(key, centred / scale, axis=-1)
-    return jnp.where(greedy, logits.argmax(axis=-1), drawn).astype(jnp.int32)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 from jaxsoft import nn as softnn
+from jaxsoft.training.mesh import VOCAB
 
 _ROTARY_BASE = 10_000.0
 
@@ -206,7 +207,8 @@ class LanguageModel(nnx.Module):
 
     The head's kernel is its own and starts at zero, so that a new model predicts its
     head's bias. (Tied to the embedding table, the same steps of the default run end
-    0.15 nats higher.)
+    0.15 nats higher.) The metadata of the head's parameters put its classes on the mesh
+    axis `vocab`; those of the trunk have none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -239,6 +241,8 @@ class LanguageModel(nnx.Module):
             use_bias=True,
             kernel_init=nnx.initializers.zeros,
             bias_init=bias_init,
+            kernel_metadata={"out_sharding": (None, VOCAB), "eager_sharding": False},
+            bias_metadata={"out_sharding": (VOCAB,), "eager_sharding": False},
             rngs=rngs,
         )
 

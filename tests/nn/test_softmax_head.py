@@ -10,6 +10,8 @@ import optax
 import pytest
 from flax import nnx
 from flax.nnx import bridge
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 from jaxsoft.nn import SoftmaxHead
@@ -141,8 +143,133 @@ def test_linen_model_through_the_bridge():
     assert loss(moved) < value
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_sample_and_top_k_are_those_of_the_functions(tied):
+    embedding = nnx.Embed(50, 8, rngs=nnx.Rngs(1)) if tied else None
+    head = _head(embedding=embedding, use_bias=True, logit_softcap=2.0, temperature=0.5)
+    assert head.bias is not None
+    head.bias[...] = jnp.linspace(-1, 1, 50)
+    key, mask = jax.random.key(3), jnp.arange(50) % 3 > 0
+    logits = jnp.where(mask[None], head(HIDDEN), -jnp.inf)
+    param = head.kernel if embedding is None else embedding.embedding
+    assert param is not None
+    kernel = param[...]
+    options: Any = {
+        "bias": head.bias[...],
+        "logit_softcap": 2.0,
+        "class_mask": mask,
+        "kernel_layout": "vh" if tied else "hv",
+    }
+    for tau in (None, 0.0, jnp.linspace(0.5, 2, 6)):
+        value = 0.5 if tau is None else tau
+        drawn = head.sample(key, HIDDEN, temperature=tau, class_mask=mask)
+        expected = jaxsoft.linear_sample(
+            key, HIDDEN, kernel, temperature=value, **options
+        )
+        np.testing.assert_array_equal(drawn, expected)
+        assert mask[drawn].all()
+        log_probs, ids = head.top_k(HIDDEN, 4, temperature=tau, class_mask=mask)
+        np.testing.assert_array_equal(ids, jax.lax.top_k(logits, 4)[1])
+        for place in range(4):
+            np.testing.assert_allclose(
+                log_probs[:, place],
+                head.log_prob(HIDDEN, ids[:, place], temperature=tau, class_mask=mask),
+                rtol=1e-5,
+                atol=1e-6,
+            )
+    greedy = head.sample(key, HIDDEN, temperature=0.0, class_mask=mask)
+    np.testing.assert_array_equal(greedy, logits.argmax(axis=-1))
+
+
+def test_partition_metadata_places_the_parameters():
+    where = {"out_sharding": (None, "vocab"), "eager_sharding": False}
+    head = _head(
+        use_bias=True,
+        kernel_metadata=where,
+        bias_metadata={"out_sharding": ("vocab",), "eager_sharding": False},
+    )
+    state = nnx.state(head, nnx.Param)
+    specs = nnx.to_pure_dict(nnx.get_partition_spec(state))
+    assert specs == {"kernel": P(None, "vocab"), "bias": P("vocab")}
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("vocab",))
+    shardings = nnx.get_named_sharding(state, mesh)
+    placed = jax.device_put(state, shardings)
+    assert placed["kernel"][...].sharding == NamedSharding(mesh, P(None, "vocab"))
+    nnx.update(head, placed)
+    np.testing.assert_allclose(
+        jax.jit(
+            lambda state: nnx.merge(nnx.graphdef(head), state).loss(HIDDEN, LABELS)
+        )(nnx.state(head)),
+        _head(use_bias=True).loss(HIDDEN, LABELS),
+        rtol=1e-6,
+    )
+
+
+def test_partition_metadata_in_a_mesh_context():
+    """As `nnx.Linear`: Flax places a new parameter on the mesh of the context."""
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("vocab",))
+    with jax.set_mesh(mesh):
+        head = _head(kernel_metadata={"out_sharding": (None, "vocab")})
+    assert head.kernel is not None
+    assert head.kernel[...].sharding == NamedSharding(mesh, P(None, "vocab"))
+
+
+def test_inside_shard_map():
+    """On one device; `tests/distributed` has a head on many."""
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("data", "vocab"))
+    head = _head(
+        kernel_metadata={"out_sharding": (None, "vocab"), "eager_sharding": False},
+        vocab_axis=["vocab"],
+        token_axes=["data"],
+    )
+    graph, state = nnx.split(head)
+    specs = nnx.get_partition_spec(state)
+
+    def loss(state, hidden, labels):
+        return nnx.merge(graph, state).loss(hidden, labels)
+
+    mapped = jax.shard_map(
+        loss, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=P()
+    )
+    np.testing.assert_allclose(
+        mapped(state, HIDDEN, LABELS), _head().loss(HIDDEN, LABELS), rtol=1e-6
+    )
+    with pytest.raises(ValueError, match="`vocab_axis` must name axes of an enclosing"):
+        _head(vocab_axis="vocab").loss(HIDDEN, LABELS)
+
+
+def test_decoding_in_linen_through_the_bridge():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            head = bridge.ToLinen(SoftmaxHead, args=(8, 50), name="head")
+            drawn = head(jax.random.key(1), x, temperature=0.7, nnx_method="sample")
+            return drawn, head(x, 3, nnx_method="top_k")
+
+    model = Model()
+    variables = model.init(jax.random.key(0), HIDDEN)
+    result: Any = model.apply(variables, HIDDEN)
+    drawn, (log_probs, ids) = result
+    kernel = jax.tree.leaves(variables)[0]
+    np.testing.assert_array_equal(
+        drawn,
+        jaxsoft.linear_sample(jax.random.key(1), HIDDEN, kernel, temperature=0.7),
+    )
+    expected = jaxsoft.linear_top_k(HIDDEN, kernel, 3)
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_allclose(log_probs, expected[0], rtol=1e-6)
+
+
 def test_messages():
     rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="`kernel_metadata` must be empty with a tied"):
+        SoftmaxHead(
+            8,
+            50,
+            embedding=nnx.Embed(50, 8, rngs=rngs),
+            kernel_metadata={"out_sharding": (None, "vocab")},
+            rngs=rngs,
+        )
     with pytest.raises(ValueError, match="`embedding` must have shape"):
         SoftmaxHead(8, 50, embedding=nnx.Embed(49, 8, rngs=rngs), rngs=rngs)
     with pytest.raises(ValueError, match="`num_classes` must be at least 1"):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoft.training.steps import OptimizerConfig, Programs, draw
+from jaxsoft.training.steps import OptimizerConfig, Programs
 from jaxsoft.training.transformer import TransformerConfig
 
 MODEL = TransformerConfig(num_classes=40, features=16, layers=1, heads=2)
@@ -135,22 +135,3 @@ def test_memory_counts_stored_logits(programs):
     assert memory.stored_logits == 3 * 8 * 40 * 4
     assert memory.stored_logits_with_gradient == 2 * memory.stored_logits
     assert memory.step_temporaries is None or memory.step_temporaries > 0
-
-
-def test_draw_follows_the_softmax():
-    logits = jnp.log(jnp.array([0.1, 0.2, 0.7])) + 100.0
-    rows = 20_000
-    tiled = jnp.broadcast_to(logits, (rows, 3))
-    temperature = 0.7
-    drawn = draw(jax.random.key(0), tiled, jnp.full(rows, temperature))
-    expected = jax.nn.softmax(logits / temperature)
-    rates = np.bincount(drawn, minlength=3) / rows
-    deviation = np.sqrt(expected * (1 - expected) / rows)
-    assert (np.abs(rates - expected) < 4 * deviation).all()
-
-
-def test_draw_at_zero_takes_the_first_largest():
-    logits = jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
-    drawn = draw(jax.random.key(0), logits, jnp.zeros(2))
-    np.testing.assert_array_equal(drawn, [1, 0])
-    assert drawn.dtype == jnp.int32
