@@ -23,7 +23,7 @@ class _Statistics(Foldable):
     def call(self, operands: Operands) -> Fields:
         if self.config.implementation == "reference":
             return reference.statistics(self.config, operands)
-        return xla.forward(self.config, operands)[0]
+        return xla.forward(self.config, operands).fields
 
     def roles(self, operands: Operands) -> tuple[Any, ...]:
         return (operands.roles(self.config),)
@@ -31,7 +31,7 @@ class _Statistics(Foldable):
     def out_roles(self, operands: Operands) -> Any:
         config = self.config
         labels = None if operands.labels is None else "nk"
-        wanted = [config.mean, config.expected, config.argmax]
+        wanted = [config.mean, config.expected, config.argmax, config.rest]
         return Fields._make(["n", "n", labels, *("n" if w else None for w in wanted)])
 
     def differentiable(self, moving: Operands):
@@ -50,12 +50,13 @@ class _Statistics(Foldable):
 class _Forward(_Statistics):
     """The statistics inside their own derivative: JAX differentiates the loops."""
 
-    def call(self, operands: Operands) -> tuple[Fields, Any, Any]:
+    def call(self, operands: Operands) -> Any:
         return xla.forward(self.config, operands)
 
     def out_roles(self, operands: Operands) -> Any:
         number = "n" if self.config.mean else None
-        return super().out_roles(operands), "n", number
+        rest = "n" if self.config.rest else None
+        return xla.Saved(super().out_roles(operands), "n", number, rest)  # pyright: ignore
 
     def differentiable(self, moving: Operands):
         del moving
@@ -79,15 +80,11 @@ class _Backward(Foldable):
         )
 
     def roles(self, operands, saved, cotangents) -> Any:
-        fields, _, number = saved
+        fields = roles_like(saved.fields, ("n", "n", "nk", "n", "n", "n", "n"))
         return (
             operands.roles(self.config),
-            (
-                roles_like(fields, ("n", "n", "nk", "n", "n", "n")),
-                "n",
-                None if number is None else "n",
-            ),
-            roles_like(cotangents, ("n", "nk", "n", "n")),
+            roles_like(saved, (fields, "n", "n", "n")),
+            roles_like(cotangents, ("n", "nk", "n", "n", "n")),
         )
 
     def out_roles(self, *args: Any) -> Any:
@@ -113,14 +110,14 @@ def _differentiable(
     config: Config, wanted: xla_backward.Wanted, operands: Operands
 ) -> Fields:
     del wanted
-    return _Forward(config)(operands)[0]
+    return _Forward(config)(operands).fields
 
 
 def _fwd(config: Config, wanted: xla_backward.Wanted, primals):
     del wanted
     operands = values(primals)
     saved = _Forward(config)(operands)
-    return saved[0], (operands, saved)
+    return saved.fields, (operands, saved)
 
 
 def _bwd(config: Config, wanted: xla_backward.Wanted, residuals, cotangents: Fields):

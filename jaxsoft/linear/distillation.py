@@ -17,7 +17,7 @@ from jaxsoft.linear.losses import Reduction, reduce_losses, token_weights
 from jaxsoft.linear.operands import KernelLayout, Operands
 from jaxsoft.linear.pair import Divergence, Pair, distillation
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
-from jaxsoft.temperature import is_zero, over_temperature
+from jaxsoft.temperature import is_zero
 
 __all__ = ["linear_distillation", "linear_distillation_top_k"]
 
@@ -252,8 +252,8 @@ def linear_distillation_top_k(
       NotImplementedError: for implementations not available.
 
     Notes:
-      With "other", the student's remaining mass comes from a second stream over the
-      classes that are not listed: 1 - Σ q would cancel. Differentiable in `hidden`,
+      With "other", the student's remaining mass is summed over the classes that are
+      not listed: 1 - Σ q would cancel. Differentiable in `hidden`,
       `kernel`, `bias`, `temperature` and `teacher_log_probs`.
 
     Example:
@@ -281,11 +281,14 @@ def linear_distillation_top_k(
         live = (each != 0)[..., None]
         hidden = jnp.where(live, hidden, 0)
         ids, log_p = jnp.where(live, ids, -1), jnp.where(live, log_p, -jnp.inf)
-    call = functools.partial(
-        prepare,
+    other = remaining == "other"
+    # A listed class without mass is one of the rest.
+    gone = log_p == -jnp.inf
+    statistics = prepare(
         "linear_distillation_top_k",
         hidden,
         kernel,
+        class_ids=jnp.where(gone, -1, ids),
         bias=bias,
         temperature=temperature,
         logit_softcap=logit_softcap,
@@ -295,23 +298,17 @@ def linear_distillation_top_k(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-    )
-    statistics = call(class_ids=ids).run()
+        wanted=("rest",) if other else (),
+    ).run()
     assert statistics.label is not None
     dtype = statistics.log_sum.dtype
     log_p = log_p.astype(dtype)
     log_q = statistics.label - jnp.expand_dims(statistics.log_sum, -1)
-    gone = log_p == -jnp.inf
     log_q = jnp.where(gone, 0, log_q)
     tau = jnp.expand_dims(jnp.broadcast_to(statistics.temperature, ids.shape[:-1]), -1)
-    if remaining == "other":
-        # Listed classes without mass are part of the rest.
-        rest = call(excluded=jnp.where(gone, -1, ids)).run()
-        nothing = rest.max == -jnp.inf
-        gap = jnp.where(nothing, 0, rest.max - statistics.max)
-        gap = over_temperature(jax.lax.stop_gradient(gap), tau[..., 0])
-        log_rest = gap + rest.log_sum - statistics.log_sum
-        log_rest = jnp.where(nothing, -jnp.inf, log_rest)
+    if other:
+        assert statistics.rest is not None
+        log_rest = statistics.rest - statistics.log_sum
         loss = _with_rest(log_p, log_q, log_rest, tau)
     else:
         if remaining == "renormalize":

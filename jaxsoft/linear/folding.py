@@ -65,7 +65,7 @@ class Foldable(abc.ABC):
     def __call__(self, *args: Any) -> Any:
         """Calls the function through the primitive."""
         flat, tree = jax.tree.flatten(args)
-        function = self._flat(tree)
+        function = self.flat(tree)
         if not any(map(varying.axes, flat)):
             # Outside shard_map XLA may have to share the function among devices.
             roles = _roles(self, tree, flat)
@@ -77,7 +77,8 @@ class Foldable(abc.ABC):
         out = _primitive.bind(*flat, jaxpr=jaxpr, foldable=self, tree=tree)
         return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    def _flat(self, tree: Any) -> Callable[..., list[jax.Array]]:
+    def flat(self, tree: Any) -> Callable[..., list[jax.Array]]:
+        """Returns the function of flat arguments, and of flat results."""
         return lambda *flat: jax.tree.leaves(self.call(*jax.tree.unflatten(tree, flat)))
 
 
@@ -154,8 +155,21 @@ def _one_by_one(args, batched, foldable, tree):
     return jax.lax.map(function, [a for a, m in zip(args, batched, strict=True) if m])
 
 
+def _evaluate_whole(*args, jaxpr, foldable, tree):
+    """Computes the function where devices cannot be made to share it.
+
+    Compilers for TPU do not know custom partitioning (JAX issue 38196); shard_map is
+    the way there, and `over_mesh`.
+    """
+    del jaxpr
+    return foldable.flat(tree)(*args)
+
+
 _primitive.def_impl(_evaluate)
 _primitive.def_abstract_eval(lambda *args, jaxpr, foldable, tree: jaxpr.out_avals)
 mlir.register_lowering(_primitive, mlir.lower_fun(_evaluate, multiple_results=True))
+mlir.register_lowering(
+    _primitive, mlir.lower_fun(_evaluate_whole, multiple_results=True), platform="tpu"
+)
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

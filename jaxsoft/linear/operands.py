@@ -34,6 +34,7 @@ class Config:
       mean: whether the mean centred logit is wanted.
       expected: whether the expected centred logit is wanted.
       argmax: whether the argmax is wanted.
+      rest: whether the sum over classes that are no labels is wanted.
       implementation: "reference" or "xla".
       vocab_axes: the mesh axes that the classes are sharded over; () for none.
       total_classes: V where the last shards have masked padding; else None.
@@ -47,6 +48,7 @@ class Config:
     mean: bool
     expected: bool
     argmax: bool
+    rest: bool
     implementation: str
     vocab_axes: tuple[str, ...] = ()
     total_classes: int | None = None
@@ -110,6 +112,7 @@ class Fields(NamedTuple):
       mean: the mean of c over kept classes.
       expected: Σ p c.
       argmax: int32, the lowest class that reaches m.
+      rest: log Σ exp(c) over the classes that are no labels of the row.
     """
 
     max: jax.Array
@@ -118,6 +121,7 @@ class Fields(NamedTuple):
     mean: jax.Array | None
     expected: jax.Array | None
     argmax: jax.Array | None
+    rest: jax.Array | None = None
 
 
 def roles_like(tree: Any, roles: Any) -> Any:

@@ -277,9 +277,12 @@ def _terms(
 
 def _forward(pair: Pair, student: Operands, teacher: Operands):
     """Returns the sums of each row, and the statistics of the first stream."""
-    of_student, total_s, _ = xla.forward(pair.student, student)
-    of_teacher, total_t, _ = xla.forward(pair.teacher, teacher)
-    rows = _Rows(of_student.max, total_s, of_teacher.max, total_t)
+    of_student = xla.forward(pair.student, student)
+    of_teacher = xla.forward(pair.teacher, teacher)
+    total_s = of_student.total
+    rows = _Rows(
+        of_student.fields.max, total_s, of_teacher.fields.max, of_teacher.total
+    )
     tiles = pair.tiles(student)
 
     def start(count):

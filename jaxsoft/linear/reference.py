@@ -58,5 +58,10 @@ def statistics(config: Config, operands: Operands) -> Fields:
         expected = jnp.sum(weights / total * finite, axis=1)
     if config.argmax:
         argmax = jnp.argmax(u, axis=1).astype(jnp.int32)
+    rest = None
+    if config.rest and operands.labels is not None:
+        classes = jnp.arange(u.shape[1], dtype=jnp.int32)[None, None]
+        listed = jnp.any(operands.labels[..., None] == classes, axis=1)
+        rest = jnp.log(jnp.sum(jnp.where(listed, 0, weights), axis=1))
     log_sum = jnp.log(total)[:, 0]
-    return Fields(largest[:, 0], log_sum, label, mean, expected, argmax)
+    return Fields(largest[:, 0], log_sum, label, mean, expected, argmax, rest)

@@ -51,6 +51,8 @@ class LogitStatistics:
       argmax: the lowest class with the largest logit [...], int32; None where not
         asked for.
       temperature: τ, a scalar or [...].
+      rest: log Σ exp(c) over the classes that are not among K labels; None where not
+        computed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +69,7 @@ class LogitStatistics:
     expected: jax.Array | None
     argmax: jax.Array | None
     temperature: jax.Array
+    rest: jax.Array | None = None
 
     @property
     def lse(self) -> jax.Array:
@@ -266,7 +269,7 @@ def prepare(
       vocab_axis: the mesh axes of the classes.
       tile_bytes: the budget.
       implementation: None or a name.
-      wanted: which of "mean", "expected" and "argmax" to compute.
+      wanted: which of "mean", "expected", "argmax" and "rest" to compute.
       implementations: those that the function has.
       prefix: what the names of hidden, kernel and their options start with.
 
@@ -304,6 +307,7 @@ def prepare(
         mean="mean" in wanted,
         expected="expected" in wanted,
         argmax="argmax" in wanted,
+        rest="rest" in wanted,
         implementation=chosen,
         vocab_axes=axes,
         total_classes=getattr(vocab_axis, "number", None),
@@ -411,6 +415,7 @@ def _run(config: Config, arrays: Operands) -> LogitStatistics:
         expected=fields.expected,
         argmax=fields.argmax,
         temperature=temperature,
+        rest=fields.rest,
     )
 
 
@@ -429,4 +434,5 @@ def _no_rows(
         empty if config.mean else None,
         empty if config.expected else None,
         jnp.zeros(rows, jnp.int32) if config.argmax else None,
+        empty if config.rest else None,
     )

@@ -22,6 +22,7 @@ from jaxsoft.linear.operands import Config, Fields, Operands
 from jaxsoft.temperature import divide_by_temperature, over_temperature, times
 
 __all__ = [
+    "Saved",
     "Tile",
     "compute_tile",
     "dot",
@@ -73,6 +74,13 @@ class Tile(NamedTuple):
         placed = _scatter(jnp.zeros_like(self.logits), self.labels, "add", values)
         return jnp.where(self.logits == -jnp.inf, 0, placed) if self.masked else placed
 
+    def without_labels(self, values: jax.Array) -> jax.Array:
+        """Returns values [R, B] with 0 at the labels."""
+        assert self.labels is not None
+        if self.labels.shape[1] == 1:
+            return jnp.where(self._is_label(), 0, values)
+        return _scatter(values, self.labels, "set", 0)
+
     def _is_label(self) -> jax.Array:
         return lax.broadcasted_iota(jnp.int32, self.logits.shape, 1) == self.labels
 
@@ -88,6 +96,7 @@ class _Running(NamedTuple):
       number: how many classes were kept, int32.
       weighted: Σ exp(c) c.
       argmax: int32.
+      rest: Σ exp(c) over classes that are no labels.
     """
 
     max: jax.Array
@@ -97,6 +106,23 @@ class _Running(NamedTuple):
     number: jax.Array | None
     weighted: jax.Array | None
     argmax: jax.Array | None
+    rest: jax.Array | None
+
+
+class Saved(NamedTuple):
+    """What the derivative needs of the forward pass, [N] each.
+
+    Attributes:
+      fields: the statistics.
+      total: Σ exp(c), whose logarithm has fewer digits.
+      number: how many classes are kept; None where the mean is not wanted.
+      rest: Σ exp(c) over classes that are no labels; None where not wanted.
+    """
+
+    fields: Fields
+    total: jax.Array
+    number: jax.Array | None
+    rest: jax.Array | None
 
 
 def tiles_of(config: Config, operands: Operands, multiple: int = 1) -> tiling.Tiling:
@@ -265,9 +291,7 @@ def _join_rows(blocks: jax.Array, tiles: tiling.Tiling) -> jax.Array:
     return jnp.concatenate([rows, blocks[-1, again:]])
 
 
-def forward(
-    config: Config, operands: Operands
-) -> tuple[Fields, jax.Array, jax.Array | None]:
+def forward(config: Config, operands: Operands) -> Saved:
     """Returns the statistics of every row.
 
     Args:
@@ -275,8 +299,7 @@ def forward(
       operands: the arrays.
 
     Returns:
-      The wanted fields, Σ exp(c) [N], whose logarithm has fewer digits, and how many
-      classes are kept [N], None where the mean is not wanted.
+      The wanted fields, and what their derivative needs beside them.
     """
     dtype = compute_dtype(operands.hidden, operands.kernel)
     local = sharding.local_classes(config, operands)
@@ -295,6 +318,7 @@ def forward(
             number=jnp.zeros(column, jnp.int32) if config.mean else None,
             weighted=jnp.zeros(column, dtype) if config.expected else None,
             argmax=jnp.zeros(column, jnp.int32) if config.argmax else None,
+            rest=jnp.zeros(column, dtype) if config.rest else None,
         )
 
     def step(part, _, index, running):
@@ -314,7 +338,7 @@ def _merge(config, operands, running: _Running, tile: Tile) -> _Running:
     weights = jnp.exp(c)
     back = divide_by_temperature(running.max, peak, tau)
     rescale = jnp.exp(back)
-    _, _, label, gap, number, weighted, argmax = running
+    _, _, label, gap, number, weighted, argmax, rest = running
     if tile.labels is not None and label is not None:
         label = jnp.maximum(label, tile.pick())
     if gap is not None and number is not None:
@@ -330,12 +354,15 @@ def _merge(config, operands, running: _Running, tile: Tile) -> _Running:
     if argmax is not None:
         best = tile.start + lax.argmax(u, 1, jnp.int32)[:, None]
         argmax = jnp.where(new > running.max, best, argmax)
+    if rest is not None:
+        others = tile.without_labels(weights)
+        rest = rescale * rest + jnp.sum(others, axis=1, keepdims=True)
     total = rescale * running.sum + jnp.sum(weights, axis=1, keepdims=True)
-    return _Running(new, total, label, gap, number, weighted, argmax)
+    return _Running(new, total, label, gap, number, weighted, argmax, rest)
 
 
-def _finish(config: Config, operands: Operands, running: _Running):
-    """Turns running statistics into fields, the sum of exponentials and a count.
+def _finish(config: Config, operands: Operands, running: _Running) -> Saved:
+    """Turns running statistics into fields and what belongs to them.
 
     Where the classes are sharded this is where the shards meet: one maximum, and one
     sum of all that adds up.
@@ -364,6 +391,8 @@ def _finish(config: Config, operands: Operands, running: _Running):
     if running.weighted is not None:
         moved = jnp.where(rescale == 0, 0, back)
         sums["weighted"] = rescale * (running.weighted + running.sum * moved)
+    if running.rest is not None:
+        sums["rest"] = rescale * running.rest
     sums = sharding.add(sums, axes)
     total = jnp.where(empty, 1, sums["total"])
     mean = expected = argmax = number = None
@@ -376,7 +405,14 @@ def _finish(config: Config, operands: Operands, running: _Running):
     if running.argmax is not None:
         argmax = sharding.lowest_argmax(config, operands, running, largest)[:, 0]
     total = total[:, 0]
+    rest = sums["rest"][:, 0] if config.rest else None
     fields = Fields(
-        largest[:, 0], jnp.log(total), sums.get("label"), mean, expected, argmax
+        largest[:, 0],
+        jnp.log(total),
+        sums.get("label"),
+        mean,
+        expected,
+        argmax,
+        None if rest is None else jnp.log(rest),
     )
-    return fields, total, number
+    return Saved(fields, total, number, rest)

@@ -17,7 +17,7 @@ from jax import lax
 from jaxsoft.dtypes import compute_dtype
 from jaxsoft.linear import sharding, tiling, varying
 from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.linear.xla import Tile, compute_tile, dot, slice_rows, tiles_of
+from jaxsoft.linear.xla import Saved, Tile, compute_tile, dot, slice_rows, tiles_of
 from jaxsoft.temperature import divide_by_temperature, finite, inverse, times
 
 __all__ = ["Cotangents", "Gradients", "Share", "Wanted", "accumulate", "backward"]
@@ -33,6 +33,7 @@ class Cotangents(NamedTuple):
     label: jax.Array | None
     mean: jax.Array | None
     expected: jax.Array | None
+    rest: jax.Array | None
 
 
 class Wanted(NamedTuple):
@@ -88,7 +89,7 @@ class _Rows(NamedTuple):
     """What the derivative of the statistics needs of each row; None stands for 0.
 
     All but `label` [N, K] are [N]. The derivative by the logits is
-    p (share + c·slope) + 1[v = label]·label + kept.
+    p (share + c·slope) + 1[v = label]·label + kept + 1[v ≠ label] exp(c)·rest.
     """
 
     max: jax.Array
@@ -97,10 +98,15 @@ class _Rows(NamedTuple):
     label: jax.Array | None
     kept: jax.Array | None
     slope: jax.Array | None
+    rest: jax.Array | None
 
 
 def backward(
-    config: Config, operands: Operands, saved, cotangents: Cotangents, wanted: Wanted
+    config: Config,
+    operands: Operands,
+    saved: Saved,
+    cotangents: Cotangents,
+    wanted: Wanted,
 ) -> Gradients:
     """Returns the cotangents of the operands from those of the statistics.
 
@@ -115,40 +121,45 @@ def backward(
       The wanted gradients; a gradient that is not wanted costs nothing. With sharded
       classes those of `hidden` and `tau` are this shard's part of a sum.
     """
-    fields, total, number = saved
+    fields = saved.fields
     operands = sharding.local_classes(config, operands)
     rows = _Rows(
-        fields.max,
-        1 / total,
-        *_coefficients(config, operands, fields, number, cotangents),
+        fields.max, 1 / saved.total, *_coefficients(config, operands, saved, cotangents)
     )
 
     def share(part, part_rows, tile, _):
         return _statistics_share(config, part, part_rows, tile, wanted.tau)
 
-    gradients, moments = accumulate(config, operands, wanted, share, rows, moments=2)
+    number = 2 if cotangents.rest is None else 3
+    gradients, moments = accumulate(
+        config, operands, wanted, share, rows, moments=number
+    )
     if moments is not None:
-        tau = _tau_cotangent(config, operands, fields, cotangents, moments)
+        tau = _tau_cotangent(config, operands, saved, cotangents, moments)
         gradients = gradients._replace(tau=tau)
     return gradients
 
 
-def _coefficients(config, operands, fields, number, cotangents: Cotangents):
-    """Returns the last four fields of `_Rows`."""
-    scale = inverse(operands.temperature(config), fields.log_sum.dtype)
+def _coefficients(config, operands, saved: Saved, cotangents: Cotangents):
+    """Returns the last five fields of `_Rows`."""
+    fields = saved.fields
+    scale = inverse(operands.temperature(config), saved.total.dtype)
     scale = jnp.broadcast_to(scale, (operands.hidden.shape[0], 1))[:, 0]
-    log_sum, label, mean, expected = cotangents
+    log_sum, label, mean, expected, rest = cotangents
     share, kept = log_sum, None
     if expected is not None:
         more = expected * (1 - fields.expected)
         share = more if share is None else share + more
     if mean is not None:
-        kept = mean / number
-    share, kept, expected = (
-        None if a is None else a * scale for a in (share, kept, expected)
+        assert saved.number is not None
+        kept = mean / saved.number
+    if rest is not None:
+        rest = rest / _or_one(saved.rest)
+    share, kept, expected, rest = (
+        None if a is None else a * scale for a in (share, kept, expected, rest)
     )
     label = None if label is None else label * scale[:, None]
-    return share, label, kept, expected
+    return share, label, kept, expected, rest
 
 
 def accumulate(
@@ -318,7 +329,8 @@ def _statistics_share(config, operands, rows: _Rows, tile: Tile, moments: bool):
     peak = jnp.where(rows.max == -jnp.inf, 0, rows.max)
     u = tile.logits
     c = divide_by_temperature(u, peak, operands.temperature(config))
-    p = jnp.exp(c) * rows.inverse_total
+    weights = jnp.exp(c)
+    p = weights * rows.inverse_total
     d = jnp.zeros_like(u)
     if rows.share is not None:
         d = p * rows.share
@@ -328,16 +340,23 @@ def _statistics_share(config, operands, rows: _Rows, tile: Tile, moments: bool):
         d = d + tile.place(label)
     if rows.kept is not None:
         d = d + (jnp.where(u == -jnp.inf, 0, rows.kept) if tile.masked else rows.kept)
+    if rows.rest is not None:
+        weights = tile.without_labels(weights)
+        d = d + weights * rows.rest
     if not moments:
         return Share(d, None)
     pc = times(p, c)
-    return Share(d, jnp.stack([pc.sum(axis=1), times(pc, c).sum(axis=1)], axis=1))
+    sums = [pc.sum(axis=1), times(pc, c).sum(axis=1)]
+    if rows.rest is not None:
+        sums.append(times(weights, c).sum(axis=1))
+    return Share(d, jnp.stack(sums, axis=1))
 
 
-def _tau_cotangent(config, operands, fields, cotangents, moments) -> jax.Array:
+def _tau_cotangent(config, operands, saved: Saved, cotangents, moments) -> jax.Array:
     """Returns the cotangent of the temperature, [N]; a shard's part of it."""
     scale = inverse(operands.temperature(config), moments.dtype)[:, 0]
-    log_sum, label, mean, expected = cotangents
+    fields = saved.fields
+    log_sum, label, mean, expected, rest = cotangents
     first, second = moments[:, 0], moments[:, 1]
     total = jnp.zeros_like(first)
     if log_sum is not None:
@@ -349,7 +368,15 @@ def _tau_cotangent(config, operands, fields, cotangents, moments) -> jax.Array:
     if expected is not None:
         # Σ p c² - (Σ p c)² + Σ p c, of which `fields` has the second factor.
         total += expected * (second - first * fields.expected + first)
+    if rest is not None:
+        total += rest * moments[:, 2] / _or_one(saved.rest)
     return -total * scale
+
+
+def _or_one(sums: jax.Array | None) -> jax.Array:
+    """Returns sums, with 1 in place of 0."""
+    assert sums is not None
+    return jnp.where(sums == 0, 1, sums)
 
 
 def _once(config: Config, values: jax.Array) -> jax.Array:

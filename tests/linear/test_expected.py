@@ -110,9 +110,9 @@ def test_straight_through():
 
 def test_noise_does_not_depend_on_tiles():
     args, key = layer(), jax.random.key(7)
-    for options in ({}, {"hard": True}):
-        whole = linear_expected(*args[:3], key=key, tile_bytes=2**25, **options)
-        tiled = linear_expected(*args[:3], key=key, tile_bytes=TILE, **options)
+    for hard in (False, True):
+        whole = linear_expected(*args[:3], key=key, hard=hard, tile_bytes=2**25)
+        tiled = linear_expected(*args[:3], key=key, hard=hard, tile_bytes=TILE)
         np.testing.assert_allclose(whole, tiled, rtol=1e-5, atol=1e-6)
 
 
