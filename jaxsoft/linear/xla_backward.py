@@ -140,7 +140,7 @@ def backward(
     return gradients
 
 
-def _coefficients(config, operands, saved: Saved, cotangents: Cotangents):
+def _coefficients(config, operands, saved, cotangents: Cotangents):
     """Returns the last five fields of `_Rows`."""
     fields = saved.fields
     scale = inverse(operands.temperature(config), saved.total.dtype)
@@ -352,7 +352,7 @@ def _statistics_share(config, operands, rows: _Rows, tile: Tile, moments: bool):
     return Share(d, jnp.stack(sums, axis=1))
 
 
-def _tau_cotangent(config, operands, saved: Saved, cotangents, moments) -> jax.Array:
+def _tau_cotangent(config, operands, saved, cotangents, moments) -> jax.Array:
     """Returns the cotangent of the temperature, [N]; a shard's part of it."""
     scale = inverse(operands.temperature(config), moments.dtype)[:, 0]
     fields = saved.fields

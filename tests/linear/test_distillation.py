@@ -212,9 +212,9 @@ def test_messages():
     with pytest.raises(ValueError, match="`temperature` must be finite"):
         linear_distillation(h, w, g, k, temperature=float("inf"))
     with pytest.raises(ValueError, match="`divergence` must be one of"):
-        linear_distillation(h, w, g, k, divergence="kl")
+        linear_distillation(h, w, g, k, divergence="kl")  # pyright: ignore
     with pytest.raises(ValueError, match="`class_ids` must have shape"):
         linear_distillation_top_k(h, w, jnp.zeros((3, 2), int), jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="`remaining` must be one of"):
         ids = jnp.zeros((ROWS, 2), int)
-        linear_distillation_top_k(h, w, ids, jnp.zeros((ROWS, 2)), remaining="all")
+        linear_distillation_top_k(h, w, ids, jnp.zeros((ROWS, 2)), remaining="all")  # pyright: ignore
