@@ -9,8 +9,9 @@ from jaxsoft.linear.expected import linear_expected
 from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.mesh import over_mesh
-from jaxsoft.linear.selection import linear_sample, linear_top_k
+from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
+from jaxsoft.linear.top_k import linear_top_k
 from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 

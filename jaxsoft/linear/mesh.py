@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsoft.linear import sharding
 from jaxsoft.linear.statistics import MeshAxes
@@ -153,6 +153,10 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
         is_tokens = count is not None and shape.ndim > 0
         return PartitionSpec(tokens or None) if is_tokens else PartitionSpec()
 
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        # There the sharding is part of an array's type, and must match.
+        place = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+        arrays = jax.reshard(arrays, place)
     out_specs = jax.tree.map(out_spec, shapes)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs)
     out = mapped(arrays)

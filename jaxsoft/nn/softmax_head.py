@@ -14,8 +14,9 @@ from jaxsoft import checks, dtypes
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear.log_probs import linear_log_prob
 from jaxsoft.linear.losses import linear_cross_entropy
-from jaxsoft.linear.selection import linear_sample, linear_top_k
+from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.statistics import MeshAxes
+from jaxsoft.linear.top_k import linear_top_k
 
 __all__ = ["SoftmaxHead"]
 
@@ -95,6 +96,22 @@ class SoftmaxHead(nnx.Module):
       >>> log_probs, class_ids = head.top_k(hidden[0, 0], 3)
       >>> print(class_ids)
       [7 0 1]
+
+      The loss of GRPO (arXiv:2402.03300) for a group of two answers to one prompt:
+
+      >>> def grpo_loss(head, hidden, tokens, old_log_prob, advantages):
+      ...     ratio = jnp.exp(head.log_prob(hidden, tokens) - old_log_prob)
+      ...     clipped = jnp.clip(ratio, 0.8, 1.2)
+      ...     advantages = advantages[:, None]
+      ...     return -jnp.minimum(ratio * advantages, clipped * advantages).mean()
+      >>> old_log_prob = head.log_prob(hidden, labels)
+      >>> rewards = jnp.array([3.0, 1.0])
+      >>> advantages = (rewards - rewards.mean()) / rewards.std()
+      >>> loss, gradients = nnx.value_and_grad(grpo_loss)(
+      ...     head, hidden, labels, old_log_prob, advantages
+      ... )
+      >>> print(gradients["kernel"].shape)
+      (16, 1000)
     """
 
     def __init__(

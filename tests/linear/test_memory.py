@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxsoft
 from jaxsoft import linear_cross_entropy
 
 MIB = 2**20
@@ -77,3 +78,42 @@ def test_vmap_keeps_the_memory():
     alone = temporaries(jax.grad(linear_cross_entropy, (0, 1)), 512, 64, 2**16)
     batch = temporaries(jax.grad(mapped, (0, 1)), 512, 64, 2**16)
     assert batch <= alone * 1.1 + MIB
+
+
+def _everything(key, hidden, kernel, labels, values, teacher):
+    """Calls every function that streams a layer, each with its gradient."""
+    ids = labels[:, None] + jnp.arange(4, dtype=jnp.int32)[None]
+    log_probs = jnp.full(ids.shape, -2.0)
+    expected = jaxsoft.linear_expected
+    yield lambda h, w: sum(a.sum() for a in jaxsoft.linear_log_prob(h, w, labels))
+    yield lambda h, w: jaxsoft.linear_log_prob_at(h, w, ids).sum()
+    yield lambda h, w: jaxsoft.linear_top_k(h, w, 8)[0].sum()
+    yield lambda h, w: expected(h, w, values).sum()
+    yield lambda h, w: expected(h, w, values, key=key, hard=True).sum()
+    yield lambda h, w: jaxsoft.linear_distillation(h, w, hidden, teacher)
+    yield lambda h, w: jaxsoft.linear_distillation_top_k(h, w, ids, log_probs)
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_every_function_is_free_of_rows_times_classes(index):
+    """At V = 131072, 512 rows: 256 MiB of logits."""
+    rows, features, classes = 512, 64, 131072
+
+    def call(key, hidden, kernel, labels, values, teacher):
+        calls = _everything(key, hidden, kernel, labels, values, teacher)
+        loss = list(calls)[index]
+        draws = jaxsoft.linear_sample(key, hidden, kernel)
+        return jax.value_and_grad(loss, (0, 1))(hidden, kernel), draws
+
+    shape = jax.ShapeDtypeStruct
+    args = (
+        jax.eval_shape(lambda: jax.random.key(0)),
+        shape((rows, features), jnp.float32),
+        shape((features, classes), jnp.float32),
+        shape((rows,), jnp.int32),
+        shape((classes, 8), jnp.float32),
+        shape((features, classes), jnp.float32),
+    )
+    analysis = jax.jit(call).lower(*args).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes <= 32 * MIB

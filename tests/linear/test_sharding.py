@@ -265,6 +265,18 @@ def test_over_mesh_pads_what_does_not_divide(name, rows, classes):
     close(grad, true_grad, scale=5)
 
 
+def test_over_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((2, 4), ("data", "vocab"))
+    over = functools.partial(
+        jaxsoft.over_mesh, mesh=mesh, vocab_axis="vocab", token_axes=("data",)
+    )
+    a = arguments()
+    (_, out), grad = value_and_grad(functools.partial(ce, wrap=over))(*split(a))
+    (_, truth), true_grad = on_one_device("ce")
+    close(out, truth)
+    close(grad, true_grad, scale=5)
+
+
 def test_without_the_varying_axes_check_it_is_an_error():
     """It would scale gradients silently."""
     mesh = mesh_of("8")

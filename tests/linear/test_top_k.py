@@ -1,0 +1,64 @@
+"""The best classes: exact, normalised, differentiable."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoft import linear_top_k
+from tests import truth
+from tests.linear import cases
+
+TILE = 4 * 8 * 256
+
+
+@pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("classes, k", [(1, 1), (20, 20), (300, 1), (1009, 50)])
+def test_top_k_is_exact(classes, k, kind):
+    hidden, kernel, _ = cases.layer(13, 8, classes, kind=kind)
+    log_probs, ids = linear_top_k(hidden, kernel, k, temperature=0.7, tile_bytes=TILE)
+    u = hidden @ kernel
+    np.testing.assert_array_equal(ids, jax.lax.top_k(u, k)[1])
+    true = truth.log_softmax(np.asarray(u, np.float64), 0.7)
+    true = np.take_along_axis(true, np.asarray(ids), 1)
+    plain = jnp.take_along_axis(jax.nn.log_softmax(u / 0.7), ids, 1)
+    truth.assert_as_good(log_probs, plain, true, slack=3e-6)
+    assert (np.asarray(log_probs) <= 0).all()
+
+
+def test_top_k_with_fewer_classes_than_k():
+    hidden, kernel, _ = cases.layer(3, 8, 300)
+    mask = jnp.zeros(300, bool).at[jnp.asarray([4, 200])].set(True)
+    log_probs, ids = linear_top_k(hidden, kernel, 4, class_mask=mask, tile_bytes=TILE)
+    assert set(np.asarray(ids[0, :2]).tolist()) == {4, 200}
+    np.testing.assert_array_equal(ids[:, 2:], -1)
+    np.testing.assert_array_equal(log_probs[:, 2:], -np.inf)
+    np.testing.assert_allclose(np.exp(log_probs).sum(1), 1, rtol=1e-6)
+
+
+def test_top_k_gradients():
+    hidden, kernel, _ = cases.layer(6, 8, 300)
+    tau = jnp.full(6, 0.8)
+
+    def ours(hidden, kernel, tau):
+        log_probs, _ = linear_top_k(hidden, kernel, 5, temperature=tau, tile_bytes=TILE)
+        return (log_probs * jnp.arange(5.0)[None]).sum()
+
+    def plain(hidden, kernel, tau):
+        log_p = jax.nn.log_softmax(hidden @ kernel / tau[:, None])
+        return (jax.lax.top_k(log_p, 5)[0] * jnp.arange(5.0)[None]).sum()
+
+    for a, b in zip(
+        jax.grad(ours, (0, 1, 2))(hidden, kernel, tau),
+        jax.grad(plain, (0, 1, 2))(hidden, kernel, tau),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_messages():
+    hidden, kernel, _ = cases.layer(6, 8, 30)
+    with pytest.raises(ValueError, match="`k` must be at most V = 30, got 31"):
+        linear_top_k(hidden, kernel, 31)
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        linear_top_k(hidden, kernel, 0)
