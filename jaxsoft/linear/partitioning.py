@@ -37,8 +37,11 @@ def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> 
         del result_shapes
         shardings = [shape.sharding for shape in arg_shapes]
         if not all(isinstance(s, NamedSharding) for s in shardings):
-            whole = [_named(mesh, role, {}) for role in out_roles]
-            return mesh, lambda *flat: call(foldable, flat), whole, tuple(shardings)
+            # Without a mesh there are no axes to name: every device does it all.
+            kind = type(shardings[0])
+            whole = kind.get_replicated(tuple(shardings[0]._device_assignment))
+            results, arguments = [whole] * len(out_roles), (whole,) * len(roles)
+            return mesh, lambda *flat: call(foldable, flat), results, arguments
         shapes = [shape.shape for shape in arg_shapes]
         axes = _axes(mesh, roles, shapes, [s.spec for s in shardings])
         local = foldable.over(axes["v"])
