@@ -13,3 +13,9 @@ def x64():
     """Enables float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Lets JAX count a single device."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)

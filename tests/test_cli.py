@@ -33,7 +33,7 @@ def fails(capsys, arguments, code=2):
     return lines[0]
 
 
-def test_train_prints_its_measurements_and_files(options, capsys, tmp_path):
+def test_train_prints_its_measurements_and_files(options, capsys, tmp_path, one_device):
     assert main(["train", *options]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -118,7 +118,7 @@ def test_missing_extra_is_one_line(options, capsys, monkeypatch):
     assert said.endswith('pip install "jaxsoft[train]"')
 
 
-def test_farewell_repeats_the_mesh(options, capsys, monkeypatch):
+def test_farewell_repeats_the_mesh(options, capsys, monkeypatch, one_device):
     def stopped(config, *, mesh, **rest):
         assert dict(mesh.shape) == {"data": 1, "vocab": 1}
         raise TrainingInterrupted(signal.SIGTERM, 3)

@@ -98,7 +98,8 @@ def choose(
     multiple = math.lcm(multiple, _CLASS_MULTIPLE)
     elements = max(tile_bytes // itemsize, multiple * _ROW_MULTIPLE)
     thin = min(max(_THIN, multiple), _ceil(classes, multiple))
-    block_rows = min(rows, max(_ROW_MULTIPLE, elements // thin))
+    block_rows = max(_ROW_MULTIPLE, elements // thin // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    block_rows = min(rows, block_rows)
     block_rows = _balance(rows, block_rows, _ROW_MULTIPLE)
     block_classes = max(multiple, elements // block_rows)
     block_classes = block_classes // multiple * multiple

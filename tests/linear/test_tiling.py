@@ -1,7 +1,7 @@
 """Tiles: within the budget, balanced, and covering every class and row once."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxsoft.linear import tiling
@@ -10,6 +10,7 @@ SIZES = st.integers(1, 300_000)
 
 
 @given(SIZES, SIZES, st.sampled_from([4, 8]), st.integers(1, 2**28))
+@example(17, 73, 4, 4608)
 def test_tiles_cover_the_matrix_within_the_budget(rows, classes, itemsize, budget):
     tiles = tiling.choose(rows, classes, itemsize, budget)
     assert (tiles.row_blocks - 1) * tiles.block_rows < rows

@@ -142,7 +142,7 @@ def test_text_of_a_mesh_is_checked(text, message):
     assert message in str(caught.value)
 
 
-def test_a_mesh_has_both_axes():
+def test_a_mesh_has_both_axes(one_device):
     devices = np.asarray(jax.devices()[:1])
     for mesh in (None, Mesh(devices, ("vocab",)), parse_mesh(" data=1 ")):
         assert dict(usable_mesh(mesh, 4).shape) == {"data": 1, "vocab": 1}
