@@ -2,49 +2,21 @@
 
 Whoever draws for row r and class v gets the same bits, however rows and classes are
 cut into tiles or over devices: they are a counter cipher of (stream, class) under a
-key made from the caller's key and the row. The cipher is Threefry-2x32 with its 20
-rounds, as in `jax.random`, here as arithmetic that XLA fuses into what uses it.
+key made from the caller's key and the row. The cipher is JAX's Threefry-2x32 with its
+20 rounds (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011).
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 
-__all__ = ["BLOCKS", "CLASSES", "ROWS", "gumbel", "row_words", "threefry", "uniform"]
+__all__ = ["BLOCKS", "CLASSES", "ROWS", "gumbel", "row_words", "uniform"]
 
 # Streams: what the bits are for.
 CLASSES = 0
 BLOCKS = 1
 ROWS = 2
-
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
-
-
-def threefry(
-    key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Encrypts two 32-bit words with Threefry-2x32, 20 rounds.
-
-    Args:
-      key: two uint32 arrays.
-      counter: two uint32 arrays, of shapes that broadcast against the key's.
-
-    Returns:
-      Two uint32 arrays of random bits.
-
-    References:
-      Salmon, Moraes, Dror and Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, 2011.
-    """
-    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(_PARITY))
-    x, y = counter[0] + keys[0], counter[1] + keys[1]
-    for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            x = x + y
-            y = x ^ ((y << rotation) | (y >> (32 - rotation)))
-        x = x + keys[(group + 1) % 3]
-        y = y + keys[(group + 2) % 3] + jnp.uint32(group + 1)
-    return x, y
 
 
 def row_words(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Array:
@@ -60,15 +32,23 @@ def row_words(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Arra
     """
     root = jax.random.bits(key, (2,), jnp.uint32)
     numbers = lax.iota(jnp.uint32, rows) + jnp.asarray(first).astype(jnp.uint32)
-    pair = threefry((root[0], root[1]), (jnp.zeros_like(numbers), numbers))
-    return jnp.stack(pair, axis=1)
+    words = _encrypt(root[None], jnp.zeros_like(numbers), numbers)
+    return jnp.stack(words, axis=2)[0]
+
+
+def _encrypt(
+    keys: jax.Array, first: jax.Array, second: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Encrypts counters, two words [n] each, under keys [R, 2]; gives two [R, n]."""
+    count = jnp.concatenate([first, second])
+    words = jax.vmap(lambda key: threefry_2x32((key[0], key[1]), count))(keys)
+    return words[:, : first.shape[0]], words[:, first.shape[0] :]
 
 
 def _bits(words: jax.Array, stream: int, ids: jax.Array) -> jax.Array:
-    """Returns uint32 bits [R, n] of rows [R, 2] and ids, [n] or [R, n]."""
+    """Returns uint32 bits [R, n] of rows [R, 2] and ids [n]."""
     ids = ids.astype(jnp.uint32)
-    ids = ids if ids.ndim == 2 else ids[None]
-    return threefry((words[:, :1], words[:, 1:]), (jnp.uint32(stream), ids))[0]
+    return _encrypt(words, jnp.full_like(ids, stream), ids)[0]
 
 
 def _unit(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -93,7 +73,7 @@ def gumbel(
     Args:
       words: [R, 2] from `row_words`.
       stream: `CLASSES` or `BLOCKS`.
-      ids: [n] or [R, n] integers.
+      ids: [n] integers.
       dtype: float32 or float64.
 
     Returns:
