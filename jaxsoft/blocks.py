@@ -17,7 +17,7 @@ from jax import lax
 from jaxsoft import noise
 from jaxsoft.temperature import divide_by_temperature, is_zero
 
-__all__ = ["Drawn", "block_size", "draw", "invert", "later", "scores"]
+__all__ = ["Drawn", "block_size", "draw", "invert", "later", "place", "scores"]
 
 _LEAST = 128
 
@@ -58,6 +58,11 @@ def scores(
     perturbed = jnp.log(sums) + noise.gumbel(words, noise.BLOCKS, blocks, sums.dtype)
     alone = jnp.where(sums > 0, 0.0, -jnp.inf).astype(sums.dtype)
     return jnp.where(zero, alone, perturbed)
+
+
+def place(words: jax.Array, zero: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns how far into its block's sum each row's class lies, [R]; 0 at τ = 0."""
+    return jnp.where(zero, 0, noise.uniform(words, dtype)[:, None])[:, 0]
 
 
 def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -112,7 +117,7 @@ def draw(
     best = jnp.argmax(perturbed, axis=1)
     score = jnp.max(perturbed, axis=1)
     chosen = jnp.take_along_axis(weights, best[:, None, None], axis=1)[:, 0]
-    part = jnp.where(zero, 0, noise.uniform(words, logits.dtype)[:, None])[:, 0]
+    part = place(words, zero, logits.dtype)
     total = jnp.take_along_axis(sums, best[:, None], axis=1)[:, 0]
     class_id = (first_block + best.astype(jnp.int32)) * block
     class_id += invert(chosen, part * total)

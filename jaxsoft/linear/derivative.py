@@ -37,12 +37,7 @@ class _Statistics(Foldable):
     def differentiable(self, moving: Operands):
         if self.config.implementation == "reference":
             return self.call
-        wanted = xla_backward.Wanted(
-            hidden=bool(moving.hidden),
-            kernel=bool(moving.kernel),
-            bias=bool(moving.bias),
-            tau=bool(moving.tau),
-        )
+        wanted = xla_backward.Wanted.of(moving)
         return functools.partial(_differentiable, self.config, wanted)
 
 
@@ -132,13 +127,7 @@ def _bwd(config: Config, wanted: xla_backward.Wanted, residuals, cotangents: Fie
     if all(g is None for g in given):
         return (Operands._make([None] * len(operands)),)
     saved, given = varying.like((saved, given), operands)
-    out = _Backward(config, wanted)(operands, saved, given)
-    gradients = Operands._make([None] * len(operands))
-    return (
-        gradients._replace(
-            hidden=out.hidden, kernel=out.kernel, bias=out.bias, tau=out.tau
-        ),
-    )
+    return (_Backward(config, wanted)(operands, saved, given).of_operands(),)
 
 
 def values(primals: Any) -> Any:

@@ -187,14 +187,7 @@ class _Expected(Foldable):
         return "nd"
 
     def differentiable(self, moving: _Mixed) -> Any:
-        of_logits = moving.operands
-        wanted = xla_backward.Wanted(
-            hidden=bool(of_logits.hidden),
-            kernel=bool(of_logits.kernel),
-            bias=bool(of_logits.bias),
-            tau=bool(of_logits.tau),
-            values=bool(moving.values),
-        )
+        wanted = xla_backward.Wanted.of(moving.operands, moving.values)
         return functools.partial(_differentiable, self.config, self.hard, wanted)
 
 
@@ -346,15 +339,12 @@ def _bwd(config, hard, wanted, residuals, cotangent):
     del hard
     mixed, saved = residuals
     cotangent = derivative.nonzero(cotangent)
-    none = Operands._make([None] * len(mixed.operands))
     if cotangent is None:
+        none = Operands._make([None] * len(mixed.operands))
         return (_Mixed(none, None, None),)  # pyright: ignore[reportArgumentType]
     saved, cotangent = varying.like((saved, cotangent), mixed)
     out = _Backward(config, wanted)(mixed, saved, cotangent)
-    operands = none._replace(
-        hidden=out.hidden, kernel=out.kernel, bias=out.bias, tau=out.tau
-    )
-    return (_Mixed(operands, out.values, None),)
+    return (_Mixed(out.of_operands(), out.values, None),)
 
 
 _differentiable.defvjp(_fwd, _bwd, symbolic_zeros=True)

@@ -51,9 +51,9 @@ class Foldable(abc.ABC):
     def over(self, vocab_axes: tuple[str, ...]) -> "Foldable":
         """Returns the same function with its classes sharded over mesh axes."""
         configs = {
-            field.name: dataclasses.replace(value, vocab_axes=vocab_axes)
+            field.name: value.over(vocab_axes)
             for field in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
-            if hasattr(value := getattr(self, field.name), "vocab_axes")
+            if hasattr(value := getattr(self, field.name), "over")
         }
         return dataclasses.replace(self, **configs)  # pyright: ignore
 
@@ -71,11 +71,9 @@ class Foldable(abc.ABC):
             roles = _roles(self, tree, flat)
             function = partitioning.shared(self, tree, *roles)
         jaxpr = jax.make_jaxpr(function)(*flat)
-        shapes = jax.eval_shape(
-            lambda *a: self.call(*jax.tree.unflatten(tree, a)), *flat
-        )
         out = _primitive.bind(*flat, jaxpr=jaxpr, foldable=self, tree=tree)
-        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+        # The roles have the structure of the result: no need to trace it again.
+        return jax.tree.unflatten(jax.tree.structure(self.out_roles(*args)), out)
 
     def flat(self, tree: Any) -> Callable[..., list[jax.Array]]:
         """Returns the function of flat arguments, and of flat results."""

@@ -53,6 +53,10 @@ class Config:
     vocab_axes: tuple[str, ...] = ()
     total_classes: int | None = None
 
+    def over(self, vocab_axes: tuple[str, ...]) -> "Config":
+        """Returns the same configuration with its classes sharded over mesh axes."""
+        return dataclasses.replace(self, vocab_axes=vocab_axes)
+
     @property
     def class_axis(self) -> int:
         """The axis of the kernel that runs over classes."""

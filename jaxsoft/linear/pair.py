@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxsoft.divergence_terms import difference, excess, half_scaled, half_step
 from jaxsoft.linear import derivative, sharding, tiling, varying, xla, xla_backward
@@ -53,8 +52,8 @@ class Pair:
         """Returns the same pair with its classes sharded."""
         return dataclasses.replace(
             self,
-            student=dataclasses.replace(self.student, vocab_axes=vocab_axes),
-            teacher=dataclasses.replace(self.teacher, vocab_axes=vocab_axes),
+            student=self.student.over(vocab_axes),
+            teacher=self.teacher.over(vocab_axes),
         )
 
     def roles(self, student: Operands, teacher: Operands) -> Any:
@@ -107,17 +106,8 @@ class _Sums(NamedTuple):
     teacher: jax.Array
 
 
-class _OfPair(Foldable):
-    """What the functions of two layers share."""
-
-    pair: Pair
-
-    def over(self, vocab_axes: tuple[str, ...]) -> "Foldable":
-        return dataclasses.replace(self, pair=self.pair.over(vocab_axes))  # pyright: ignore
-
-
 @dataclasses.dataclass(frozen=True)
-class _Distillation(_OfPair):
+class _Distillation(Foldable):
     """The loss of each row."""
 
     pair: Pair
@@ -133,19 +123,12 @@ class _Distillation(_OfPair):
         return "n"
 
     def differentiable(self, student: Operands, teacher: Operands) -> Any:
-        def wanted(moving):
-            return xla_backward.Wanted(
-                hidden=bool(moving.hidden),
-                kernel=bool(moving.kernel),
-                bias=bool(moving.bias),
-                tau=False,
-            )
-
+        wanted = xla_backward.Wanted.of
         return functools.partial(
             _differentiable,
             self.pair,
-            wanted(student)._replace(tau=bool(student.tau)),
-            wanted(teacher),
+            wanted(student),
+            wanted(teacher)._replace(tau=False),
         )
 
 
@@ -162,7 +145,7 @@ class _Forward(_Distillation):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Backward(_OfPair):
+class _Backward(Foldable):
     """The gradients of one of the two layers."""
 
     pair: Pair
@@ -348,9 +331,7 @@ def _backward(call: _Backward, student, teacher, sums, rows, cotangent) -> Any:
         configs[0], layers[0], wanted, share, more, tiles=tiles
     )
     if moments is not None:
-        first = 2 * sums.loss
-        if pair.vocab_axes:
-            first = jnp.where(lax.axis_index(pair.vocab_axes) == 0, first, 0)
+        first = sharding.once(2 * sums.loss, pair.vocab_axes)
         change = finite((first - moments[:, 0])[:, None]) * inverse(tau, dtype)
         gradients = gradients._replace(tau=change[:, 0] * cotangent)
     return gradients
@@ -387,10 +368,9 @@ def _bwd(pair, of_student, of_teacher, residuals, cotangent):
     def gradients(wanted, is_teacher):
         if not any(wanted):
             return none
-        out = _Backward(pair, wanted, is_teacher)(student, teacher, *saved)
-        return none._replace(
-            hidden=out.hidden, kernel=out.kernel, bias=out.bias, tau=out.tau
-        )
+        return _Backward(pair, wanted, is_teacher)(
+            student, teacher, *saved
+        ).of_operands()
 
     return gradients(of_student, False), gradients(of_teacher, True)
 

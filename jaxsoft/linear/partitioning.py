@@ -8,7 +8,6 @@ of `sharding.py` inside, as in `jax.shard_map`.
 
 from typing import Any
 
-import jax
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -30,9 +29,6 @@ def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> 
       is the given function.
     """
 
-    def call(foldable, flat):
-        return jax.tree.leaves(foldable.call(*jax.tree.unflatten(tree, flat)))
-
     def partition(mesh, arg_shapes, result_shapes):
         del result_shapes
         shardings = [shape.sharding for shape in arg_shapes]
@@ -41,13 +37,13 @@ def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> 
             kind = type(shardings[0])
             whole = kind.get_replicated(tuple(shardings[0]._device_assignment))
             results, arguments = [whole] * len(out_roles), (whole,) * len(roles)
-            return mesh, lambda *flat: call(foldable, flat), results, arguments
+            return mesh, foldable.flat(tree), results, arguments
         shapes = [shape.shape for shape in arg_shapes]
         axes = _axes(mesh, roles, shapes, [s.spec for s in shardings])
-        local = foldable.over(axes["v"])
+        local = foldable.over(axes["v"]).flat(tree)
 
         def lower(*flat):
-            out = call(local, flat)
+            out = local(*flat)
             if not foldable.partial:
                 return out
             summed = [_missing(role, axes) for role in out_roles]
@@ -61,7 +57,7 @@ def shared(foldable: Any, tree: Any, roles: list[str], out_roles: list[str]) -> 
 
         return mesh, lower, place(out_roles), tuple(place(roles))
 
-    function = custom_partitioning(lambda *flat: call(foldable, flat))
+    function = custom_partitioning(foldable.flat(tree))
     # In the order in which the rule meets them.
     letters = list(dict.fromkeys("".join(roles + out_roles)))
     summed = [f for f in "nv" if f in letters and f not in "".join(out_roles)]

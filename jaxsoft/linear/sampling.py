@@ -208,7 +208,7 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
     end = first + classes
     dtype = drawn.max.dtype
     zero = is_zero(tau, dtype)
-    part = jnp.where(zero, 0, noise.uniform(words, dtype)[:, None])[:, 0]
+    part = blocks.place(words, zero, dtype)
     size = min(block, classes)
     head, tail = first // block, (end - 1) // block
     cut_head = first % block != 0

@@ -25,6 +25,7 @@ __all__ = [
     "names",
     "num_classes",
     "offset",
+    "once",
     "size",
 ]
 
@@ -106,6 +107,13 @@ def add(sums: dict[str, jax.Array], axes: Axes) -> dict[str, jax.Array]:
     widths = [a.shape[1] for a in sums.values()]
     starts = [sum(widths[:i]) for i in range(1, len(widths))]
     return dict(zip(sums, jnp.split(total, starts, axis=1), strict=True))
+
+
+def once(values: jax.Array, axes: Axes) -> jax.Array:
+    """Returns what every shard has on the first shard, and 0 on the others."""
+    if not axes:
+        return values
+    return jnp.where(lax.axis_index(axes) == 0, values, 0)
 
 
 def local_classes(config: Config, operands: Operands) -> Operands:

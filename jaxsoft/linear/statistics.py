@@ -225,10 +225,6 @@ class Call(NamedTuple):
         """V, of all shards."""
         return sharding.num_classes(self.config, self.arrays)
 
-    def rows(self) -> Operands:
-        """Returns the arrays with all leading axes folded into one."""
-        return fold_rows(self.config, self.arrays)
-
 
 def prepare(
     name: str,

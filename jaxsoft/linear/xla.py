@@ -374,6 +374,7 @@ def _finish(config: Config, operands: Operands, running: _Running) -> Saved:
     peak = jnp.where(empty, 0, largest)
     back = divide_by_temperature(running.max, peak, tau)
     rescale = jnp.exp(back)
+    classes = sharding.num_classes(config, operands)
     sums = {"total": rescale * running.sum}
     if running.label is not None:
         label = divide_by_temperature(running.label, peak, tau)
@@ -385,7 +386,6 @@ def _finish(config: Config, operands: Operands, running: _Running) -> Saved:
         moved = jnp.where(number == 0, 0, running.max - peak)
         gap = running.gap + number * moved
         # Divided by V first: the sum itself may be too large to divide by τ.
-        classes = operands.num_classes(config) * sharding.size(axes)
         sums["number"] = number
         sums["gap"] = over_temperature(gap / classes, tau)
     if running.weighted is not None:
@@ -398,7 +398,6 @@ def _finish(config: Config, operands: Operands, running: _Running) -> Saved:
     mean = expected = argmax = number = None
     if running.gap is not None:
         number = jnp.maximum(sums["number"], 1)[:, 0]
-        classes = operands.num_classes(config) * sharding.size(axes)
         mean = sums["gap"][:, 0] * (classes / number)
     if running.weighted is not None:
         expected = (sums["weighted"] / total)[:, 0]

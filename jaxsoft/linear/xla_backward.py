@@ -7,6 +7,7 @@ statistics one pass serves every loss, because every derivative by a logit has t
 form (`_Rows`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,12 @@ class Wanted(NamedTuple):
     tau: bool
     values: bool = False
 
+    @classmethod
+    def of(cls, moving: Operands, values: Any = False) -> "Wanted":
+        """Returns what is wanted where some operands, and maybe values, move."""
+        floats = (moving.hidden, moving.kernel, moving.bias, moving.tau, values)
+        return cls._make(map(bool, floats))
+
     def roles(self, config: Config) -> "Gradients":
         """The roles of the gradients; see `operands.py`."""
         roles = ("nh", config.kernel_layout, "v", "n", "vd")
@@ -68,6 +75,12 @@ class Gradients(NamedTuple):
     bias: Any
     tau: Any
     values: Any = None
+
+    def of_operands(self) -> Operands:
+        """Returns the cotangents in the places of their operands."""
+        return Operands(
+            self.hidden, self.kernel, self.bias, self.tau, labels=None, class_mask=None
+        )
 
 
 class Share(NamedTuple):
@@ -358,13 +371,14 @@ def _tau_cotangent(config, operands, saved, cotangents, moments) -> jax.Array:
     fields = saved.fields
     log_sum, label, mean, expected, rest = cotangents
     first, second = moments[:, 0], moments[:, 1]
+    once = functools.partial(sharding.once, axes=config.vocab_axes)
     total = jnp.zeros_like(first)
     if log_sum is not None:
         total += log_sum * first
     if label is not None:
-        total += _once(config, jnp.sum(label * finite(fields.label), axis=1))
+        total += once(jnp.sum(label * finite(fields.label), axis=1))
     if mean is not None:
-        total += _once(config, mean * finite(fields.mean))
+        total += once(mean * finite(fields.mean))
     if expected is not None:
         # Σ p c² - (Σ p c)² + Σ p c, of which `fields` has the second factor.
         total += expected * (second - first * fields.expected + first)
@@ -377,10 +391,3 @@ def _or_one(sums: jax.Array | None) -> jax.Array:
     """Returns sums, with 1 in place of 0."""
     assert sums is not None
     return jnp.where(sums == 0, 1, sums)
-
-
-def _once(config: Config, values: jax.Array) -> jax.Array:
-    """Returns what every shard has on the first shard, and 0 on the others."""
-    if not config.vocab_axes:
-        return values
-    return jnp.where(lax.axis_index(config.vocab_axes) == 0, values, 0)
