@@ -52,7 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    every = (*workloads.LINEAR, *workloads.HEADS, *workloads.SOFTMAX)
+    every = (
+        *workloads.LINEAR,
+        *workloads.HEADS,
+        *workloads.CONTRASTIVE,
+        *workloads.SOFTMAX,
+    )
     names = list(dict.fromkeys(workload.name for workload in every))
     parser.add_argument(
         "suites",

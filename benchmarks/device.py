@@ -92,9 +92,10 @@ def _check_heads(session: Session, dtype: str) -> None:
     workload = dataclasses.replace(_UNALIGNED, dtype=dtype)
     precision = "highest" if dtype == "float32" else None
     with jax.default_matmul_precision(precision):
-        heads.run_workload(
-            session, workload, heads.HEADS, f"{SUITE} parity", timed=False
-        )
+        suite = f"{SUITE} parity"
+        heads.run_workload(session, workload, heads.HEADS, suite, timed=False)
+        pairs = heads.as_pairs(workload)
+        heads.run_workload(session, pairs, heads.CONTRASTIVE, suite, timed=False)
 
 
 def _check_linear(session: Session, dtype: str) -> None:

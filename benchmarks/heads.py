@@ -4,6 +4,7 @@ In time and memory, without stored logits, against the plain formula that stores
 Another case is another `Head` in `HEADS`; see `heads_cases.py`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import checks, contest, linear, peers, workloads
-from benchmarks.heads_cases import HEADS, TRAINING, Head
+from benchmarks.heads_cases import CONTRASTIVE, HEADS, TRAINING, Head
 from benchmarks.session import Session, Work
 from benchmarks.workloads import LinearWorkload
 
@@ -23,15 +24,25 @@ _TRUTH_FLOPS = 2e11
 
 
 def run(session: Session) -> None:
-    """Runs every head at the first workload, those of training at the others."""
-    chosen = workloads.select(
-        workloads.HEADS,
-        session.workloads,
+    """Runs every head at the first workload, those of training at the others.
+
+    And the losses of pairs of embeddings at workloads of their own.
+    """
+    select = functools.partial(
+        workloads.select,
+        names=session.workloads,
         platform=session.platform,
         quick=session.quick,
     )
-    for position, workload in enumerate(chosen):
+    for position, workload in enumerate(select(workloads.HEADS)):
         run_workload(session, workload, TRAINING if position else HEADS)
+    for workload in select(workloads.CONTRASTIVE):
+        run_workload(session, as_pairs(workload), CONTRASTIVE)
+
+
+def as_pairs(workload: LinearWorkload) -> LinearWorkload:
+    """Makes one whose classes are its tokens, as contrastive losses have it."""
+    return dataclasses.replace(workload, classes=workload.tokens)
 
 
 def run_workload(

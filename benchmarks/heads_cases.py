@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import jaxsoft
 from benchmarks import heads_truth
@@ -15,6 +16,8 @@ from benchmarks.workloads import LinearWorkload
 
 _CANDIDATES = 16
 _BEST = 50
+# Usual ones of distillation, of CLIP at its start and of SimCLR.
+_SOFT, _CLIP, _SIMCLR = 2.0, 0.07, 0.5
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Any]
@@ -46,7 +49,7 @@ class Head:
     title: str
     ours: Callable[[Inputs], Outputs]
     plain: Callable[[Inputs], Outputs]
-    truth: Callable[[Inputs, Outputs, Subset], dict[str, Any]]
+    truth: heads_truth.Truth
     passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     draws: Callable[[LinearWorkload, jax.Array], Inputs] = lambda workload, key: {}
     per_token: tuple[str, ...] = ("hidden", "labels")
@@ -68,10 +71,10 @@ class Head:
 def by_rows(
     block_truth: heads_truth.BlockTruth,
     per_token: tuple[str, ...] = ("hidden", "labels"),
-) -> Callable[[Inputs, Outputs, Subset], dict[str, Any]]:
+) -> heads_truth.Truth:
     """The truth of a head that treats every token by itself."""
 
-    def truth(inputs: Inputs, cotangents: Outputs, subset: Subset) -> dict[str, Any]:
+    def truth(inputs: Any, cotangents: Any, subset: Subset) -> dict[str, Any]:
         return heads_truth.by_rows(block_truth, inputs, per_token, subset, cotangents)
 
     return truth
@@ -127,9 +130,7 @@ def _observe_sample(found: Outputs, truth: Outputs) -> Outputs:
     return heads_truth.sample_statistics(truth["every"], found["class_ids"])
 
 
-def _sample_truth(
-    inputs: Inputs, cotangents: Outputs, subset: Subset
-) -> dict[str, Any]:
+def _sample_truth(inputs: Any, cotangents: Any, subset: Subset) -> dict[str, Any]:
     rows = by_rows(heads_truth.sample)(inputs, cotangents, subset)
     return rows | heads_truth.uniform_grid(len(subset.rows))
 
@@ -170,6 +171,94 @@ def _values(workload: LinearWorkload, key: jax.Array) -> Inputs:
     return {"values": jax.random.normal(key, shape, workload.dtype)}
 
 
+def _our_distillation(x: Inputs) -> Outputs:
+    layers = (x[n] for n in ("hidden", "kernel", "teacher_hidden", "teacher_kernel"))
+    loss = jaxsoft.linear_distillation(*layers, temperature=_SOFT, reduction="none")
+    return {"loss": loss}
+
+
+def _plain_distillation(x: Inputs) -> Outputs:
+    teacher = (x["teacher_hidden"] @ x["teacher_kernel"]).astype(jnp.float32)
+    log_q = jax.nn.log_softmax(teacher / _SOFT)
+    log_p = jax.nn.log_softmax(_logits(x).astype(jnp.float32) / _SOFT)
+    return {"loss": _SOFT**2 * jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=1)}
+
+
+def _teacher(workload: LinearWorkload, key: jax.Array) -> Inputs:
+    """A layer of twice the width, as a teacher's is, and no other."""
+    keys = jax.random.split(key)
+    width, dtype = 2 * workload.features, workload.dtype
+    hidden = jax.random.normal(keys[0], (workload.tokens, width), dtype)
+    kernel = jax.random.normal(keys[1], (width, workload.classes), dtype)
+    kernel = kernel * jnp.asarray(width**-0.5, dtype)
+    return {"teacher_hidden": hidden, "teacher_kernel": kernel}
+
+
+def _our_distillation_top_k(x: Inputs) -> Outputs:
+    names = ("hidden", "kernel", "teacher_ids", "teacher_log_probs")
+    arrays = (x[name] for name in names)
+    return {"loss": jaxsoft.linear_distillation_top_k(*arrays, reduction="none")}
+
+
+def _plain_distillation_top_k(x: Inputs) -> Outputs:
+    log_q, ids = x["teacher_log_probs"], x["teacher_ids"]
+    log_p = jnp.take_along_axis(_log_probs(x), ids, axis=1)
+    rest_q = 1 - jnp.sum(jnp.exp(log_q), axis=1)
+    rest_p = 1 - jnp.sum(jnp.exp(log_p), axis=1)
+    listed = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=1)
+    return {"loss": listed + rest_q * jnp.log(rest_q / rest_p)}
+
+
+def _teacher_top_k(workload: LinearWorkload, key: jax.Array) -> Inputs:
+    """Classes of which none comes twice in a row, and a rest that has mass."""
+    keys = jax.random.split(key)
+    first = jax.random.randint(keys[0], (workload.tokens, 1), 0, workload.classes)
+    steps = jnp.arange(_BEST) * (workload.classes // _BEST)
+    logits = jax.random.normal(keys[1], (workload.tokens, _BEST + 1))
+    return {
+        "teacher_ids": (first + steps[None]) % workload.classes,
+        "teacher_log_probs": jax.nn.log_softmax(logits)[:, :-1],
+    }
+
+
+_OF_LISTED = ("hidden", "labels", "teacher_ids", "teacher_log_probs")
+
+
+def _our_clip_loss(x: Inputs) -> Outputs:
+    return {"loss": jaxsoft.clip_loss(x["image"], x["text"], _CLIP)}
+
+
+def _plain_clip_loss(x: Inputs) -> Outputs:
+    image, text = (_normalized(x[name]) for name in ("image", "text"))
+    logits = (image @ text.T).astype(jnp.float32) / _CLIP
+    by_image = jnp.diagonal(jax.nn.log_softmax(logits, axis=1))
+    by_text = jnp.diagonal(jax.nn.log_softmax(logits, axis=0))
+    return {"loss": -(jnp.mean(by_image) + jnp.mean(by_text)) / 2}
+
+
+def _our_nt_xent(x: Inputs) -> Outputs:
+    return {"loss": jaxsoft.nt_xent(x["image"], x["text"], _SIMCLR)}
+
+
+def _optax_nt_xent(x: Inputs) -> Outputs:
+    pairs = jnp.tile(jnp.arange(len(x["image"])), 2)
+    both = jnp.concatenate([x["image"], x["text"]])
+    # Its own promotions are not a caller's to forbid.
+    with jax.numpy_dtype_promotion("standard"):
+        return {"loss": optax.losses.ntxent(both, pairs, _SIMCLR)}
+
+
+def _normalized(rows: jax.Array) -> jax.Array:
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _views(workload: LinearWorkload, key: jax.Array) -> Inputs:
+    """Pairs that resemble each other, a cosine of 0.7 apart."""
+    shape = (workload.tokens, workload.features)
+    image, other = jax.random.normal(key, (2, *shape), workload.dtype)
+    return {"image": image, "text": image + other}
+
+
 LOG_PROB = Head(
     "log_prob and entropy: value",
     _our_log_prob,
@@ -191,6 +280,30 @@ TRAINING = (
     EXPECTED,
     # Besides, the mean and two products in its derivative.
     EXPECTED.with_gradient("hidden", "kernel", "values", passes={OURS: 7, "jax.nn": 6}),
+    # A teacher of twice the width counts twice; its logits come twice in ours, and all
+    # of them once more for the gradient.
+    Head(
+        f"distillation at T = {_SOFT:g}: value and gradient",
+        _our_distillation,
+        _plain_distillation,
+        by_rows(
+            heads_truth.distillation(_SOFT), ("hidden", "labels", "teacher_hidden")
+        ),
+        passes={OURS: 11, "jax.nn": 5},
+        draws=_teacher,
+        per_token=("hidden", "labels", "teacher_hidden"),
+        moving=("hidden", "kernel"),
+    ),
+    Head(
+        f"distillation_top_k, k = {_BEST}: value and gradient",
+        _our_distillation_top_k,
+        _plain_distillation_top_k,
+        by_rows(heads_truth.distillation_top_k, _OF_LISTED),
+        passes={OURS: 4, "jax.nn": 3},
+        draws=_teacher_top_k,
+        per_token=_OF_LISTED,
+        moving=("hidden", "kernel"),
+    ),
 )
 DECODING = (
     Head(
@@ -225,3 +338,28 @@ DECODING = (
     ),
 )
 HEADS = (*DECODING, *TRAINING)
+# Of N pairs: their similarities are N², or (2N)², logits.
+CONTRASTIVE = (
+    Head(
+        "clip_loss: value and gradient",
+        _our_clip_loss,
+        _plain_clip_loss,
+        heads_truth.clip_loss(_CLIP),
+        # Each direction has its own logits, and those again.
+        passes={OURS: 8, "jax.nn": 3},
+        draws=_views,
+        per_token=("image", "text"),
+        moving=("image", "text"),
+    ),
+    Head(
+        "nt_xent: value and gradient",
+        _our_nt_xent,
+        _optax_nt_xent,
+        heads_truth.nt_xent(_SIMCLR),
+        passes={OURS: 16, "optax": 12},
+        draws=_views,
+        per_token=("image", "text"),
+        moving=("image", "text"),
+        plain_name="optax",
+    ),
+)

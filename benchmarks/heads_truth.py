@@ -36,6 +36,8 @@ class Block:
     values_weights: Array | None = None
 
 
+# Of inputs, cotangents by output, and the rows and classes compared.
+Truth = Callable[[Inputs, Mapping[str, Any], Subset], dict[str, Any]]
 # Of log-probabilities `[R, V]`, and inputs and cotangents cut to the same rows.
 BlockTruth = Callable[[Array, dict[str, Any], dict[str, Array]], Block]
 
@@ -122,6 +124,113 @@ def expected(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> B
     upstream = given["expected"]
     gain = upstream @ values.T - (upstream * mean).sum(axis=1, keepdims=True)
     return Block({"expected": mean}, p * gain, p)
+
+
+def distillation(temperature: float) -> BlockTruth:
+    """Forward KL from a teacher's layer, times τ²."""
+
+    def block(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+        log_p = log_probs(log_p / temperature)
+        teacher = inputs["teacher_hidden"] @ inputs["teacher_kernel"]
+        log_q = log_probs(teacher / temperature)
+        q = np.exp(log_q)
+        outputs = {"loss": temperature**2 * (q * (log_q - log_p)).sum(axis=1)}
+        if not given:
+            return Block(outputs)
+        return Block(
+            outputs, temperature * (np.exp(log_p) - q) * given["loss"][:, None]
+        )
+
+    return block
+
+
+def distillation_top_k(
+    log_p: Array, inputs: dict[str, Any], given: dict[str, Array]
+) -> Block:
+    """KL from K classes of a teacher and one more that has the rest."""
+    ids, log_q = inputs["teacher_ids"], inputs["teacher_log_probs"]
+    p, q = np.exp(log_p), np.exp(log_q)
+    rest_q = 1 - q.sum(axis=1)
+    others = p.copy()
+    np.put_along_axis(others, ids, 0, axis=1)
+    rest_p = others.sum(axis=1)
+    listed = q * (log_q - np.take_along_axis(log_p, ids, axis=1))
+    loss = listed.sum(axis=1) + rest_q * np.log(rest_q / rest_p)
+    if not given:
+        return Block({"loss": loss})
+    dlogits = p - others * (rest_q / rest_p)[:, None]
+    at_ids = np.take_along_axis(p, ids, axis=1) - q
+    np.put_along_axis(dlogits, ids, at_ids, axis=1)
+    return Block({"loss": loss}, dlogits * given["loss"][:, None])
+
+
+def clip_loss(temperature: float) -> Truth:
+    """The mean of two cross-entropies of `image @ text.T / τ`, normalised."""
+
+    def truth(
+        inputs: Inputs, cotangents: Mapping[str, Any], subset: Subset
+    ) -> dict[str, Array]:
+        image, text = (_Unit.of(inputs[name]) for name in ("image", "text"))
+        logits = image.unit @ text.unit.T / temperature
+        own = np.arange(len(logits))
+        by_image, by_text = log_probs(logits.copy()), log_probs(logits.T.copy())
+        loss = -(by_image[own, own].mean() + by_text[own, own].mean()) / 2
+        share = (np.exp(by_image) + np.exp(by_text).T) / 2
+        share[own, own] -= 1
+        share *= float(cotangents["loss"]) / (len(own) * temperature)
+        return {
+            "loss": np.asarray(loss),
+            "dimage": image.pull(share @ text.unit)[subset.rows],
+            "dtext": text.pull(share.T @ image.unit)[subset.rows],
+        }
+
+    return truth
+
+
+def nt_xent(temperature: float) -> Truth:
+    """The mean over all 2N of the cross-entropy of the partner among the others."""
+
+    def truth(
+        inputs: Inputs, cotangents: Mapping[str, Any], subset: Subset
+    ) -> dict[str, Array]:
+        count = len(inputs["image"])
+        z = _Unit.of(np.concatenate([_exact(inputs[n]) for n in ("image", "text")]))
+        logits = z.unit @ z.unit.T / temperature
+        own = np.arange(2 * count)
+        logits[own, own] = -np.inf
+        partner = np.roll(own, count)
+        log_p = log_probs(logits)
+        loss = -log_p[own, partner].mean()
+        share = np.exp(log_p)
+        share[own, partner] -= 1
+        share *= float(cotangents["loss"]) / (2 * count * temperature)
+        dz = z.pull(share @ z.unit + share.T @ z.unit)
+        return {
+            "loss": np.asarray(loss),
+            "dimage": dz[:count][subset.rows],
+            "dtext": dz[count:][subset.rows],
+        }
+
+    return truth
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """Rows over their Euclidean norms."""
+
+    unit: Array
+    norm: Array
+
+    @classmethod
+    def of(cls, rows: Any) -> "_Unit":
+        exact = _exact(rows)
+        norm = np.linalg.norm(exact, axis=1, keepdims=True)
+        return cls(exact / norm, norm)
+
+    def pull(self, cotangent: Array) -> Array:
+        """The gradient of the rows for that of the unit vectors."""
+        along = (cotangent * self.unit).sum(axis=1, keepdims=True)
+        return (cotangent - self.unit * along) / self.norm
 
 
 def top_k(k: int) -> BlockTruth:

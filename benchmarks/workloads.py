@@ -144,6 +144,14 @@ HEADS = (
     LinearWorkload("llama3-8b-decode", 256, 4096, 128256),
 )
 
+# Pairs of embeddings, each of which is a class to the others.
+CONTRASTIVE = (
+    # SimCLR's batch and the width of its projections.
+    LinearWorkload("simclr-4k", 4096, 128, 4096, "float32", on_cpu=True),
+    # CLIP's batch, in its smallest width.
+    LinearWorkload("clip-32k", 32768, 512, 32768),
+)
+
 SOFTMAX = (
     SoftmaxWorkload("mistral-7b", 2048, 32768, on_cpu=True),
     # The shape of QuACK's published figures.

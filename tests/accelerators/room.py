@@ -2,7 +2,8 @@
 
 Run as `python -m tests.accelerators.room TARGET MODE`, in a process of its own, since
 compilers for TPUs and GPUs are chosen before JAX starts. Modes: `one` device, `vmap`
-over 8 on one device, `mesh` (hidden states and classes over all devices).
+over 8 on one device, `tokens` (hidden states over 4 devices), `mesh` (hidden states and
+classes over all devices, 4 GPUs or 16 TPUs).
 """
 
 import json
@@ -91,16 +92,21 @@ def calls(wrap):
     }
 
 
-def topology(target):
-    """Returns JAX's platform and abstract devices."""
+def topology(target, mode):
+    """Returns JAX's platform and a mesh of abstract devices."""
     if target == "h100":
         text = (TARGETS / "h100.textproto").read_text()
-        devices = topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology="1x1x4", target_config=text
-        ).devices
-        return "cuda", np.array(devices)
-    name = "v6e:4x4"
-    return "tpu", np.array(topologies.get_topology_desc(name, "tpu").devices)
+        platform = "cuda"
+        found = topologies.get_topology_desc(
+            platform=platform, topology_name="", topology="1x1x4", target_config=text
+        )
+    else:
+        platform = "tpu"
+        name = "v6e:4x4" if mode == "mesh" else "v6e:2x2"
+        found = topologies.get_topology_desc(name, platform)
+    devices = np.array(found.devices)
+    data = int(len(devices) ** 0.5) if mode == "mesh" else len(devices)
+    return platform, Mesh(devices.reshape(data, -1), ("data", "vocab"))
 
 
 def over_batches(function, names):
@@ -119,13 +125,12 @@ def over_batches(function, names):
 
 def main(target, mode):
     """Compiles every function, and prints a line of JSON for each."""
-    platform, devices = topology(target)
-    side = int(len(devices) ** 0.5)
-    mesh = Mesh(devices.reshape(side, side), ("data", "vocab"))
+    platform, mesh = topology(target, mode)
+    sharded = mode in ("tokens", "mesh")
 
     def wrap(function):
         # Compilers for TPU do not cut a program by custom partitioning.
-        if mode != "mesh" or platform != "tpu":
+        if not sharded or platform != "tpu":
             return function
         return jaxsoft.over_mesh(
             function, mesh, vocab_axis="vocab", token_axes=("data",)
@@ -138,8 +143,8 @@ def main(target, mode):
         args = []
         for key in floats + others:
             shape, dtype, spec = SHAPES[key]
-            place = SingleDeviceSharding(devices[0])
-            if mode == "mesh":
+            place = SingleDeviceSharding(mesh.devices[0, 0])
+            if sharded:
                 place = NamedSharding(mesh, spec)
             args.append(jax.ShapeDtypeStruct(shape, dtype, sharding=place))
         if mode == "vmap":

@@ -1,5 +1,7 @@
 """The suite of heads finds what is wrong, and its truth agrees with differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,8 @@ LOG_PROB_AT = BY_TITLE["log_prob_at, 16 classes: value"]
 
 def run_head(head):
     session = Session(quick=True, rounds=1)
-    heads.run_workload(session, QUICK, (head,))
+    pairs = head in heads_cases.CONTRASTIVE
+    heads.run_workload(session, heads.as_pairs(QUICK) if pairs else QUICK, (head,))
     return session, {result.name: result for result in session.results}
 
 
@@ -72,6 +75,30 @@ WRONG = {
         lambda found: found.at[:, 0].multiply(1.1),
         heads_cases.EXPECTED,
         "expected is off",
+    ),
+    "distillation without τ²": (
+        "linear_distillation",
+        lambda found: found / 4,
+        BY_TITLE["distillation at T = 2: value and gradient"],
+        "loss is off",
+    ),
+    "top-k distillation": (
+        "linear_distillation_top_k",
+        lambda found: found.at[0].multiply(1.001),
+        BY_TITLE["distillation_top_k, k = 50: value and gradient"],
+        "loss is off",
+    ),
+    "value of CLIP": (
+        "clip_loss",
+        lambda found: found + jax.lax.stop_gradient(0.001 * found),
+        heads_cases.CONTRASTIVE[0],
+        "loss is off",
+    ),
+    "gradient of NT-Xent": (
+        "nt_xent",
+        lambda found: found + 0.01 * (found - jax.lax.stop_gradient(found)),
+        heads_cases.CONTRASTIVE[1],
+        "dimage is off",
     ),
 }
 
@@ -152,12 +179,31 @@ class TestTruth:
             "labels": np.array([0, 6, 2, 2, 1]),
             "class_ids": random.integers(0, 7, size=(5, 4)),
             "values": random.normal(size=(7, 3)),
+            "teacher_hidden": random.normal(size=(5, 2)),
+            "teacher_kernel": random.normal(size=(2, 7)),
+            "teacher_ids": np.array([[0, 6], [3, 1], [2, 4], [5, 6], [1, 0]]),
+            "teacher_log_probs": np.log(random.dirichlet(np.ones(3), 5)[:, :2]),
+            "image": random.normal(size=(5, 3)),
+            "text": random.normal(size=(5, 3)),
         }
 
     def compute(self, block, inputs, cotangents, rows=5):
         per_token = ("hidden", "labels", "class_ids")
+        per_token += ("teacher_hidden", "teacher_ids", "teacher_log_probs")
         subset = checks.Subset.of(rows, 7)
         return heads_truth.by_rows(block, inputs, per_token, subset, cotangents)
+
+    def differences(self, total, array):
+        """Central differences of a function of an array that is changed in place."""
+        found = np.zeros(array.shape)
+        for place in np.ndindex(array.shape):
+            kept, sides = array[place], []
+            for step in (1e-5, -1e-5):
+                array[place] = kept + step
+                sides.append(total())
+            array[place] = kept
+            found[place] = (sides[0] - sides[1]) / 2e-5
+        return found
 
     def test_values(self):
         inputs = self.problem()
@@ -171,12 +217,44 @@ class TestTruth:
         np.testing.assert_allclose(found["expected"], p @ inputs["values"])
         found = self.compute(heads_truth.top_k(2), inputs, {})
         np.testing.assert_allclose(found["log_prob"], np.sort(np.log(p))[:, :4:-1])
+        teacher = np.exp(inputs["teacher_hidden"] @ inputs["teacher_kernel"])
+        q = teacher / teacher.sum(axis=1, keepdims=True)
+        found = self.compute(heads_truth.distillation(1.0), inputs, {})
+        np.testing.assert_allclose(found["loss"], (q * np.log(q / p)).sum(axis=1))
+
+    def test_values_of_listed_classes_and_of_pairs(self):
+        inputs = self.problem() | {"kernel": np.zeros((3, 7))}
+        inputs["teacher_log_probs"] = np.full((5, 2), np.log(1 / 7))
+        found = self.compute(heads_truth.distillation_top_k, inputs, {})
+        np.testing.assert_allclose(found["loss"], 0, atol=1e-12)
+        pairs = {"image": 3 * np.eye(4), "text": np.eye(4)}
+        subset, upstream = checks.Subset.of(4, 4), {"loss": 1.0}
+        found = heads_truth.clip_loss(0.5)(pairs, upstream, subset)
+        np.testing.assert_allclose(found["loss"], np.log(1 + 3 * np.exp(-2)))
+        found = heads_truth.nt_xent(0.5)(pairs, upstream, subset)
+        np.testing.assert_allclose(found["loss"], np.log(1 + 6 * np.exp(-2)))
+
+    @pytest.mark.parametrize("name", ["clip_loss", "nt_xent"])
+    def test_gradients_of_pairs_are_central_differences(self, name):
+        inputs, subset = self.problem(), checks.Subset.of(5, 5)
+        truth = functools.partial(
+            getattr(heads_truth, name)(0.3), inputs, {"loss": 1.7}, subset
+        )
+        found = truth()
+        for key in ("image", "text"):
+            differences = self.differences(lambda: 1.7 * truth()["loss"], inputs[key])
+            np.testing.assert_allclose(found["d" + key], differences, atol=1e-8)
 
     @pytest.mark.parametrize("block_bytes", [1, 2 * 8 * 7, 2**28])
-    @pytest.mark.parametrize("name", ["log_prob", "log_prob_at", "expected"])
+    @pytest.mark.parametrize(
+        "name",
+        ["log_prob", "log_prob_at", "expected", "distillation", "distillation_top_k"],
+    )
     def test_gradients_are_central_differences(self, monkeypatch, name, block_bytes):
         monkeypatch.setattr(heads_truth, "_BLOCK_BYTES", block_bytes)
         block, inputs = getattr(heads_truth, name), self.problem()
+        if name == "distillation":
+            block = block(1.7)
         random = np.random.default_rng(1)
         value = self.compute(block, inputs, {})
         cotangents = {k: random.normal(size=v.shape) for k, v in value.items()}
@@ -188,14 +266,7 @@ class TestTruth:
 
         moving = ["hidden", "kernel"] + ["values"] * (name == "expected")
         for key in moving:
-            array, differences = inputs[key], np.zeros(inputs[key].shape)
-            for place in np.ndindex(array.shape):
-                kept, sides = array[place], []
-                for step in (1e-5, -1e-5):
-                    array[place] = kept + step
-                    sides.append(total())
-                array[place] = kept
-                differences[place] = (sides[0] - sides[1]) / 2e-5
+            differences = self.differences(total, inputs[key])
             np.testing.assert_allclose(found["d" + key], differences, atol=1e-8)
 
     def test_right_samples_have_the_figures_that_they_must(self):
