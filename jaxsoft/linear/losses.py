@@ -61,7 +61,8 @@ def linear_cross_entropy(
       label_smoothing: ε in [0, 1], spread evenly over the kept classes.
       z_loss: weight >= 0 of the squared log-sum-exp.
       weights: [...] booleans or reals, one weight a token; a token of weight 0
-        contributes exactly nothing, whatever its label and hidden state.
+        contributes exactly nothing, whatever its label and hidden state, to its own
+        gradient either.
       ignore_label: a label whose tokens have weight 0, such as -100; or None.
       reduction: "mean" (Σ weight · loss / Σ weight, 0 if the weights sum to 0), "sum"
         (Σ weight · loss) or "none" (weight · loss).

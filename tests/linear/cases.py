@@ -14,6 +14,7 @@ OPTIONS = {
     "z_loss": {"z_loss": 0.1},
     "temperature": {"temperature": 0.6},
     "row_temperature": {"temperature": True},
+    "weights": {"weights": True},
 }
 
 
@@ -52,6 +53,10 @@ def arrays(options, rows, classes, labels, dtype="float32"):
         result["class_mask"] = jnp.asarray(mask)
     if result.get("temperature") is True:
         result["temperature"] = jnp.asarray(rng.uniform(0.3, 2, rows), "float32")
+    if result.get("weights") is True:
+        weights = rng.uniform(0.1, 2, rows)
+        weights[3::4] = 0
+        result["weights"] = jnp.asarray(weights, "float32")
     return result
 
 
@@ -66,6 +71,7 @@ def plain_loss(
     class_mask=None,
     label_smoothing=0.0,
     z_loss=0.0,
+    weights=None,
 ):
     """The loss of each token by the plain formula, in the dtype of the arguments."""
     u = jnp.matmul(hidden, kernel)
@@ -84,4 +90,8 @@ def plain_loss(
     picked = jnp.take_along_axis(log_p, labels[:, None], 1)[:, 0]
     mean = jnp.sum(jnp.where(keep[None], log_p, 0), 1) / jnp.sum(keep).astype(dtype)
     loss = -(1 - label_smoothing) * picked - label_smoothing * mean
-    return loss + z_loss * lse**2 if z_loss else loss
+    loss = loss + z_loss * lse**2 if z_loss else loss
+    if weights is None:
+        return loss
+    # What a token of weight 0 would lose counts for nothing, in its weight too.
+    return jnp.where(weights == 0, 0, weights.astype(dtype) * loss)

@@ -33,7 +33,8 @@ def test_every_pair_of_options(pair, rows, classes, x64):
     hidden, kernel, labels = cases.layer(rows, 8, classes)
     options = cases.OPTIONS[pair[0]] | cases.OPTIONS[pair[1]]
     options = cases.arrays(options, rows, classes, labels)
-    moving = {k: options.pop(k) for k in ("bias", "temperature") if k in options}
+    floats = ("bias", "temperature", "weights")
+    moving = {k: options.pop(k) for k in floats if k in options}
     if isinstance(moving.get("temperature"), float):
         # One a row: a sum over rows of either sign would only measure its rounding.
         moving["temperature"] = jnp.full(rows, moving["temperature"], "float32")
