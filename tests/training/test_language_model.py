@@ -23,6 +23,9 @@ from jaxsoft.training.corpus import read_corpus
 from jaxsoft.training.run_directory import WALL_CLOCK_FIELDS, RunDirectory
 from jaxsoft.training.steps import Programs
 
+# One worker: its runs serve many tests.
+pytestmark = pytest.mark.xdist_group("language_model")
+
 
 class Notes(Listener):
     def __init__(self):

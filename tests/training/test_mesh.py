@@ -15,6 +15,9 @@ from jax.sharding import Mesh
 from jaxsoft.training import LanguageModelConfig, MeshError, parse_mesh
 from jaxsoft.training.mesh import check_vocabulary, usable_mesh
 
+# One worker: its runs serve many tests.
+pytestmark = pytest.mark.xdist_group("meshes")
+
 SCRIPT = Path(__file__).with_name("runs_on_meshes.py")
 
 
