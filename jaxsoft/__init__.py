@@ -1,5 +1,10 @@
 """jaxsoft, the softmax layer of JAX."""
 
+from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
+from jaxsoft.hierarchical.softmax import (
+    hierarchical_log_prob,
+    hierarchical_log_probs,
+)
 from jaxsoft.linear.contrastive import clip_loss, nt_xent, supervised_contrastive
 from jaxsoft.linear.distillation import (
     linear_distillation,
@@ -16,10 +21,14 @@ from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 
 __all__ = [
+    "ClassPath",
+    "ClassTree",
     "LogitStatistics",
     "clip_loss",
     "distillation_loss",
     "entropy",
+    "hierarchical_log_prob",
+    "hierarchical_log_probs",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_distillation_top_k",

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry_2x32
 
-__all__ = ["BLOCKS", "CLASSES", "ROWS", "gumbel", "row_words", "uniform"]
+__all__ = ["BLOCKS", "CLASSES", "NODES", "ROWS", "gumbel", "row_words", "uniform"]
 
 # Streams: what the bits are for.
 CLASSES = 0
 BLOCKS = 1
 ROWS = 2
+NODES = 3
 
 
 def row_words(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Array:
@@ -72,7 +73,7 @@ def gumbel(
 
     Args:
       words: [R, 2] from `row_words`.
-      stream: `CLASSES` or `BLOCKS`.
+      stream: `CLASSES`, `BLOCKS` or `NODES`.
       ids: [n] integers.
       dtype: float32 or float64.
 

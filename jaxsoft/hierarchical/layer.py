@@ -1,0 +1,165 @@
+"""The checked arguments of the functions of a tree, and its nodes' logits."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft import checks
+from jaxsoft.dtypes import compute_dtype, operand_dtype
+from jaxsoft.hierarchical.class_tree import ClassTree
+from jaxsoft.implementation import Implementation, resolve
+from jaxsoft.temperature import divide_by_temperature, is_zero
+
+__all__ = [
+    "Layer",
+    "centre",
+    "log_shares",
+    "logits_of_nodes",
+    "prepare",
+    "with_reference",
+]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hidden", "kernel", "bias", "row_tau", "tree"],
+    meta_fields=["constant_tau", "precision", "shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A softmax layer over a tree, with leading axes folded into one of N rows.
+
+    Attributes:
+      hidden: [N, H].
+      kernel: [V - 1, H], of the same dtype.
+      bias: [V - 1] of the compute dtype, or None.
+      row_tau: the temperatures, [N], or None.
+      tree: the classes.
+      constant_tau: the temperature of all rows where there are none.
+      precision: of the matrix products.
+      shape: the leading axes.
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
+    row_tau: jax.Array | None
+    tree: ClassTree
+    constant_tau: float
+    precision: Any
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """In which logits and log-probabilities are computed."""
+        return compute_dtype(self.hidden)
+
+    def tau_over(self, axes: int) -> float | jax.Array:
+        """Returns the temperature with as many axes of size 1 after the rows'."""
+        if self.row_tau is None:
+            return self.constant_tau
+        return jnp.expand_dims(self.row_tau, range(1, axes + 1))
+
+
+def prepare(
+    name: str,
+    hidden: ArrayLike,
+    node_kernel: ArrayLike,
+    tree: ClassTree,
+    *,
+    node_bias: ArrayLike | None,
+    temperature: ArrayLike,
+    precision: Any,
+    implementation: Implementation | None,
+) -> Layer:
+    """Checks arguments that all functions of a tree have, and folds their rows."""
+    resolve(name, implementation, ("xla",))
+    hidden = checks.floating("hidden", hidden)
+    kernel = checks.floating("node_kernel", node_kernel)
+    if not isinstance(tree, ClassTree):
+        raise TypeError(f"`tree` must be a ClassTree, got {type(tree).__name__}.")
+    if not hidden.ndim:
+        raise ValueError("`hidden` must have shape [..., H], got a scalar.")
+    rows, features = tree.num_rows, hidden.shape[-1]
+    checks.shape("node_kernel", kernel, (rows, features), "(tree.num_rows, H)")
+    bias = None
+    if node_bias is not None:
+        bias = checks.floating("node_bias", node_bias)
+        checks.shape("node_bias", bias, (rows,), "(tree.num_rows,)")
+    operand = operand_dtype(hidden, kernel)
+    dtype = compute_dtype(hidden, kernel)
+    shape = hidden.shape[:-1]
+    tau = checks.temperature(temperature, dtype)
+    constant, row_tau = 1.0, None
+    if isinstance(tau, (int, float)):
+        constant = float(tau)
+    else:
+        if tau.ndim:
+            checks.shape("temperature", tau, shape, "() or hidden.shape[:-1]")
+        row_tau = jnp.broadcast_to(tau, shape).reshape(-1)
+    return Layer(
+        hidden.astype(operand).reshape(math.prod(shape), features),
+        kernel.astype(operand),
+        None if bias is None else bias.astype(dtype),
+        row_tau,
+        tree,
+        constant,
+        precision,
+        shape,
+    )
+
+
+def logits_of_nodes(
+    layer: Layer, first_rows: jax.Array, num_rows: jax.Array
+) -> jax.Array:
+    """Returns the logits of some nodes' children but the first, each row its own nodes.
+
+    Args:
+      layer: N rows.
+      first_rows: [N, ...], the first row of each node's parameters.
+      num_rows: [N, ...], how many it has.
+
+    Returns:
+      [N, ..., arity - 1], -inf beyond the node's children.
+    """
+    child = jnp.arange(layer.tree.arity - 1, dtype=jnp.int32)[(None,) * first_rows.ndim]
+    live = child < num_rows[..., None]
+    rows = jnp.where(live, first_rows[..., None] + child, 0)
+    logits = jnp.einsum(
+        "nh,n...h->n...",
+        layer.hidden,
+        layer.kernel.at[rows].get(mode="promise_in_bounds"),
+        precision=layer.precision,
+        preferred_element_type=layer.dtype,
+    )
+    if layer.bias is not None:
+        logits += layer.bias.at[rows].get(mode="promise_in_bounds")
+    return jnp.where(live, logits, -jnp.inf)
+
+
+def with_reference(logits: jax.Array, axis: int = -1) -> jax.Array:
+    """Puts the first child's logit, 0, before the others'."""
+    zero = jnp.zeros_like(jax.lax.slice_in_dim(logits, 0, 1, axis=axis))
+    return jnp.concatenate([zero, logits], axis=axis)
+
+
+def centre(logits: jax.Array, peak: jax.Array, tau: float | jax.Array) -> jax.Array:
+    """Returns (logits - peak) / τ, without a derivative at τ = 0."""
+    centred = divide_by_temperature(logits, peak, tau)
+    if isinstance(tau, float) and tau == 1.0:
+        return centred
+    cold = is_zero(tau, logits.dtype)
+    return jnp.where(cold, jax.lax.stop_gradient(centred), centred)
+
+
+def log_shares(logits: jax.Array, tau: float | jax.Array, axis: int = -1) -> jax.Array:
+    """Returns the log-probabilities of nodes' children, -inf for those that are not."""
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True))
+    centred = centre(logits, peak, tau)
+    total = jnp.sum(jnp.exp(centred), axis=axis, keepdims=True)
+    return centred - jnp.log(total)

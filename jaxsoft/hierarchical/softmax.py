@@ -1,0 +1,293 @@
+"""Log-probabilities of classes at the leaves of a tree."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxsoft import checks
+from jaxsoft.hierarchical.class_tree import ClassTree
+from jaxsoft.hierarchical.layer import (
+    Layer,
+    centre,
+    log_shares,
+    logits_of_nodes,
+    prepare,
+    with_reference,
+)
+from jaxsoft.hierarchical.levels import Canonical
+from jaxsoft.implementation import Implementation
+from jaxsoft.temperature import over_temperature
+
+__all__ = ["all_log_probs", "hierarchical_log_prob", "hierarchical_log_probs"]
+
+
+def hierarchical_log_prob(
+    hidden: ArrayLike,
+    node_kernel: ArrayLike,
+    labels: ArrayLike,
+    tree: ClassTree,
+    *,
+    node_bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    precision: Any = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Log-probability of a class, from the inner nodes on its path alone.
+
+    `Σ over the path of log softmax(z / τ)[child]`, where a node with c children has
+    the logits `z = [0, rows @ hidden + bias]`. O(H·log V) a token.
+
+    Args:
+      hidden: [..., H] floating.
+      node_kernel: [tree.num_rows, H] floating.
+      labels: [...] integers in [0, V).
+      tree: the classes.
+      node_bias: [tree.num_rows] floating.
+      temperature: τ in [0, ∞], a scalar or [...], of every node's softmax. It is not
+        the temperature of the distribution over the classes: that of a tree has no
+        such form but at 1.
+      where: [...] booleans; False leaves a token out: its value and what it adds to
+        gradients are 0, whatever its label and hidden state.
+      precision: the precision of the products, as in `jnp.matmul`.
+      implementation: None or "xla".
+
+    Returns:
+      [...] float32 (float64 if an input is), never above 0; NaN for a label outside
+      [0, V).
+
+    Raises:
+      TypeError: if a type or dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      Probabilities add up to 1 over the classes of every tree. Differentiable in
+      `hidden`, `node_kernel`, `node_bias` and `temperature`, in both modes; the
+      gradient of the kernel is dense. At τ = 0 gradients are 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import ClassTree, hierarchical_log_prob
+      >>> tree = ClassTree.balanced(4)
+      >>> kernel, labels = jnp.zeros((tree.num_rows, 3)), jnp.array([0, 3])
+      >>> print(hierarchical_log_prob(jnp.ones((2, 3)), kernel, labels, tree))
+      [-1.3862944 -1.3862944]
+
+    References:
+      Morin and Bengio, Hierarchical Probabilistic Neural Network Language Model, 2005;
+      Mnih and Hinton, A Scalable Hierarchical Distributed Language Model, 2008.
+    """
+    layer = prepare(
+        "hierarchical_log_prob",
+        hidden,
+        node_kernel,
+        tree,
+        node_bias=node_bias,
+        temperature=temperature,
+        precision=precision,
+        implementation=implementation,
+    )
+    labels = checks.integer("labels", labels)
+    checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
+    flat = labels.reshape(-1)
+    keep = None
+    if where is not None:
+        keep = checks.boolean("where", where)
+        checks.shape("where", keep, layer.shape, "hidden.shape[:-1]")
+        keep = keep.reshape(-1)
+        flat = jnp.where(keep, flat, -1)
+        kept = jnp.where(keep[:, None], layer.hidden, 0)
+        layer = dataclasses.replace(layer, hidden=kept)
+    known = (flat >= 0) & (flat < tree.num_classes)
+    found = jnp.where(known, _along_paths(layer, flat), jnp.nan)
+    if keep is not None:
+        found = jnp.where(keep, found, 0)
+    return found.reshape(layer.shape)
+
+
+@functools.partial(jax.jit, inline=True)
+def _along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
+    """Returns the sum of log-probabilities along each path, [N]."""
+    total = jnp.zeros(labels.shape, layer.dtype)
+    if not layer.tree.max_depth:
+        return total
+
+    # Rows of the kernel are gathered level by level, and again for derivatives.
+    @jax.checkpoint
+    def level(total, path):
+        first_rows, num_rows, choices = path
+        logits = logits_of_nodes(layer, first_rows, num_rows)
+        found = _log_choice(logits, choices, layer.tau_over(1))
+        return total + jnp.where(num_rows > 0, found, 0), None
+
+    path = [jnp.moveaxis(a, -1, 0) for a in layer.tree.paths(labels)]
+    # What derivatives need of a level is the sum alone: levels are independent.
+    return lax.scan(level, total, path)[0]
+
+
+def _log_choice(
+    logits: jax.Array, choices: jax.Array, tau: float | jax.Array
+) -> jax.Array:
+    """Returns log softmax([0, logits] / τ)[choice], [N] from [N, arity - 1].
+
+    As -log(1 + Σ of the others' odds), whose derivative does not cancel where the
+    chosen child has nearly all.
+    """
+    children = with_reference(logits)
+    is_chosen = jnp.arange(children.shape[1], dtype=jnp.int32)[None] == choices[:, None]
+    chosen = jnp.sum(jnp.where(is_chosen, children, 0), axis=1, keepdims=True)
+    others = jnp.where(is_chosen, -jnp.inf, children)
+    peak = jnp.max(others, axis=1, keepdims=True)
+    if children.shape[1] == 2:
+        # Below a class there is no other child: this value is not used.
+        peak = jnp.where(peak == -jnp.inf, chosen, peak)
+        odds = over_temperature(peak - chosen, tau)[:, 0]
+    else:
+        peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, chosen, peak))
+        rest = jnp.exp(centre(others, peak, tau))
+        odds = over_temperature(peak - chosen, tau)[:, 0]
+        # 0 only below a class.
+        total = jnp.sum(rest, axis=1)
+        odds += jnp.log(jnp.where(total == 0, 1, total))
+    return -jnp.logaddexp(odds, jnp.zeros_like(odds))
+
+
+def hierarchical_log_probs(
+    hidden: ArrayLike,
+    node_kernel: ArrayLike,
+    tree: ClassTree,
+    *,
+    node_bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    precision: Any = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Log-probabilities of all classes of a tree.
+
+    Args:
+      hidden: [..., H] floating.
+      node_kernel: [tree.num_rows, H] floating.
+      tree: the classes.
+      node_bias: [tree.num_rows] floating.
+      temperature: τ in [0, ∞], a scalar or [...], of every node's softmax; see
+        `hierarchical_log_prob`.
+      precision: the precision of the matrix product, as in `jnp.matmul`.
+      implementation: None or "xla".
+
+    Returns:
+      [..., V] float32 (float64 if an input is): these are stored.
+
+    Raises:
+      TypeError: if a type or dtype is wrong.
+      ValueError: if a shape does not fit or an option is out of its range.
+      NotImplementedError: for implementations not available.
+
+    Notes:
+      O(V·H) a token. Differentiable in `hidden`, `node_kernel`, `node_bias` and
+      `temperature`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import ClassTree, hierarchical_log_probs
+      >>> tree = ClassTree.balanced(3)
+      >>> log_probs = hierarchical_log_probs(jnp.ones(2), jnp.zeros((2, 2)), tree)
+      >>> print(jnp.exp(log_probs))
+      [0.5  0.25 0.25]
+
+    References:
+      Morin and Bengio, Hierarchical Probabilistic Neural Network Language Model, 2005.
+    """
+    layer = prepare(
+        "hierarchical_log_probs",
+        hidden,
+        node_kernel,
+        tree,
+        node_bias=node_bias,
+        temperature=temperature,
+        precision=precision,
+        implementation=implementation,
+    )
+    return all_log_probs(layer).reshape(*layer.shape, tree.num_classes)
+
+
+@functools.partial(jax.jit, inline=True)
+def all_log_probs(layer: Layer) -> jax.Array:
+    """Returns the log-probabilities of all classes, [N, V]."""
+    levels, tree = layer.tree.levels, layer.tree
+    rows = layer.hidden.shape[0]
+    if not levels.depth:
+        return jnp.zeros((rows, 1), layer.dtype)
+    logits = jnp.matmul(
+        layer.kernel,
+        layer.hidden.T,
+        precision=layer.precision,
+        preferred_element_type=layer.dtype,
+    )
+    if layer.bias is not None:
+        logits += layer.bias[:, None]
+    tau = layer.constant_tau if layer.row_tau is None else layer.row_tau[None]
+    if isinstance(levels, Canonical):
+        by_rank = _by_level(levels, logits, tau)
+    else:
+        by_rank = _by_table(levels, logits, tau)
+    if tree.ranks is not None:
+        by_rank = by_rank[jnp.asarray(tree.ranks)]
+    return by_rank.T
+
+
+def _by_level(levels: Canonical, logits: jax.Array, tau: Any) -> jax.Array:
+    """Returns log-probabilities by rank, [V, N], where children lie side by side."""
+    arity, rows = levels.arity, logits.shape[1]
+    above = jnp.zeros((1, rows), logits.dtype)
+    if not isinstance(tau, float):
+        tau = tau[None]
+    leaves = []
+    for depth in range(1, levels.depth + 1):
+        nodes = levels.nodes[depth - 1]
+        slots = levels.leaves[depth] + levels.nodes[depth]
+        first = int(levels.first_slots[depth] - levels.first_nodes[depth - 1])
+        own = logits[first : first + slots - nodes]
+        missing = ((0, nodes * arity - slots), (0, 0))
+        own = jnp.pad(own, missing, constant_values=-jnp.inf)
+        children = with_reference(own.reshape(nodes, arity - 1, rows), axis=1)
+        found = log_shares(children, tau, axis=1) + above[:, None]
+        found = found.reshape(nodes * arity, rows)[:slots]
+        leaves.append(found[: levels.leaves[depth]])
+        above = found[levels.leaves[depth] :]
+    return jnp.concatenate(leaves)
+
+
+def _by_table(levels: Any, logits: jax.Array, tau: Any) -> jax.Array:
+    """Returns log-probabilities by rank, [V, N], of a tree of any form."""
+    above = jnp.zeros((1, logits.shape[1]), logits.dtype)
+    every = []
+    for depth in range(1, levels.depth + 1):
+        begin, end = levels.first_slots[depth : depth + 2].tolist()
+        first_node = int(levels.first_nodes[depth - 1])
+        nodes = jnp.asarray(levels.slot_nodes[begin:end])
+        slots = jnp.arange(begin, end, dtype=jnp.int32)
+        is_first = slots == levels.first_slot(nodes)
+        own = logits[jnp.where(is_first, 0, slots - nodes - 1)]
+        own = jnp.where(is_first[:, None], 0, own)
+        which = nodes - first_node
+        number = levels.nodes[depth - 1]
+        peak = jax.ops.segment_max(
+            lax.stop_gradient(own), which, number, indices_are_sorted=True
+        )
+        centred = centre(own, peak[which], tau)
+        total = jax.ops.segment_sum(
+            jnp.exp(centred), which, number, indices_are_sorted=True
+        )
+        found = centred - jnp.log(total)[which] + above[which]
+        every.append(found)
+        inner = slice(
+            int(levels.first_nodes[depth]), int(levels.first_nodes[depth + 1])
+        )
+        above = found[jnp.asarray(levels.node_slots[inner]) - begin]
+    return jnp.concatenate(every)[jnp.asarray(levels.rank_slots)]

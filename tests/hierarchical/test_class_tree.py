@@ -1,0 +1,254 @@
+"""Trees lead every class to a place of its own, and waste no row."""
+
+import heapq
+import pickle
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoft import ClassTree
+from jaxsoft.hierarchical import class_tree
+from jaxsoft.hierarchical.huffman import code_lengths, least_depth
+from tests.hierarchical import cases
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("num_classes", [*range(1, 14), 27, 40, 97])
+def test_paths_are_a_tree(kind, num_classes):
+    tree = cases.tree(kind, num_classes)
+    assert tree.num_classes == num_classes and tree.num_rows == num_classes - 1
+    first, number, choice = map(np.asarray, tree.paths(jnp.arange(num_classes)))
+    assert first.shape == (num_classes, tree.max_depth)
+    assert number.max(initial=0) <= tree.arity - 1
+    inside = number > 0
+    # From the root down, without a gap.
+    assert (np.diff(inside.astype(int), axis=1) <= 0).all()
+    assert ((choice >= 0) & (choice <= number)).all()
+    if num_classes > 1:
+        assert (first[:, 0] == 0).all() and inside[:, -1].any()
+    # Every row belongs to one node, every place to one class.
+    nodes = {(f, n) for f, n in zip(first[inside], number[inside], strict=True)}
+    rows = sorted(row for f, n in nodes for row in range(f, f + n))
+    assert rows == [*range(num_classes - 1)]
+    steps = np.where(inside, first * (tree.arity + 1) + choice, -1)
+    assert len(np.unique(steps, axis=0)) == num_classes
+    shares = np.prod(np.where(inside, 1 / (number + 1), 1), axis=1)
+    assert shares.sum() == pytest.approx(1)
+    assert (np.asarray(tree.depths(jnp.arange(num_classes))) == inside.sum(1)).all()
+    # Along the leaves from left to right, the nodes of a level are in order.
+    order = np.arange(num_classes) if tree.order is None else np.asarray(tree.order)
+    for depth in range(tree.max_depth):
+        along = first[order, depth][inside[order, depth]]
+        assert (np.diff(along) >= 0).all()
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_ids_that_are_no_class_have_no_path(kind):
+    tree = cases.tree(kind, 20)
+    ids = jnp.array([[-1, 20], [-100, 2**31 - 1]])
+    assert not np.asarray(tree.paths(ids).num_rows).any()
+    assert tree.depths(ids).shape == (2, 2)
+
+
+@pytest.mark.parametrize("arity", [2, 3, 8])
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 64, 65, 1000, 100_003, 10_000_000])
+def test_balanced_tree_is_as_shallow_as_can_be(arity, num_classes):
+    tree = ClassTree.balanced(num_classes, arity)
+    depth = least_depth(num_classes, arity)
+    assert tree.max_depth == depth and arity**depth >= num_classes
+    assert depth == 0 or arity ** (depth - 1) < num_classes
+    assert jax.tree.leaves(tree) == []
+    some = np.unique(np.linspace(0, num_classes - 1, 50).astype(np.int32))
+    depths = np.asarray(tree.depths(some))
+    assert set(depths) <= {depth, depth - 1} and (np.diff(depths) >= 0).all()
+
+
+def huffman_cost(counts, arity):
+    heap = [0.0] * (-(len(counts) - 1) % (arity - 1)) + sorted(map(float, counts))
+    cost = 0.0
+    while len(heap) > 1:
+        total = sum(heapq.heappop(heap) for _ in range(arity))
+        heapq.heappush(heap, total)
+        cost += total
+    return cost
+
+
+COUNTS = {
+    "zipf": lambda n: 1e6 / np.arange(1, n + 1),
+    "flat": lambda n: np.full(n, 7),
+    "fibonacci": lambda n: 1.618 ** np.arange(n),
+    "unsorted": lambda n: np.random.default_rng(0).integers(1, 99, n),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("arity", [2, 3, 5])
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 7, 20, 61])
+def test_huffman_has_the_least_expected_depth(kind, arity, num_classes):
+    counts = COUNTS[kind](num_classes)
+    tree = ClassTree.huffman(counts, arity, max_depth=num_classes)
+    depths = np.asarray(tree.depths(jnp.arange(num_classes)))
+    assert (depths * counts).sum() == pytest.approx(huffman_cost(counts, arity))
+
+
+@pytest.mark.parametrize("arity", [2, 3])
+@pytest.mark.parametrize("kind", COUNTS)
+def test_huffman_depth_is_bounded(kind, arity):
+    counts = COUNTS[kind](60)
+    least = least_depth(60, arity)
+    assert ClassTree.huffman(counts, arity).max_depth <= least + 4
+    costs = []
+    for bound in range(least, least + 5):
+        tree = ClassTree.huffman(counts, arity, max_depth=bound)
+        depths = np.asarray(tree.depths(jnp.arange(60)))
+        assert depths.max() == tree.max_depth <= bound
+        costs.append((depths * counts).sum())
+    assert (np.diff(costs) <= 1e-9 * costs[0]).all()
+
+
+def test_best_lengths_under_a_bound_by_enumeration():
+    weights = np.array([1.0, 1, 2, 5, 13])
+
+    def lengths(left, number):
+        if number == 0:
+            return [()] if left == 0 else []
+        return [
+            (length, *rest)
+            for length in range(1, 4)
+            if left >= 2 ** (3 - length)
+            for rest in lengths(left - 2 ** (3 - length), number - 1)
+        ]
+
+    best = min(np.dot(found, weights) for found in lengths(8, 5))
+    assert code_lengths(weights, 2, 3) @ weights == best
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [5, 0, 0, 0], [0], [3], [1e300] * 3])
+def test_counts_of_any_kind(counts):
+    tree = ClassTree.huffman(counts)
+    assert tree.num_classes == len(counts)
+    depths = np.asarray(tree.depths(jnp.arange(len(counts))))
+    assert depths[0] == depths.min()
+
+
+def test_similar_classes_share_paths():
+    random = np.random.default_rng(0)
+    centres = np.repeat(10 * random.standard_normal((4, 8)), 16, axis=0)
+    groups = np.repeat(np.arange(4), 16)
+    shuffled = random.permutation(64)
+    embeddings = (centres + random.standard_normal((64, 8)))[shuffled]
+    paths = ClassTree.clustered(embeddings).paths(jnp.arange(64))
+    # The two topmost choices are those of the group.
+    top = np.asarray(paths.choices[:, 0] * 2 + paths.choices[:, 1])
+    pairs = set(zip(top.tolist(), groups[shuffled].tolist(), strict=True))
+    assert len(pairs) == 4
+
+
+def test_many_clusters_at_once():
+    embeddings = np.random.default_rng(0).standard_normal((3000, 2))
+    tree = ClassTree.clustered(embeddings)
+    order = np.asarray(tree.order)
+    assert sorted(order) == [*range(3000)]
+    # Leaves side by side are nearer than any two.
+    near = np.linalg.norm(np.diff(embeddings[order], axis=0), axis=1).mean()
+    far = np.linalg.norm(np.diff(embeddings, axis=0), axis=1).mean()
+    assert near < far / 8
+    assert (order == np.asarray(ClassTree.clustered(embeddings).order)).all()
+
+
+def test_taxonomy():
+    names = [("animal", "cat"), ("animal", "dog"), ("animal", "emu"), ("plant",)]
+    tree = ClassTree.from_paths(names)
+    assert (tree.max_depth, tree.arity, tree.num_rows) == (2, 3, 3)
+    assert np.asarray(tree.depths(jnp.arange(4))).tolist() == [2, 2, 2, 1]
+    narrow = ClassTree.from_paths(names, arity=2)
+    assert (narrow.max_depth, narrow.arity, narrow.num_rows) == (3, 2, 3)
+
+
+def test_a_million_classes():
+    tree = ClassTree.huffman(1 / np.arange(1, 10**6 + 1))
+    depths = tree.depths(jnp.array([0, 10**6 - 1]))
+    assert tree.num_rows == 10**6 - 1
+    assert depths[0] < 6 and 20 < depths[1] <= tree.max_depth <= 24
+
+
+def test_slow_work_shows_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(class_tree, "_PATIENCE", -1.0)
+    ClassTree.clustered(np.random.default_rng(0).standard_normal((64, 3)))
+    shown = capsys.readouterr().err
+    assert "clustering classes [##############################] 100%" in shown
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_saved_pickled_and_passed_as_an_argument(tmp_path, kind):
+    tree = cases.tree(kind, 23)
+    tree.save(tmp_path / "tree")
+    ids = jnp.arange(23)
+    expected = tree.paths(ids)
+    for other in (
+        ClassTree.load(tmp_path / "tree"),
+        pickle.loads(pickle.dumps(tree)),
+        jax.tree.map(jnp.asarray, tree),
+    ):
+        found = jax.jit(ClassTree.paths)(other, ids)
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "message"),
+    [
+        (ValueError, lambda: ClassTree.balanced(0), "`num_classes` must be at least 1"),
+        (
+            TypeError,
+            lambda: ClassTree.balanced(cast(Any, 2.0)),
+            "`num_classes` must be an int",
+        ),
+        (ValueError, lambda: ClassTree.balanced(2**30), "`num_classes` must be below"),
+        (ValueError, lambda: ClassTree.balanced(4, 1), "`arity` must be at least 2"),
+        (ValueError, lambda: ClassTree.huffman([]), "`counts` must have shape"),
+        (ValueError, lambda: ClassTree.huffman([1, -1]), "`counts` must be finite"),
+        (
+            ValueError,
+            lambda: ClassTree.huffman([1] * 9, max_depth=3),
+            "`max_depth` must be at least 4 for 9 classes",
+        ),
+        (
+            ValueError,
+            lambda: ClassTree.clustered(np.zeros(3)),
+            "`embeddings` must have shape",
+        ),
+        (
+            ValueError,
+            lambda: ClassTree.clustered([[np.nan], [0]]),
+            "`embeddings` must be finite",
+        ),
+        (ValueError, lambda: ClassTree.from_paths([]), "`paths` must have at least"),
+        (
+            ValueError,
+            lambda: ClassTree.from_paths([("a",), ("a", "b")]),
+            "`paths` must not go on below a class",
+        ),
+        (
+            ValueError,
+            lambda: ClassTree.from_paths([("a", "b"), ("a",)]),
+            "where an inner node is already",
+        ),
+        (
+            ValueError,
+            lambda: ClassTree.from_paths([("a",), ("a",)]),
+            "where class 0 is already",
+        ),
+        (
+            TypeError,
+            lambda: ClassTree.balanced(4).paths(jnp.ones(2)),
+            "`class_ids` must have an integer dtype",
+        ),
+    ],
+)
+def test_errors(error, make, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        make()
