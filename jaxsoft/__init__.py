@@ -1,6 +1,7 @@
 """jaxsoft, the softmax layer of JAX."""
 
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
+from jaxsoft.hierarchical.sampling import hierarchical_sample
 from jaxsoft.hierarchical.softmax import (
     hierarchical_log_prob,
     hierarchical_log_probs,
@@ -29,6 +30,7 @@ __all__ = [
     "entropy",
     "hierarchical_log_prob",
     "hierarchical_log_probs",
+    "hierarchical_sample",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_distillation_top_k",

@@ -1,5 +1,7 @@
 """Trees of every kind, and what their probabilities are by definition."""
 
+from typing import Any
+
 import numpy as np
 
 from jaxsoft import ClassTree
@@ -39,7 +41,7 @@ def layer(tree, rows=6, features=4, dtype="float64", seed=1, scale=1.0):
     return tuple(np.asarray(a, dtype) for a in (hidden, kernel, bias))
 
 
-def log_probs(tree, hidden, kernel, bias, temperature=1.0):
+def log_probs(tree, hidden, kernel, bias, temperature: Any = 1.0):
     """Returns all log-probabilities [N, V] by definition, class by class."""
     # NumPy's product may note an invalid operation where there is none.
     with np.errstate(invalid="ignore"):
