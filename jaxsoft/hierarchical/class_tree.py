@@ -193,7 +193,10 @@ class ClassTree:
         if not np.isfinite(table).all():
             raise ValueError("`embeddings` must be finite, got a NaN or an infinity.")
         levels = _balanced(_classes(len(table)), arity)
-        with _progress("clustering classes") as progress:
+        # Of one scale: squares then neither overflow nor vanish. NumPy's products may
+        # note an invalid operation where there is none.
+        table = table / max(float(np.abs(table).max(initial=0)), 1e-38)
+        with _progress("clustering classes") as progress, np.errstate(invalid="ignore"):
             order = order_by_similarity(table, _cuts(levels), seed, progress)
         return cls(levels, *_permutation(order))
 

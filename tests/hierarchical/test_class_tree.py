@@ -159,6 +159,14 @@ def test_many_clusters_at_once():
     assert (order == np.asarray(ClassTree.clustered(embeddings).order)).all()
 
 
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**110])
+def test_clusters_do_not_depend_on_scale(scale):
+    embeddings = np.random.default_rng(0).standard_normal((600, 3)).astype("float32")
+    order = ClassTree.clustered(embeddings).order
+    scaled = ClassTree.clustered(embeddings * np.float32(scale)).order
+    np.testing.assert_array_equal(order, scaled)
+
+
 def test_taxonomy():
     names = [("animal", "cat"), ("animal", "dog"), ("animal", "emu"), ("plant",)]
     tree = ClassTree.from_paths(names)
