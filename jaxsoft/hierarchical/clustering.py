@@ -7,7 +7,7 @@ import numpy as np
 __all__ = ["order_by_similarity"]
 
 # Members that a cluster's direction is estimated from, and steps of the estimate.
-_MEMBERS = 256
+_MEMBERS = 512
 _STEPS = 6
 
 
@@ -32,62 +32,37 @@ def order_by_similarity(
     Returns:
       [V] int64, the classes from left to right.
     """
-    start = np.random.default_rng(seed).standard_normal(embeddings.shape[1])
+    start = np.random.default_rng(seed).standard_normal((embeddings.shape[1], 1))
     order = np.arange(len(embeddings))
-    work = len(cuts) * len(embeddings)
-    done = 0
-    for firsts in cuts:
+    for level, firsts in enumerate(cuts):
         sizes = np.diff(np.append(firsts, len(order)))
-        # One after another where there are few, all at once where they are small.
-        for first, size in zip(firsts, sizes, strict=True) if len(firsts) < 256 else ():
-            part = slice(first, first + size)
-            members = embeddings[order[part]]
-            axis = _direction(members[:: -(-size // (4 * _MEMBERS))], start)
-            order[part] = order[part][np.argsort(members @ axis, kind="stable")]
-        if len(firsts) >= 256:
-            _sort_small(embeddings, order, firsts, sizes, start, progress, done / work)
-        done += len(order)
-        progress(done / work)
+        # As many clusters at once as fit a budget.
+        batch = max(1, 2**24 // (int(sizes.max()) * embeddings.shape[1]))
+        for begin in range(0, len(firsts), batch):
+            chosen = slice(begin, begin + batch)
+            _sort(embeddings, order, firsts[chosen], sizes[chosen], start)
+            progress((level + min(1, (begin + batch) / len(firsts))) / len(cuts))
     return order
 
 
-def _direction(members: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Returns the first principal component of members [M, H], about."""
-    centred = members - members.mean(axis=0)
-    axis = start.astype(members.dtype)
+def _sort(embeddings, order, firsts, sizes, start) -> None:
+    """Sorts the members of clusters, each along its first principal component."""
+    most = int(sizes.max())
+    member = np.arange(most)[None]
+    places = firsts[:, None] + np.minimum(member, sizes[:, None] - 1)
+    live = member < sizes[:, None]
+    ids = order[places]
+    members = embeddings[ids]
+    every = -(-most // _MEMBERS)
+    sampled, kept = members[:, ::every], live[:, ::every, None]
+    count = kept.sum(axis=1, keepdims=True)
+    mean = (sampled * kept).sum(axis=1, keepdims=True) / count
+    centred = np.where(kept, sampled - mean, 0).astype(members.dtype)
+    axis = start.astype(members.dtype)[None]
     for _ in range(_STEPS):
-        axis = centred.T @ (centred @ axis)
-        axis /= max(float(np.linalg.norm(axis)), np.finfo(axis.dtype).tiny)
-    return axis
-
-
-def _sort_small(embeddings, order, firsts, sizes, start, progress, share) -> None:
-    """Sorts the members of many clusters, in batches of clusters of about a size."""
-    width = embeddings.shape[1]
-    batch = max(1, 2**24 // (int(sizes.max()) * width))
-    for begin in range(0, len(firsts), batch):
-        chosen, counts = firsts[begin : begin + batch], sizes[begin : begin + batch]
-        most = int(counts.max())
-        places = chosen[:, None] + np.minimum(
-            np.arange(most)[None], counts[:, None] - 1
-        )
-        live = np.arange(most)[None] < counts[:, None]
-        ids = order[places]
-        members = embeddings[ids]
-        every = max(1, -(-most // _MEMBERS))
-        sampled, kept = members[:, ::every], live[:, ::every, None]
-        mean = (sampled * kept).sum(axis=1, keepdims=True) / kept.sum(
-            axis=1, keepdims=True
-        )
-        centred = np.where(kept, sampled - mean, 0)
-        axis = np.broadcast_to(
-            start.astype(members.dtype)[None, :, None], (len(chosen), width, 1)
-        )
-        for _ in range(_STEPS):
-            axis = centred.transpose(0, 2, 1) @ (centred @ axis)
-            norm = np.linalg.norm(axis, axis=1, keepdims=True)
-            axis = axis / np.maximum(norm, np.finfo(axis.dtype).tiny)
-        along = np.where(live, (members @ axis)[..., 0], np.inf)
-        ranked = np.take_along_axis(ids, np.argsort(along, axis=1, kind="stable"), 1)
-        order[places[live]] = ranked[live]
-        progress(share)
+        axis = centred.transpose(0, 2, 1) @ (centred @ axis)
+        norm = np.linalg.norm(axis, axis=1, keepdims=True)
+        axis = axis / np.maximum(norm, np.finfo(axis.dtype).tiny)
+    along = np.where(live, (members @ axis)[..., 0], np.inf)
+    ranked = np.take_along_axis(ids, np.argsort(along, axis=1, kind="stable"), axis=1)
+    order[places[live]] = ranked[live]

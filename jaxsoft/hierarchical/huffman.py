@@ -35,26 +35,24 @@ def code_lengths(weights: np.ndarray, arity: int, max_depth: int) -> np.ndarray:
     empty = -(len(weights) - 1) % (arity - 1)
     weights = np.concatenate([np.zeros(empty), weights])
     count = len(weights)
-    # Of each level, from the deepest up: how many leaves come before each package.
-    before: list[np.ndarray] = []
+    # Of each level, from the deepest up: where packages come among the leaves.
+    levels: list[np.ndarray] = []
     packages = np.zeros(0)
     for _ in range(max_depth):
-        before.append(np.searchsorted(weights, packages, side="right"))
-        places = before[-1] + np.arange(len(packages))
+        before = np.searchsorted(weights, packages, side="right")
+        levels.append(before + np.arange(len(packages)))
         merged = np.empty(count + len(packages))
         is_package = np.zeros(len(merged), bool)
-        is_package[places] = True
+        is_package[levels[-1]] = True
         merged[is_package] = packages
         merged[~is_package] = weights
         whole = len(merged) // arity * arity
         packages = merged[:whole].reshape(-1, arity).sum(axis=1)
     taken = arity * (count - 1) // (arity - 1)
     lengths = np.zeros(count + 1, np.int64)
-    for leaves_before in reversed(before):
-        places = leaves_before + np.arange(len(leaves_before))
+    for places in reversed(levels):
         packed = int(np.searchsorted(places, taken))
-        leaves = taken - packed
         lengths[0] += 1
-        lengths[leaves] -= 1
+        lengths[taken - packed] -= 1
         taken = arity * packed
     return np.cumsum(lengths)[empty:count]

@@ -59,11 +59,10 @@ class Layer:
         """In which logits and log-probabilities are computed."""
         return compute_dtype(self.hidden)
 
-    def tau_over(self, axes: int) -> float | jax.Array:
-        """Returns the temperature with as many axes of size 1 after the rows'."""
-        if self.row_tau is None:
-            return self.constant_tau
-        return jnp.expand_dims(self.row_tau, range(1, axes + 1))
+    @property
+    def tau(self) -> float | jax.Array:
+        """The temperature: a float, or [N, 1]."""
+        return self.constant_tau if self.row_tau is None else self.row_tau[:, None]
 
 
 def prepare(

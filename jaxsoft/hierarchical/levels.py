@@ -25,11 +25,6 @@ import numpy as np
 __all__ = ["Canonical", "Levels", "Tables"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[],
-    meta_fields=["arity", "leaves", "nodes"],
-)
 @dataclasses.dataclass(frozen=True)
 class Levels(abc.ABC):
     """How many leaves and inner nodes each level has.

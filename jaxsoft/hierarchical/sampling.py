@@ -94,7 +94,7 @@ def _sample(key: jax.Array, layer: Layer) -> jax.Array:
     if not tree.max_depth or not rows:
         return ids
     words = noise.row_words(key, rows)
-    tau = layer.tau_over(1)
+    tau = layer.tau
     children = jnp.arange(arity, dtype=jnp.int32)
 
     def descend(level: Any, state: Any) -> Any:

@@ -123,7 +123,7 @@ def _along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
     def level(total, path):
         first_rows, num_rows, choices = path
         logits = logits_of_nodes(layer, first_rows, num_rows)
-        found = _log_choice(logits, choices, layer.tau_over(1))
+        found = _log_choice(logits, choices, layer.tau)
         return total + jnp.where(num_rows > 0, found, 0), None
 
     path = [jnp.moveaxis(a, -1, 0) for a in layer.tree.paths(labels)]

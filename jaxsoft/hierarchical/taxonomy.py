@@ -108,7 +108,7 @@ def _number(root: Any, count: int, arity: int | None) -> tuple[Tables, np.ndarra
     if len(children):
         children[rank_slots] = -1 - np.arange(count)
     tables = Tables(
-        arity=max([2, *np.diff(node_firsts)]),
+        arity=int(max([2, *np.diff(node_firsts)])),
         leaves=tuple(leaves),
         nodes=tuple(nodes),
         rank_slots=rank_slots.astype(np.int32),
