@@ -6,6 +6,7 @@ from jaxsoft.hierarchical.softmax import (
     hierarchical_log_prob,
     hierarchical_log_probs,
 )
+from jaxsoft.hierarchical.top_k import hierarchical_top_k
 from jaxsoft.linear.contrastive import clip_loss, nt_xent, supervised_contrastive
 from jaxsoft.linear.distillation import (
     linear_distillation,
@@ -31,6 +32,7 @@ __all__ = [
     "hierarchical_log_prob",
     "hierarchical_log_probs",
     "hierarchical_sample",
+    "hierarchical_top_k",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_distillation_top_k",

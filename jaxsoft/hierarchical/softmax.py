@@ -23,7 +23,12 @@ from jaxsoft.hierarchical.levels import Canonical
 from jaxsoft.implementation import Implementation
 from jaxsoft.temperature import over_temperature
 
-__all__ = ["all_log_probs", "hierarchical_log_prob", "hierarchical_log_probs"]
+__all__ = [
+    "all_log_probs",
+    "along_paths",
+    "hierarchical_log_prob",
+    "hierarchical_log_probs",
+]
 
 
 def hierarchical_log_prob(
@@ -105,14 +110,14 @@ def hierarchical_log_prob(
         kept = jnp.where(keep[:, None], layer.hidden, 0)
         layer = dataclasses.replace(layer, hidden=kept)
     known = (flat >= 0) & (flat < tree.num_classes)
-    found = jnp.where(known, _along_paths(layer, flat), jnp.nan)
+    found = jnp.where(known, along_paths(layer, flat), jnp.nan)
     if keep is not None:
         found = jnp.where(keep, found, 0)
     return found.reshape(layer.shape)
 
 
 @functools.partial(jax.jit, inline=True)
-def _along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
+def along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
     """Returns the sum of log-probabilities along each path, [N]."""
     total = jnp.zeros(labels.shape, layer.dtype)
     if not layer.tree.max_depth:
