@@ -237,7 +237,10 @@ def _where_not_exact(
 
 
 def _best_of_all(layer: Layer, *, k: int) -> _Found:
-    log_probs, ids = lax.top_k(all_log_probs(layer), k)
+    # Without the barrier XLA carries what the slices below leave out through the loop
+    # around them, and sorts all classes instead of selecting some.
+    best = lax.optimization_barrier(tuple(lax.top_k(all_log_probs(layer), k)))
+    log_probs, ids = best
     return _Found(log_probs, ids, jnp.ones(ids.shape[0], bool))
 
 
