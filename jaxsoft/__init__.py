@@ -1,6 +1,16 @@
 """jaxsoft, the softmax layer of JAX."""
 
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
+from jaxsoft.hierarchical.row_gradients import (
+    RowGradient,
+    hierarchical_value_and_row_grad,
+)
+from jaxsoft.hierarchical.row_optimizers import (
+    RowOptimizer,
+    row_adagrad,
+    row_adam,
+    row_sgd,
+)
 from jaxsoft.hierarchical.sampling import hierarchical_sample
 from jaxsoft.hierarchical.softmax import (
     hierarchical_log_prob,
@@ -26,6 +36,8 @@ __all__ = [
     "ClassPath",
     "ClassTree",
     "LogitStatistics",
+    "RowGradient",
+    "RowOptimizer",
     "clip_loss",
     "distillation_loss",
     "entropy",
@@ -33,6 +45,7 @@ __all__ = [
     "hierarchical_log_probs",
     "hierarchical_sample",
     "hierarchical_top_k",
+    "hierarchical_value_and_row_grad",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_distillation_top_k",
@@ -46,6 +59,9 @@ __all__ = [
     "logsumexp",
     "nt_xent",
     "over_mesh",
+    "row_adagrad",
+    "row_adam",
+    "row_sgd",
     "softmax",
     "softmax_cross_entropy",
     "supervised_contrastive",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 from numpy import typing as npt
 
@@ -256,11 +257,12 @@ class ClassTree:
         """
         return jnp.sum(self.paths(class_ids).num_rows > 0, axis=-1, dtype=jnp.int32)
 
-    def paths(self, class_ids: ArrayLike) -> ClassPath:
+    def paths(self, class_ids: ArrayLike, *, axis: int = -1) -> ClassPath:
         """Returns the paths to classes.
 
         Args:
           class_ids: [...] integers in [0, V).
+          axis: where the levels go in the result.
 
         Returns:
           The path of each; without nodes for an id that is no class.
@@ -273,27 +275,21 @@ class ClassTree:
         ids = jnp.where(known, ids, 0).astype(jnp.int32)
         rank = ids if self.ranks is None else jnp.asarray(self.ranks)[ids]
         slot = self.levels.slot_of_rank(rank)
-        slot = jnp.where(known, slot, -1)
+        depth = jnp.where(known, self.levels.level_of_slot(slot), 0)
         upwards = []
-        for _ in range(self.max_depth):
-            inside = slot >= 0
-            node = self.levels.node_of_slot(jnp.maximum(slot, 0))
-            first = self.levels.first_slot(node)
-            number = self.levels.num_children(node) - 1
-            step = (first - node, jnp.where(inside, number, 0), slot - first)
+        for level in range(self.max_depth, 0, -1):
+            inside = depth >= level
+            here = jnp.where(inside, slot, self.levels.first_slots[level])
+            node, first, number, above = self.levels.above(level, here)
+            step = (first - node, number - 1, here - first)
             upwards.append([jnp.where(inside, a, 0) for a in step])
-            slot = jnp.where(inside, self.levels.slot_of_node(node), -1)
+            # Without the barrier XLA repeats the levels below for each one above.
+            slot = lax.optimization_barrier(jnp.where(inside, above, slot))
         if not upwards:
-            return ClassPath(*[jnp.zeros((*ids.shape, 0), jnp.int32)] * 3)
-        fields = [jnp.stack(field, axis=-1) for field in zip(*upwards, strict=True)]
-        # From the class up, as deep as it lies; now from the root down.
-        depth = jnp.sum(fields[1] > 0, axis=-1, keepdims=True, dtype=jnp.int32)
-        levels = jnp.arange(self.max_depth, dtype=jnp.int32)
-        place = depth - 1 - levels[(None,) * ids.ndim]
-        turned = [
-            jnp.take_along_axis(a, jnp.maximum(place, 0), axis=-1) for a in fields
-        ]
-        return ClassPath(*[jnp.where(place >= 0, a, 0) for a in turned])
+            empty = jnp.expand_dims(ids, axis)
+            return ClassPath(*[jax.lax.slice_in_dim(empty, 0, 0, axis=axis)] * 3)
+        downwards = zip(*reversed(upwards), strict=True)
+        return ClassPath(*[jnp.stack(field, axis=axis) for field in downwards])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tree to a file of NumPy's `.npz` format.

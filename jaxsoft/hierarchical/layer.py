@@ -20,7 +20,10 @@ __all__ = [
     "centre",
     "log_shares",
     "logits_of_nodes",
+    "logits_with",
+    "parameters_of",
     "prepare",
+    "rows_of_nodes",
     "with_reference",
 ]
 
@@ -113,6 +116,59 @@ def prepare(
     )
 
 
+def rows_of_nodes(
+    tree: ClassTree, first_rows: jax.Array, num_rows: jax.Array, missing: int = 0
+) -> jax.Array:
+    """Returns the rows of some nodes' children but the first, [..., arity - 1]."""
+    child = jnp.arange(tree.arity - 1, dtype=jnp.int32)[(None,) * first_rows.ndim]
+    return jnp.where(
+        child < num_rows[..., None], first_rows[..., None] + child, missing
+    )
+
+
+def parameters_of(layer: Layer, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the kernel and the bias at some rows, which must exist."""
+    kernel = layer.kernel.at[rows].get(mode="promise_in_bounds")
+    if layer.bias is None:
+        return kernel, None
+    return kernel, layer.bias.at[rows].get(mode="promise_in_bounds")
+
+
+def logits_with(
+    layer: Layer, num_rows: jax.Array, kernel: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """Returns `logits_of_nodes` from the nodes' own parameters."""
+    logits = jax.lax.platform_dependent(
+        layer.hidden,
+        kernel,
+        cpu=functools.partial(_products_by_sums, dtype=layer.dtype),
+        default=functools.partial(
+            jnp.einsum,
+            "nh,n...h->n...",
+            precision=layer.precision,
+            preferred_element_type=layer.dtype,
+        ),
+    )
+    if bias is not None:
+        logits += bias
+    child = jnp.arange(layer.tree.arity - 1, dtype=jnp.int32)[(None,) * num_rows.ndim]
+    return jnp.where(child < num_rows[..., None], logits, -jnp.inf)
+
+
+def _products_by_sums(
+    hidden: jax.Array, kernel: jax.Array, *, dtype: jnp.dtype
+) -> jax.Array:
+    """Returns the products of rows with their own vectors.
+
+    XLA adds up in order on CPU, one number after another, but for a matrix product.
+    """
+    rows, features = hidden.shape
+    own = hidden.reshape(rows, *(1,) * (kernel.ndim - 2), features)
+    products = own.astype(dtype) * kernel.astype(dtype)
+    ones = jnp.ones(hidden.shape[-1], dtype)
+    return jnp.matmul(products, ones, precision="highest")
+
+
 def logits_of_nodes(
     layer: Layer, first_rows: jax.Array, num_rows: jax.Array
 ) -> jax.Array:
@@ -126,19 +182,8 @@ def logits_of_nodes(
     Returns:
       [N, ..., arity - 1], -inf beyond the node's children.
     """
-    child = jnp.arange(layer.tree.arity - 1, dtype=jnp.int32)[(None,) * first_rows.ndim]
-    live = child < num_rows[..., None]
-    rows = jnp.where(live, first_rows[..., None] + child, 0)
-    logits = jnp.einsum(
-        "nh,n...h->n...",
-        layer.hidden,
-        layer.kernel.at[rows].get(mode="promise_in_bounds"),
-        precision=layer.precision,
-        preferred_element_type=layer.dtype,
-    )
-    if layer.bias is not None:
-        logits += layer.bias.at[rows].get(mode="promise_in_bounds")
-    return jnp.where(live, logits, -jnp.inf)
+    rows = rows_of_nodes(layer.tree, first_rows, num_rows)
+    return logits_with(layer, num_rows, *parameters_of(layer, rows))
 
 
 def with_reference(logits: jax.Array, axis: int = -1) -> jax.Array:

@@ -89,6 +89,28 @@ class Levels(abc.ABC):
     def below(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns whether a leaf hangs from a slot, and its rank or the node."""
 
+    def level_of_slot(self, slot: jax.Array) -> jax.Array:
+        """Returns the levels that slots are on, from 1."""
+        return _level(self.first_slots, slot)
+
+    def above(
+        self, level: int, slot: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Returns the nodes that the slots of one level are children of.
+
+        Args:
+          level: of the slots, at least 1.
+          slot: [...].
+
+        Returns:
+          Each [...]: the node, its first slot, how many children it has, its own slot.
+        """
+        del level
+        node = self.node_of_slot(slot)
+        first = self.first_slot(node)
+        number = self.first_slot(node + 1) - first
+        return node, first, number, self.slot_of_node(node)
+
     def num_children(self, node: jax.Array) -> jax.Array:
         """Returns how many children inner nodes have."""
         return self.first_slot(node + 1) - self.first_slot(node)
@@ -135,6 +157,18 @@ class Canonical(Levels):
         level = _level(self.first_slots, slot)
         position = slot - jnp.asarray(self.first_slots)[level]
         return jnp.asarray(self.first_nodes)[level - 1] + position // self.arity
+
+    def above(
+        self, level: int, slot: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Returns the nodes that the slots of one level are children of."""
+        begin, first_node = self.first_slots[level], self.first_nodes[level - 1]
+        place = (slot - begin) // self.arity
+        first = begin + self.arity * place
+        number = jnp.minimum(self.num_slots - first, self.arity)
+        leaves = self.leaves[level - 1]
+        own = self.first_slots[level - 1] + leaves + place
+        return first_node + place, first, number, own
 
     def first_slot(self, node: jax.Array) -> jax.Array:
         """Returns the slots of nodes' first children."""

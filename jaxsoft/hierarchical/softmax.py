@@ -10,13 +10,15 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft import checks
-from jaxsoft.hierarchical.class_tree import ClassTree
+from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
     centre,
     log_shares,
-    logits_of_nodes,
+    logits_with,
+    parameters_of,
     prepare,
+    rows_of_nodes,
     with_reference,
 )
 from jaxsoft.hierarchical.levels import Canonical
@@ -28,6 +30,7 @@ __all__ = [
     "along_paths",
     "hierarchical_log_prob",
     "hierarchical_log_probs",
+    "log_choice",
 ]
 
 
@@ -126,14 +129,18 @@ def along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
     # Rows of the kernel are gathered level by level, and again for derivatives.
     @jax.checkpoint
     def level(total, path):
-        first_rows, num_rows, choices = path
-        logits = logits_of_nodes(layer, first_rows, num_rows)
-        found = _log_choice(logits, choices, layer.tau)
-        return total + jnp.where(num_rows > 0, found, 0), None
+        rows = rows_of_nodes(layer.tree, path.first_rows, path.num_rows)
+        logits = logits_with(layer, path.num_rows, *parameters_of(layer, rows))
+        return total + log_choice(layer, path, logits), None
 
-    path = [jnp.moveaxis(a, -1, 0) for a in layer.tree.paths(labels)]
     # What derivatives need of a level is the sum alone: levels are independent.
-    return lax.scan(level, total, path)[0]
+    return lax.scan(level, total, layer.tree.paths(labels, axis=0))[0]
+
+
+def log_choice(layer: Layer, path: ClassPath, logits: jax.Array) -> jax.Array:
+    """Returns the log-probability of the choice at one node of each row, [N]."""
+    found = _log_choice(logits, path.choices, layer.tau)
+    return jnp.where(path.num_rows > 0, found, 0)
 
 
 def _log_choice(

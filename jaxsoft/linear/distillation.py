@@ -13,10 +13,10 @@ from jaxsoft import checks
 from jaxsoft.divergence_terms import DIVERGENCES, excess
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear import sharding, varying
-from jaxsoft.linear.losses import Reduction, reduce_losses, token_weights
 from jaxsoft.linear.operands import KernelLayout, Operands
 from jaxsoft.linear.pair import Divergence, Pair, distillation
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
+from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 from jaxsoft.temperature import is_zero
 
 __all__ = ["linear_distillation", "linear_distillation_top_k"]

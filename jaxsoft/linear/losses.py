@@ -1,6 +1,6 @@
 """Cross-entropy of a softmax layer without its logits."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,9 @@ from jaxsoft.implementation import Implementation
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
 from jaxsoft.linear.statistics import LogitStatistics, MeshAxes, prepare
+from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 
-__all__ = ["Reduction", "linear_cross_entropy", "reduce_losses", "token_weights"]
-
-Reduction = Literal["mean", "sum", "none"]
+__all__ = ["linear_cross_entropy"]
 
 
 def linear_cross_entropy(
@@ -150,32 +149,6 @@ def linear_cross_entropy(
     return (loss, statistics) if return_statistics else loss
 
 
-def token_weights(
-    rows: tuple[int, ...],
-    weights: ArrayLike | None,
-    labels: jax.Array | None = None,
-    ignore_label: int | None = None,
-) -> jax.Array | None:
-    """Returns one float32 weight a token, or None if all are 1."""
-    result = None
-    if weights is not None:
-        result = jnp.asarray(weights)
-        if result.dtype != jnp.bool_:
-            result = checks.floating("weights", result)
-        checks.shape("weights", result, rows, "hidden.shape[:-1]")
-        wide = result.dtype == jnp.float64
-        result = result.astype(jnp.float64 if wide else jnp.float32)
-    if labels is None or ignore_label is None:
-        return result
-    if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
-        raise TypeError(f"`ignore_label` must be an int, got {ignore_label!r}.")
-    bounds = jnp.iinfo(labels.dtype)
-    if not bounds.min <= ignore_label <= bounds.max:
-        return result
-    keep = labels != ignore_label
-    return keep.astype(jnp.float32) if result is None else jnp.where(keep, result, 0)
-
-
 def _token_loss(
     statistics: LogitStatistics, smoothing: float, z_weight: float
 ) -> jax.Array:
@@ -193,31 +166,3 @@ def _token_loss(
         loss = loss + z_weight * jnp.where(overflow, jnp.inf, square)
     invalid = jnp.isnan(statistics.label)
     return jnp.where((statistics.max == -jnp.inf) & ~invalid, 0, loss)
-
-
-def reduce_losses(
-    loss: jax.Array,
-    weights: jax.Array | None,
-    reduction: Reduction,
-    token_axes: tuple[str, ...],
-) -> jax.Array:
-    """Weights the losses of tokens, then reduces them over all shards of tokens."""
-
-    def total(values):
-        values = jnp.sum(values)
-        return jax.lax.psum(values, token_axes) if token_axes else values
-
-    if weights is None:
-        if reduction == "none":
-            return loss
-        count = loss.size * sharding.size(token_axes)
-        return total(loss) / max(count, 1) if reduction == "mean" else total(loss)
-    weights = weights.astype(loss.dtype)
-    loss = jnp.where(weights == 0, 0, loss)
-    weighted = weights * loss
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return total(weighted)
-    weight = total(weights)
-    return total(weighted) / jnp.where(weight == 0, 1, weight)

@@ -1,0 +1,336 @@
+"""Optimizers that read and write no rows but those that have a gradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxsoft import checks
+from jaxsoft.hierarchical.row_gradients import RowGradient
+
+__all__ = ["RowOptimizer", "RowState", "row_adagrad", "row_adam", "row_sgd"]
+
+Rate = float | optax.Schedule
+# From the gradients of some rows and their state, to what to add, and the new state.
+Step = Callable[[jax.Array, tuple, jax.Array], tuple[jax.Array, tuple]]
+
+
+class RowState(NamedTuple):
+    """What an optimizer of rows remembers.
+
+    Attributes:
+      count: [] int32, the updates so far, which a schedule is a function of.
+      slots: for each array of the parameters a tuple of arrays, a number or a row for
+        each of its rows.
+    """
+
+    count: jax.Array
+    slots: Any
+
+
+class RowOptimizer(NamedTuple):
+    """An optimizer whose updates touch the rows of a `RowGradient` alone.
+
+    Attributes:
+      init: from parameters, an array [R, ...] or a pytree of them, to a `RowState`.
+      update: from `(params, row_gradient, state)` to the new `(params, state)`. Under
+        `jax.jit` with `params` and `state` donated it works in place.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import RowGradient, row_sgd
+      >>> optimizer, params = row_sgd(0.1), jnp.zeros((3, 2))
+      >>> gradient = RowGradient(jnp.array([2]), jnp.ones((1, 2)))
+      >>> params, _ = optimizer.update(params, gradient, optimizer.init(params))
+      >>> print(params)
+      [[ 0.   0. ]
+       [ 0.   0. ]
+       [-0.1 -0.1]]
+    """
+
+    init: Callable[[Any], RowState]
+    update: Callable[[Any, RowGradient, RowState], tuple[Any, RowState]]
+
+
+def row_sgd(learning_rate: Rate) -> RowOptimizer:
+    """Stochastic gradient descent in the rows that have a gradient.
+
+    Args:
+      learning_rate: a number >= 0, or a schedule from the count of updates to one.
+
+    Returns:
+      A `RowOptimizer`.
+
+    Raises:
+      TypeError: if the learning rate is neither a number nor callable.
+      ValueError: if it is negative.
+
+    Notes:
+      Equal to `optax.sgd` on the dense gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import RowGradient, row_sgd
+      >>> optimizer, params = row_sgd(0.1), jnp.zeros((3, 1))
+      >>> gradient = RowGradient(jnp.array([2, 2]), jnp.ones((2, 1)))
+      >>> params, _ = optimizer.update(params, gradient, optimizer.init(params))
+      >>> print(params.ravel())
+      [ 0.   0.  -0.2]
+
+    References:
+      Robbins and Monro, A Stochastic Approximation Method, 1951.
+    """
+
+    def step(gradient, slots, rate):
+        return -rate * gradient, slots
+
+    return _optimizer(learning_rate, lambda leaf: (), step, adds=True)
+
+
+def row_adagrad(
+    learning_rate: Rate,
+    *,
+    initial_accumulator_value: float = 0.1,
+    eps: float = 1e-7,
+) -> RowOptimizer:
+    """Adagrad in the rows that have a gradient.
+
+    `s += g²; θ -= rate · g / sqrt(s + eps)`, g the sum over rows of equal number.
+
+    Args:
+      learning_rate: a number >= 0, or a schedule from the count of updates to one.
+      initial_accumulator_value: s >= 0 before the first update.
+      eps: >= 0.
+
+    Returns:
+      A `RowOptimizer`; s is kept in float32 (float64 for such parameters).
+
+    Raises:
+      TypeError: if the learning rate is neither a number nor callable.
+      ValueError: if a number is negative.
+
+    Notes:
+      Equal to `optax.adagrad` on the dense gradient: where that is 0 nothing moves.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import RowGradient, row_adagrad
+      >>> optimizer, params = row_adagrad(0.1), jnp.zeros((3, 1))
+      >>> gradient = RowGradient(jnp.array([2, 2]), 50 * jnp.ones((2, 1)))
+      >>> params, _ = optimizer.update(params, gradient, optimizer.init(params))
+      >>> print([f"{x:.3f}" for x in params.ravel()])
+      ['0.000', '0.000', '-0.100']
+
+    References:
+      Duchi, Hazan and Singer, Adaptive Subgradient Methods, JMLR 2011.
+    """
+    first = checks.scalar_in(
+        "initial_accumulator_value", initial_accumulator_value, 0, float("inf")
+    )
+    eps = checks.scalar_in("eps", eps, 0, float("inf"))
+
+    def step(gradient, slots, rate):
+        total = slots[0] + gradient**2
+        # As in Optax: where the sum is 0, nothing moves.
+        inverse = jnp.where(total > 0, lax.rsqrt(total + eps), 0)
+        return -rate * gradient * inverse, (total,)
+
+    def slots(leaf):
+        return (jnp.full(leaf.shape, first, _wide(leaf.dtype)),)
+
+    return _optimizer(learning_rate, slots, step)
+
+
+def row_adam(
+    learning_rate: Rate,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> RowOptimizer:
+    """Adam in the rows that have a gradient, each with a time of its own.
+
+    `m = b1·m + (1 - b1)·g; v = b2·v + (1 - b2)·g²; θ -= rate · m̂ / (sqrt(v̂) + eps)`,
+    with `m̂ = m / (1 - b1^t)`, `v̂ = v / (1 - b2^t)`, g the sum over rows of equal number
+    and t the updates of this row.
+
+    Args:
+      learning_rate: a number >= 0, or a schedule from the count of updates to one.
+      b1: decay of the mean in [0, 1].
+      b2: decay of the mean of squares in [0, 1].
+      eps: >= 0.
+
+    Returns:
+      A `RowOptimizer`; moments are kept in float32 (float64 for such parameters).
+
+    Raises:
+      TypeError: if the learning rate is neither a number nor callable.
+      ValueError: if a number is out of its range.
+
+    Notes:
+      Not `optax.adam` on the dense gradient, but what that does to a row alone in the
+      updates that the row takes part in. Dense Adam moves every row in every update by
+      its old mean, and lets moments decay meanwhile; here a row that is not visited
+      stays as it is, with its moments. As t counts a row's own updates, its first one
+      is a step of `rate` whenever it comes; by the count of all updates, as in other
+      lazy Adams, it would be 3.2 times that.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import RowGradient, row_adam
+      >>> optimizer, params = row_adam(0.1), jnp.zeros((3, 1))
+      >>> gradient = RowGradient(jnp.array([2, 2]), jnp.ones((2, 1)))
+      >>> params, _ = optimizer.update(params, gradient, optimizer.init(params))
+      >>> print([f"{x:.3f}" for x in params.ravel()])
+      ['0.000', '0.000', '-0.100']
+
+    References:
+      Kingma and Ba, Adam, arXiv:1412.6980.
+    """
+    b1 = checks.scalar_in("b1", b1, 0, 1)
+    b2 = checks.scalar_in("b2", b2, 0, 1)
+    eps = checks.scalar_in("eps", eps, 0, float("inf"))
+
+    def step(gradient, slots, rate):
+        mean, square, visits = slots
+        visits = visits + 1
+        mean = b1 * mean + (1 - b1) * gradient
+        square = b2 * square + (1 - b2) * gradient**2
+        time = visits.astype(gradient.dtype)
+        time = time.reshape(*time.shape, *(1,) * (gradient.ndim - 1))
+        unbiased = mean / (1 - b1**time)
+        spread = jnp.sqrt(square / (1 - b2**time))
+        return -rate * unbiased / (spread + eps), (mean, square, visits)
+
+    def slots(leaf):
+        moments = [jnp.zeros(leaf.shape, _wide(leaf.dtype)) for _ in range(2)]
+        return (*moments, jnp.zeros(leaf.shape[:1], jnp.int32))
+
+    return _optimizer(learning_rate, slots, step)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _optimizer(
+    learning_rate: Rate,
+    slots_of: Callable[[jax.Array], tuple],
+    step: Step,
+    *,
+    adds: bool = False,
+) -> RowOptimizer:
+    """Returns an optimizer from what it does to rows.
+
+    Args:
+      learning_rate: a number or a schedule.
+      slots_of: from an array of the parameters to its state.
+      step: what happens to rows.
+      adds: whether rows of equal number may as well come one after another.
+    """
+    if not callable(learning_rate):
+        checks.scalar_in("learning_rate", learning_rate, 0, float("inf"))
+
+    def init(params):
+        return RowState(jnp.zeros((), jnp.int32), jax.tree.map(slots_of, params))
+
+    def update(params, gradient, state):
+        leaves, form = jax.tree.flatten(params)
+        values = form.flatten_up_to(gradient.values)
+        slots = form.flatten_up_to(state.slots)
+        count = _num_rows(leaves, values, gradient)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        combine = not (adds and all(leaf.dtype == _wide(leaf.dtype) for leaf in leaves))
+
+        def group(carry, rows, scales, values):
+            known = (rows >= 0) & (rows < count)
+            rows = jnp.where(known, rows, count)
+            same = _Same.of(rows, count) if combine else None
+            if same is not None:
+                rows = same.rows
+            new = []
+            for leaf, slots, own in zip(*carry, values, strict=True):
+                dtype = _wide(leaf.dtype)
+                own = own.astype(dtype)
+                if scales is not None:
+                    own *= scales.astype(dtype).reshape(-1, *(1,) * (own.ndim - 1))
+                own = own if same is None else same.add(own)
+                before = tuple(slot.at[rows].get(mode="clip") for slot in slots)
+                moved, after = step(own, before, jnp.asarray(rate, dtype))
+                sure = {"mode": "drop", "unique_indices": same is not None}
+                leaf = leaf.at[rows].add(moved.astype(leaf.dtype), **sure)
+                after = [
+                    slot.at[rows].set(value, **sure)
+                    for slot, value in zip(slots, after, strict=True)
+                ]
+                new.append((leaf, tuple(after)))
+            return [leaf for leaf, _ in new], [slots for _, slots in new]
+
+        shared = gradient.scales is not None
+        size = gradient.rows.shape[-1]
+        rows = gradient.rows.reshape(-1, size)
+        scales = gradient.scales.reshape(-1, size) if shared else None
+        each = None
+        if not shared:
+            each = [v.reshape(-1, size, *v.shape[gradient.rows.ndim :]) for v in values]
+
+        def body(carry, xs):
+            rows, scales, each = xs
+            return group(carry, rows, scales, values if shared else each), None
+
+        (leaves, slots), _ = lax.scan(body, (leaves, slots), (rows, scales, each))
+        state = RowState(state.count + 1, form.unflatten(slots))
+        return form.unflatten(leaves), state
+
+    return RowOptimizer(init, update)
+
+
+def _num_rows(leaves: list, values: list, gradient: RowGradient) -> int:
+    """Returns the number of rows of parameters whose gradient fits."""
+    if not leaves or any(leaf.ndim < 1 for leaf in leaves):
+        raise ValueError("`params` must hold arrays of shape [R, ...].")
+    count = leaves[0].shape[0]
+    leading = gradient.rows.shape
+    if gradient.scales is not None:
+        checks.shape("scales", gradient.scales, leading, "rows.shape")
+        leading = leading[-1:]
+    for leaf, own in zip(leaves, values, strict=True):
+        checks.shape("params", leaf, (count, *leaf.shape[1:]), "(R, ...)")
+        checks.shape("values", own, (*leading, *leaf.shape[1:]), "(..., N, ...)")
+    return count
+
+
+class _Same(NamedTuple):
+    """Rows of equal number, brought together.
+
+    Attributes:
+      rows: [N], each row once, those left over out of bounds.
+      order: [N], which come together.
+      place: [N], where in `rows` each of those is.
+    """
+
+    rows: jax.Array
+    order: jax.Array
+    place: jax.Array
+
+    @classmethod
+    def of(cls, rows: jax.Array, count: int) -> "_Same":
+        """Sorts rows, all those out of bounds being `count`."""
+        order = jnp.argsort(rows)
+        rows = rows[order]
+        begins = jnp.concatenate([jnp.zeros(1, bool), rows[1:] != rows[:-1]])
+        begins = begins[: len(rows)]
+        place = jnp.cumsum(begins, dtype=jnp.int32)
+        beyond = count + jnp.arange(len(rows), dtype=jnp.int32)
+        return cls(beyond.at[place].set(rows), order, place)
+
+    def add(self, values: jax.Array) -> jax.Array:
+        """Returns the sum over each row's values, [N, ...]."""
+        return (
+            jnp.zeros_like(values)
+            .at[self.place]
+            .add(values[self.order], indices_are_sorted=True)
+        )
