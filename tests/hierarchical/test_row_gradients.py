@@ -27,7 +27,7 @@ PAIRS = {
 }
 
 
-def by_optax(optimizer, params, gradient, state=None):
+def by_optax(optimizer, params, gradient, state=None) -> Any:
     """Returns the new parameters and state."""
     with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
         state = optimizer.init(params) if state is None else state
@@ -35,7 +35,9 @@ def by_optax(optimizer, params, gradient, state=None):
         return optax.apply_updates(params, updates), state
 
 
-def dense(hidden, kernel, labels, tree, bias=None, weights=None, mean=True, tau=1.0):
+def dense(
+    hidden, kernel, labels, tree, bias=None, weights=None, mean=True, tau: Any = 1.0
+):
     """Returns the loss and its gradients by automatic differentiation."""
     weights = np.ones(np.shape(labels)) if weights is None else weights
 
@@ -194,7 +196,9 @@ def test_optimizers_that_equal_the_dense_ones(name, layout, x64):
         else:
             rows = np.stack([random.integers(-2, 10, 30), random.integers(10, 22, 30)])
             scales = random.standard_normal((2, 30))
-            gradient = RowGradient(jnp.asarray(rows, "int32"), values, scales)
+            gradient = RowGradient(
+                jnp.asarray(rows, "int32"), values, jnp.asarray(scales)
+            )
         total = {"kernel": np.zeros((20, 3)), "bias": np.zeros(20)}
         for place in np.ndindex(rows.shape):
             if 0 <= rows[place] < 20:
@@ -219,12 +223,14 @@ def test_lazy_adam_is_adam_of_each_row_alone(x64):
     params = jnp.zeros((6, 2))
     state = ours.init(params)
     whole, dense_state = params, None
-    alone = [(params[row], None) for row in range(6)]
+    alone: list[Any] = [(params[row], None) for row in range(6)]
     for update in range(6):
         # Row 0 in each, rows 1 to 4 in one or two, row 5 in none.
         rows = np.array([0, 1 + update % 4, 0], "int32")
         values = random.standard_normal((3, 2))
-        params, state = ours.update(params, RowGradient(rows, values), state)
+        params, state = ours.update(
+            params, RowGradient(jnp.asarray(rows), values), state
+        )
         total = np.zeros((6, 2))
         np.add.at(total, rows, values)
         whole, dense_state = by_optax(theirs, whole, total, dense_state)
@@ -246,7 +252,9 @@ def test_every_row_visited_is_dense_adam(x64):
     for _ in range(5):
         rows = np.asarray(random.permutation(7), "int32")
         values = random.standard_normal((7, 2))
-        params, state = ours.update(params, RowGradient(rows, values), state)
+        params, state = ours.update(
+            params, RowGradient(jnp.asarray(rows), values), state
+        )
         total = np.zeros((7, 2))
         total[rows] = values
         whole, dense_state = by_optax(theirs, whole, total, dense_state)
