@@ -11,6 +11,7 @@ from jaxsoft.hierarchical.row_optimizers import (
     row_adam,
     row_sgd,
 )
+from jaxsoft.hierarchical.sampled import ClassSampler, sampled_softmax_loss
 from jaxsoft.hierarchical.sampling import hierarchical_sample
 from jaxsoft.hierarchical.softmax import (
     hierarchical_log_prob,
@@ -34,6 +35,7 @@ from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 
 __all__ = [
     "ClassPath",
+    "ClassSampler",
     "ClassTree",
     "LogitStatistics",
     "RowGradient",
@@ -62,6 +64,7 @@ __all__ = [
     "row_adagrad",
     "row_adam",
     "row_sgd",
+    "sampled_softmax_loss",
     "softmax",
     "softmax_cross_entropy",
     "supervised_contrastive",
