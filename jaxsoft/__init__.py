@@ -1,5 +1,9 @@
 """jaxsoft, the softmax layer of JAX."""
 
+from jaxsoft.hierarchical.adaptive import adaptive_log_prob, adaptive_log_probs
+from jaxsoft.hierarchical.adaptive_decoding import adaptive_sample, adaptive_top_k
+from jaxsoft.hierarchical.adaptive_layer import AdaptiveTail
+from jaxsoft.hierarchical.class_bands import ClassBands
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.row_gradients import (
     RowGradient,
@@ -34,12 +38,18 @@ from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 
 __all__ = [
+    "AdaptiveTail",
+    "ClassBands",
     "ClassPath",
     "ClassSampler",
     "ClassTree",
     "LogitStatistics",
     "RowGradient",
     "RowOptimizer",
+    "adaptive_log_prob",
+    "adaptive_log_probs",
+    "adaptive_sample",
+    "adaptive_top_k",
     "clip_loss",
     "distillation_loss",
     "entropy",

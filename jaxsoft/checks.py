@@ -105,7 +105,11 @@ def scalar_in(name: str, value: Any, low: float, high: float) -> float:
         raise TypeError(f"`{name}` must be a Python number, got {value!r}.")
     result = float(value)
     if not (low <= result <= high and math.isfinite(result)):
-        rule = f"lie in [{low:g}, {high:g}]" if high < math.inf else "be finite, >= 0"
+        rule = (
+            f"lie in [{low:g}, {high:g}]"
+            if high < math.inf
+            else f"be finite, >= {low:g}"
+        )
         raise ValueError(f"`{name}` must {rule}, got {value!r}.")
     return result
 
