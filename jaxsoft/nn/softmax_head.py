@@ -7,7 +7,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes as flax_dtypes
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft import checks, dtypes
@@ -17,10 +16,10 @@ from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.statistics import MeshAxes
 from jaxsoft.linear.top_k import linear_top_k
+from jaxsoft.nn import arguments
 
 __all__ = ["SoftmaxHead"]
 
-_KERNEL_INIT = nnx.initializers.lecun_normal()
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -126,7 +125,7 @@ class SoftmaxHead(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: Any = None,
-        kernel_init: nnx.Initializer = _KERNEL_INIT,
+        kernel_init: nnx.Initializer = arguments.KERNEL_INIT,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
         kernel_metadata: Mapping[str, Any] = _NO_METADATA,
         bias_metadata: Mapping[str, Any] = _NO_METADATA,
@@ -156,11 +155,7 @@ class SoftmaxHead(nnx.Module):
             if use_bias
             else None
         )
-        self.temperature: float | nnx.Variable = (
-            temperature
-            if isinstance(temperature, (int, float))
-            else nnx.Variable(jnp.asarray(temperature))
-        )
+        self.temperature: arguments.StoredTemperature = arguments.stored(temperature)
         self.logit_softcap = logit_softcap
         self.dtype = dtype
         self.precision = precision
@@ -340,6 +335,38 @@ class SoftmaxHead(nnx.Module):
             **self._options(),
         )
 
+    def operands(self, hidden: ArrayLike, temperature: ArrayLike | None = None) -> Any:
+        """Returns what functions of single classes need of this layer.
+
+        Args:
+          hidden: [..., H] floating.
+          temperature: τ, a scalar or [...]; None takes the module's.
+
+        Returns:
+          Hidden states and kernel in the dtype of matrix products, and a dict of the
+          options bias, temperature, kernel_layout and precision.
+
+        Raises:
+          ValueError: if the layer has what such functions do not know: a soft cap or
+            sharded classes.
+        """
+        if self.logit_softcap is not None or self.vocab_axis is not None:
+            raise ValueError(
+                "`logit_softcap` and `vocab_axis` must be None, got "
+                f"{self.logit_softcap!r} and {self.vocab_axis!r}."
+            )
+        hidden, kernel, bias = self._promote(hidden)
+        return (
+            hidden,
+            kernel,
+            {
+                "bias": bias,
+                "temperature": self._temperature(temperature),
+                "kernel_layout": "hv" if self.embedding is None else "vh",
+                "precision": self.precision,
+            },
+        )
+
     def _promote(self, hidden: ArrayLike):
         """Returns hidden, kernel and bias in the dtype of matrix products."""
         hidden = checks.floating("hidden", hidden)
@@ -347,17 +374,11 @@ class SoftmaxHead(nnx.Module):
         assert param is not None
         kernel = param[...]
         bias = None if self.bias is None else self.bias[...]
-        if self.dtype is not None:
-            hidden, kernel = flax_dtypes.promote_dtype(
-                (hidden, kernel), dtype=self.dtype
-            )
+        hidden, kernel = arguments.promoted(self.dtype, hidden, kernel)
         return hidden, kernel, bias
 
     def _temperature(self, temperature: ArrayLike | None) -> Any:
-        if temperature is not None:
-            return temperature
-        own = self.temperature
-        return own[...] if isinstance(own, nnx.Variable) else own
+        return arguments.current(self.temperature, temperature)
 
     def _options(self) -> dict[str, Any]:
         """Returns the options that every function of the linear room takes."""

@@ -1,0 +1,337 @@
+"""Heads that swap by one line: each against its own logits, in NNX and in Linen."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.nnx import bridge
+
+import jaxsoft
+from jaxsoft.nn import (
+    AdaptiveSoftmaxHead,
+    HierarchicalSoftmaxHead,
+    SampledSoftmaxHead,
+    SoftmaxHead,
+)
+
+H, V, N = 16, 50, 6
+RANDOM = np.random.default_rng(0)
+COUNTS = RANDOM.integers(0, 60, V)
+HIDDEN = jnp.asarray(RANDOM.standard_normal((N, H)), jnp.float32)
+LABELS = jnp.asarray([0, V - 1, 3, 17, 3, 30])
+TREE = jaxsoft.ClassTree.huffman(COUNTS)
+BANDS = jaxsoft.ClassBands.from_counts(COUNTS, cutoffs=(12, 30))
+SAMPLER = jaxsoft.ClassSampler.unigram(COUNTS + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A head, and what it is made of besides `in_features` and options."""
+
+    module: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def make(self, seed=0, **options) -> Any:
+        """Returns a head with biases that are not 0."""
+        options = {"use_bias": True, "rngs": nnx.Rngs(seed)} | options
+        options.setdefault("bias_init", nnx.initializers.normal(0.5))
+        head = self.module(H, *self.arguments, **options)
+        head.eval()
+        return head
+
+
+KINDS = {
+    "full": Kind(SoftmaxHead, (V,)),
+    "hierarchical": Kind(HierarchicalSoftmaxHead, (TREE,)),
+    "adaptive": Kind(AdaptiveSoftmaxHead, (BANDS,)),
+    "sampled": Kind(SampledSoftmaxHead, (V, 16, SAMPLER)),
+}
+each_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+@each_kind
+def test_loss_log_prob_and_top_k_are_those_of_the_logits(kind):
+    head = KINDS[kind].make()
+    assert head.num_classes == V
+    logits = head(HIDDEN)
+    assert logits.shape == (N, V) and logits.dtype == jnp.float32
+    log_probs = jax.nn.log_softmax(logits)
+    expected = jnp.take_along_axis(log_probs, LABELS[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(head.log_prob(HIDDEN, LABELS), expected, rtol=1e-5)
+    per_token = head.loss(HIDDEN, LABELS, reduction="none")
+    np.testing.assert_allclose(per_token, -expected, rtol=1e-5)
+    np.testing.assert_allclose(head.loss(HIDDEN, LABELS), -expected.mean(), rtol=1e-5)
+    found, ids = head.top_k(HIDDEN, 5)
+    best, best_ids = jax.lax.top_k(log_probs, 5)
+    np.testing.assert_array_equal(ids, best_ids)
+    np.testing.assert_allclose(found, best, rtol=1e-5)
+
+
+@each_kind
+def test_leading_axes_and_jit(kind):
+    head = KINDS[kind].make()
+    hidden, labels = HIDDEN.reshape(2, 3, H), LABELS.reshape(2, 3)
+    jitted = nnx.jit(lambda head, *args: head.log_prob(*args))
+    np.testing.assert_allclose(
+        jitted(head, hidden, labels).reshape(-1),
+        head.log_prob(HIDDEN, LABELS),
+        rtol=1e-5,
+    )
+    assert head(hidden).shape == (2, 3, V)
+    assert head.sample(jax.random.key(0), hidden).shape == (2, 3)
+    assert [a.shape for a in head.top_k(hidden, 4)] == [(2, 3, 4)] * 2
+
+
+@each_kind
+def test_weights_and_ignored_labels(kind):
+    head = KINDS[kind].make()
+    weights = jnp.array([1.0, 0.0, 0.5, 2.0, 0.0, 1.0])
+    per_token = np.asarray(head.loss(HIDDEN, LABELS, reduction="none"))
+    hidden = HIDDEN.at[1].set(jnp.nan)
+    labels = LABELS.at[4].set(-100)
+    found = head.loss(hidden, labels, weights=weights)
+    expected = (weights * per_token).sum() / weights.sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found = head.loss(HIDDEN, labels, ignore_label=-100, reduction="sum")
+    np.testing.assert_allclose(found, per_token[[0, 1, 2, 3, 5]].sum(), rtol=1e-5)
+    nothing = jnp.full(N, -100)
+    value, gradient = jax.value_and_grad(
+        lambda hidden: head.loss(hidden, nothing, ignore_label=-100)
+    )(HIDDEN)
+    assert value == 0 and (gradient == 0).all()
+    assert jnp.isnan(head.loss(HIDDEN, labels))
+
+
+@each_kind
+def test_temperature_of_the_module_and_of_the_call(kind):
+    warm, tau = KINDS[kind].make(), jnp.linspace(0.5, 2, N)
+    other = warm.log_prob(HIDDEN, LABELS)
+    for given in (0.5, jnp.asarray(0.5)):
+        cold = KINDS[kind].make(temperature=given)
+        found = cold.log_prob(HIDDEN, LABELS)
+        expected = warm.log_prob(HIDDEN, LABELS, temperature=0.5)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert (jnp.abs(found - other) > 1e-3).any()
+    rows = warm.log_prob(HIDDEN, LABELS, temperature=tau)
+    for row in range(N):
+        one = warm.log_prob(HIDDEN[row], LABELS[row], temperature=tau[row])
+        np.testing.assert_allclose(rows[row], one, rtol=1e-5)
+    loss = warm.loss(HIDDEN, LABELS, temperature=tau, reduction="none")
+    np.testing.assert_allclose(loss, -rows, rtol=1e-6)
+    greedy = warm.sample(jax.random.key(0), HIDDEN, temperature=0.0)
+    assert (greedy == warm.sample(jax.random.key(1), HIDDEN, temperature=0.0)).all()
+
+
+@each_kind
+def test_samples_follow_the_probabilities(kind):
+    head = KINDS[kind].make()
+    draws = 40_000
+    hidden = jnp.broadcast_to(HIDDEN[:1], (draws, H))
+    drawn = head.sample(jax.random.key(7), hidden)
+    expected = draws * np.exp(np.asarray(jax.nn.log_softmax(head(HIDDEN[0]))))
+    observed = np.bincount(drawn, minlength=V)
+    squares = (observed - expected) ** 2 / expected
+    # 49 degrees of freedom: above 100 once in 40,000 times.
+    assert squares.sum() < 100
+
+
+@each_kind
+def test_parameters_alone_are_trained(kind):
+    head = KINDS[kind].make()
+    head.train()
+    shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(head, nnx.Param)))
+    assert all(jax.tree.leaves(shapes))
+    optimizer = nnx.Optimizer(head, optax.adam(0.05), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(head, optimizer):
+        loss, grads = nnx.value_and_grad(lambda h: h.loss(HIDDEN, LABELS))(head)
+        optimizer.update(head, grads)
+        return loss
+
+    before = head.log_prob(HIDDEN, LABELS).mean()
+    with jax.numpy_dtype_promotion("standard"):  # Optax relies on it
+        for _ in range(30):
+            step(head, optimizer)
+    assert head.log_prob(HIDDEN, LABELS).mean() > 0.2 * before
+    graph, state = nnx.split(head)
+    again = nnx.merge(graph, state)
+    np.testing.assert_array_equal(
+        again.log_prob(HIDDEN, LABELS), head.log_prob(HIDDEN, LABELS)
+    )
+
+
+@each_kind
+def test_dtype_and_param_dtype(kind):
+    head = KINDS[kind].make(dtype=jnp.bfloat16)
+    exact = KINDS[kind].make()
+    params = jax.tree.leaves(nnx.state(head, nnx.Param))
+    assert {leaf.dtype for leaf in params} == {jnp.dtype("float32")}
+    grads = nnx.grad(lambda head: head.loss(HIDDEN, LABELS))(head)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    found, expected = (h.log_prob(HIDDEN, LABELS) for h in (head, exact))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=3e-2)
+    assert (found != expected).any()
+    short = KINDS[kind].make(param_dtype=jnp.bfloat16)
+    params = jax.tree.leaves(nnx.state(short, nnx.Param))
+    assert {leaf.dtype for leaf in params} == {jnp.dtype("bfloat16")}
+
+
+@each_kind
+def test_linen_model_through_the_bridge(kind):
+    chosen = KINDS[kind]
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels):
+            head = bridge.ToLinen(
+                chosen.module, args=(H, *chosen.arguments), name="head"
+            )
+            return head(nn.Dense(H)(x), labels, nnx_method="log_prob")
+
+    model = Model()
+    variables: Any = model.init(jax.random.key(0), HIDDEN, LABELS)
+
+    def loss(params):
+        found: Any = model.apply(variables | {"params": params}, HIDDEN, LABELS)
+        return -found.mean()
+
+    value, grads = jax.value_and_grad(loss)(variables["params"])
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(grads))
+    moved = jax.tree.map(lambda a, g: a - 0.1 * g, variables["params"], grads)
+    assert loss(moved) < value
+
+
+def test_row_gradients_are_the_dense_ones():
+    head = KINDS["hierarchical"].make()
+    weights = jnp.array([1.0, 0.0, 0.5, 2.0, 0.0, 1.0])
+    options: Any = {"weights": weights, "temperature": 0.7}
+    loss, dhidden, rows = head.value_and_row_grad(HIDDEN, LABELS, **options)
+    value, (grads, expected) = nnx.value_and_grad(
+        lambda head, hidden: head.loss(hidden, LABELS, **options), argnums=(0, 1)
+    )(head, HIDDEN)
+    np.testing.assert_allclose(loss, value, rtol=1e-6)
+    np.testing.assert_allclose(dhidden, expected, rtol=1e-5, atol=1e-7)
+    kernel, bias = rows.dense(V - 1)
+    np.testing.assert_allclose(kernel, grads["node_kernel"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(bias, grads["node_bias"], rtol=1e-5, atol=1e-7)
+    ignored = head.value_and_row_grad(HIDDEN, LABELS, ignore_label=3)[0]
+    np.testing.assert_allclose(
+        ignored, head.loss(HIDDEN, LABELS, ignore_label=3), rtol=1e-6
+    )
+
+
+def test_adaptive_tails_get_narrower_and_never_vanish():
+    head = KINDS["adaptive"].make(tail_factor=2.0)
+    assert [p.shape for p in head.projections] == [(H, 8), (H, 4)]
+    assert [k.shape for k in head.tail_kernels] == [(8, 18), (4, 20)]
+    assert [b.shape for b in head.tail_biases] == [(18,), (20,)]
+    wide = KINDS["adaptive"].make(tail_features=(5, 3), use_bias=False)
+    assert [p.shape for p in wide.projections] == [(H, 5), (H, 3)]
+    assert wide.bias is None and not wide.tail_biases
+
+
+def test_sampled_head_samples_in_training_alone():
+    head = KINDS["sampled"].make()
+    full = head.full.loss(HIDDEN, LABELS)
+    np.testing.assert_array_equal(head.loss(HIDDEN, LABELS), full)
+    head.train()
+    key = jax.random.key(5)
+    found = head.loss(HIDDEN, LABELS, key=key, temperature=0.7)
+    expected = jaxsoft.sampled_softmax_loss(
+        key,
+        HIDDEN,
+        head.full.kernel[...],
+        LABELS,
+        16,
+        sampler=SAMPLER,
+        bias=head.full.bias[...],
+        temperature=0.7,
+    )
+    np.testing.assert_array_equal(found, expected)
+    # Its own keys: another sample each time.
+    first, second = (head.loss(HIDDEN, LABELS) for _ in range(2))
+    assert first != second and first != full
+
+
+def test_sampled_head_tied_to_an_embedding():
+    embedding = nnx.Embed(V, H, rngs=nnx.Rngs(1))
+    head = KINDS["sampled"].make(embedding=embedding, use_bias=False)
+    head.train()
+    key = jax.random.key(2)
+    expected = jaxsoft.sampled_softmax_loss(
+        key,
+        HIDDEN,
+        embedding.embedding[...].T,
+        LABELS,
+        16,
+        sampler=SAMPLER,
+    )
+    np.testing.assert_allclose(head.loss(HIDDEN, LABELS, key=key), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: HierarchicalSoftmaxHead(H, V, rngs=nnx.Rngs(0)),  # type: ignore
+            TypeError,
+            "`tree` must be a ClassTree, got int.",
+        ),
+        (
+            lambda: AdaptiveSoftmaxHead(H, TREE, rngs=nnx.Rngs(0)),  # type: ignore
+            TypeError,
+            "`bands` must be a ClassBands, got ClassTree.",
+        ),
+        (
+            lambda: KINDS["adaptive"].make(tail_factor=5.0),
+            ValueError,
+            r"`tail_factor` must leave each of 2 tails a feature of 16, got 5: widths "
+            r"\(3, 0\). Give `tail_features`.",
+        ),
+        (
+            lambda: KINDS["adaptive"].make(tail_features=(2,)),
+            ValueError,
+            "`tail_features` must be one for each of 2 tails",
+        ),
+        (
+            lambda: KINDS["adaptive"].make(tail_features=(2, 0)),
+            ValueError,
+            "`tail_features` must be at least 1, got 0.",
+        ),
+        (
+            lambda: SampledSoftmaxHead(H, V, 0, SAMPLER, rngs=nnx.Rngs(0)),
+            ValueError,
+            "`num_samples` must be at least 1, got 0.",
+        ),
+        (
+            lambda: SampledSoftmaxHead(H, V + 1, 4, SAMPLER, rngs=nnx.Rngs(0)).loss(
+                HIDDEN, LABELS
+            ),
+            ValueError,
+            "`sampler` must be over 51 classes, got 50.",
+        ),
+    ],
+)
+def test_messages(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@each_kind
+def test_messages_of_calls(kind):
+    head = KINDS[kind].make()
+    with pytest.raises(TypeError, match="`hidden` must have a floating"):
+        head.loss(jnp.zeros((N, H), int), LABELS)
+    with pytest.raises(ValueError, match="`labels` must have shape"):
+        head.loss(HIDDEN, LABELS[:2])
+    with pytest.raises(ValueError, match="`reduction` must be one of"):
+        head.loss(HIDDEN, LABELS, reduction="median")
