@@ -6,11 +6,12 @@ stderr, with nothing written; 130 and 143 stopped by Ctrl-C and SIGTERM.
 
 import argparse
 import dataclasses
+import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from jax.sharding import Mesh
 
@@ -25,11 +26,15 @@ from jaxsoft.training import (
     RunDirectoryError,
     StopRequest,
     TrainingInterrupted,
+    compare_heads,
     load_config,
     parse_mesh,
     require_train_extra,
     train_language_model,
 )
+
+# What --compare-heads gives each head, unless told.
+_COMPARE_SECONDS = 120.0
 
 _TRAIN_HELP = {
     "corpus": "text file, folder of text files, or .gz of one text (default: the "
@@ -42,6 +47,9 @@ _TRAIN_HELP = {
     "layers": "attention blocks",
     "heads": "attention heads",
     "learning_rate": "peak learning rate",
+    "head": "full, hierarchical (a Huffman tree of the corpus's counts), adaptive or "
+    "sampled",
+    "num_samples": "classes that a sampled head draws a step",
     "seed": "seed of parameters, data order and samples",
     "out": "folder of the run",
     "cache_dir": "root of the token cache (default: the user's cache folder)",
@@ -104,6 +112,15 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with the run in --out; options not given are the run's own",
     )
     train.add_argument(
+        "--compare-heads",
+        nargs="?",
+        type=_seconds,
+        const=_COMPARE_SECONDS,
+        metavar="SECONDS",
+        help="train every head for so long instead, and print a table of quality, time "
+        f"and memory (SECONDS: {_COMPARE_SECONDS:g} if not given)",
+    )
+    train.add_argument(
         "--mesh",
         metavar="AXES",
         help="use all devices, such as data=2,vocab=4 for eight: batches are sharded "
@@ -120,9 +137,12 @@ def _train(parsed: argparse.Namespace) -> int:
         for field in dataclasses.fields(LanguageModelConfig)
         if hasattr(parsed, field.name)
     }
-    out = given.setdefault("out", LanguageModelConfig.out)
+    seconds = parsed.compare_heads
     try:
         require_train_extra()
+        if seconds is not None:
+            _check_comparison(parsed, given)
+        out = given.setdefault("out", LanguageModelConfig.out)
         stored = load_config(out) if parsed.resume else LanguageModelConfig()
         config = dataclasses.replace(stored, **given)
         mesh = None if parsed.mesh is None else parse_mesh(parsed.mesh)
@@ -130,14 +150,52 @@ def _train(parsed: argparse.Namespace) -> int:
         return _fail("train", error, 2)
     try:
         with StopRequest() as stop:
+            if seconds is not None:
+                return _compare(stop, config, seconds)
             return _train_until(stop, config, resume=parsed.resume, mesh=mesh)
     except TrainingInterrupted as interruption:
-        print(_farewell(interruption, out, parsed.mesh), file=sys.stderr)
+        said = f"{interruption}; nothing was written to {out}"
+        if seconds is None:
+            said = _farewell(interruption, out, parsed.mesh)
+        print(said, file=sys.stderr)
         return 128 + interruption.signal_number
     except (CorpusError, MeshError, RunDirectoryError) as error:
         return _fail("train", error, 2)
     except (CheckpointError, NonFiniteLossError, OSError) as error:
         return _fail("train", error, 1)
+
+
+def _seconds(text: str) -> float:
+    """Reads a time."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def _check_comparison(parsed: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Raises unless all that was asked for goes with a comparison of heads."""
+    for name in ("head", "steps", "resume", "mesh"):
+        value = given.get(name) or getattr(parsed, name, None)
+        if value:
+            raise ValueError(
+                f"`{name}` must be left out with `compare_heads`, got {value!r}."
+            )
+
+
+def _compare(stop: StopRequest, config: LanguageModelConfig, seconds: float) -> int:
+    """Compares heads, prints the table, and returns the exit code."""
+    from rich.console import Console
+
+    from jaxsoft.training.console import ConsoleListener, summarise_comparison
+    from jaxsoft.training.run_directory import RunDirectory
+
+    console = Console()
+    report = compare_heads(
+        config, seconds, listener=ConsoleListener(console, "second"), stop=stop
+    )
+    summarise_comparison(console, report, RunDirectory(config.out).files())
+    return 0
 
 
 def _train_until(
@@ -176,7 +234,7 @@ def _farewell(interruption: TrainingInterrupted, out: str, mesh: str | None) -> 
 
 def _fail(command: str, error: Exception, code: int) -> int:
     """Prints an error as one line, options spelled as flags; returns the code."""
-    fields = "|".join([*_TRAIN_HELP, "resume", "mesh"])
+    fields = "|".join([*_TRAIN_HELP, "resume", "mesh", "compare_heads"])
     text = re.sub(
         f"`({fields})`", lambda match: _flag(match[1]), " ".join(str(error).split())
     )

@@ -8,6 +8,7 @@ import pytest
 from jaxsoft import __version__, cli
 from jaxsoft.cli import main
 from jaxsoft.training import TrainingInterrupted
+from jaxsoft.training.heads import HEADS
 
 TEXT = "".join(f"line {index} of a little text\n" for index in range(2000))
 
@@ -73,6 +74,15 @@ def test_train_prints_its_measurements_and_files(options, capsys, tmp_path, one_
         (["--out", "text.txt/run"], "--out text.txt/run cannot be written."),
         (["--cache-dir", "text.txt"], "name another folder by --cache-dir."),
         (["--resume"], "--out run holds no run to resume (no config.json)."),
+        (["--head", "tree"], "--head must be one of 'full', 'hierarchical', "),
+        (["--num-samples", "0"], "--num-samples must be positive, got 0."),
+        (["--compare-heads", "0"], "--compare-heads: must be positive, got 0"),
+        (["--compare-heads", "soon"], "--compare-heads: invalid _seconds value"),
+        (["--compare-heads"], "--steps must be left out with --compare-heads, got 4."),
+        (
+            ["--compare-heads", "--head", "full"],
+            "--head must be left out with --compare-heads, got 'full'.",
+        ),
         (["--mesh", "data"], "--mesh must be axes with their sizes, such as data=2,"),
         (["--mesh", "rows=1"], "--mesh must have the axes data and vocab, each once"),
         (["--mesh", "vocab=99"], "the sizes in --mesh must multiply to the number of"),
@@ -88,6 +98,41 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert message in said and said.startswith("jaxsoft")
     assert not (tmp_path / "run").exists()
     assert (tmp_path / "text.txt").read_text() == TEXT
+
+
+def test_compare_heads_prints_a_table(options, capsys, tmp_path):
+    place = options.index("--steps")
+    del options[place : place + 2]
+    assert main(["train", *options, "--compare-heads", "0.2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    rows = re.findall(r"^\| (\w+) +\|(.*)\|$", captured.out, re.MULTILINE)
+    assert [head for head, _ in rows][-4:] == [*HEADS]
+    for _, cells in rows[-4:]:
+        assert all(float(cell.replace(",", "")) >= 0 for cell in cells.split("|"))
+    assert "each head was trained for 0.2 s on 64 tokens a step" in captured.out
+    assert "files: run/comparison.json, run/comparison.png" in captured.out
+    said = fails(capsys, ["train", *options, "--compare-heads", "0.2"])
+    assert "already holds a run (comparison.json)" in said
+
+
+def test_compare_heads_interrupted(options, capsys, monkeypatch):
+    def stopped(*args, **rest):
+        raise TrainingInterrupted(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "compare_heads", stopped)
+    place = options.index("--steps")
+    del options[place : place + 2]
+    said = fails(capsys, ["train", *options, "--compare-heads"], code=130)
+    assert said == "stopped by SIGINT; nothing was written to run"
+
+
+@pytest.mark.parametrize("head", ["hierarchical", "sampled"])
+def test_another_head_trains_and_resumes(options, capsys, head):
+    assert main(["train", *options, "--head", head]) == 0
+    assert f"head: {head}\n" in capsys.readouterr().out
+    said = fails(capsys, ["train", "--out", "run", "--resume", "--head", "full"])
+    assert f"the run in run has --head '{head}', not 'full'" in said
 
 
 def test_resume_of_another_configuration(options, capsys, tmp_path):

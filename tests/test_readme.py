@@ -46,7 +46,7 @@ def test_options_that_the_text_names_exist():
     )
     assert done.returncode == 0, done.stderr
     named = set(re.findall(r"`jaxsoft train (--[a-z-]+)", README)) - {"--help"}
-    assert named == {"--corpus", "--mesh", "--resume"}
+    assert named == {"--compare-heads", "--corpus", "--head", "--mesh", "--resume"}
     assert all(option in done.stdout for option in named)
 
 

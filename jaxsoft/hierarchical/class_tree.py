@@ -20,6 +20,7 @@ from jaxsoft import checks
 from jaxsoft.hierarchical.clustering import order_by_similarity
 from jaxsoft.hierarchical.huffman import code_lengths, least_depth
 from jaxsoft.hierarchical.levels import Canonical, Levels, Tables
+from jaxsoft.hierarchical.node_biases import biases_along
 from jaxsoft.hierarchical.taxonomy import tables_of_paths
 
 __all__ = ["ClassPath", "ClassTree"]
@@ -290,6 +291,25 @@ class ClassTree:
             return ClassPath(*[jax.lax.slice_in_dim(empty, 0, 0, axis=axis)] * 3)
         downwards = zip(*reversed(upwards), strict=True)
         return ClassPath(*[jnp.stack(field, axis=axis) for field in downwards])
+
+    def biases(self, probabilities: npt.ArrayLike) -> np.ndarray:
+        """Node biases that give the classes some probabilities where logits are 0.
+
+        A head whose `node_bias` is this and whose kernel is 0 starts there.
+
+        Args:
+          probabilities: [V] finite and positive, of any sum.
+
+        Returns:
+          [num_rows] float32.
+
+        Raises:
+          ValueError: if an argument is out of its range.
+        """
+        # Where a model is made inside a traced function, too.
+        with jax.ensure_compile_time_eval():
+            paths = self.paths(np.arange(self.num_classes), axis=0)
+        return biases_along(paths, probabilities)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the tree to a file of NumPy's `.npz` format.

@@ -1,6 +1,7 @@
 """Trainers and what they are made of; needs the extra `train` to run, not to import."""
 
 from jaxsoft.training.checkpoints import CheckpointError
+from jaxsoft.training.comparison import ComparisonReport, HeadReport, compare_heads
 from jaxsoft.training.config import LanguageModelConfig, load_config
 from jaxsoft.training.corpus import CorpusError
 from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
@@ -16,8 +17,10 @@ from jaxsoft.training.run_directory import RunDirectoryError
 
 __all__ = [
     "CheckpointError",
+    "ComparisonReport",
     "CorpusError",
     "FinalReport",
+    "HeadReport",
     "LanguageModelConfig",
     "Listener",
     "MeshError",
@@ -27,6 +30,7 @@ __all__ = [
     "Sample",
     "StopRequest",
     "TrainingInterrupted",
+    "compare_heads",
     "load_config",
     "parse_mesh",
     "require_train_extra",

@@ -5,6 +5,8 @@ import math
 import os
 from dataclasses import dataclass
 
+from jaxsoft import checks
+from jaxsoft.training.heads import HEADS, HeadKind
 from jaxsoft.training.run_directory import RunDirectory, RunDirectoryError
 from jaxsoft.training.tokens import MIN_VOCAB_SIZE
 from jaxsoft.training.transformer import TransformerConfig
@@ -28,6 +30,10 @@ class LanguageModelConfig:
         layers: Attention blocks.
         heads: Attention heads.
         learning_rate: Peak of the schedule: warm-up, then cosine decay.
+        head: "full", "hierarchical", "adaptive" or "sampled"; see
+            `jaxsoft.training.heads`. Validation is by the full normalised
+            probabilities of each.
+        num_samples: Classes that a sampled head draws a step.
         seed: Seed of parameters, data order and samples.
         out: Folder of the run.
         cache_dir: Root of the token cache; None is the user's cache folder.
@@ -48,6 +54,8 @@ class LanguageModelConfig:
     layers: int = 4
     heads: int = 4
     learning_rate: float = 6e-3
+    head: HeadKind = "full"
+    num_samples: int = 1024
     seed: int = 0
     out: str = "jaxsoft-run"
     cache_dir: str | None = None
@@ -75,6 +83,7 @@ class LanguageModelConfig:
             raise ValueError(
                 f"`learning_rate` must be positive, got {self.learning_rate}."
             )
+        checks.one_of("head", self.head, HEADS)
         self.transformer(self.vocab_size)
 
     def transformer(self, num_classes: int) -> TransformerConfig:

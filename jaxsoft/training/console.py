@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,7 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
+from jaxsoft.training.comparison import ComparisonReport
 from jaxsoft.training.reporting import FinalReport, Listener
 
 # Where there is no terminal to redraw, a line at most this often.
@@ -26,13 +29,14 @@ _MIB = 2**20
 class ConsoleListener(Listener):
     """Shows a progress bar on a terminal, and a line now and then elsewhere."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, unit: str = "step"):
         """Keeps the console.
 
         Args:
             console: Where to print.
+            unit: What progress is counted in.
         """
-        self._console = console
+        self._console, self._unit = console, unit
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._steps = self._started_at = 0
@@ -50,7 +54,7 @@ class ConsoleListener(Listener):
         if not self._console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn(self._unit + " {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[rate]} tokens/s"),
@@ -75,10 +79,10 @@ class ConsoleListener(Listener):
         if now - self._logged < _LOG_SECONDS and step != self._steps:
             return
         self._logged = now
-        made = step - self._started_at
+        made = max(step - self._started_at, 1)
         left = (now - self._started) / made * (self._steps - step)
         self.note(
-            f"step {step}/{self._steps}  loss {loss}  {rate} tokens/s  "
+            f"{self._unit} {step}/{self._steps}  loss {loss}  {rate} tokens/s  "
             f"{_clock(left)} left"
         )
 
@@ -123,6 +127,7 @@ def summary_lines(report: FinalReport) -> list[str]:
     gain = report.unigram_entropy - report.loss
     side = "below" if gain > 0 else "above"
     lines = [
+        f"head: {report.head}",
         f"steps: {report.step:,} in {_clock(report.seconds)}, after "
         f"{report.compile_seconds:.1f} s of compilation",
         f"validation loss: {report.loss:.3f} nats a token, perplexity "
@@ -143,6 +148,47 @@ def summary_lines(report: FinalReport) -> list[str]:
             f"{memory.step_temporaries / _MIB:,.1f} MiB in all"
         )
     return lines
+
+
+def summarise_comparison(
+    console: Console, report: ComparisonReport, files: list[Path]
+) -> None:
+    """Prints the table of a comparison of heads, and its files.
+
+    Args:
+        console: Where to print.
+        report: The measurements.
+        files: Where they are.
+    """
+    table = Table(box=box.MARKDOWN)
+    columns = ("perplexity", "steps", "ms a step", "head ms", "state MiB", "temp MiB")
+    table.add_column("head", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=name == "perplexity")
+    for one in report.heads:
+        temporary = one.cost.temporary_bytes
+        table.add_row(
+            one.head,
+            f"{one.perplexity:,.1f}",
+            f"{one.steps:,}",
+            f"{1e3 * one.step_seconds:,.0f}",
+            f"{1e3 * one.cost.seconds:,.1f}",
+            f"{one.cost.state_bytes / _MIB:,.1f}",
+            "?" if temporary is None else f"{temporary / _MIB:,.1f}",
+        )
+    say(console, "")
+    console.print(table)
+    for line in (
+        f"each head was trained for {report.seconds:g} s on {report.tokens_per_step:,} "
+        f"tokens a step, V = {report.vocab_size:,}, H = {report.features}",
+        "perplexity by full normalised probabilities, on "
+        f"{report.tokens_evaluated:,} validation tokens; unigram entropy of the corpus "
+        f"{report.unigram_entropy:.3f} nats",
+        "head ms, state and temp are of the head's step alone: loss, gradients and "
+        "update; state is parameters, moments and tables",
+        "files: " + ", ".join(str(file) for file in files),
+    ):
+        say(console, line)
 
 
 def printable(text: str) -> str:

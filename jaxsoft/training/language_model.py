@@ -20,25 +20,16 @@ from jax.sharding import Mesh
 from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.config import LanguageModelConfig, check_same, load_config
 from jaxsoft.training.corpus import Corpus
+from jaxsoft.training.heads import HeadPlan
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.mesh import check_vocabulary, usable_mesh
+from jaxsoft.training.optimizer import OptimizerConfig
 from jaxsoft.training.preparation import prepare
 from jaxsoft.training.reporting import FinalReport, Listener, Sample
 from jaxsoft.training.run_directory import RunDirectory, RunDirectoryError
-from jaxsoft.training.steps import (
-    OptimizerConfig,
-    Programs,
-    TrainState,
-)
-from jaxsoft.training.tokens import (
-    DOCUMENT_START_ID,
-    TokenCache,
-)
-from jaxsoft.training.unigram import (
-    unigram_cross_entropy,
-    unigram_entropy,
-    unigram_log_probs,
-)
+from jaxsoft.training.steps import Programs, TrainState
+from jaxsoft.training.tokens import DOCUMENT_START_ID, TokenCache
+from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
 from jaxsoft.training.windows import Windows
 
 if TYPE_CHECKING:
@@ -48,7 +39,7 @@ SAMPLE_TEMPERATURES = (0.0, 0.7, 1.0)
 
 _EXTRA_PACKAGES = ("grain", "matplotlib", "orbax", "rich", "tokenizers")
 # The last validation reads this many times the tokens of those on the way.
-_FINAL_EVALUATION = 4
+FINAL_EVALUATION = 4
 # Length of the prompt that the samples get from the validation text.
 _PROMPT_TOKENS = 24
 
@@ -81,9 +72,9 @@ def train_language_model(
 ) -> FinalReport:
     """Trains a language model, or goes on with one.
 
-    Loss is `jaxsoft.nn.SoftmaxHead.loss`: the `[N, V]` logits of a step exist only a
-    tile at a time. `config.out` receives `config.json`, `metrics.jsonl`, `loss.png`,
-    `tokenizer.json` and `checkpoints/`.
+    Loss is that of a head of `jaxsoft.nn`: the `[N, V]` logits of a step exist only a
+    tile at a time, or never. `config.out` receives `config.json`, `metrics.jsonl`,
+    `loss.png`, `tokenizer.json` and `checkpoints/`.
 
     Args:
         config: What to train.
@@ -101,7 +92,8 @@ def train_language_model(
 
     Raises:
         MissingExtraError: The extra `train` is not installed.
-        MeshError: The mesh has other axes, or does not divide batch or vocabulary.
+        MeshError: The mesh has other axes, does not divide batch or vocabulary, or is
+            not for this head.
         CorpusError: The corpus is missing, empty or too small.
         RunDirectoryError: `config.out` holds another run or, to resume, not this one.
         CheckpointError: A checkpoint cannot be written or read.
@@ -121,7 +113,7 @@ def train_language_model(
     else:
         directory.check_vacant()
     corpus, tokens = prepare(config, listener, stop)
-    check_vocabulary(mesh, tokens.facts.vocab_size)
+    check_vocabulary(mesh, tokens.facts.vocab_size, config.head)
     description = _description(config, corpus, tokens, mesh)
     if resume:
         _check_same_surroundings(directory, description, listener)
@@ -156,6 +148,7 @@ class _Run:
             config.transformer(tokens.facts.vocab_size),
             self.optimizer,
             (config.batch_size, length),
+            head=head_plan(config, tokens),
             seed=config.seed,
             mesh=mesh,
         )
@@ -180,7 +173,7 @@ class _Run:
             state, progress = checkpoints.restore(self.programs.abstract_state)
             self.listener.note(f"resumed after step {progress.step}")
         else:
-            state = self.programs.init(unigram_log_probs(self.tokens.counts("train")))
+            state = self.programs.init()
             progress = Progress(step=0, next_batch=0, seconds=0.0)
             if resume:
                 self.listener.note("no checkpoint yet: starting again at step 1")
@@ -213,18 +206,25 @@ class _Run:
         """Makes one step and writes its metrics line."""
         started = time.perf_counter()
         batch = self.read_batch(progress.next_batch)
-        state, result = self.programs.step(state, batch)
+        step = progress.step + 1
+        rate = self.optimizer.rate(step)
+        state, result = self.programs.step(state, batch, rate, step)
         measured = {name: float(value) for name, value in result._asdict().items()}
         took = time.perf_counter() - started
-        step = progress.step + 1
-        self._check_finite(step, measured, checkpoints.latest_step())
+        kept = checkpoints.latest_step()
+        check_finite(
+            measured,
+            f"step {step}",
+            (f"checkpoint {kept} is kept" if kept else "no checkpoint yet")
+            + f" in {self.directory.checkpoints}; try a lower `learning_rate`.",
+        )
         progress = Progress(step, progress.next_batch + 1, progress.seconds + took)
         tokens = self.config.batch_size * self.config.sequence_length
         record = {
             "event": "train",
             "step": step,
             **measured,
-            "learning_rate": self.optimizer.rate(step),
+            "learning_rate": rate,
             "tokens": step * tokens,
             "seconds": progress.seconds,
             "tokens_per_second": tokens / took,
@@ -232,18 +232,6 @@ class _Run:
         self.directory.append(record)
         self.listener.step(record)
         return state, progress
-
-    def _check_finite(
-        self, step: int, measured: Mapping[str, float], kept: int | None
-    ) -> None:
-        """Raises `NonFiniteLossError` before anything of a bad step is written."""
-        if not all(math.isfinite(value) for value in measured.values()):
-            values = ", ".join(f"{name} {value}" for name, value in measured.items())
-            raise NonFiniteLossError(
-                f"step {step}: {values}; "
-                + (f"checkpoint {kept} is kept" if kept else "no checkpoint yet")
-                + f" in {self.directory.checkpoints}; try a lower `learning_rate`."
-            )
 
     def _validation_loss(self, state: TrainState, num_tokens: int) -> float:
         """Mean loss over windows spread evenly over the validation tokens."""
@@ -255,7 +243,7 @@ class _Run:
         config = self.config
         length = config.sequence_length
         self.listener.note("evaluating and sampling")
-        num_tokens = _FINAL_EVALUATION * config.evaluation_tokens
+        num_tokens = FINAL_EVALUATION * config.evaluation_tokens
         windows = min(math.ceil(num_tokens / length), len(self.validation))
         train, validation = (
             self.tokens.counts(split) for split in ("train", "validation")
@@ -264,6 +252,7 @@ class _Run:
         prompt = self._prompt(tokenizer)
         report = FinalReport(
             step=progress.step,
+            head=config.head,
             loss=self._validation_loss(state, num_tokens),
             tokens_evaluated=windows * length,
             unigram_entropy=unigram_entropy(train + validation),
@@ -299,6 +288,19 @@ class _Run:
             return [DOCUMENT_START_ID, *tokenizer.encode(self.config.prompt).ids]
         middle = self.validation[len(self.validation) // 2]
         return middle[: min(_PROMPT_TOKENS, len(middle) - 1)].tolist()
+
+
+def check_finite(measured: Mapping[str, float], where: str, advice: str) -> None:
+    """Raises `NonFiniteLossError` before anything of a bad step is written."""
+    if not all(math.isfinite(value) for value in measured.values()):
+        values = ", ".join(f"{name} {value}" for name, value in measured.items())
+        raise NonFiniteLossError(f"{where}: {values}; {advice}")
+
+
+def head_plan(config: LanguageModelConfig, tokens: TokenCache) -> HeadPlan:
+    """The head of a run, made from the training tokens' counts."""
+    counts = tokens.counts("train").tolist()
+    return HeadPlan(config.head, tuple(counts), config.num_samples)
 
 
 def _is_installed(package: str) -> bool:

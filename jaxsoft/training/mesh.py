@@ -1,8 +1,8 @@
 """The devices of a run: batches lie over the axis `data`, the head over `vocab`.
 
-Nothing else is cut: the trunk is replicated. Programs are plain jit; where parameters
-lie is in their metadata (see `LanguageModel`), and everything follows from there. A run
-without a mesh is one on a mesh of one device.
+Nothing else is cut: the trunk is replicated, and so are heads other than the full one.
+Programs are plain jit; where parameters lie is in their metadata (see `LanguageModel`),
+and everything follows from there. A run without a mesh is one on a mesh of one device.
 """
 
 import math
@@ -94,14 +94,20 @@ def usable_mesh(mesh: Mesh | None, batch_size: int) -> Mesh:
     return mesh
 
 
-def check_vocabulary(mesh: Mesh, num_classes: int) -> None:
+def check_vocabulary(mesh: Mesh, num_classes: int, head: str = "full") -> None:
     """Raises `MeshError` unless each shard of the head has as many classes.
 
     Args:
         mesh: With both axes.
         num_classes: Tokens of the vocabulary in use.
+        head: The kind of head: only a full one can be cut.
     """
     size = mesh.shape[VOCAB]
+    if size > 1 and head != "full":
+        raise MeshError(
+            f"`mesh` must have one device along vocab with `head` {head!r}, got "
+            f"{size}; only a full head is cut."
+        )
     if num_classes % size:
         fitting = num_classes - num_classes % size
         fitting += 0 if fitting >= MIN_VOCAB_SIZE else size

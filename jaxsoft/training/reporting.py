@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxsoft.training.heads import HeadKind
 from jaxsoft.training.steps import MemoryReport
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class FinalReport:
 
     Attributes:
         step: Updates made.
-        loss: Validation loss in nats a token.
+        loss: Validation loss in nats a token, by full normalised probabilities.
         tokens_evaluated: Validation tokens behind `loss`.
         unigram_entropy: Entropy of the token frequencies of the whole corpus.
         unigram_cross_entropy: Loss of the training frequencies on the validation
@@ -39,6 +45,7 @@ class FinalReport:
         samples: One a temperature.
         compile_seconds: Time spent compiling, in the last process of the run.
         seconds: Time spent on steps, in all processes of the run.
+        head: What was trained: "full", "hierarchical", "adaptive" or "sampled".
     """
 
     step: int
@@ -52,11 +59,12 @@ class FinalReport:
     samples: tuple[Sample, ...]
     compile_seconds: float
     seconds: float
+    head: HeadKind = "full"
 
     @property
     def perplexity(self) -> float:
         """Perplexity, exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
     def record(self) -> dict[str, Any]:
         """The metrics line."""

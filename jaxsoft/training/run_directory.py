@@ -8,12 +8,14 @@ One folder holds one run:
 - `loss.png`: the curve of both losses beside the unigram entropy;
 - `tokenizer.json`: the tokenizer, so that the run stands without the token cache;
 - `checkpoints/`: Orbax checkpoints.
+
+A comparison of heads has `comparison.json` and `comparison.png` instead.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ _OWN_NAMES = (
     "loss.png",
     "tokenizer.json",
     "checkpoints",
+    "comparison.json",
+    "comparison.png",
 )
 
 
@@ -48,6 +52,8 @@ class RunDirectory:
         self.curve = self.path / "loss.png"
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
+        self.comparison = self.path / "comparison.json"
+        self.comparison_curve = self.path / "comparison.png"
 
     def check_vacant(self) -> None:
         """Raises `RunDirectoryError` unless a new run can be written here."""
@@ -139,31 +145,70 @@ class RunDirectory:
             unigram: Height in nats of the reference line, the unigram entropy.
             final: The "final" metrics line, not yet in the file.
         """
-        from matplotlib.figure import Figure
-
         curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
         for record in self.records():
             if record["event"] in curves:
                 curves[record["event"]].append((record["step"], record["loss"]))
         curves["validation"].append((final["step"], final["loss"]))
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot()
+        figure, axes = _figure("step", unigram)
         if curves["train"]:
             axes.plot(*zip(*curves["train"], strict=True), lw=0.8, label="training")
         axes.plot(
             *zip(*curves["validation"], strict=True), marker="o", label="validation"
         )
-        axes.axhline(unigram, color="0.5", ls="--", lw=1, label="unigram entropy")
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        partial = self.curve.with_name("." + self.curve.name)
-        figure.savefig(partial, dpi=150, format="png")
-        partial.replace(self.curve)
+        _draw(figure, axes, self.curve)
+
+    def write_comparison(self, text: str) -> None:
+        """Makes the folder and writes the measurements of all heads.
+
+        Args:
+            text: JSON.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self.comparison, text.encode())
+        except OSError as error:
+            raise RunDirectoryError(
+                f"`out` {self.path} cannot be written ({error})."
+            ) from error
+
+    def plot_comparison(
+        self, curves: Mapping[str, Sequence[tuple[float, float]]], unigram: float
+    ) -> None:
+        """Draws validation losses over training time.
+
+        Args:
+            curves: Of each head, seconds and losses.
+            unigram: Height in nats of the reference line, the unigram entropy.
+        """
+        figure, axes = _figure("seconds of training", unigram)
+        for head, curve in curves.items():
+            axes.plot(*zip(*curve, strict=True), marker="o", label=head)
+        _draw(figure, axes, self.comparison_curve)
 
     def files(self) -> list[Path]:
         """The run's files and folders that exist."""
         return [self.path / name for name in _OWN_NAMES if (self.path / name).exists()]
+
+
+def _figure(horizontal: str, unigram: float) -> tuple[Any, Any]:
+    """Starts a figure of losses with the unigram entropy as its yardstick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(unigram, color="0.5", ls="--", lw=1, label="unigram entropy")
+    axes.set(xlabel=horizontal, ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _draw(figure: Any, axes: Any, path: Path) -> None:
+    """Writes a figure, whole or not at all."""
+    axes.legend()
+    partial = path.with_name("." + path.name)
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -2,7 +2,8 @@
 
 Each program is compiled once, ahead of time, for one shape; the training state is
 donated, so a step holds one copy of it. The state is a plain pytree (parameters and
-Optax state); the model's structure is static.
+Optax state); the model's structure is static, and the tables of its head (a tree,
+bands or a sampler) are arguments.
 
 Shapes: `B` sequences of `T` tokens, `N = B·T` tokens a step, `H` features, `V` tokens.
 """
@@ -21,7 +22,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from jaxsoft import RowGradient
+from jaxsoft.training.heads import HeadPlan, head_rows, with_head_rows
 from jaxsoft.training.mesh import over_data, placed, replicated, usable_mesh
+from jaxsoft.training.optimizer import OptimizerConfig
 from jaxsoft.training.transformer import LanguageModel, TransformerConfig
 
 
@@ -30,73 +34,27 @@ class TrainState(NamedTuple):
 
     Attributes:
         params: The model's parameters, an `nnx.State`.
-        optimizer: The Optax state.
+        optimizer: The Optax state of those with dense gradients.
+        rows: The state of the optimizer of those with row gradients, if there are.
     """
 
     params: Any
     optimizer: Any
+    rows: Any = ()
 
 
 class StepResult(NamedTuple):
     """What a step measures, float32 scalars.
 
     Attributes:
-        loss: Mean loss in nats before the update.
-        gradient_norm: Global norm of the gradient before clipping.
-        parameter_norm: Global norm of the parameters after the update.
+        loss: Mean loss in nats before the update; a sampled head's own.
+        gradient_norm: Global norm of the dense gradients before clipping.
+        parameter_norm: Global norm of the parameters that have them, after the update.
     """
 
     loss: Array
     gradient_norm: Array
     parameter_norm: Array
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay and clipped gradients.
-
-    Attributes:
-        steps: Length of the schedule.
-        learning_rate: Its peak.
-        warmup_fraction: Share of the steps on the way up.
-        final_fraction: The last learning rate as a share of the peak.
-        weight_decay: Decoupled decay of matrices; vectors are left alone.
-        clip: Largest global norm of a gradient.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup_fraction: float = 0.1
-    final_fraction: float = 0.05
-    weight_decay: float = 0.1
-    clip: float = 1.0
-
-    def schedule(self) -> optax.Schedule:
-        """Learning rate by number of updates already made; never 0."""
-        warmup = max(1, round(self.warmup_fraction * self.steps))
-        return optax.warmup_cosine_decay_schedule(
-            init_value=self.learning_rate / warmup,
-            peak_value=self.learning_rate,
-            warmup_steps=warmup,
-            decay_steps=max(self.steps, warmup + 1),
-            end_value=self.final_fraction * self.learning_rate,
-        )
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 1."""
-        return np.asarray(self.schedule()(step - 1)).item()
-
-    def build(self) -> optax.GradientTransformation:
-        """The Optax transformation."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(
-                self.schedule(),
-                b2=0.95,
-                weight_decay=self.weight_decay,
-                mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim >= 2, tree),
-            ),
-        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +86,7 @@ class Programs:
         optimizer: OptimizerConfig,
         batch_shape: tuple[int, int],
         *,
+        head: HeadPlan,
         seed: int,
         mesh: Mesh | None = None,
     ):
@@ -135,66 +94,65 @@ class Programs:
 
         Args:
             model: Sizes of the model.
-            optimizer: The optimizer and its schedule.
+            optimizer: The optimizer.
             batch_shape: `(B, T)`.
-            seed: Seed of the initial parameters.
+            head: The head, over as many classes as the model has.
+            seed: Seed of the initial parameters, and of what a head draws.
             mesh: The devices, see `jaxsoft.training.mesh`; None takes the first.
         """
         self.mesh = usable_mesh(mesh, batch_shape[0])
         self.batch_shape = batch_shape
         self.num_classes = model.num_classes
+        self.head, self.optimizer = head, optimizer
         self._config, self._seed = model, seed
-        self._optimizer = optimizer.build()
-        bias = jax.ShapeDtypeStruct((model.num_classes,), jnp.float32)
-        self._graph, _ = nnx.split(nnx.eval_shape(self._build_model, bias))
-        self.abstract_state = placed(self.mesh, jax.eval_shape(self._init, bias))
+        self._graph = nnx.graphdef(nnx.eval_shape(self._build_model))
+        self.abstract_state = placed(self.mesh, jax.eval_shape(self._init))
         self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         started = time.perf_counter()
+        everywhere = replicated(self.mesh)
+        self.tables = jax.jit(self._make_tables, out_shardings=everywhere)()
         batch, length = batch_shape
         tokens = jax.ShapeDtypeStruct(
             (batch, length + 1), jnp.int32, sharding=over_data(self.mesh)
         )
-        everywhere = replicated(self.mesh)
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         self._step = (
             jax.jit(
                 self._train,
                 donate_argnums=0,
                 out_shardings=(self._shardings, everywhere),
             )
-            .lower(self.abstract_state, tokens)
+            .lower(self.abstract_state, self.tables, tokens, rate, index)
             .compile(compiler_options=_deterministic_options())
         )
         self._evaluate = (
             jax.jit(self._losses, out_shardings=everywhere)
-            .lower(self.abstract_state.params, tokens)
+            .lower(self.abstract_state.params, self.tables, tokens)
             .compile()
         )
         self.compile_seconds = time.perf_counter() - started
 
-    def init(self, unigram_log_probs: np.ndarray) -> TrainState:
-        """Makes the initial state.
+    def init(self) -> TrainState:
+        """Makes the initial state, a function of the seed and of the head's counts."""
+        return jax.jit(self._init, out_shardings=self._shardings)()
 
-        Args:
-            unigram_log_probs: `[V]`, the head's initial bias: training starts at the
-                unigram cross-entropy and spends its steps on what context adds.
-
-        Returns:
-            The state, a function of the seed and of the bias alone.
-        """
-        bias = np.asarray(unigram_log_probs, np.float32)
-        return jax.jit(self._init, out_shardings=self._shardings)(bias)
-
-    def step(self, state: TrainState, batch: np.ndarray) -> tuple[TrainState, Any]:
+    def step(
+        self, state: TrainState, batch: np.ndarray, rate: float, index: int
+    ) -> tuple[TrainState, Any]:
         """Makes one update.
 
         Args:
             state: Donated: do not use it again.
             batch: `[B, T + 1]` int32 tokens.
+            rate: The learning rate.
+            index: Number of the step: what a head draws is a function of it.
 
         Returns:
             The new state and a `StepResult`.
         """
-        return self._step(state, self._place(batch))
+        scalars = np.float32(rate), np.int32(index)
+        return self._step(state, self.tables, self._place(batch), *scalars)
 
     def evaluate(self, params: Any, windows: np.ndarray) -> float:
         """Mean loss in nats over windows of text.
@@ -212,7 +170,7 @@ class Programs:
         for start in range(0, len(windows), batch):
             part = windows[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)), mode="edge")
-            losses = self._evaluate(params, self._place(padded))
+            losses = self._evaluate(params, self.tables, self._place(padded))
             losses = np.asarray(losses, np.float64)
             total += losses[: len(part)].sum()
         return total / (len(windows) * self.batch_shape[1])
@@ -245,6 +203,7 @@ class Programs:
         generate = jax.jit(self._generate, static_argnames="num_tokens")
         tokens = generate(
             params,
+            self.tables,
             jnp.asarray(window),
             len(prompt),
             jnp.asarray(temperatures, jnp.float32),
@@ -255,7 +214,7 @@ class Programs:
 
     def model(self, params: Any) -> LanguageModel:
         """Puts parameters into the model, to call its methods."""
-        return nnx.merge(self._graph, params)
+        return self._model(params, self.tables)
 
     def memory(self) -> MemoryReport:
         """Compares the compiled step with one that stores its logits."""
@@ -268,38 +227,88 @@ class Programs:
     def _place(self, batch: np.ndarray) -> Array:
         return jax.device_put(batch, over_data(self.mesh))
 
-    def _build_model(self, bias: Array) -> LanguageModel:
-        return LanguageModel(
-            self._config,
-            bias_init=lambda key, shape, dtype: bias.astype(dtype),
-            rngs=nnx.Rngs(self._seed),
+    def _build_model(self) -> LanguageModel:
+        return LanguageModel(self._config, plan=self.head, rngs=nnx.Rngs(self._seed))
+
+    def _make_tables(self) -> Any:
+        """What a model has besides parameters."""
+        return nnx.state(self._build_model(), nnx.Not(nnx.Param))
+
+    def _model(
+        self, params: Any, tables: Any, *, training: bool = False
+    ) -> LanguageModel:
+        model = nnx.merge(self._graph, params, tables)
+        model.train() if training else model.eval()
+        return model
+
+    def _init(self) -> TrainState:
+        params = nnx.state(self._build_model(), nnx.Param)
+        dense, head = self._split(params)
+        rows = self.optimizer.rows(0.0).init(head_rows(head)) if head else ()
+        return TrainState(params, self.optimizer.build(0.0).init(dense), rows)
+
+    def _split(self, params: Any) -> tuple[nnx.State, nnx.State]:
+        """Cuts parameters into those with dense gradients and those with rows'."""
+        by_rows = self.head.has_row_gradients
+        dense, rows = nnx.split_state(
+            params, lambda path, _: not (by_rows and path[0] == "head"), ...
         )
+        return dense, rows
 
-    def _init(self, unigram_log_probs: Array) -> TrainState:
-        params = nnx.state(self._build_model(unigram_log_probs), nnx.Param)
-        return TrainState(params, self._optimizer.init(params))
-
-    def _train(self, state: TrainState, tokens: Array) -> tuple[TrainState, StepResult]:
-        def mean_loss(params: Any) -> Array:
-            return self.model(params).loss(tokens[:, :-1], tokens[:, 1:])
-
-        loss, gradient = jax.value_and_grad(mean_loss)(state.params)
-        # Optax's Adam mixes float and integer scalars, which a caller's strict setting
-        # would refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, optimizer = self._optimizer.update(
-                gradient, state.optimizer, state.params
+    def _train(
+        self, state: TrainState, tables: Any, tokens: Array, rate: Array, index: Array
+    ) -> tuple[TrainState, StepResult]:
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        dense, head = self._split(state.params)
+        rows = state.rows
+        if head:
+            loss, gradient, of_rows = self._row_gradients(
+                dense, head, tables, inputs, labels
             )
-            params = optax.apply_updates(state.params, updates)
-        norms = optax.tree.norm(gradient), optax.tree.norm(params)
-        return TrainState(params, optimizer), StepResult(loss, *norms)
+            moved, rows = self.optimizer.rows(rate).update(
+                head_rows(head), of_rows, rows
+            )
+            head = with_head_rows(head, moved)
+        else:
+            loss, gradient = self._dense_gradients(dense, tables, inputs, labels, index)
+        dense, optimizer = self.optimizer.update(gradient, state.optimizer, dense, rate)
+        norms = optax.tree.norm(gradient), optax.tree.norm(dense)
+        params = nnx.merge_state(dense, head)
+        return TrainState(params, optimizer, rows), StepResult(loss, *norms)
 
-    def _losses(self, params: Any, tokens: Array) -> Array:
-        return self.model(params).loss(tokens[:, :-1], tokens[:, 1:], reduction="none")
+    def _dense_gradients(
+        self, params: Any, tables: Any, inputs: Array, labels: Array, index: Array
+    ) -> tuple[Array, Any]:
+        """Returns the loss and its gradient in all parameters."""
+        key = jax.random.fold_in(jax.random.key(self._seed), index)
+
+        def mean_loss(params: Any) -> Array:
+            model = self._model(params, tables, training=True)
+            return model.loss(inputs, labels, **self.head.loss_options(key))
+
+        return jax.value_and_grad(mean_loss)(params)
+
+    def _row_gradients(
+        self, dense: Any, head: Any, tables: Any, inputs: Array, labels: Array
+    ) -> tuple[Array, Any, RowGradient]:
+        """Returns the loss, its gradient in the trunk, and in the head's rows."""
+
+        def trunk(dense: Any) -> Array:
+            return self._model(nnx.merge_state(dense, head), tables).trunk(inputs)
+
+        hidden, pull = jax.vjp(trunk, dense)
+        module = self._model(nnx.merge_state(dense, head), tables).head
+        loss, dhidden, of_rows = module.value_and_row_grad(hidden, labels)
+        return loss, *pull(dhidden), of_rows
+
+    def _losses(self, params: Any, tables: Any, tokens: Array) -> Array:
+        model = self._model(params, tables)
+        return model.loss(tokens[:, :-1], tokens[:, 1:], reduction="none")
 
     def _generate(
         self,
         params: Any,
+        tables: Any,
         window: Array,
         filled: Array,
         temperatures: Array,
@@ -308,7 +317,7 @@ class Programs:
         num_tokens: int,
     ) -> Array:
         """Adds tokens one by one; the window slides once it is full."""
-        model = self.model(params)
+        model = self._model(params, tables)
         length = window.shape[1]
 
         def add_token(carry: tuple[Array, Array], key: Array):

@@ -8,15 +8,14 @@ Shapes: `B` sequences, `T` positions, `H` features, `V` classes (tokens).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxsoft import nn as softnn
-from jaxsoft.training.mesh import VOCAB
+from jaxsoft.training.heads import HeadPlan
 
 _ROTARY_BASE = 10_000.0
 
@@ -203,12 +202,12 @@ class Transformer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A `Transformer` trunk under a `jaxsoft.nn.SoftmaxHead`.
+    """A `Transformer` trunk under a head of `jaxsoft.nn`.
 
-    The head's kernel is its own and starts at zero, so that a new model predicts its
-    head's bias. (Tied to the embedding table, the same steps of the default run end
-    0.15 nats higher.) The metadata of the head's parameters put its classes on the mesh
-    axis `vocab`; those of the trunk have none.
+    A head's kernels are its own and start at zero, so that a new model predicts its
+    head's biases. (Tied to the embedding table, the same steps of the default run end
+    0.15 nats higher.) The metadata of a full head's parameters put its classes on the
+    mesh axis `vocab`; other parameters have none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -224,27 +223,20 @@ class LanguageModel(nnx.Module):
         self,
         config: TransformerConfig,
         *,
-        bias_init: nnx.Initializer = nnx.initializers.zeros,
+        plan: HeadPlan | None = None,
         rngs: nnx.Rngs,
     ):
         """Builds trunk and head.
 
         Args:
             config: Sizes of the model.
-            bias_init: Initialiser of the head's bias `[V]`.
+            plan: The head, over as many classes; None is a full one that starts at the
+                uniform distribution.
             rngs: Source of the initial parameters.
         """
+        plan = plan or HeadPlan("full", (0,) * config.num_classes)
         self.trunk = Transformer(config, rngs=rngs)
-        self.head = softnn.SoftmaxHead(
-            config.features,
-            config.num_classes,
-            use_bias=True,
-            kernel_init=nnx.initializers.zeros,
-            bias_init=bias_init,
-            kernel_metadata={"out_sharding": (None, VOCAB), "eager_sharding": False},
-            bias_metadata={"out_sharding": (VOCAB,), "eager_sharding": False},
-            rngs=rngs,
-        )
+        self.head = plan.build(config.features, rngs=rngs)
 
     def loss(
         self,
@@ -252,6 +244,7 @@ class LanguageModel(nnx.Module):
         labels: Array,
         *,
         reduction: Literal["mean", "none"] = "mean",
+        **options: Any,
     ) -> Array:
         """Cross-entropy in nats of each next token, without stored logits.
 
@@ -259,11 +252,14 @@ class LanguageModel(nnx.Module):
             tokens: `[B, T]` integers.
             labels: `[B, T]` integers, the token after each one.
             reduction: "mean" for a scalar, "none" for `[B, T]` losses.
+            **options: Of the head's `loss`.
 
         Returns:
             float32, a scalar or `[B, T]`.
         """
-        return self.head.loss(self.trunk(tokens), labels, reduction=reduction)
+        return self.head.loss(
+            self.trunk(tokens), labels, reduction=reduction, **options
+        )
 
 
 def _residual_init(layers: int) -> nnx.Initializer:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoft import ClassTree
+from jaxsoft import ClassTree, hierarchical_log_probs
 from jaxsoft.hierarchical import class_tree
 from jaxsoft.hierarchical.huffman import code_lengths, least_depth
 from tests.hierarchical import cases
@@ -260,3 +260,33 @@ def test_saved_pickled_and_passed_as_an_argument(tmp_path, kind):
 def test_errors(error, make, message):
     with pytest.raises(error, match=message.replace("(", r"\(")):
         make()
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("num_classes", [1, 2, 97])
+def test_biases_give_the_classes_their_probabilities(kind, num_classes):
+    tree = cases.tree(kind, num_classes)
+    weights = np.random.default_rng(3).uniform(0.01, 5, num_classes) ** 3
+    bias = tree.biases(weights)
+    assert bias.shape == (tree.num_rows,) and bias.dtype == np.float32
+    found = hierarchical_log_probs(
+        np.zeros(3, np.float32),
+        np.ones((tree.num_rows, 3), np.float32),
+        tree,
+        node_bias=bias,
+    )
+    np.testing.assert_allclose(found, np.log(weights / weights.sum()), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, 2.0], r"`probabilities` must have shape \(3,\), got \(2,\)."),
+        ([1.0, 0.0, 1.0], "must be finite and positive, got 0.0."),
+        ([1.0, np.nan, 1.0], "must be finite and positive, got nan."),
+        ([1.0, np.inf, 1.0], "must be finite and positive, got inf."),
+    ],
+)
+def test_biases_messages(weights, message):
+    with pytest.raises(ValueError, match=message):
+        ClassTree.balanced(3).biases(weights)

@@ -22,8 +22,10 @@ from jaxsoft.training import (
     parse_mesh,
     train_language_model,
 )
+from jaxsoft.training.heads import HEADS, HeadPlan
+from jaxsoft.training.optimizer import OptimizerConfig
 from jaxsoft.training.run_directory import RunDirectory
-from jaxsoft.training.steps import OptimizerConfig, Programs
+from jaxsoft.training.steps import Programs
 
 MESHES = {
     "none": None,
@@ -77,13 +79,14 @@ def placement(fields):
         config.transformer(272),
         OptimizerConfig(config.steps, config.learning_rate),
         (config.batch_size, config.sequence_length),
+        head=HeadPlan("full", (1,) * 272),
         seed=0,
         mesh=MESHES["data=2,vocab=4"],
     )
-    state = programs.init(np.zeros(272))
+    state = programs.init()
     batch = np.zeros((config.batch_size, config.sequence_length + 1), np.int32)
-    for _ in range(2):
-        state, _ = programs.step(state, batch)
+    for index in range(1, 3):
+        state, _ = programs.step(state, batch, 1e-3, index)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     text = programs._step.as_text() or ""
     return {
@@ -95,6 +98,34 @@ def placement(fields):
         "whole": sum(leaf.sharding.is_fully_replicated for _, leaf in leaves),
         "gathered": re.findall(r"= (\S+) all-gather(?:-start)?\(", text),
     }
+
+
+def losses_over_data(fields):
+    """Losses of a few steps of every head, on one device and over eight."""
+    config = LanguageModelConfig(**fields)
+    random = np.random.default_rng(0)
+    counts = tuple(random.integers(1, 99, 272).tolist())
+    shape = (8, config.sequence_length + 1)
+    batches = random.integers(0, 272, (3, *shape)).astype(np.int32)
+    found = {}
+    for head in HEADS:
+        found[head] = []
+        for mesh in (None, parse_mesh("data=8")):
+            programs = Programs(
+                config.transformer(272),
+                OptimizerConfig(config.steps, config.learning_rate),
+                (8, config.sequence_length),
+                head=HeadPlan(head, counts, 16),
+                seed=0,
+                mesh=mesh,
+            )
+            state, losses = programs.init(), []
+            for index, batch in enumerate(batches, 1):
+                state, result = programs.step(state, batch, 0.01, index)
+                losses.append(float(result.loss))
+            losses.append(programs.evaluate(state.params, batches[0]))
+            found[head].append(losses)
+    return found
 
 
 def command(fields, *more):
@@ -120,10 +151,12 @@ def run(fields):
         "moved": train(fields, "moved", two_four, then=[four_two, "none"]),
         "grown": train(fields, "grown", "none", then=[two_four]),
         "placement": placement(fields),
+        "over_data": losses_over_data(fields),
         "command": command(told, "--mesh", two_four),
         "batch": command(refused | {"batch_size": 3}, "--mesh", two_four),
         "vocabulary": command(refused | {"vocab_size": 270}, "--mesh", two_four),
         "devices": command(refused, "--mesh", "data=3,vocab=2"),
+        "tree": command(refused | {"head": "hierarchical"}, "--mesh", two_four),
     }
 
 

@@ -237,8 +237,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "run"))
     step = Programs.step
 
-    def poisoned(self, state, batch):
-        state, result = step(self, state, batch)
+    def poisoned(self, *args):
+        state, result = step(self, *args)
         poisoned.calls += 1
         if poisoned.calls == 7:
             result = result._replace(loss=result.loss * math.nan)

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxsoft.training import LanguageModelConfig, MeshError, parse_mesh
+from jaxsoft.training.heads import HEADS
 from jaxsoft.training.mesh import check_vocabulary, usable_mesh
 
 # One worker: its runs serve many tests.
@@ -102,6 +103,13 @@ def test_step_gathers_no_kernel(runs):
         assert "272" not in gathered, gathered
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_takes_batches_over_devices(runs, head):
+    alone, sharded = runs["over_data"][head]
+    np.testing.assert_allclose(sharded, alone, rtol=1e-4)
+    assert alone[0] != alone[2]
+
+
 def test_command(runs):
     code, output, errors = runs["command"]
     assert code == 0, errors
@@ -115,6 +123,7 @@ def test_command(runs):
         ("batch", "give 4, or another --mesh."),
         ("vocabulary", "multiple of the 4 devices along vocab, got 270 tokens"),
         ("vocabulary", "give --vocab-size 268, or another --mesh."),
+        ("tree", "--mesh must have one device along vocab with --head 'hierarchical'"),
         ("devices", "multiply to the number of devices, 8, got 'data=3,vocab=2'"),
     ],
 )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxsoft.training.heads import HEADS, HeadPlan
 from jaxsoft.training.transformer import (
     LanguageModel,
     TransformerConfig,
@@ -65,15 +68,17 @@ def test_loss_is_the_cross_entropy_of_the_logits(model, tokens):
     model.head.kernel = kernel
 
 
-def test_a_new_model_predicts_its_bias(tokens):
-    frequencies = jnp.arange(1.0, 51.0) / 1275
-    model = LanguageModel(
-        CONFIG,
-        bias_init=lambda key, shape, dtype: jnp.log(frequencies),
-        rngs=nnx.Rngs(0),
-    )
+@pytest.mark.parametrize("head", HEADS)
+def test_a_new_model_predicts_the_unigram_distribution(head, tokens):
+    plan = HeadPlan(head, tuple(range(50)), 8)
+    # Tails are narrower: 32 features leave the last one 2.
+    config = dataclasses.replace(CONFIG, features=32)
+    model = LanguageModel(config, plan=plan, rngs=nnx.Rngs(0))
+    model.eval()
     losses = model.loss(tokens, tokens, reduction="none")
-    np.testing.assert_allclose(losses, -jnp.log(frequencies)[tokens], rtol=1e-5)
+    frequencies = (np.arange(50) + 0.5) / (np.arange(50) + 0.5).sum()
+    expected = -np.log(frequencies)[np.asarray(tokens)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_every_parameter_is_trained(model, tokens):
