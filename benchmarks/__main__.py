@@ -7,10 +7,10 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks import device, heads, linear, plot, report, softmax, workloads
+from benchmarks import device, heads, linear, plot, report, softmax, trees, workloads
 from benchmarks.session import SCHEMA, Result, Session
 
-SUITES = {suite.SUITE: suite.run for suite in (linear, softmax, heads, device)}
+SUITES = {suite.SUITE: suite.run for suite in (linear, softmax, heads, trees, device)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         *workloads.HEADS,
         *workloads.CONTRASTIVE,
         *workloads.SOFTMAX,
+        *workloads.TREES,
     )
     names = list(dict.fromkeys(workload.name for workload in every))
     parser.add_argument(

@@ -1,13 +1,13 @@
 """One case: check every contender, then time those that are right, by turns."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
 from benchmarks import checks, machine, peers, timing
-from benchmarks.session import Result, Session, Work
+from benchmarks.session import Result, Session, Work, floor_seconds
 
 # What compiling, checking and warming up one contender may take, for the budget.
 _SECONDS_PER_CONTENDER = 4.0
@@ -40,6 +40,8 @@ class Case:
       timed: whether the right ones are timed.
       part: who does a part of the work that nobody can do without, as a second
         unit of time; empty where nobody does.
+      swept: the letter of a size that differs from case to case, where cases are
+        points of one curve.
     """
 
     suite: str
@@ -59,16 +61,19 @@ class Case:
     check_arguments: tuple[Any, ...] | None = None
     timed: bool = True
     part: str = ""
+    swept: str = ""
 
-    def result(self, name: str, status: str, **details: Any) -> Result:
+    def result(self, contender: peers.Contender, status: str, **details: Any) -> Result:
         """A contender's result in this case."""
         return Result(
             self.suite,
             self.workload,
             self.shape,
             self.title,
-            name,
+            contender.name,
             status,
+            ours=contender.ours or contender.name == peers.OURS,
+            swept=self.swept,
             **details,
         )
 
@@ -83,14 +88,13 @@ def run_case(case: Case, session: Session) -> None:
     present = []
     for contender in case.contenders:
         if contender.absent:
-            result = case.result(contender.name, "not run", reason=contender.absent)
+            result = case.result(contender, "not run", reason=contender.absent)
             session.add(result)
         else:
             present.append(contender)
-    if (needed := _estimate(case, present, session)) > session.seconds_left():
-        reason = f"needs about {needed:.0f} s, more than is left"
+    if reason := out_of_time(map(case.work, present), session):
         for contender in present:
-            session.add(case.result(contender.name, "not run", reason=reason))
+            session.add(case.result(contender, "not run", reason=reason))
         return
     truth = case.truth()
     outcomes = {contender.name: _check(case, contender, truth) for contender in present}
@@ -129,7 +133,8 @@ def _check(case: Case, contender: peers.Contender, truth: checks.Truth) -> _Outc
             checked = _program(case, contender, arguments)
             timing.call(outcome.program, case.arguments)  # Fails here, if it must.
         outputs, _ = timing.call(checked, arguments)
-        observed = jax.device_get(dict(case.observe(outputs)))
+        observe = contender.observe or case.observe
+        observed = jax.device_get(dict(observe(outputs)))
     except Exception as error:  # A contender's failure is a result, not ours to raise.
         outcome.status = "failed"
         outcome.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
@@ -158,11 +163,11 @@ def _compare_with_plain(
     case: Case, outcomes: dict[str, _Outcome], truth: checks.Truth
 ) -> None:
     """Holds ours to the error of the plain formula, where both were checked."""
-    ours, plain = outcomes[peers.OURS], outcomes[case.baseline].errors
-    if ours.outputs is None or not plain:
+    ours, plain = outcomes.get(peers.OURS), outcomes.get(case.baseline)
+    if ours is None or ours.outputs is None or plain is None or not plain.errors:
         return
     verdict = checks.judge(
-        ours.outputs, truth, absolute=case.limit, plain=plain, slack=case.slack
+        ours.outputs, truth, absolute=case.limit, plain=plain.errors, slack=case.slack
     )
     if not verdict.correct:
         ours.status, ours.reason = "wrong", "; ".join(verdict.faults)
@@ -179,7 +184,7 @@ def _record(
     part = timings.get(case.part)
     session.add(
         case.result(
-            contender.name,
+            contender,
             outcome.status or ("timed" if measured else "right"),
             reason=outcome.reason,
             errors=outcome.errors,
@@ -190,7 +195,8 @@ def _record(
             if measured and part
             else None,
             part=case.part if part else "",
-            program=outcome.program,
+            # What a result keeps does not hold the memory of a state.
+            program=outcome.program and outcome.program.without_state(),
             work=case.work(contender),
         )
     )
@@ -201,20 +207,28 @@ def _too_large(program: timing.Program) -> str:
     if available is None or program.temporary_bytes is None:
         return ""
     needed = program.temporary_bytes + (program.output_bytes or 0)
+    needed += program.state_bytes
     if needed * _SPARE_MEMORY <= available:
         return ""
     return f"needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
 
 
-def _estimate(case: Case, contenders: list[peers.Contender], session: Session) -> float:
-    """Seconds that a case may take: the rounds, one warm-up and one check of each."""
-    rates = session.rates()
+def out_of_time(works: Iterable[Work], session: Session) -> str:
+    """Says so where the run's budget does not allow what must be done.
+
+    Args:
+      works: what each contender cannot do without.
+      session: with the machine's rates, as far as they were measured.
+
+    Returns:
+      A reason, empty where there is time enough.
+    """
     seconds = 0.0
-    for contender in contenders:
-        work = case.work(contender)
-        floor = work.flops / rates.get(f"matmul {work.dtype}", float("inf"))
-        floor = max(floor, work.bytes / rates.get("copy", float("inf")))
-        each = floor / _USUAL_EFFICIENCY
+    for work in works:
+        each = (floor_seconds(work, session.rates()) or 0.0) / _USUAL_EFFICIENCY
+        # The rounds, one warm-up and one check.
         seconds += _SECONDS_PER_CONTENDER + 2 * each
         seconds += min(session.rounds * each, max(session.case_seconds, 5 * each))
-    return seconds
+    if seconds <= session.seconds_left():
+        return ""
+    return f"needs about {seconds:.0f} s, more than is left"

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +35,8 @@ class Contender:
       absent: why it cannot take part; empty where it can.
       gradient_matmuls: how many passes over the logits its value and gradient take,
         the recomputation of logits that were not stored included.
+      ours: whether a fault of it is jaxsoft's, under whatever name.
+      observe: picks its checked outputs, where those of the case's contenders differ.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Contender:
     program: Callable[[tuple[Any, ...]], timing.Program] | None = None
     absent: str = ""
     gradient_matmuls: int = 3
+    ours: bool = False
+    observe: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 def linear_contenders(case: LinearCase) -> list[Contender]:

@@ -29,7 +29,7 @@ class Table:
     Attributes:
       heading: suite, workload and sizes.
       rows: of cells, one a column of `COLUMNS`.
-      notes: who did not take part, and why.
+      notes: what was counted, who did not take part, and why.
     """
 
     heading: str
@@ -75,22 +75,29 @@ def tables(document: dict[str, Any]) -> Iterator[Table]:
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for result in document["results"]:
-        sizes = " ".join(f"{k}={v}" for k, v in result["shape"].items())
+        shape, swept = result["shape"], result.get("swept")
+        sizes = " ".join(f"{k}={v}" for k, v in shape.items() if k != swept)
         heading = f"{result['suite']}: {result['workload']} ({sizes})"
         found.setdefault(heading, []).append(result)
     for heading, results in found.items():
         rows, notes, previous = [], collections.Counter(), ""
+        counts = []
         for result in results:
             if result["status"] not in ("timed", "right"):
                 reason = f"{result['name']} {result['status']}: {result['reason']}"
                 notes[reason] += 1
                 continue
+            if figures := result.get("figures"):
+                each = ", ".join(
+                    f"{name} {value:,.6g}" for name, value in figures.items()
+                )
+                counts.append(f"{result['case']}: {result['name']}: {each}")
+                continue
             title = result["case"] if result["case"] != previous else ""
             rows.append([title, *_cells(result)])
             previous = result["case"]
-        yield Table(
-            heading, rows, [f"{note} (cases: {n})" for note, n in notes.items()]
-        )
+        missing = [f"{note} (cases: {n})" for note, n in notes.items()]
+        yield Table(heading, rows, counts + missing)
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
@@ -112,11 +119,37 @@ def _cells(result: dict[str, Any]) -> list[str]:
 
 def _ratio(result: dict[str, Any]) -> str:
     """The time over the baseline's, and over that of a part of the work."""
-    ratio = f"{result['ratio']:.2f}" if result["ratio"] else ""
+    ratio = result["ratio"] or ""
+    if ratio:
+        ratio = f"{ratio:.2f}" if ratio < 100 else f"{ratio:,.0f}"
     # Files of earlier runs have no parts.
     if result.get("part_ratio"):
         ratio += f" ({result['part_ratio']:.2f} of {result['part']})"
     return ratio.strip()
+
+
+def findings(document: dict[str, Any]) -> list[str]:
+    """What the suites conclude, one number a line.
+
+    Args:
+      document: as `Session.document` makes it, or as an earlier run saved it.
+
+    Returns:
+      Lines of text, with what was asked for and whether it was met.
+    """
+    found = []
+    for finding in document.get("findings", []):
+        asked = []
+        if finding["at_most"] is not None:
+            asked.append(f"at most {finding['at_most']:g}")
+        if finding["at_least"] is not None:
+            asked.append(f"at least {finding['at_least']:g}")
+        line = f"{finding['suite']}: {finding['what']}: {finding['value']:.3g}"
+        if asked:
+            verdict = "met" if finding["met"] else "MISSED"
+            line += f" ({' and '.join(asked)}: {verdict})"
+        found.append(line)
+    return found
 
 
 def print_markdown(document: dict[str, Any]) -> None:
@@ -132,6 +165,10 @@ def print_markdown(document: dict[str, Any]) -> None:
         print()
         for note in table.notes:
             print(f"- {note}")
+    if found := findings(document):
+        print("\n### Findings\n")
+        for finding in found:
+            print(f"- {finding}")
 
 
 def print_terminal(document: dict[str, Any]) -> None:
@@ -145,6 +182,10 @@ def print_terminal(document: dict[str, Any]) -> None:
             draw(table.rows)
         for note in table.notes:
             print(f"  {note}")
+    if found := findings(document):
+        print("\nFindings")
+        for finding in found:
+            print(f"  {finding}")
 
 
 def _draw_rich(rows: list[list[str]]) -> None:

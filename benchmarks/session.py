@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import machine, peers
+from benchmarks import machine
 from benchmarks.timing import Program, Timing
 
 SCHEMA = 1
@@ -58,6 +58,10 @@ class Result:
       part: who did that part.
       program: what was compiled.
       work: the physical minimum.
+      ours: whether a fault of it is jaxsoft's.
+      swept: the letter of a size that differs from case to case, where cases are
+        points of one curve.
+      figures: what else was counted, by name.
     """
 
     suite: str
@@ -75,6 +79,9 @@ class Result:
     part: str = ""
     program: Program | None = None
     work: Work | None = None
+    ours: bool = False
+    swept: str = ""
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def record(self, rates: dict[str, float]) -> dict[str, Any]:
         """The result as JSON takes it.
@@ -107,7 +114,34 @@ class Result:
             "compile_seconds": program.compile_seconds if program else None,
             "temporary_bytes": program.temporary_bytes if program else None,
             "output_bytes": program.output_bytes if program else None,
+            "swept": self.swept,
+            "figures": self.figures,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a suite concludes from its results, in one number.
+
+    Attributes:
+      suite: the question.
+      what: the number is, in words.
+      value: the number.
+      at_most: what it should not exceed; None where nothing is asked.
+      at_least: what it should not fall below, likewise.
+    """
+
+    suite: str
+    what: str
+    value: float
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The finding as JSON takes it."""
+        met = [self.value <= self.at_most] if self.at_most is not None else []
+        met += [self.value >= self.at_least] if self.at_least is not None else []
+        return dataclasses.asdict(self) | {"met": all(met) if met else None}
 
 
 def floor_seconds(work: Work | None, rates: dict[str, float]) -> float | None:
@@ -160,6 +194,7 @@ class Session:
         self.workloads = workloads
         self.results: list[Result] = []
         self.notes: list[str] = []
+        self.findings: list[Finding] = []
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._path = path
         self._show = show
@@ -179,7 +214,7 @@ class Session:
     def failed(self) -> bool:
         """Whether a function of ours was wrong or raised."""
         return any(
-            result.name == peers.OURS and result.status in ("wrong", "failed")
+            result.ours and result.status in ("wrong", "failed")
             for result in self.results
         )
 
@@ -240,6 +275,7 @@ class Session:
             "notes": self.notes,
             "rates_per_second": self._rates,
             "results": [result.record(rates) for result in self.results],
+            "findings": [finding.record() for finding in self.findings],
         }
 
     def save(self) -> None:

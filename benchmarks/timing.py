@@ -2,8 +2,10 @@
 
 What a program is given are always its arguments, never constants that a compiler
 could fold or hoist. A donated argument is copied anew before every call, outside the
-measured span. The contenders of a case take turns, in an order that rotates from
-round to round, so that what else the machine does falls on all of them alike.
+measured span; a chain's calls each take over what the last one returned, as a training
+loop's do, and nothing is copied. The contenders of a case take turns, in an order that
+rotates from round to round, so that what else the machine does falls on all of them
+alike.
 """
 
 import dataclasses
@@ -20,6 +22,8 @@ import jax.numpy as jnp
 # A sample lasts at least this long where nothing is donated: shorter calls are
 # enqueued back to back, as a training loop does.
 _SAMPLE_SECONDS = 0.005
+# A chain's samples are longer: what it works on differs from call to call.
+_CHAIN_SECONDS = 0.05
 _MAX_CALLS = 64
 _FEWEST_ROUNDS = 5
 
@@ -36,6 +40,7 @@ class Program:
         backend does not say.
       output_bytes: memory of the outputs that alias no argument, likewise.
       donated: positions of the arguments whose memory the outputs may take over.
+      state_bytes: memory of what a chain carries from call to call.
     """
 
     name: str
@@ -44,6 +49,42 @@ class Program:
     temporary_bytes: int | None
     output_bytes: int | None
     donated: tuple[int, ...] = ()
+    state_bytes: int = 0
+
+    def without_state(self) -> "Program":
+        """What was read off a program, when it need not run any more."""
+        return dataclasses.replace(self, executable=_released)
+
+
+def _released(*_: Any) -> Any:
+    raise RuntimeError("this program was released")
+
+
+class Chain:
+    """A program each of whose calls goes on where the one before it ended.
+
+    The state is made before the first call, so that programs can be compiled, and
+    those that are too large left out, before any takes up memory.
+    """
+
+    def __init__(self, executable: Callable[..., Any], init: Callable[[], Any]):
+        """Takes `executable(state, *arguments) -> (state, outputs)`, state donated."""
+        self._executable = executable
+        self._init = init
+        self._state: Any = None
+
+    def start(self) -> None:
+        """Makes the first state, unless there is a state."""
+        if self._state is None:
+            self._state = jax.block_until_ready(self._init())
+
+    def __call__(self, *arguments: Any) -> tuple[Any, Any]:
+        """Returns the state, which the next call overwrites, and the outputs."""
+        self.start()
+        # No state is left behind if the call fails: its memory may be gone.
+        state, self._state = self._state, None
+        self._state, outputs = self._executable(state, *arguments)
+        return self._state, outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +145,35 @@ def compile_program(
     )
 
 
+def compile_chain(
+    name: str,
+    function: Callable[..., tuple[Any, Any]],
+    init: Callable[[], Any],
+    arguments: tuple[Any, ...],
+) -> Program:
+    """Compiles a step whose state goes from call to call and never is copied.
+
+    Args:
+      name: the contender's.
+      function: `function(state, *arguments) -> (state, outputs)`.
+      init: makes the first state; called when the program first runs.
+      arguments: arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      A program of the arguments alone, which returns state and outputs.
+    """
+    state = jax.eval_shape(init)
+    program = compile_program(name, function, (state, *arguments), donated=(0,))
+    return dataclasses.replace(
+        program,
+        executable=Chain(program.executable, init),
+        donated=(),
+        state_bytes=sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+        ),
+    )
+
+
 def call(program: Program, arguments: tuple[Any, ...]) -> tuple[Any, float]:
     """Runs a program once.
 
@@ -119,6 +189,8 @@ def call(program: Program, arguments: tuple[Any, ...]) -> tuple[Any, float]:
         for position, argument in enumerate(arguments)
     )
     jax.block_until_ready(arguments)
+    if isinstance(program.executable, Chain):
+        program.executable.start()
     start = time.perf_counter()
     outputs = jax.block_until_ready(program.executable(*arguments))
     return outputs, time.perf_counter() - start
@@ -146,7 +218,7 @@ def interleave(
     calls = {}
     for program in programs:
         _, once = call(program, arguments)
-        calls[program.name] = 1 if program.donated else _calls_per_sample(once)
+        calls[program.name] = 1 if program.donated else _calls_per_sample(program, once)
     samples: dict[str, list[float]] = {program.name: [] for program in programs}
     collecting = gc.isenabled()
     gc.disable()
@@ -171,13 +243,18 @@ def paired_ratio(ours: Timing, theirs: Timing) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def _calls_per_sample(seconds: float) -> int:
-    return max(1, min(_MAX_CALLS, math.ceil(_SAMPLE_SECONDS / max(seconds, 1e-7))))
+def _calls_per_sample(program: Program, once: float) -> int:
+    chained = isinstance(program.executable, Chain)
+    seconds = _CHAIN_SECONDS if chained else _SAMPLE_SECONDS
+    return max(1, min(_MAX_CALLS, math.ceil(seconds / max(once, 1e-7))))
 
 
 def _sample(program: Program, arguments: tuple[Any, ...], count: int) -> float:
     if count == 1:
         return call(program, arguments)[1]
+    if isinstance(program.executable, Chain):
+        # A loop finds its own data in the caches, not those of whoever came before.
+        call(program, arguments)
     start = time.perf_counter()
     outputs = None
     for _ in range(count):

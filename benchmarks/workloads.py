@@ -1,6 +1,7 @@
 """The shapes that are measured, each named after the model that has it."""
 
 import dataclasses
+import functools
 import zlib
 from typing import Literal, TypeVar
 
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 Layout = Literal["hv", "vh"]
-_W = TypeVar("_W", "LinearWorkload", "SoftmaxWorkload")
+# Vectors that are drawn at the most, a prime.
+_PERIOD = 65521
+_W = TypeVar("_W", "LinearWorkload", "SoftmaxWorkload", "TreeWorkload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,73 @@ class SoftmaxWorkload:
 
 
 @dataclasses.dataclass(frozen=True)
+class TreeWorkload:
+    """A layer over a complete binary tree, of more and more classes.
+
+    Attributes:
+      name: what is done with it.
+      tokens: N, rows of `hidden`.
+      features: H.
+      classes: each V, a power of two.
+      compared: the V at which full and hierarchical softmax are compared.
+      growth: the two V between which growth is measured.
+      spread: standard deviation of a node's logit.
+      dtype: of `hidden` and of the kernel.
+      on_cpu: whether a CPU is asked to run it when no workload is named.
+    """
+
+    name: str
+    tokens: int
+    features: int
+    classes: tuple[int, ...]
+    compared: int
+    growth: tuple[int, int]
+    spread: float = 1.0
+    dtype: str = "float32"
+    on_cpu: bool = True
+
+    def quick(self) -> "TreeWorkload":
+        """The same workload, cut to sizes that take milliseconds."""
+        return dataclasses.replace(
+            self,
+            tokens=min(self.tokens, 67),
+            features=min(self.features, 32),
+            classes=(2**6, 2**9),
+            compared=2**9,
+            growth=(2**6, 2**9),
+        )
+
+    def hidden(self, batches: int = 1) -> jax.Array:
+        """Draws `[batches, N, H]`, of unit scale."""
+        shape = (batches, self.tokens, self.features)
+        return jax.random.normal(_key(self.name, 0), shape, self.dtype)
+
+    def labels(self, classes: int, batches: int) -> jax.Array:
+        """Draws `[batches, N]` from all classes alike."""
+        key = jax.random.fold_in(_key(self.name, 1), classes)
+        return jax.random.randint(key, (batches, self.tokens), 0, classes)
+
+    def kernel(self, vectors: int, layout: Layout) -> jax.Array:
+        """Draws vectors of classes, or of nodes, whose logits have the spread.
+
+        No two are alike, but only some are drawn anew: random numbers of gigabytes
+        would take minutes.
+
+        Args:
+          vectors: how many, V or V - 1.
+          layout: `"vh"` puts them in rows, `"hv"` in columns.
+
+        Returns:
+          `[vectors, H]`, or `[H, vectors]`.
+        """
+        period = min(vectors, _PERIOD)
+        shape = (period, self.features) if layout == "vh" else (self.features, period)
+        block = jax.random.normal(_key(self.name, 2), shape, self.dtype)
+        scale = jnp.asarray(self.spread * self.features**-0.5, self.dtype)
+        return _repeat(scale * block, vectors, axis=0 if layout == "vh" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearCase:
     """What is asked of a linear cross-entropy.
 
@@ -158,6 +228,21 @@ SOFTMAX = (
     SoftmaxWorkload("quack-131k", 16384, 131072),
 )
 
+# The vocabularies of a balanced tree: from a small one's to more than anyone's.
+_GROWING = tuple(2**power for power in range(10, 23, 2))
+
+TREES = (
+    TreeWorkload("tree-step", 1024, 128, _GROWING, 2**18, (2**12, 2**22)),
+    TreeWorkload("tree-sample", 1024, 128, _GROWING, 2**18, (2**12, 2**22)),
+    # Node logits of a spread that leaves most classes possible, and few.
+    TreeWorkload(
+        "tree-top-k-flat", 64, 128, _GROWING[:5], 2**18, (2**10, 2**18), spread=1.0
+    ),
+    TreeWorkload(
+        "tree-top-k-peaked", 64, 128, _GROWING[:5], 2**18, (2**10, 2**18), spread=4.0
+    ),
+)
+
 
 def select(
     workloads: tuple[_W, ...], names: tuple[str, ...], *, platform: str, quick: bool
@@ -178,6 +263,16 @@ def select(
     else:
         chosen = tuple(w for w in workloads if platform != "cpu" or w.on_cpu)
     return tuple(w.quick() for w in chosen) if quick else chosen
+
+
+@functools.partial(jax.jit, static_argnames=("count", "axis"))
+def _repeat(block: jax.Array, count: int, axis: int) -> jax.Array:
+    """Repeats vectors along an axis, scaled by 1 and then by less down to 2/3."""
+    place = jnp.arange(count, dtype=jnp.int32)
+    turn = place // block.shape[axis]
+    scale = 1 / (1 + turn / (2 * (turn[-1] + 1)))
+    scale = jnp.expand_dims(scale.astype(block.dtype), 1 - axis)
+    return scale * jnp.take(block, place % block.shape[axis], axis=axis)
 
 
 def _key(name: str, seed: int) -> jax.Array:
