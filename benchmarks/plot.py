@@ -3,31 +3,51 @@
 import pathlib
 from typing import Any
 
+from benchmarks import curves
 from benchmarks.peers import OURS
 
 _BAR = 0.8
 
 
 def draw(document: dict[str, Any], path: pathlib.Path) -> None:
-    """Writes an image with a row of bars a case.
+    """Writes an image with a row of bars a case, or with curves.
 
     Args:
       document: as `Session.document` makes it, or as read from its JSON file.
-      path: of the image; its suffix names the format.
+      path: of the image; its suffix names the format. Where there are both bars and
+        curves, these go to a second image, with `-curves` after its name.
 
     Raises:
       ValueError: if nothing in the document was timed.
     """
+    cases: dict[str, list[dict[str, Any]]] = {}
+    swept = False
+    for result in document["results"]:
+        if result["status"] == "timed" and result.get("swept"):
+            swept = True
+        elif result["status"] == "timed":
+            name = f"{result['workload']}\n{result['case']}"
+            cases.setdefault(name, []).append(result)
+    if not cases and not swept:
+        raise ValueError("nothing was timed, so there is nothing to draw")
+    machine = document["machine"]
+    title = (
+        f"{machine['device']}, jax {machine['versions']['jax']}, "
+        f"jaxsoft {machine['versions']['jaxsoft']}, {document['started'][:10]}"
+    )
+    if cases:
+        _draw_bars(cases, path, title)
+    if swept:
+        beside = path.with_stem(path.stem + "-curves") if cases else path
+        curves.draw(document, beside, title)
+
+
+def _draw_bars(
+    cases: dict[str, list[dict[str, Any]]], path: pathlib.Path, title: str
+) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for result in document["results"]:
-        if result["status"] == "timed":
-            name = f"{result['workload']}\n{result['case']}"
-            cases.setdefault(name, []).append(result)
-    if not cases:
-        raise ValueError("nothing was timed, so there is nothing to draw")
     present = {result["name"] for results in cases.values() for result in results}
     names = sorted(present, key=lambda name: (name != OURS, name))
     colours = {name: f"C{position}" for position, name in enumerate(names)}
@@ -55,14 +75,7 @@ def draw(document: dict[str, Any], path: pathlib.Path) -> None:
     memories.set_xscale("symlog", linthresh=1)
     handles = [Patch(color=colours[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(names))
-    machine = document["machine"]
-    figure.suptitle(
-        f"{machine['device']}, jax {machine['versions']['jax']}, "
-        f"jaxsoft {machine['versions']['jaxsoft']}, {document['started'][:10]}",
-        x=0.02,
-        ha="left",
-        fontsize=9,
-    )
+    figure.suptitle(title, x=0.02, ha="left", fontsize=9)
     figure.savefig(path, dpi=150)
 
 

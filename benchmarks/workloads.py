@@ -132,9 +132,9 @@ class TreeWorkload:
             self,
             tokens=min(self.tokens, 67),
             features=min(self.features, 32),
-            classes=(2**6, 2**9),
-            compared=2**9,
-            growth=(2**6, 2**9),
+            classes=(2**5, 2**8),
+            compared=2**8,
+            growth=(2**5, 2**8),
         )
 
     def hidden(self, batches: int = 1) -> jax.Array:
