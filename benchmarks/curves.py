@@ -60,7 +60,16 @@ def _draw_times(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
             for key in ("median", "low", "high")
         )
         colour, marker = f"C{place}", _MARKERS[place % len(_MARKERS)]
-        logarithmic = name in LOGARITHMIC and len(sizes) > 1
+        label, fitted = name, name in LOGARITHMIC and len(sizes) > 1
+        if fitted:
+            levels = np.log2(sizes)
+            # Deviations relative to the time: a logarithmic scale shows these.
+            slope, start = np.polyfit(levels, median, 1, w=1 / median)
+            fine = np.linspace(levels[0], levels[-1])
+            line = start + slope * fine
+            axes.plot(2**fine, line, color=colour, linestyle="--", linewidth=1)
+            sign = "+" if slope >= 0 else "-"
+            label += f": {start:.2g} {sign} {abs(slope):.2g} log2 V"
         axes.errorbar(
             sizes,
             median,
@@ -69,27 +78,9 @@ def _draw_times(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
             marker=marker,
             markersize=5,
             capsize=3,
-            linewidth=0 if logarithmic else 1.2,
-            elinewidth=1,
-            label=None if logarithmic else name,
-        )
-        if not logarithmic:
-            continue
-        levels = np.log2(sizes)
-        # Deviations relative to the time: a logarithmic scale shows these.
-        slope, start = np.polyfit(levels, median, 1, w=1 / median)
-        fine = np.linspace(levels[0], levels[-1])
-        sign = "+" if slope >= 0 else "-"
-        axes.plot(
-            2**fine,
-            start + slope * fine,
-            color=colour,
-            linestyle="--",
-            linewidth=1,
-            marker=marker,
-            markersize=5,
-            markevery=len(fine),
-            label=f"{name}: {start:.2g} {sign} {abs(slope):.2g} log2 V",
+            linestyle="none" if fitted else "-",
+            linewidth=1.2,
+            label=label,
         )
     axes.set_ylabel("ms: median and quartiles")
 
