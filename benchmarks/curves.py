@@ -125,4 +125,4 @@ def _finish(axes: Any) -> None:
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, loc="upper left")
+        axes.legend(fontsize=7, loc="best")

@@ -10,9 +10,7 @@ import optax
 import pytest
 
 import jaxsoft
-from benchmarks import (
-    __main__ as command,
-)
+from benchmarks import __main__ as command
 from benchmarks import (
     checks,
     contest,
@@ -125,8 +123,8 @@ def test_wrong_row_gradient_is_found_and_not_timed(monkeypatch, case):
     assert reason in results["row_sgd"].reason
 
 
-def dense(update):
-    """Makes an update of rows out of one that changes what `update` returns."""
+def instead_of_adam(update):
+    """Makes an optimizer of rows of `update(params, new params, state, new state)`."""
 
     def changed(params, gradient, state):
         new, after = jaxsoft.row_adam(2e-3).update(params, gradient, state)
@@ -157,8 +155,7 @@ def test_wrong_update_is_found(monkeypatch, case):
     only(monkeypatch, rows=("row_adam",))
     update, reason = WRONG_UPDATES[case]
     right = jaxsoft.row_adam
-    wrong = dense(update)
-    session = Session(quick=True, rounds=1)
+    wrong = instead_of_adam(update)
 
     def optimizer(rate):
         # The wrong one calls the right one.
