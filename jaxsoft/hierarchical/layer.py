@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxsoft import checks
 from jaxsoft.dtypes import compute_dtype, operand_dtype
 from jaxsoft.hierarchical.class_tree import ClassTree
+from jaxsoft.hierarchical.same_rows import take_rows
 from jaxsoft.implementation import Implementation, resolve
 from jaxsoft.temperature import divide_by_temperature, is_zero
 
@@ -128,25 +129,24 @@ def rows_of_nodes(
 
 def parameters_of(layer: Layer, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Returns the kernel and the bias at some rows, which must exist."""
-    kernel = layer.kernel.at[rows].get(mode="promise_in_bounds")
-    if layer.bias is None:
-        return kernel, None
-    return kernel, layer.bias.at[rows].get(mode="promise_in_bounds")
+    kernel = take_rows(layer.kernel, rows)
+    return kernel, None if layer.bias is None else take_rows(layer.bias, rows)
 
 
 def logits_with(
     layer: Layer, num_rows: jax.Array, kernel: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
-    """Returns `logits_of_nodes` from the nodes' own parameters."""
+    """Returns `logits_of_nodes` from the nodes' own parameters.
+
+    Hidden states may be wider than the kernel: the products are the same, and so is
+    their gradient but for its dtype.
+    """
     logits = jax.lax.platform_dependent(
         layer.hidden,
         kernel,
         cpu=functools.partial(_products_by_sums, dtype=layer.dtype),
         default=functools.partial(
-            jnp.einsum,
-            "nh,n...h->n...",
-            precision=layer.precision,
-            preferred_element_type=layer.dtype,
+            _products, dtype=layer.dtype, precision=layer.precision
         ),
     )
     if bias is not None:
@@ -162,11 +162,42 @@ def _products_by_sums(
 
     XLA adds up in order on CPU, one number after another, but for a matrix product.
     """
-    rows, features = hidden.shape
-    own = hidden.reshape(rows, *(1,) * (kernel.ndim - 2), features)
-    products = own.astype(dtype) * kernel.astype(dtype)
+    products = _beside(hidden, kernel).astype(dtype) * kernel.astype(dtype)
     ones = jnp.ones(hidden.shape[-1], dtype)
     return jnp.matmul(products, ones, precision="highest")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnames=("dtype", "precision"))
+def _products(
+    hidden: jax.Array, kernel: jax.Array, dtype: jnp.dtype, precision: Any
+) -> jax.Array:
+    """Returns the products of rows with their own vectors, by matrix products."""
+    return jnp.einsum(
+        "nh,n...h->n...",
+        hidden.astype(kernel.dtype),
+        kernel,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+
+
+@_products.defjvp
+def _products_jvp(
+    dtype: jnp.dtype, precision: Any, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    # Numbers times rows: no matrix product, whose gradient would be rounded.
+    (hidden, kernel), (of_hidden, of_kernel) = primals, tangents
+    moved = [
+        jnp.sum(_beside(h, k).astype(dtype) * k.astype(dtype), axis=-1)
+        for h, k in ((of_hidden, kernel), (hidden, of_kernel))
+    ]
+    return _products(hidden, kernel, dtype, precision), moved[0] + moved[1]
+
+
+def _beside(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns hidden states [N, H] in the rank of [N, ..., H]."""
+    rows, features = hidden.shape
+    return hidden.reshape(rows, *(1,) * (kernel.ndim - 2), features)
 
 
 def logits_of_nodes(

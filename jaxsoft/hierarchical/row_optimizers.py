@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxsoft import checks
 from jaxsoft.hierarchical.row_gradients import RowGradient
+from jaxsoft.hierarchical.same_rows import SameRows
 
 __all__ = ["RowOptimizer", "RowState", "row_adagrad", "row_adam", "row_sgd"]
 
@@ -248,7 +249,7 @@ def _optimizer(
         def group(carry, rows, scales, values):
             known = (rows >= 0) & (rows < count)
             rows = jnp.where(known, rows, count)
-            same = _Same.of(rows, count) if combine else None
+            same = SameRows.of(rows, count) if combine else None
             if same is not None:
                 rows = same.rows
             new = []
@@ -301,36 +302,3 @@ def _num_rows(leaves: list, values: list, gradient: RowGradient) -> int:
         checks.shape("params", leaf, (count, *leaf.shape[1:]), "(R, ...)")
         checks.shape("values", own, (*leading, *leaf.shape[1:]), "(..., N, ...)")
     return count
-
-
-class _Same(NamedTuple):
-    """Rows of equal number, brought together.
-
-    Attributes:
-      rows: [N], each row once, those left over out of bounds.
-      order: [N], which come together.
-      place: [N], where in `rows` each of those is.
-    """
-
-    rows: jax.Array
-    order: jax.Array
-    place: jax.Array
-
-    @classmethod
-    def of(cls, rows: jax.Array, count: int) -> "_Same":
-        """Sorts rows, all those out of bounds being `count`."""
-        order = jnp.argsort(rows)
-        rows = rows[order]
-        begins = jnp.concatenate([jnp.zeros(1, bool), rows[1:] != rows[:-1]])
-        begins = begins[: len(rows)]
-        place = jnp.cumsum(begins, dtype=jnp.int32)
-        beyond = count + jnp.arange(len(rows), dtype=jnp.int32)
-        return cls(beyond.at[place].set(rows), order, place)
-
-    def add(self, values: jax.Array) -> jax.Array:
-        """Returns the sum over each row's values, [N, ...]."""
-        return (
-            jnp.zeros_like(values)
-            .at[self.place]
-            .add(values[self.order], indices_are_sorted=True)
-        )

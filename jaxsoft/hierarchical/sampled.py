@@ -14,6 +14,7 @@ from numpy import typing as npt
 
 from jaxsoft import checks
 from jaxsoft.dtypes import compute_dtype, operand_dtype
+from jaxsoft.hierarchical.same_rows import take_rows
 from jaxsoft.implementation import Implementation, resolve
 from jaxsoft.linear.operands import KernelLayout
 from jaxsoft.reduction import Reduction, reduce_losses, token_weights
@@ -314,7 +315,8 @@ class _Layer(NamedTuple):
         return self._products("nh,nh->n", ids, (-1,))
 
     def _products(self, form: str, ids: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        vectors = jnp.take(self.kernel, ids, axis=self.axis, mode="clip")
+        ids = jnp.clip(ids, 0, self.kernel.shape[self.axis] - 1)
+        vectors = take_rows(self.kernel, ids, self.axis)
         operand = operand_dtype(self.hidden, self.kernel)
         dtype = compute_dtype(self.hidden, self.kernel)
         found = jnp.einsum(
@@ -326,9 +328,7 @@ class _Layer(NamedTuple):
         )
         if self.bias is None:
             return found
-        return found + jnp.take(self.bias, ids, mode="clip").astype(dtype).reshape(
-            shape
-        )
+        return found + take_rows(self.bias, ids).astype(dtype).reshape(shape)
 
 
 def _log_sum_with_one(x: jax.Array, cold: jax.Array) -> jax.Array:

@@ -125,6 +125,8 @@ def along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
     total = jnp.zeros(labels.shape, layer.dtype)
     if not layer.tree.max_depth:
         return total
+    # So that the levels' gradients are added up in this dtype.
+    layer = dataclasses.replace(layer, hidden=layer.hidden.astype(layer.dtype))
 
     # Rows of the kernel are gathered level by level, and again for derivatives.
     @jax.checkpoint

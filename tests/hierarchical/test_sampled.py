@@ -243,6 +243,32 @@ def test_a_sampler_of_ones_own_and_leading_axes():
     np.testing.assert_allclose(rough, found, rtol=0.05)
 
 
+@pytest.mark.parametrize("layout", ["hv", "vh"])
+def test_bfloat16_gradients_of_many_tokens_do_not_stall(layout):
+    # A sum in bfloat16 would stop at 256 times its terms.
+    hidden, kernel, bias, _ = layer(rows=4096, dtype="float32")
+    labels = np.random.default_rng(1).integers(0, 3, 4096)
+    kernel = kernel if layout == "hv" else kernel.T
+    low = [jnp.asarray(a, "bfloat16") for a in (hidden + 1, kernel, bias)]
+    sampler = ClassSampler.log_uniform(30)
+
+    def loss(layer):
+        hidden, kernel, bias = layer
+        options: dict[str, Any] = {"bias": bias, "kernel_layout": layout}
+        return sampled_softmax_loss(
+            KEY, hidden, kernel, labels, 4096, sampler=sampler, **options
+        )
+
+    found = jax.grad(loss)(low)
+    with jax.enable_x64(True):
+        exact = jax.grad(loss)([a.astype("float64") for a in low])
+    for own, truth in zip(found, exact, strict=True):
+        assert own.dtype == "bfloat16"
+        own, truth = np.asarray(own, "float64"), np.asarray(truth)
+        error = np.abs(own - truth).max()
+        assert error < 0.01 * np.abs(truth).max()
+
+
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [

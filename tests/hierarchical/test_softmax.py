@@ -1,11 +1,15 @@
 """Probabilities of trees against their definition in float64."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxsoft import ClassTree, hierarchical_log_prob, hierarchical_log_probs
+from jaxsoft.hierarchical import layer as node_logits
 from tests.hierarchical import cases
 
 
@@ -195,6 +199,63 @@ def test_bfloat16_is_as_good_as_its_inputs():
         lambda h, k: hierarchical_log_prob(h, k, np.arange(6), tree).sum(), (0, 1)
     )(hidden, kernel)
     assert all(g.dtype == "bfloat16" for g in gradients)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "huffman of 4", "wide"])
+def test_bfloat16_gradients_of_many_tokens_do_not_stall(kind):
+    # A sum in bfloat16 would stop at 256 times its terms, of thousands at the root.
+    tree = cases.tree(kind, 300)
+    random = np.random.default_rng(0)
+    hidden, kernel, bias = cases.layer(tree, rows=4096, dtype="float32", scale=0.3)
+    layer = [jnp.asarray(a, "bfloat16") for a in (hidden + 1, kernel, bias)]
+    labels = random.integers(0, 2, 4096) * 17
+    weights = random.uniform(0.5, 1.5, 4096).astype("float32")
+
+    def alone(layer):
+        hidden, kernel, bias = layer
+        found = hierarchical_log_prob(hidden, kernel, labels, tree, node_bias=bias)
+        return jnp.sum(found * weights.astype(found.dtype))
+
+    def plain(layer):
+        hidden, kernel, bias = layer
+        every = hierarchical_log_probs(hidden, kernel, tree, node_bias=bias)
+        return jnp.sum(every[jnp.arange(4096), labels] * weights)
+
+    found, whole = jax.grad(alone)(layer), jax.grad(plain)(layer)
+    with jax.enable_x64(True):
+        exact = jax.grad(alone)([a.astype("float64") for a in layer])
+    for own, other, truth in zip(found, whole, exact, strict=True):
+        assert own.dtype == "bfloat16"
+        own, other, truth = (np.asarray(a, "float64") for a in (own, other, truth))
+        error = [np.abs(a - truth).max() for a in (own, other, 0 * truth)]
+        assert error[0] <= error[1] + 2e-3 * error[2], error
+        assert error[0] < 0.01 * error[2]
+
+
+def test_products_of_other_platforms():
+    # On CPU these are computed in another way.
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.standard_normal((5, 8)), "float32")
+    kernel = jnp.asarray(random.standard_normal((5, 3, 2, 8)), "bfloat16")
+    rounded = hidden.astype("bfloat16").astype("float32")
+    options: dict[str, Any] = {"dtype": jnp.dtype("float32")}
+    ours = functools.partial(node_logits._products, precision=None, **options)
+    sums = functools.partial(node_logits._products_by_sums, **options)
+    tangents = (rounded[::-1], kernel[::-1])
+    for found, truth in zip(
+        jax.jvp(ours, (rounded, kernel), tangents),
+        jax.jvp(sums, (rounded, kernel), tangents),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-5)
+    cotangent = jnp.asarray(random.standard_normal((5, 3, 2)), "float32")
+    found = jax.vjp(ours, hidden, kernel)[1](cotangent)
+    truth = jax.vjp(sums, hidden, kernel)[1](cotangent)
+    for own, other in zip(found, truth, strict=True):
+        assert own.dtype == other.dtype
+        np.testing.assert_allclose(
+            own.astype("float32"), other.astype("float32"), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
