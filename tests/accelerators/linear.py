@@ -1,33 +1,22 @@
-"""Compiles the linear room for a target that is not here, and prints what it takes.
+"""The functions of the linear room, to compile for a target that is not here.
 
-Run as `python -m tests.accelerators.room TARGET MODE`, in a process of its own, since
-compilers for TPUs and GPUs are chosen before JAX starts. Modes: `one` device, `vmap`
-over 8 on one device, `tokens` (hidden states over 4 devices), `mesh` (hidden states and
-classes over all devices, 4 GPUs or 16 TPUs).
+Modes: `one` device, `vmap` over 8 on one device, `tokens` (hidden states over 4
+devices), `mesh` (hidden states and classes over all devices, 4 GPUs or 16 TPUs),
+`layouts` (one device, and how many matrix products there are of what).
 """
 
-import json
-import os
-import pathlib
 import re
-import sys
-
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-}
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
+from tests.accelerators.compiling import compile_for, report, topology
 
-TARGETS = pathlib.Path(__file__).parent / "targets"
 # Gemma 2's head, a narrower teacher, and an embedding table to mix.
 ROWS, FEATURES, CLASSES, TEACHER, WIDTH, LISTED = 8192, 2304, 256000, 1024, 512, 16
 SHAPES = {
@@ -92,23 +81,6 @@ def calls(wrap):
     }
 
 
-def topology(target, mode):
-    """Returns JAX's platform and a mesh of abstract devices."""
-    if target == "h100":
-        text = (TARGETS / "h100.textproto").read_text()
-        platform = "cuda"
-        found = topologies.get_topology_desc(
-            platform=platform, topology_name="", topology="1x1x4", target_config=text
-        )
-    else:
-        platform = "tpu"
-        name = "v6e:4x4" if mode == "mesh" else "v6e:2x2"
-        found = topologies.get_topology_desc(name, platform)
-    devices = np.array(found.devices)
-    data = int(len(devices) ** 0.5) if mode == "mesh" else len(devices)
-    return platform, Mesh(devices.reshape(data, -1), ("data", "vocab"))
-
-
 def over_batches(function, names):
     """Maps a function over 8 parts of the tokens."""
     axes = [0 if SHAPES[name][2] == P("data") else None for name in names]
@@ -124,8 +96,12 @@ def over_batches(function, names):
 
 
 def main(target, mode):
-    """Compiles every function, and prints a line of JSON for each."""
-    platform, mesh = topology(target, mode)
+    """Compiles every function, and reports it."""
+    platform, devices = topology(target, "v6e:4x4" if mode == "mesh" else "v6e:2x2")
+    if mode == "layouts":
+        return layouts(platform, devices[0])
+    data = int(len(devices) ** 0.5) if mode == "mesh" else len(devices)
+    mesh = Mesh(np.array(devices).reshape(data, -1), ("data", "vocab"))
     sharded = mode in ("tokens", "mesh")
 
     def wrap(function):
@@ -154,17 +130,33 @@ def main(target, mode):
             argnums = tuple(range(len(floats)))
             whats["value_and_grad"] = jax.value_and_grad(function, argnums)
         for what, call in whats.items():
-            lowered = jax.jit(call).trace(*args).lower(lowering_platforms=(platform,))
-            compiled = lowered.compile()
-            analysis = compiled.memory_analysis()
-            assert analysis is not None
-            result = {
-                "name": name,
-                "what": what,
-                "mib": analysis.temp_size_in_bytes / 2**20,
-                "collectives": collectives(compiled.as_text() or ""),
-            }
-            print("RESULT", json.dumps(result), flush=True)
+            _, compiled = compile_for(platform, call, args)
+            moved = collectives(compiled.as_text() or "")
+            report(name, what, compiled, collectives=moved)
+
+
+def layouts(platform, device):
+    """Compiles the loss in both layouts, and counts the products of wide operands."""
+    place = SingleDeviceSharding(device)
+    for layout in ("hv", "vh"):
+        shapes = [SHAPES[key][:2] for key in ("hidden", "kernel", "labels")]
+        if layout == "vh":
+            shapes[1] = (shapes[1][0][::-1], shapes[1][1])
+        args = [jax.ShapeDtypeStruct(*s, sharding=place) for s in shapes]
+
+        def loss(hidden, kernel, labels, layout: Any = layout):
+            return jaxsoft.linear_cross_entropy(
+                hidden, kernel, labels, kernel_layout=layout
+            )
+
+        whats = {"value": loss, "value_and_grad": jax.value_and_grad(loss, (0, 1))}
+        for what, call in whats.items():
+            lowered, compiled = compile_for(platform, call, args)
+            lines = lowered.as_text().splitlines()
+            products = [line for line in lines if "dot_general" in line]
+            operands = [line.split("->")[0].split(":")[-1] for line in products]
+            wide = sum("bf16" not in types for types in operands)
+            report(layout, what, compiled, products=len(products), wide=wide)
 
 
 def collectives(text):
@@ -175,7 +167,3 @@ def collectives(text):
     )
     found = [re.search(pattern, line) for line in text.splitlines()]
     return [(m[2], re.sub(r"\{[^}]*\}", "", m[1])) for m in found if m]
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

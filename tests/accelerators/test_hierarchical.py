@@ -1,0 +1,85 @@
+"""The hierarchical room compiled to machine code for accelerators that are not here.
+
+Needs the extra `aot`; without it these tests skip, each with the reason. Bounded are
+temporaries, what a call takes beside its arguments and its results; XLA may keep some
+of them where a result is to be.
+"""
+
+import pytest
+
+from tests.accelerators.compiling import TARGETS, results
+
+MIB = 2**20
+CLASSES, ROWS, FEATURES, SAMPLES = 10**6, 8192, 1024, 8192
+# Hidden states in float32, and a kernel in bfloat16.
+HIDDEN, KERNEL = ROWS * FEATURES * 4 / MIB, CLASSES * FEATURES * 2 / MIB
+# The tails of the adaptive softmax: numbers in their kernels.
+TAILS = 256 * 180_000 + 64 * 800_000
+# Paths, tables on their way through, and what a program takes anyhow.
+SLACK = 32.0
+
+
+def found_for(target, family):
+    """Returns the results of a family by name."""
+    return {
+        result["what"]: result for result in results("hierarchical", target, family)
+    }
+
+
+@pytest.mark.parametrize("family", ["balanced", "huffman", "taxonomy"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_trees(target, family):
+    found = found_for(target, family)
+    assert len(found) == (2 if family == "taxonomy" else 7)
+    # Beams are of 2**23 numbers, and so are all log-probabilities of some tokens, which
+    # TPUs may pad to 128 tokens.
+    best = 4 * 2**23 * 4 / MIB if target == "h100" else 128 * CLASSES * 4 / MIB
+    bounds = {
+        "value": HIDDEN + SLACK,
+        "value_and_grad": 3 * HIDDEN + SLACK,
+        "sgd step": 3 * HIDDEN + SLACK,
+        "adagrad step": 3 * HIDDEN + SLACK,
+        "adam step": 3 * HIDDEN + SLACK,
+        "sample": SLACK,
+        "top_k": best + SLACK + 16,
+    }
+    for name, result in found.items():
+        # Far below the kernel: nothing has a number for every row of it and feature.
+        assert result["mib"] <= bounds[name] < KERNEL / 3, result
+        # Parameters and states are updated where they are.
+        assert result["aliased"] >= result["donated"], result
+        assert (result["donated"] > 0.99 * KERNEL) == name.endswith("step"), result
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_adaptive(target):
+    found = found_for(target, "adaptive")
+    assert len(found) == 4
+    for name, result in found.items():
+        # A tail's gradient is of a block of tokens in bfloat16, their sum in float32.
+        bound = 6 * TAILS / MIB + HIDDEN if name == "value_and_grad" else 0
+        assert result["mib"] <= bound + SLACK, result
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sampled(target):
+    found = found_for(target, "sampled")
+    assert len(found) == 2
+    for result in found.values():
+        # Logits of the sampled classes, their vectors and the labels'.
+        bound = ROWS * SAMPLES * 4 / MIB + 2 * HIDDEN
+        assert result["mib"] <= bound < KERNEL / 5, result
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_full_softmax_beside_them(target):
+    found = found_for(target, "full")
+    assert len(found) == 8
+    for name, result in found.items():
+        if name.startswith("stored"):
+            assert result["mib"] >= ROWS * CLASSES * 2 / MIB, result
+        elif name.endswith("step"):
+            # Its gradient has a number for every class and feature.
+            assert KERNEL <= result["mib"] <= KERNEL + 3 * HIDDEN, result
+        else:
+            assert result["mib"] <= 2 * HIDDEN + SLACK, result
