@@ -16,10 +16,12 @@ from jaxsoft.dtypes import compute_dtype, operand_dtype
 from jaxsoft.hierarchical.class_bands import ClassBands
 from jaxsoft.hierarchical.row_blocks import take
 from jaxsoft.implementation import Implementation, resolve
+from jaxsoft.pytrees import exportable_namedtuple
 
 __all__ = ["AdaptiveTail", "Layer", "TailLayer", "prepare"]
 
 
+@exportable_namedtuple
 class AdaptiveTail(NamedTuple):
     """Parameters of a tail of V_i classes and width D.
 

@@ -1,7 +1,6 @@
 """Bands of classes by frequency: a shortlist, and tails of rarer classes."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy import typing as npt
 
 from jaxsoft import checks
+from jaxsoft.pytrees import exportable_dataclass
 
 __all__ = ["ClassBands"]
 
@@ -19,11 +19,7 @@ __all__ = ["ClassBands"]
 _CANDIDATES = 256
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["order", "ranks"],
-    meta_fields=["cutoffs"],
-)
+@exportable_dataclass("cutoffs")
 @dataclasses.dataclass(frozen=True)
 class ClassBands:
     """Classes by falling frequency, cut into a shortlist and tails.

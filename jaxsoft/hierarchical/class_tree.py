@@ -1,7 +1,6 @@
 """Trees whose leaves are the classes."""
 
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ from jaxsoft.hierarchical.huffman import code_lengths, least_depth
 from jaxsoft.hierarchical.levels import Canonical, Levels, Tables
 from jaxsoft.hierarchical.node_biases import biases_along
 from jaxsoft.hierarchical.taxonomy import tables_of_paths
+from jaxsoft.pytrees import exportable_dataclass, exportable_namedtuple
 
 __all__ = ["ClassPath", "ClassTree"]
 
@@ -30,6 +30,7 @@ _EXTRA_DEPTH = 4
 _PATIENCE = 3.0
 
 
+@exportable_namedtuple
 class ClassPath(NamedTuple):
     """The inner nodes between the root and some classes, from the root down.
 
@@ -53,11 +54,7 @@ class ClassPath(NamedTuple):
     choices: jax.Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["levels", "order", "ranks"],
-    meta_fields=[],
-)
+@exportable_dataclass()
 @dataclasses.dataclass(frozen=True)
 class ClassTree:
     """A tree whose leaves are the classes 0 … V-1.

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoft.pytrees import exportable_dataclass
+
 __all__ = ["Canonical", "Levels", "Tables"]
 
 
@@ -128,11 +130,7 @@ def _level(bounds: np.ndarray, number: jax.Array) -> jax.Array:
     return found.astype(jnp.int32) - 1
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[],
-    meta_fields=["arity", "leaves", "nodes"],
-)
+@exportable_dataclass("arity", "leaves", "nodes")
 @dataclasses.dataclass(frozen=True)
 class Canonical(Levels):
     """A tree that is known by its levels alone, without any table.
@@ -188,14 +186,7 @@ class Canonical(Levels):
         return is_leaf, jnp.where(is_leaf, rank, node)
 
 
-_TABLES = ("rank_slots", "node_slots", "slot_nodes", "node_firsts", "slot_children")
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=_TABLES,
-    meta_fields=["arity", "leaves", "nodes"],
-)
+@exportable_dataclass("arity", "leaves", "nodes")
 @dataclasses.dataclass(frozen=True)
 class Tables(Levels):
     """A tree of any form, in tables of about 7·V numbers.

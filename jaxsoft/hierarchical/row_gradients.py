@@ -20,11 +20,13 @@ from jaxsoft.hierarchical.layer import (
 )
 from jaxsoft.hierarchical.softmax import log_choice
 from jaxsoft.implementation import Implementation
+from jaxsoft.pytrees import exportable_namedtuple
 from jaxsoft.reduction import reduce_losses, token_weights
 
 __all__ = ["RowGradient", "hierarchical_value_and_row_grad"]
 
 
+@exportable_namedtuple
 class RowGradient(NamedTuple):
     """A gradient that is 0 in all rows but some: what `row_sgd` and its like take.
 

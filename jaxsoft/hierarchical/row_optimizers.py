@@ -11,6 +11,7 @@ from jax import lax
 from jaxsoft import checks
 from jaxsoft.hierarchical.row_gradients import RowGradient
 from jaxsoft.hierarchical.same_rows import SameRows
+from jaxsoft.pytrees import exportable_namedtuple
 
 __all__ = ["RowOptimizer", "RowState", "row_adagrad", "row_adam", "row_sgd"]
 
@@ -19,6 +20,7 @@ Rate = float | optax.Schedule
 Step = Callable[[jax.Array, tuple, jax.Array], tuple[jax.Array, tuple]]
 
 
+@exportable_namedtuple
 class RowState(NamedTuple):
     """What an optimizer of rows remembers.
 

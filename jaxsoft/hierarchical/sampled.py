@@ -1,7 +1,6 @@
 """Softmax losses over a label and a few sampled classes."""
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +16,7 @@ from jaxsoft.dtypes import compute_dtype, operand_dtype
 from jaxsoft.hierarchical.same_rows import take_rows
 from jaxsoft.implementation import Implementation, resolve
 from jaxsoft.linear.operands import KernelLayout
+from jaxsoft.pytrees import exportable_dataclass
 from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 from jaxsoft.temperature import is_zero, over_temperature
 
@@ -38,9 +38,7 @@ class Sampler(Protocol):
         ...
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["starts"], meta_fields=[]
-)
+@exportable_dataclass()
 @dataclasses.dataclass(frozen=True)
 class ClassSampler:
     """Draws classes, with replacement, with probabilities that are known exactly.

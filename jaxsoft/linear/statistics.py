@@ -15,6 +15,7 @@ from jaxsoft.implementation import Implementation, resolve
 from jaxsoft.linear import derivative, sharding
 from jaxsoft.linear.operands import Config, Fields, KernelLayout, Operands
 from jaxsoft.linear.tiling import default_tile_bytes
+from jaxsoft.pytrees import exportable_dataclass
 from jaxsoft.temperature import over_temperature
 
 __all__ = [
@@ -31,7 +32,7 @@ MeshAxes = str | Sequence[str] | None
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
 
 
-@jax.tree_util.register_dataclass
+@exportable_dataclass()
 @dataclasses.dataclass(frozen=True)
 class LogitStatistics:
     """Statistics of the softmax over classes, one number a row; a pytree.

@@ -346,12 +346,9 @@ def test_bands_are_arguments_of_a_program():
 
     found = jax.jit(log_prob)(bands)
     np.testing.assert_allclose(found, log_prob(bands), atol=1e-6)
-    leaves, structure = jax.tree.flatten(bands)
-    exported = export.export(
-        jax.jit(lambda *leaves: log_prob(structure.unflatten(leaves)))
-    )
-    again = export.deserialize(exported(*leaves).serialize())
-    np.testing.assert_allclose(again.call(*leaves), found, atol=1e-6)
+    exported = export.export(jax.jit(log_prob))(bands)
+    again = export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(bands), found, atol=1e-6)
 
 
 def _cost(weights, cutoffs, factor):

@@ -1,5 +1,7 @@
 """Transformations of the linear room: what they give, and what they cost."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +130,12 @@ def test_export_round_trip(batch):
     exported = jax.export.export(jax.jit(step))(*batch)
     restored = jax.export.deserialize(exported.serialize())
     close(restored.call(*batch), step(*batch))
+
+
+def test_statistics_are_exported(batch):
+    exported = jax.export.export(jax.jit(linear_statistics))(*batch)
+    found: Any = jax.export.deserialize(exported.serialize()).call(*batch)
+    close(found.log_prob, linear_statistics(*batch).log_prob)
 
 
 def test_inside_shard_map_with_tokens_sharded(batch):
