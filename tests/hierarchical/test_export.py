@@ -107,16 +107,19 @@ def test_functions_of_bands(shuffled):
     layer = (normal(5, 6), normal(6, 12), tails)
     labels = np.array([0, 59, 12, 31, 8])
 
-    def every(key, layer: Any, labels, bands):
-        def loss(layer: Any):
-            return jaxsoft.adaptive_log_prob(*layer, labels, bands).sum()
+    def every(key, layer, labels, bands):
+        hidden, head, tails = layer
+
+        def loss(layer):
+            hidden, head, tails = layer
+            return jaxsoft.adaptive_log_prob(hidden, head, tails, labels, bands).sum()
 
         return {
             "bands": bands,
             "log_prob": jax.value_and_grad(loss)(layer),
-            "log_probs": jaxsoft.adaptive_log_probs(*layer, bands),
-            "sample": jaxsoft.adaptive_sample(key, *layer, bands),
-            "top_k": jaxsoft.adaptive_top_k(*layer, 3, bands),
+            "log_probs": jaxsoft.adaptive_log_probs(hidden, head, tails, bands),
+            "sample": jaxsoft.adaptive_sample(key, hidden, head, tails, bands),
+            "top_k": jaxsoft.adaptive_top_k(hidden, head, tails, 3, bands),
         }
 
     found = check_round_trip(every, KEY, layer, labels, bands)
