@@ -1,6 +1,7 @@
 """All heads for the same time: what is counted, written and refused."""
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -66,11 +67,12 @@ def config(corpus_dir, cache_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_second_a_step():
-    """A clock that ticks once between its readings."""
+    """A clock that ticks once between its readings, and programs compiled once."""
     ticks = iter(range(10**6))
     clock = types.SimpleNamespace(perf_counter=lambda: float(next(ticks)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "time", clock)
+        patch.setattr(comparison, "Programs", functools.cache(Programs))
         yield
 
 
@@ -132,10 +134,17 @@ def test_a_stop_writes_nothing(config, tmp_path):
     assert len(notes.places) == 3 and not out.exists()
 
 
-def test_a_loss_that_is_not_finite_names_head_and_step(config, tmp_path):
-    hot = dataclasses.replace(config, out=str(tmp_path / "run"), learning_rate=1e38)
-    with pytest.raises(NonFiniteLossError, match=r"full head, step \d+: loss .*`learn"):
-        compare_heads(hot, 20.0)
+def test_a_loss_that_is_not_finite_names_head_and_step(config, tmp_path, monkeypatch):
+    step = Programs.step
+
+    def poisoned(self, state, batch, rate, index):
+        state, result = step(self, state, batch, rate, index)
+        return state, result._replace(loss=result.loss * math.nan ** (index == 3))
+
+    monkeypatch.setattr(Programs, "step", poisoned)
+    other = dataclasses.replace(config, out=str(tmp_path / "run"))
+    with pytest.raises(NonFiniteLossError, match="full head, step 3: loss nan.*`learn"):
+        compare_heads(other, 20.0)
     assert not (tmp_path / "run").exists()
 
 
