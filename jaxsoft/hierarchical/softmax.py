@@ -158,18 +158,20 @@ def _log_choice(
     chosen = jnp.sum(jnp.where(is_chosen, children, 0), axis=1, keepdims=True)
     others = jnp.where(is_chosen, -jnp.inf, children)
     peak = jnp.max(others, axis=1, keepdims=True)
+    # Below a class, or where a bias leaves no other child: the choice is certain.
+    alone = peak == -jnp.inf
+    peak = jnp.where(alone, chosen, peak)
     if children.shape[1] == 2:
-        # Below a class there is no other child: this value is not used.
-        peak = jnp.where(peak == -jnp.inf, chosen, peak)
         odds = over_temperature(peak - chosen, tau)[:, 0]
     else:
-        peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, chosen, peak))
+        peak = lax.stop_gradient(peak)
         rest = jnp.exp(centre(others, peak, tau))
         odds = over_temperature(peak - chosen, tau)[:, 0]
-        # 0 only below a class.
+        # 0 only where the choice is certain.
         total = jnp.sum(rest, axis=1)
         odds += jnp.log(jnp.where(total == 0, 1, total))
-    return -jnp.logaddexp(odds, jnp.zeros_like(odds))
+    log_prob = -jnp.logaddexp(odds, jnp.zeros_like(odds))
+    return jnp.where(alone[:, 0], 0, log_prob)
 
 
 def hierarchical_log_probs(
