@@ -216,8 +216,10 @@ def _where_not_exact(
     count = jnp.sum(~found.exact, dtype=jnp.int32)
 
     def some(index: Any, found: _Found) -> _Found:
-        start = index * chunk
-        which = lax.dynamic_slice_in_dim(order, start, chunk)
+        # Without the barrier a chunk of all rows is the same in every turn, and XLA
+        # searches them before the loop, though no row may be left.
+        start, places = lax.optimization_barrier((index * chunk, order))
+        which = lax.dynamic_slice_in_dim(places, start, chunk)
         missing = start + jnp.arange(chunk, dtype=jnp.int32) < count
         tau = layer.row_tau
         part = dataclasses.replace(

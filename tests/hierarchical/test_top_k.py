@@ -1,5 +1,6 @@
 """The search for the best classes against all log-probabilities."""
 
+import re
 from typing import Any, cast
 
 import jax
@@ -174,3 +175,15 @@ def test_wrong_arguments():
         hierarchical_top_k(hidden, kernel, cast(Any, 2.0), tree)
     with pytest.raises(ValueError, match="at least tree.max_depth = 5, got 4"):
         hierarchical_top_k(hidden, kernel, 2, tree, max_visits=4)
+
+
+def test_no_search_of_all_classes_before_one_is_needed():
+    """XLA once moved it out of a loop that may make no turn."""
+    tree = ClassTree.balanced(2**16)
+    kernel = jax.ShapeDtypeStruct((tree.num_rows, 8), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    search = jax.jit(lambda *layer: hierarchical_top_k(*layer, 10, tree))
+    text = search.lower(hidden, kernel).compile().as_text() or ""
+    assert re.search(r"f32\[(65536,64|64,65536)\]", text)
+    entry = text[text.index("\nENTRY ") :]
+    assert not re.search(r"f32\[(65536,64|64,65536)\]", entry)
