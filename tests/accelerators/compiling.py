@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
+    # No chip is held: programs may be compiled side by side.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 FOLDER = pathlib.Path(__file__).parent
 MIB = 2**20
