@@ -88,7 +88,14 @@ class HeadPlan:
             head = softnn.HierarchicalSoftmaxHead(features, structure, **options)
             _set(head.node_bias, structure.biases(np.exp(self.log_probs)))
         elif isinstance(structure, ClassBands):
-            head = softnn.AdaptiveSoftmaxHead(features, structure, **options)
+            # A narrow trunk leaves each tail one feature at least.
+            widths = [max(1, features // 4**place) for place in (1, 2)]
+            head = softnn.AdaptiveSoftmaxHead(
+                features,
+                structure,
+                tail_features=widths[: len(structure.tails)],
+                **options,
+            )
             first, *others = _adaptive_biases(structure, self.log_probs)
             _set(head.bias, first)
             for bias, values in zip(head.tail_biases, others, strict=True):
