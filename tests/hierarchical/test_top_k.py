@@ -182,7 +182,7 @@ def test_no_search_of_all_classes_before_one_is_needed():
     tree = ClassTree.balanced(2**16)
     kernel = jax.ShapeDtypeStruct((tree.num_rows, 8), jnp.float32)
     hidden = jax.ShapeDtypeStruct((64, 8), jnp.float32)
-    search = jax.jit(lambda *layer: hierarchical_top_k(*layer, 10, tree))
+    search = jax.jit(lambda *layer: hierarchical_top_k(layer[0], layer[1], 10, tree))
     text = search.lower(hidden, kernel).compile().as_text() or ""
     assert re.search(r"f32\[(65536,64|64,65536)\]", text)
     entry = text[text.index("\nENTRY ") :]
