@@ -68,6 +68,12 @@ class HeadPlan:
                 return ClassSampler.unigram(probabilities)
         return None
 
+    @functools.cached_property
+    def _node_biases(self) -> np.ndarray:
+        """Of the tree: kept, as each program traces the building of its model."""
+        assert isinstance(self.structure, ClassTree)
+        return self.structure.biases(np.exp(self.log_probs))
+
     def build(self, features: int, *, rngs: nnx.Rngs) -> Any:
         """Makes the head.
 
@@ -86,7 +92,7 @@ class HeadPlan:
         structure = self.structure
         if isinstance(structure, ClassTree):
             head = softnn.HierarchicalSoftmaxHead(features, structure, **options)
-            _set(head.node_bias, structure.biases(np.exp(self.log_probs)))
+            _set(head.node_bias, self._node_biases)
         elif isinstance(structure, ClassBands):
             # A narrow trunk leaves each tail one feature at least.
             widths = [max(1, features // 4**place) for place in (1, 2)]
