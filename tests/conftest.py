@@ -8,6 +8,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Frees a file's compiled programs after it.
+
+    Each takes a few memory mappings, of which Linux gives a process 65,530; a worker
+    that kept the programs of the whole suite ran out of them and died in the compiler.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Enables float64 for one test."""
