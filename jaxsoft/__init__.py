@@ -34,8 +34,12 @@ from jaxsoft.linear.mesh import over_mesh
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
 from jaxsoft.linear.top_k import linear_top_k
+from jaxsoft.logits.concrete import concrete_log_prob
+from jaxsoft.logits.gumbel import gumbel_softmax, gumbel_top_k
 from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
+from jaxsoft.logits.sampling import sample
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
+from jaxsoft.logits.straight_through import gumbel_rao, reinmax
 
 __all__ = [
     "AdaptiveTail",
@@ -51,8 +55,12 @@ __all__ = [
     "adaptive_sample",
     "adaptive_top_k",
     "clip_loss",
+    "concrete_log_prob",
     "distillation_loss",
     "entropy",
+    "gumbel_rao",
+    "gumbel_softmax",
+    "gumbel_top_k",
     "hierarchical_log_prob",
     "hierarchical_log_probs",
     "hierarchical_sample",
@@ -71,9 +79,11 @@ __all__ = [
     "logsumexp",
     "nt_xent",
     "over_mesh",
+    "reinmax",
     "row_adagrad",
     "row_adam",
     "row_sgd",
+    "sample",
     "sampled_softmax_loss",
     "softmax",
     "softmax_cross_entropy",

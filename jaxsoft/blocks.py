@@ -90,39 +90,69 @@ def draw(
     block: int,
     whole: jax.Array | None = None,
 ) -> Drawn:
-    """Draws a class from a tile of whole blocks.
+    """Draws a class from consecutive blocks, in one pass over their logits.
 
     Args:
-      logits: [R, n·B], -inf at dropped classes.
+      logits: [R, C], -inf at dropped classes; the first one begins a block.
       tau: the temperature, a float or [R, 1].
       words: [R, 2], see `noise.row_words`.
-      first_block: the number of the tile's first block.
-      block: B.
-      whole: [n] booleans, False for blocks that do not take part; None for all.
+      first_block: the number of the first block.
+      block: B, the classes of a block.
+      whole: [⌈C / B⌉] booleans, False for blocks that do not take part; None for all.
 
     Returns:
       The drawn classes, numbered as `first_block` is.
     """
-    rows, columns = logits.shape
-    largest = jnp.max(logits, axis=1, keepdims=True)
-    peak = jnp.where(largest == -jnp.inf, 0, largest)
-    weights = jnp.exp(divide_by_temperature(logits, peak, tau))
-    weights = weights.reshape(rows, columns // block, block)
-    sums = jnp.sum(weights, axis=2)
+    columns = logits.shape[1]
+    tops, sums = _summaries(logits, tau, block)
     if whole is not None:
+        tops = jnp.where(whole[None], tops, -jnp.inf)
         sums = jnp.where(whole[None], sums, 0)
-    blocks = first_block + lax.iota(jnp.int32, columns // block)
+    blocks = first_block + lax.iota(jnp.int32, sums.shape[1])
     zero = is_zero(tau, logits.dtype)
+    largest = jnp.max(tops, axis=1, keepdims=True)
+    peak = jnp.where(largest == -jnp.inf, 0, largest)
     perturbed = scores(sums, words, blocks, zero)
-    best = jnp.argmax(perturbed, axis=1)
+    perturbed += divide_by_temperature(tops, peak, tau)
+    best = jnp.argmax(perturbed, axis=1).astype(jnp.int32)
     score = jnp.max(perturbed, axis=1)
-    chosen = jnp.take_along_axis(weights, best[:, None, None], axis=1)[:, 0]
-    part = place(words, zero, logits.dtype)
-    total = jnp.take_along_axis(sums, best[:, None], axis=1)[:, 0]
-    class_id = (first_block + best.astype(jnp.int32)) * block
-    class_id += invert(chosen, part * total)
-    class_id = jnp.where(score == -jnp.inf, -1, class_id)
-    return Drawn(largest[:, 0], score, class_id)
+    size = min(block, columns)
+    start = jnp.minimum(best * block, columns - size)
+    part = jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, size))
+    chosen = part(logits, start)
+    # The last block may have begun before the last B columns.
+    place_in = start[:, None] + lax.iota(jnp.int32, size)[None]
+    inside = place_in >= best[:, None] * block
+    top, total = (jnp.take_along_axis(a, best[:, None], axis=1) for a in (tops, sums))
+    weights = _weights(jnp.where(inside, chosen, -jnp.inf), top, tau)
+    target = place(words, zero, logits.dtype) * total[:, 0]
+    class_id = first_block * block + start + invert(weights, target)
+    return Drawn(largest[:, 0], score, jnp.where(score == -jnp.inf, -1, class_id))
+
+
+def _weights(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:
+    return jnp.exp(divide_by_temperature(u, jnp.where(top == -jnp.inf, 0, top), tau))
+
+
+def _summaries(
+    logits: jax.Array, tau: float | jax.Array, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns each block's largest logit and its sum of exponentials, [R, n] each.
+
+    A block's own maximum centres it, so that its logits are read from memory once.
+    """
+    rows, columns = logits.shape
+    full = columns // block
+    parts = [logits[:, : full * block].reshape(rows, full, block)]
+    if full * block < columns:
+        parts.append(logits[:, None, full * block :])
+    tau = tau[:, :, None] if isinstance(tau, jax.Array) else tau
+    tops = [jnp.max(part, axis=2, keepdims=True) for part in parts]
+    sums = [
+        jnp.sum(_weights(part, top, tau), axis=2)
+        for part, top in zip(parts, tops, strict=True)
+    ]
+    return jnp.concatenate([t[:, :, 0] for t in tops], 1), jnp.concatenate(sums, 1)
 
 
 def later(old: Drawn, new: Drawn, tau: float | jax.Array) -> Drawn:

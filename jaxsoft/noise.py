@@ -1,23 +1,51 @@
 """Random bits that belong to a row and a class, and to nothing else.
 
 Whoever draws for row r and class v gets the same bits, however rows and classes are
-cut into tiles or over devices: they are a counter cipher of (stream, class) under a
-key made from the caller's key and the row. The cipher is JAX's Threefry-2x32 with its
-20 rounds (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011).
+cut into tiles or over devices: they are a counter cipher of (stream, counter) under a
+key made from the caller's key and the row. The cipher is Threefry-2x32: by default
+with the 20 rounds of `jax.random`, or with 13, the fewest for which its authors know
+no statistical flaw (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011,
+and the notes of their Random123 library).
+
+An encryption gives two words, and classes use both: class v = 256 q + 128 h + r has
+word h of counter 128 q + r, so that whole lanes of 128 stay together.
 """
+
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.random import threefry_2x32
 
-__all__ = ["BLOCKS", "CLASSES", "NODES", "ROWS", "gumbel", "row_words", "uniform"]
+__all__ = [
+    "BLOCKS",
+    "CLASSES",
+    "GENERATORS",
+    "NODES",
+    "ROWS",
+    "Generator",
+    "class_gumbel",
+    "gumbel",
+    "gumbel_of_classes",
+    "row_words",
+    "uniform",
+]
 
 # Streams: what the bits are for.
 CLASSES = 0
 BLOCKS = 1
 ROWS = 2
 NODES = 3
+
+Generator = Literal["threefry", "threefry13"]
+GENERATORS: tuple[Generator, ...] = get_args(Generator)
+_ROUNDS = {"threefry": 20, "threefry13": 13}
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+_LANES = 128
 
 
 def row_words(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Array:
@@ -46,10 +74,56 @@ def _encrypt(
     return words[:, : first.shape[0]], words[:, first.shape[0] :]
 
 
-def _bits(words: jax.Array, stream: int, ids: jax.Array) -> jax.Array:
-    """Returns uint32 bits [R, n] of rows [R, 2] and ids [n]."""
+def _threefry(
+    keys: Sequence[jax.Array], counters: Sequence[jax.Array], rounds: int, fused: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Encrypts counters of any shape under keys that broadcast to it.
+
+    Without `fused`, every four rounds are computed before the next: XLA's CPU compiler
+    does not end, or not soon, when it is given twenty rounds as one piece.
+    """
+    key0, key1 = keys
+    schedule = (key0, key1, key0 ^ key1 ^ jnp.uint32(_PARITY))
+    a, b = (c + k for c, k in zip(counters, keys, strict=True))
+    for first in range(0, rounds, 4):
+        step = first // 4
+        for rotation in _ROTATIONS[step % 2][: rounds - first]:
+            a = a + b
+            left = lax.shift_left(b, jnp.full_like(b, rotation))
+            right = lax.shift_right_logical(b, jnp.full_like(b, 32 - rotation))
+            b = a ^ (left | right)
+        if first + 4 <= rounds:
+            a = a + schedule[(step + 1) % 3]
+            b = b + schedule[(step + 2) % 3] + jnp.uint32(step + 1)
+        if not fused:
+            a, b = lax.optimization_barrier((a, b))
+    return a, b
+
+
+def _class_counters(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the counters of classes, and which of the two words is theirs."""
     ids = ids.astype(jnp.uint32)
-    return _encrypt(words, jnp.full_like(ids, stream), ids)[0]
+    counters = ids // (2 * _LANES) * _LANES + ids % _LANES
+    return counters, ids // _LANES % 2
+
+
+def _class_bits(
+    words: jax.Array, num_classes: int, rounds: int, fused: bool
+) -> jax.Array:
+    """Returns uint32 bits [R, V] of rows [R, 2] and all classes, two a cipher."""
+    rows = words.shape[0]
+    groups = -(-num_classes // (2 * _LANES))
+    lanes = min(num_classes, _LANES)
+    shape = (rows, groups, lanes)
+    counters = lax.broadcasted_iota(jnp.uint32, shape, 1) * jnp.uint32(_LANES)
+    counters += lax.broadcasted_iota(jnp.uint32, shape, 2)
+    keys = [words[:, i, None, None] for i in range(2)]
+    stream = jnp.full(shape, CLASSES, jnp.uint32)
+    a, b = _threefry(keys, (stream, counters), rounds, fused)
+    if num_classes <= _LANES:
+        return a[:, 0]
+    bits = jnp.stack([a, b], axis=2).reshape(rows, groups * 2 * _LANES)
+    return bits[:, :num_classes]
 
 
 def _unit(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -57,29 +131,79 @@ def _unit(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return (bits.astype(dtype) + dtype.type(0.5)) * dtype.type(2.0**-32)
 
 
+def _to_gumbel(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns standard Gumbel noise from uniform bits.
+
+    `-log(E)` with `E = -log(1 - u)`, an exponential whose small values, those of large
+    noise, keep all 32 bits: the noise lies in [-2.9, 22.9] and is always finite.
+    """
+    u = jnp.minimum(_unit(bits, dtype), dtype.type(1 - 2.0**-24))
+    return -jnp.log(-jnp.log1p(-u))
+
+
 def uniform(words: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns one number in (0, 1] for each row, [R] from [R, 2]."""
     dtype = jnp.dtype(dtype)
-    return _unit(_bits(words, ROWS, jnp.zeros(1, jnp.uint32)), dtype)[:, 0]
+    number = jnp.zeros(1, jnp.uint32)
+    bits, _ = _encrypt(words, jnp.full_like(number, ROWS), number)
+    return _unit(bits, dtype)[:, 0]
 
 
 def gumbel(
     words: jax.Array, stream: int, ids: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Returns standard Gumbel noise of rows and ids.
-
-    `-log(E)` with `E = -log(1 - u)`, an exponential whose small values, those of large
-    noise, keep all 32 bits: the noise lies in [-2.9, 22.9] and is always finite.
+    """Returns standard Gumbel noise of rows and of blocks or nodes.
 
     Args:
       words: [R, 2] from `row_words`.
-      stream: `CLASSES`, `BLOCKS` or `NODES`.
+      stream: `BLOCKS` or `NODES`.
       ids: [n] integers.
       dtype: float32 or float64.
 
     Returns:
       [R, n] noise.
     """
-    dtype = jnp.dtype(dtype)
-    u = jnp.minimum(_unit(_bits(words, stream, ids), dtype), dtype.type(1 - 2.0**-24))
-    return -jnp.log(-jnp.log1p(-u))
+    ids = ids.astype(jnp.uint32)
+    bits, _ = _encrypt(words, jnp.full_like(ids, stream), ids)
+    return _to_gumbel(bits, jnp.dtype(dtype))
+
+
+def gumbel_of_classes(words: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns standard Gumbel noise of rows and some classes.
+
+    Args:
+      words: [R, 2] from `row_words`.
+      ids: [n] integers.
+      dtype: float32 or float64.
+
+    Returns:
+      [R, n] noise, that of `class_gumbel` with its default generator.
+    """
+    counters, word = _class_counters(ids)
+    first, second = _encrypt(words, jnp.full_like(counters, CLASSES), counters)
+    return _to_gumbel(jnp.where(word[None] == 0, first, second), jnp.dtype(dtype))
+
+
+def class_gumbel(
+    words: jax.Array,
+    num_classes: int,
+    dtype: jnp.dtype,
+    generator: Generator = "threefry",
+    *,
+    fused: bool,
+) -> jax.Array:
+    """Returns standard Gumbel noise of rows and all classes.
+
+    Args:
+      words: [R, 2] from `row_words`.
+      num_classes: V.
+      dtype: float32 or float64.
+      generator: "threefry" or "threefry13".
+      fused: whether the cipher may be compiled into one piece with what comes after it;
+        False on a CPU, whose compiler fails at that.
+
+    Returns:
+      [R, V] noise.
+    """
+    bits = _class_bits(words, num_classes, _ROUNDS[generator], fused)
+    return _to_gumbel(bits, jnp.dtype(dtype))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft.linear import varying
+from jaxsoft import varying
 
 __all__ = ["RowBlocks", "take"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoft.linear import reference, varying, xla, xla_backward
+from jaxsoft import varying
+from jaxsoft.linear import reference, xla, xla_backward
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, Fields, Operands, roles_like
 

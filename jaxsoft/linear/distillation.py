@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
+from jaxsoft import checks, varying
 from jaxsoft.divergence_terms import DIVERGENCES, excess
 from jaxsoft.implementation import Implementation
-from jaxsoft.linear import sharding, varying
+from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout, Operands
 from jaxsoft.linear.pair import Divergence, Pair, distillation
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare

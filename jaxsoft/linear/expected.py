@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, noise
+from jaxsoft import checks, noise, varying
 from jaxsoft.dtypes import compute_dtype
 from jaxsoft.implementation import Implementation
-from jaxsoft.linear import derivative, sharding, varying, xla, xla_backward
+from jaxsoft.linear import derivative, sharding, xla, xla_backward
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands, roles_like
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
@@ -231,7 +231,7 @@ def _perturbed(config, tile: xla.Tile, words, first: Any) -> jax.Array:
     if words is None:
         return tile.logits
     ids = first + tile.start + lax.iota(jnp.int32, tile.logits.shape[1])
-    return tile.logits + noise.gumbel(words, noise.CLASSES, ids, tile.logits.dtype)
+    return tile.logits + noise.gumbel_of_classes(words, ids, tile.logits.dtype)
 
 
 def _forward(config: Config, hard: bool, mixed: _Mixed) -> tuple[jax.Array, _Saved]:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from jaxsoft.linear import partitioning, varying
+from jaxsoft import varying
+from jaxsoft.linear import partitioning
 
 __all__ = ["Foldable"]
 

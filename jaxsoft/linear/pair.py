@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsoft import varying
 from jaxsoft.divergence_terms import difference, excess, half_scaled, half_step
-from jaxsoft.linear import derivative, sharding, tiling, varying, xla, xla_backward
+from jaxsoft.linear import derivative, sharding, tiling, xla, xla_backward
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.temperature import (

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import blocks, noise
+from jaxsoft import blocks, noise, varying
 from jaxsoft.dtypes import compute_dtype
 from jaxsoft.implementation import Implementation
-from jaxsoft.linear import sharding, varying, xla
+from jaxsoft.linear import sharding, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare

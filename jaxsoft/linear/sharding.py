@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft.linear import varying
+from jaxsoft import varying
 from jaxsoft.linear.operands import Config, Operands
 
 __all__ = [

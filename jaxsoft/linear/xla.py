@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsoft import varying
 from jaxsoft.dtypes import compute_dtype
-from jaxsoft.linear import sharding, tiling, varying
+from jaxsoft.linear import sharding, tiling
 from jaxsoft.linear.operands import Config, Fields, Operands
 from jaxsoft.temperature import divide_by_temperature, over_temperature, times
 

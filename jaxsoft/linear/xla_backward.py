@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsoft import varying
 from jaxsoft.dtypes import compute_dtype
-from jaxsoft.linear import sharding, tiling, varying
+from jaxsoft.linear import sharding, tiling
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.xla import Saved, Tile, compute_tile, dot, slice_rows, tiles_of
 from jaxsoft.temperature import divide_by_temperature, finite, inverse, times

@@ -1,0 +1,129 @@
+"""Logits as rows: what functions that draw for a row and a class work on."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxsoft import checks, varying
+from jaxsoft.logits.softmax import check_temperature, check_where
+
+__all__ = ["Rows", "in_tiles", "to_rows"]
+
+# What a tile of a few arrays may hold so that it stays in a CPU's second-level cache.
+_TILE = 2**17
+
+
+class Rows(NamedTuple):
+    """Logits of R rows of V classes.
+
+    Attributes:
+      logits: [R, V] in the dtype of the caller.
+      tau: the temperature, [R, 1] or [1, 1], or None if it is static.
+      where: which classes are kept, [R, V] or [1, V], or None for all.
+    """
+
+    logits: jax.Array
+    tau: jax.Array | None
+    where: jax.Array | None
+
+    def temperature(self, static_tau: float | None) -> float | jax.Array:
+        """The temperature in either of its forms."""
+        if self.tau is None:
+            assert static_tau is not None
+            return static_tau
+        return self.tau
+
+
+def to_rows(
+    logits: ArrayLike, temperature: ArrayLike, axis: int, where: ArrayLike | None
+) -> tuple[float | None, Rows, Callable[[jax.Array], jax.Array]]:
+    """Checks the arguments of a function of stored logits and makes rows of them.
+
+    Rows are numbered in the order of the axes other than `axis`.
+
+    Args:
+      logits: [..., V] with the classes on `axis`.
+      temperature: a scalar, or an array that broadcasts with size 1 on the class axis.
+      axis: the class axis.
+      where: booleans that broadcast to `logits`, or None.
+
+    Returns:
+      The static temperature or None; the rows; and what turns [R, V] back into the
+      shape of the logits, or [R] into that without the class axis.
+    """
+    logits = checks.floating("logits", logits)
+    axis = checks.class_axis(axis, logits)
+    mask = check_where(where, logits)
+    tau = check_temperature(temperature, logits, axis)
+    static_tau, row_tau = (None, tau) if isinstance(tau, jax.Array) else (tau, None)
+    moved = jnp.moveaxis(logits, axis, -1)
+    rows = moved.shape[:-1]
+
+    def flat(array: jax.Array | None, size: int) -> jax.Array | None:
+        if array is None:
+            return None
+        array = jnp.moveaxis(array, axis, -1)
+        if math.prod(array.shape[:-1]) == 1:
+            return jnp.broadcast_to(array.reshape(1, array.shape[-1]), (1, size))
+        return jnp.broadcast_to(array, (*rows, size)).reshape(-1, size)
+
+    def back(array: jax.Array) -> jax.Array:
+        if array.ndim == 1:
+            return array.reshape(rows)
+        return jnp.moveaxis(array.reshape(*rows, array.shape[1]), -1, axis)
+
+    size = moved.shape[-1]
+    count = math.prod(rows)
+    return (
+        static_tau,
+        Rows(moved.reshape(count, size), flat(row_tau, 1), flat(mask, size)),
+        back,
+    )
+
+
+def in_tiles(
+    function: Callable[..., Any], arrays: Any, num_rows: int, num_classes: int
+) -> Any:
+    """Computes a function of rows, a tile of rows at a time that fits into cache.
+
+    The last tile starts earlier where it would stick out: its first rows are computed
+    twice.
+
+    Args:
+      function: takes the pytree `arrays` with fewer rows, returns a pytree of arrays
+        with as many.
+      arrays: a pytree of arrays with R rows, or with one that serves all.
+      num_rows: R.
+      num_classes: V.
+
+    Returns:
+      What the function gives for all rows.
+    """
+    size = max(1, _TILE // max(num_classes, 1))
+    if num_rows <= size:
+        return function(arrays)
+
+    def part(start):
+        return jax.tree.map(
+            lambda a: lax.dynamic_slice_in_dim(a, start, size) if a.shape[0] > 1 else a,
+            arrays,
+        )
+
+    shapes = jax.eval_shape(function, jax.eval_shape(part, 0))
+    empty = jax.tree.map(lambda s: jnp.zeros((num_rows, *s.shape[1:]), s.dtype), shapes)
+
+    def step(index, whole):
+        start = jnp.minimum(index * size, num_rows - size)
+        return jax.tree.map(
+            lambda a, new: lax.dynamic_update_slice_in_dim(a, new, start, 0),
+            whole,
+            function(part(start)),
+        )
+
+    tiles = -(-num_rows // size)
+    return lax.fori_loop(0, tiles, step, varying.like(empty, arrays))

@@ -1,0 +1,176 @@
+"""Classes drawn from stored logits."""
+
+import functools
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxsoft import blocks, checks, dtypes, noise
+from jaxsoft.logits import filters
+from jaxsoft.logits.rows import Rows, to_rows
+
+__all__ = ["draw_rows", "sample"]
+
+
+def sample(
+    key: jax.Array,
+    logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    top_k: ArrayLike | None = None,
+    top_p: ArrayLike | None = None,
+    min_p: ArrayLike | None = None,
+) -> jax.Array:
+    """Draws one class of each row from its tempered softmax.
+
+    Exact: a block of classes is drawn by the Gumbel-max rule over the logarithms of
+    the blocks' sums, then a class inside it by inversion. The logits are read once,
+    and some √V random numbers are drawn for a row.
+
+    Filters act one after another, each on the classes that the one before it left, in
+    the order temperature, `top_k`, `top_p`, `min_p`. They keep the first classes of
+    the order by descending logit, equal ones by ascending id; the first always stays.
+
+    Args:
+      key: a JAX random key.
+      logits: [..., V] with the classes on `axis`, any floating dtype.
+      temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
+        with size 1 on the class axis. τ = 0 gives the lowest argmax.
+      axis: the class axis, which the result lacks.
+      where: booleans that broadcast to `logits`; False drops a class. None keeps all.
+      top_k: an integer >= 1: the k first classes stay, exactly k where there are as
+        many. Like the other filters a scalar, or an array as `temperature`.
+      top_p: p in [0, 1]: a class stays if the probability of those before it is less
+        than p, renormalised to the classes that `top_k` left.
+      min_p: in [0, 1]: a class stays if its probability is at least this share of the
+        largest.
+
+    Returns:
+      [...] int32 in [0, V); -1 for a row without any kept class, or with a NaN or
+      +inf.
+
+    Raises:
+      TypeError: if `logits` or `temperature` is not floating, `where` not boolean, or
+        a filter of a wrong type.
+      ValueError: if a shape does not fit, or a known temperature or filter is out of
+        its range; with a traced one the row gives -1.
+
+    Notes:
+      The bits of a row depend on the key and the row's place alone, those of a block
+      of classes on its number as well: the same as in `linear_sample`, which draws the
+      same classes but for ties within rounding. Without a derivative; see
+      `gumbel_softmax` and `reinmax` for one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoft import sample
+      >>> logits = jnp.array([[0.0, 5.0, 5.0], [60.0, 0.0, 0.0]])
+      >>> print(sample(jax.random.key(0), logits, top_k=1))
+      [1 0]
+
+    References:
+      Gumbel, Statistical Theory of Extreme Values, 1954; Maddison, Tarlow and Minka,
+      A* Sampling, arXiv:1411.0030 (Gumbel-max over groups of classes); Holtzman et
+      al., arXiv:1904.09751 (top-p); Nguyen et al., arXiv:2407.01082 (min-p).
+    """
+    logits = checks.floating("logits", logits)
+    axis = checks.class_axis(axis, logits)
+    static_tau, rows, back = to_rows(
+        lax.stop_gradient(logits), temperature, axis, where
+    )
+    chosen = filters.Filters(
+        _filter("top_k", top_k, logits, axis),
+        _filter("top_p", top_p, logits, axis),
+        _filter("min_p", min_p, logits, axis),
+    )
+    return back(_sample(static_tau, key, rows, chosen))
+
+
+def _filter(name: str, value: Any, logits: jax.Array, axis: int) -> jax.Array | None:
+    """Returns a filter as an array [R, 1] or [1, 1]; checks what is known of it."""
+    if value is None:
+        return None
+    whole = name == "top_k"
+    if isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if isinstance(value, numbers.Real):
+        kind = numbers.Integral if whole else numbers.Real
+        if not isinstance(value, kind):
+            raise TypeError(f"`{name}` must be an int, got {value!r}.")
+        dtype = jnp.int32 if whole else dtypes.compute_dtype(logits)
+        array = jnp.asarray(min(value, jnp.iinfo(jnp.int32).max), dtype)
+    else:
+        check = checks.integer if whole else checks.floating
+        array = check(name, value)
+    if not isinstance(array, Tracer) and array.is_fully_addressable:
+        known = np.asarray(array)
+        bad = known < 1 if whole else ~((known >= 0) & (known <= 1))
+        if bad.any():
+            rule = "be at least 1" if whole else "lie in [0, 1]"
+            raise ValueError(f"`{name}` must {rule}, got {known[bad].flat[0]}.")
+    one = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
+    checks.broadcasts_to(name, array, one)
+    dtype = jnp.int32 if whole else dtypes.compute_dtype(logits)
+    array = array.astype(dtype)
+    if array.size == 1:
+        return array.reshape(1, 1)
+    return jnp.moveaxis(jnp.broadcast_to(array, one), axis, -1).reshape(-1, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+def _sample(
+    static_tau: float | None, key: jax.Array, rows: Rows, chosen: filters.Filters
+) -> jax.Array:
+    words = noise.row_words(key, rows.logits.shape[0])
+    return draw_rows(static_tau, words, rows, chosen)
+
+
+def draw_rows(
+    static_tau: float | None,
+    words: jax.Array,
+    rows: Rows,
+    chosen: filters.Filters = filters.NONE,
+) -> jax.Array:
+    """Draws a class of each row.
+
+    Args:
+      static_tau: the temperature if it is static.
+      words: [R, 2], see `noise.row_words`.
+      rows: the logits.
+      chosen: the filters.
+
+    Returns:
+      [R] int32; -1 where there is no class, or a NaN, or a filter out of its range.
+    """
+    x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
+    if not x.shape[0]:
+        return jnp.zeros(0, jnp.int32)
+    if rows.where is not None:
+        x = jnp.where(rows.where, x, -jnp.inf)
+    tau = rows.temperature(static_tau)
+    lost = jnp.zeros((1, 1), bool)
+    if any(value is not None for value in chosen):
+        lost = _out_of_range(chosen)
+        x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)
+    drawn = blocks.draw(x, tau, words, 0, blocks.block_size(x.shape[1]))
+    lost = lost[:, 0] | jnp.isnan(drawn.score) | ~(drawn.max < jnp.inf)
+    return jnp.where(lost, -1, drawn.class_id)
+
+
+def _out_of_range(chosen: filters.Filters) -> jax.Array:
+    """Tells where a filter has a value that it must not have, [R, 1] or [1, 1]."""
+    bad = jnp.zeros((1, 1), bool)
+    if chosen.top_k is not None:
+        bad |= chosen.top_k < 1
+    for value in (chosen.top_p, chosen.min_p):
+        if value is not None:
+            bad |= ~((value >= 0) & (value <= 1))
+    return bad
