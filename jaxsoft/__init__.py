@@ -1,5 +1,6 @@
 """jaxsoft, the softmax layer of JAX."""
 
+from jaxsoft import schedules
 from jaxsoft.hierarchical.adaptive import adaptive_log_prob, adaptive_log_probs
 from jaxsoft.hierarchical.adaptive_decoding import adaptive_sample, adaptive_top_k
 from jaxsoft.hierarchical.adaptive_layer import AdaptiveTail
@@ -85,6 +86,7 @@ __all__ = [
     "row_sgd",
     "sample",
     "sampled_softmax_loss",
+    "schedules",
     "softmax",
     "softmax_cross_entropy",
     "supervised_contrastive",

@@ -10,9 +10,10 @@ import pytest
 
 import jaxsoft
 import jaxsoft.nn
+import jaxsoft.schedules
 
 OPTIONAL = ("grain", "tokenizers", "matplotlib", "sklearn")  # Flax brings the others
-MODULES = (jaxsoft, jaxsoft.nn)
+MODULES = (jaxsoft, jaxsoft.nn, jaxsoft.schedules)
 PUBLIC = [
     (module.__name__, name)
     for module in MODULES
