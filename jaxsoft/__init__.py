@@ -23,6 +23,7 @@ from jaxsoft.hierarchical.softmax import (
     hierarchical_log_probs,
 )
 from jaxsoft.hierarchical.top_k import hierarchical_top_k
+from jaxsoft.linear.calibration import linear_fit_temperature
 from jaxsoft.linear.contrastive import clip_loss, nt_xent, supervised_contrastive
 from jaxsoft.linear.distillation import (
     linear_distillation,
@@ -35,12 +36,14 @@ from jaxsoft.linear.mesh import over_mesh
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
 from jaxsoft.linear.top_k import linear_top_k
+from jaxsoft.logits.calibration import expected_calibration_error, fit_temperature
 from jaxsoft.logits.concrete import concrete_log_prob
 from jaxsoft.logits.gumbel import gumbel_softmax, gumbel_top_k
 from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
 from jaxsoft.logits.sampling import sample
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 from jaxsoft.logits.straight_through import gumbel_rao, reinmax
+from jaxsoft.temperature_fit import TemperatureFit
 
 __all__ = [
     "AdaptiveTail",
@@ -51,6 +54,7 @@ __all__ = [
     "LogitStatistics",
     "RowGradient",
     "RowOptimizer",
+    "TemperatureFit",
     "adaptive_log_prob",
     "adaptive_log_probs",
     "adaptive_sample",
@@ -59,6 +63,8 @@ __all__ = [
     "concrete_log_prob",
     "distillation_loss",
     "entropy",
+    "expected_calibration_error",
+    "fit_temperature",
     "gumbel_rao",
     "gumbel_softmax",
     "gumbel_top_k",
@@ -71,6 +77,7 @@ __all__ = [
     "linear_distillation",
     "linear_distillation_top_k",
     "linear_expected",
+    "linear_fit_temperature",
     "linear_log_prob",
     "linear_log_prob_at",
     "linear_sample",

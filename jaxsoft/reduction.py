@@ -19,14 +19,26 @@ def token_weights(
     weights: ArrayLike | None,
     labels: jax.Array | None = None,
     ignore_label: int | None = None,
+    legend: str = "hidden.shape[:-1]",
 ) -> jax.Array | None:
-    """Returns one float32 weight a token, or None if all are 1."""
+    """Returns one float32 weight a token, or None if all are 1.
+
+    Args:
+      rows: the shape that weights must have.
+      weights: [...] booleans or reals, or None.
+      labels: [...] integers, or None.
+      ignore_label: the label whose tokens have weight 0, or None.
+      legend: what `rows` is, for messages.
+
+    Returns:
+      [...] float32, or float64 where the weights are.
+    """
     result = None
     if weights is not None:
         result = jnp.asarray(weights)
         if result.dtype != jnp.bool_:
             result = checks.floating("weights", result)
-        checks.shape("weights", result, rows, "hidden.shape[:-1]")
+        checks.shape("weights", result, rows, legend)
         wide = result.dtype == jnp.float64
         result = result.astype(jnp.float64 if wide else jnp.float32)
     if labels is None or ignore_label is None:
