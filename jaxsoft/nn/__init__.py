@@ -2,12 +2,16 @@
 
 from jaxsoft.nn.adaptive_head import AdaptiveSoftmaxHead
 from jaxsoft.nn.hierarchical_head import HierarchicalSoftmaxHead
+from jaxsoft.nn.learnable_temperature import LearnableTemperature
 from jaxsoft.nn.sampled_head import SampledSoftmaxHead
 from jaxsoft.nn.softmax_head import SoftmaxHead
+from jaxsoft.nn.temperature_scaling import TemperatureScaling
 
 __all__ = [
     "AdaptiveSoftmaxHead",
     "HierarchicalSoftmaxHead",
+    "LearnableTemperature",
     "SampledSoftmaxHead",
     "SoftmaxHead",
+    "TemperatureScaling",
 ]

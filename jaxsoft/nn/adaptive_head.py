@@ -43,8 +43,9 @@ class AdaptiveSoftmaxHead(nnx.Module):
       tail_features: D of each tail; None takes `in_features // tail_factor^(i+1)`.
       tail_factor: by how much each tail is narrower than the one before.
       use_bias: whether all logits have a bias.
-      temperature: τ in [0, ∞] of every softmax, a Python float or an array; a
-        constant, not a parameter.
+      temperature: τ in [0, ∞] of every softmax, a Python float or an array, both
+        constants and no parameters; or a module that gives it, such as
+        `LearnableTemperature`.
       dtype: dtype of hidden states and kernels in products; None takes theirs.
       param_dtype: dtype of new parameters.
       precision: of the products, as in `jnp.matmul`.
@@ -81,7 +82,7 @@ class AdaptiveSoftmaxHead(nnx.Module):
         tail_features: Sequence[int] | None = None,
         tail_factor: float = 4.0,
         use_bias: bool = False,
-        temperature: float | jax.Array = 1.0,
+        temperature: arguments.Temperature = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: Any = None,

@@ -14,6 +14,7 @@ from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 __all__ = [
     "KERNEL_INIT",
     "StoredTemperature",
+    "Temperature",
     "current",
     "live_tokens",
     "promoted",
@@ -23,12 +24,14 @@ __all__ = [
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
 
-StoredTemperature = float | nnx.Variable
+# A module, such as `LearnableTemperature`, gives its temperature when it is called.
+Temperature = float | jax.Array | nnx.Module
+StoredTemperature = float | nnx.Variable | nnx.Module
 
 
-def stored(temperature: float | jax.Array) -> StoredTemperature:
+def stored(temperature: Temperature) -> StoredTemperature:
     """Returns a module's temperature: an array becomes a variable, no parameter."""
-    if isinstance(temperature, (int, float)):
+    if isinstance(temperature, (int, float, nnx.Module)):
         return temperature
     return nnx.Variable(jnp.asarray(temperature))
 
@@ -37,6 +40,8 @@ def current(own: StoredTemperature, given: ArrayLike | None) -> Any:
     """Returns the temperature of a call: the given one, or else the module's."""
     if given is not None:
         return given
+    if isinstance(own, nnx.Module):
+        return own()  # pyright: ignore[reportCallIssue]
     return own[...] if isinstance(own, nnx.Variable) else own
 
 

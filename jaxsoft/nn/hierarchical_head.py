@@ -43,8 +43,9 @@ class HierarchicalSoftmaxHead(nnx.Module):
       in_features: H.
       tree: the classes.
       use_bias: whether the nodes' logits have a bias.
-      temperature: τ in [0, ∞] of every node's softmax, a Python float or an array; a
-        constant, not a parameter.
+      temperature: τ in [0, ∞] of every node's softmax, a Python float or an array,
+        both constants and no parameters; or a module that gives it, such as
+        `LearnableTemperature`.
       dtype: dtype of hidden states and kernel in products; None takes theirs.
       param_dtype: dtype of new parameters.
       precision: of the products, as in `jnp.matmul`.
@@ -87,7 +88,7 @@ class HierarchicalSoftmaxHead(nnx.Module):
         tree: ClassTree,
         *,
         use_bias: bool = False,
-        temperature: float | jax.Array = 1.0,
+        temperature: arguments.Temperature = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: Any = None,

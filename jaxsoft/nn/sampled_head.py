@@ -37,8 +37,8 @@ class SampledSoftmaxHead(nnx.Module):
       sampler: what draws them, a pytree such as a `ClassSampler` over V classes.
       use_bias: whether the logits have a bias.
       embedding: an `nnx.Embed` with V rows and H features to tie the head to.
-      temperature: τ in [0, ∞], a Python float or an array; a constant, not a
-        parameter.
+      temperature: τ in [0, ∞], a Python float or an array, both constants and no
+        parameters; or a module that gives it, such as `LearnableTemperature`.
       remove_accidental_hits: as in `jaxsoft.sampled_softmax_loss`.
       deterministic: see the attribute.
       dtype: dtype of hidden states and kernel in matrix products; None takes theirs.
@@ -79,7 +79,7 @@ class SampledSoftmaxHead(nnx.Module):
         *,
         use_bias: bool = False,
         embedding: nnx.Embed | None = None,
-        temperature: float | jax.Array = 1.0,
+        temperature: arguments.Temperature = 1.0,
         remove_accidental_hits: bool = True,
         deterministic: bool = False,
         dtype: DTypeLike | None = None,

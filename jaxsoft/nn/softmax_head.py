@@ -49,8 +49,8 @@ class SoftmaxHead(nnx.Module):
       embedding: an `nnx.Embed` with V rows and H features to tie the head to. The
         two share one parameter: gradients of both uses add up, and its metadata is
         the embedding's.
-      temperature: τ in [0, ∞], a Python float or an array; a constant, not a
-        parameter.
+      temperature: τ in [0, ∞], a Python float or an array, both constants and no
+        parameters; or a module that gives it, such as `LearnableTemperature`.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None.
       dtype: dtype of hidden states and kernel in matrix products; None takes theirs.
       param_dtype: dtype of new parameters.
@@ -120,7 +120,7 @@ class SoftmaxHead(nnx.Module):
         *,
         use_bias: bool = False,
         embedding: nnx.Embed | None = None,
-        temperature: float | jax.Array = 1.0,
+        temperature: arguments.Temperature = 1.0,
         logit_softcap: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,

@@ -12,6 +12,7 @@ from jaxsoft.training.language_model import (
     train_language_model,
 )
 from jaxsoft.training.mesh import MeshError, parse_mesh
+from jaxsoft.training.reliability import reliability_diagram
 from jaxsoft.training.reporting import FinalReport, Listener, Sample
 from jaxsoft.training.run_directory import RunDirectoryError
 
@@ -33,6 +34,7 @@ __all__ = [
     "compare_heads",
     "load_config",
     "parse_mesh",
+    "reliability_diagram",
     "require_train_extra",
     "train_language_model",
 ]

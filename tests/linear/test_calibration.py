@@ -60,14 +60,14 @@ def test_equals_stored_logits(implementation):
 
 
 def test_bfloat16_and_float64(x64):
-    half = [a.astype("bfloat16") for a in (HIDDEN, KERNEL)]
-    ours = jaxsoft.linear_fit_temperature(*half, LABELS)
-    exact = [a.astype("float64") for a in half]
-    logits = exact[0] @ exact[1]
+    hidden, kernel = (a.astype("bfloat16") for a in (HIDDEN, KERNEL))
+    ours = jaxsoft.linear_fit_temperature(hidden, kernel, LABELS)
+    hidden, kernel = hidden.astype("float64"), kernel.astype("float64")
+    logits = hidden @ kernel
     expected = jaxsoft.fit_temperature(logits, LABELS)
     assert ours.temperature.dtype == jnp.float32
     close(ours, expected)
-    wide = jaxsoft.linear_fit_temperature(*exact, LABELS)
+    wide = jaxsoft.linear_fit_temperature(hidden, kernel, LABELS)
     np.testing.assert_allclose(wide.temperature, expected.temperature, rtol=1e-12)
 
 

@@ -242,7 +242,7 @@ def test_calibration_error_is_its_definition(bins):
 def test_confidences_on_the_edges_belong_to_the_lower_bin(bins):
     """Also 0, which no bin (low, high] holds and the first takes, and 1."""
     grid = (np.arange(bins + 1, dtype="float32") / np.float32(bins))[:, None]
-    labels = np.arange(bins + 1) % 2  # -1 everywhere but the only class would be wrong
+    labels = np.arange(bins + 1) % 2
     sums = calibration_bins(np.concatenate([grid, grid * 0], 1), labels, bins)
     np.testing.assert_array_equal(sums.weight, [2] + [1] * (bins - 1))
     np.testing.assert_allclose(sums.confidence, grid[1:, 0], rtol=1e-6)
