@@ -1,0 +1,1 @@
+"""Examples that run from the command line: `python -m jaxsoft.examples.NAME`."""
