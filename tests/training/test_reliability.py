@@ -1,5 +1,6 @@
 """The reliability diagram: what is drawn, and what is written."""
 
+import doctest
 import importlib.util
 
 import numpy as np
@@ -55,3 +56,10 @@ def test_messages(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r'matplotlib.*"jaxsoft\[train\]"'):
         reliability_diagram(PROBABILITIES, LABELS, path)
     assert not path.exists()
+
+
+def test_its_docstring_runs():
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(reliability_diagram):
+        runner.run(test)
+    assert runner.tries > 0 and runner.failures == 0
