@@ -27,8 +27,9 @@ def _log_ratio(student, teacher, tau, where, axis):
     q, p = ws / total_s, wt / total_t
     both = s.kept & t.kept
     prepared = Temperature.prepare(tau, student.dtype)
-    # τ·(c_s - c_t), exact for close logits; at most 2e38, so that sums stay finite.
-    gap = jnp.where(both, (student - s.peak) - (teacher - t.peak), 0)
+    # τ·(c_s - c_t), exact for close logits; clipped, so that sums stay finite.
+    gap = finite(student - s.peak) - finite(teacher - t.peak)
+    gap = jnp.where(both, finite(gap), 0)
     # XLA may contract the difference of the quotients: equal logits keep 0.
     delta = jnp.where(both & (gap != 0), s.values - t.values, 0)
     delta = jnp.where(jnp.isnan(delta), 0, delta)
@@ -46,7 +47,7 @@ def _log_ratio(student, teacher, tau, where, axis):
     d = jnp.where(both, delta - shift, jnp.where(s.kept, jnp.inf, -jnp.inf))
     d = jnp.where(kept, d, 0)
     scaled = jnp.where(both & near, gap - scaled_shift, finite(d) * finite_tau)
-    return p, q, d, scaled, finite_tau
+    return p, q, d, finite(scaled), finite_tau
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -92,6 +93,7 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
         loss = loss / 2
         by_student = _centred_product(q, finite(scaled_q), total)
         by_teacher = _centred_product(p, finite(scaled_p), total)
+    by_student, by_teacher = finite(by_student), finite(by_teacher)
     loss, by_student, by_teacher = (
         jnp.where(zero, 0, a) for a in (loss, by_student, by_teacher)
     )
@@ -125,8 +127,10 @@ def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):
             for slope, logits in ((by_student, student), (by_teacher, teacher))
         )
         slope = 2 * loss - jnp.sum(inner, axis)
+        # Where the loss or its slope overflows there is no gradient in τ.
+        slope = jnp.where(jnp.isfinite(slope) | jnp.isnan(loss), slope, 0)
         inverse_tau = jnp.squeeze(inverse(tau, student.dtype) * dtau, axis)
-        tangent += finite(slope) * inverse_tau
+        tangent += slope * inverse_tau
     return loss, tangent
 
 

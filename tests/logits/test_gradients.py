@@ -147,6 +147,7 @@ def test_gradients_of_extreme_inputs_are_never_nan(size, tau):
         jaxsoft.logsumexp,
         jaxsoft.entropy,
         lambda x, tau: jaxsoft.softmax_cross_entropy(x, labels, tau),
+        lambda x, tau: jaxsoft.distillation_loss(x, x[:, ::-1], tau),
     ):
 
         def total(x, tau, function=function):
