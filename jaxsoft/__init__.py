@@ -36,7 +36,13 @@ from jaxsoft.linear.mesh import over_mesh
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
 from jaxsoft.linear.top_k import linear_top_k
+from jaxsoft.logits.boltzmann import (
+    boltzmann_operator,
+    boltzmann_policy,
+    soft_argmax,
+)
 from jaxsoft.logits.calibration import expected_calibration_error, fit_temperature
+from jaxsoft.logits.codistillation import codistillation_loss
 from jaxsoft.logits.concrete import concrete_log_prob
 from jaxsoft.logits.gumbel import gumbel_softmax, gumbel_top_k
 from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
@@ -59,7 +65,10 @@ __all__ = [
     "adaptive_log_probs",
     "adaptive_sample",
     "adaptive_top_k",
+    "boltzmann_operator",
+    "boltzmann_policy",
     "clip_loss",
+    "codistillation_loss",
     "concrete_log_prob",
     "distillation_loss",
     "entropy",
@@ -94,6 +103,7 @@ __all__ = [
     "sample",
     "sampled_softmax_loss",
     "schedules",
+    "soft_argmax",
     "softmax",
     "softmax_cross_entropy",
     "supervised_contrastive",
