@@ -72,6 +72,8 @@ def play(key: jax.Array, temperatures: jax.Array, num_arms: int) -> jax.Array:
     """
     arms_key, pulls_key = jax.random.split(key)
     means = jax.random.normal(arms_key, (num_arms,))
+    # Two fusions may round a mean differently: the best arm's gap is made exact.
+    gaps = jnp.maximum(means.max() - means, 0).at[means.argmax()].set(0)
 
     def pull(state, step):
         averages, counts = state
@@ -82,7 +84,7 @@ def play(key: jax.Array, temperatures: jax.Array, num_arms: int) -> jax.Array:
         reward = means[arm] + jax.random.normal(noise_key)
         counts = counts.at[arm].add(1)
         change = (reward - averages[arm]) / counts[arm]
-        return (averages.at[arm].add(change), counts), means.max() - means[arm]
+        return (averages.at[arm].add(change), counts), gaps[arm]
 
     keys = jax.random.split(pulls_key, len(temperatures))
     start = (jnp.zeros(num_arms), jnp.zeros(num_arms))
