@@ -87,7 +87,11 @@ def to_rows(
 
 
 def in_tiles(
-    function: Callable[..., Any], arrays: Any, num_rows: int, num_classes: int
+    function: Callable[..., Any],
+    arrays: Any,
+    num_rows: int,
+    num_classes: int,
+    least_rows: int = 1,
 ) -> Any:
     """Computes a function of rows, a tile of rows at a time that fits into cache.
 
@@ -100,11 +104,12 @@ def in_tiles(
       arrays: a pytree of arrays with R rows, or with one that serves all.
       num_rows: R.
       num_classes: V.
+      least_rows: the least rows of a tile, however many classes there are.
 
     Returns:
       What the function gives for all rows.
     """
-    size = max(1, _TILE // max(num_classes, 1))
+    size = max(least_rows, _TILE // max(num_classes, 1))
     if num_rows <= size:
         return function(arrays)
 

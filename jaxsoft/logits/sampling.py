@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft import blocks, checks, dtypes, noise
 from jaxsoft.logits import filters
-from jaxsoft.logits.rows import Rows, to_rows
+from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 
 __all__ = ["draw_rows", "sample"]
 
@@ -150,9 +150,27 @@ def draw_rows(
     Returns:
       [R] int32; -1 where there is no class, or a NaN, or a filter out of its range.
     """
-    x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
-    if not x.shape[0]:
+    count, classes = rows.logits.shape
+    if not count:
         return jnp.zeros(0, jnp.int32)
+    draw = functools.partial(_draw, static_tau)
+    arrays = (words, rows, chosen)
+    if all(value is None for value in chosen):
+        return draw(arrays)
+
+    def tiled(arrays):
+        # Bisection passes over a row some 40 times: in cache, and a row for each of
+        # a few cores.
+        return in_tiles(draw, arrays, count, classes, least_rows=4)
+
+    return lax.platform_dependent(arrays, cpu=tiled, default=draw)
+
+
+def _draw(
+    static_tau: float | None, arrays: tuple[jax.Array, Rows, filters.Filters]
+) -> jax.Array:
+    words, rows, chosen = arrays
+    x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
     if rows.where is not None:
         x = jnp.where(rows.where, x, -jnp.inf)
     tau = rows.temperature(static_tau)
