@@ -7,10 +7,23 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks import device, heads, linear, plot, report, softmax, trees, workloads
+from benchmarks import (
+    device,
+    discrete,
+    heads,
+    linear,
+    plot,
+    report,
+    softmax,
+    trees,
+    workloads,
+)
 from benchmarks.session import SCHEMA, Result, Session
 
-SUITES = {suite.SUITE: suite.run for suite in (linear, softmax, heads, trees, device)}
+SUITES = {
+    suite.SUITE: suite.run
+    for suite in (linear, softmax, discrete, heads, trees, device)
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         *workloads.HEADS,
         *workloads.CONTRASTIVE,
         *workloads.SOFTMAX,
+        *workloads.SAMPLING,
+        *workloads.RELAXATION,
         *workloads.TREES,
     )
     names = list(dict.fromkeys(workload.name for workload in every))

@@ -17,6 +17,7 @@ import jaxsoft
 from benchmarks import (
     checks,
     contest,
+    discrete,
     heads,
     linear,
     peers,
@@ -64,6 +65,7 @@ def run(session: Session) -> None:
             f"{SUITE} parity",
             timed=False,
         )
+    discrete.run_workload(session, _ROWS, suite=f"{SUITE} parity", timed=False)
     if session.failed:
         return
     for head in _chosen(session, workloads.LINEAR, _TIMED_HEADS):
@@ -72,6 +74,7 @@ def run(session: Session) -> None:
     for rows in _chosen(session, workloads.SOFTMAX, _TIMED_ROWS):
         rows = rows.quick() if small else rows
         softmax.run_workload(session, rows, softmax.MAIN_CASES, SUITE)
+        discrete.run_workload(session, rows, suite=SUITE)
     for head in _chosen(session, _DECODING, _TIMED_DECODING):
         head = head.quick() if small else head
         heads.run_workload(session, head, heads.HEADS, SUITE)

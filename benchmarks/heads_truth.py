@@ -278,10 +278,10 @@ def sample_statistics(every: Array, class_ids: Any) -> dict[str, Array]:
 
     Where in its row's cumulative distribution a sample lies is uniform over the rows:
     `place` is these numbers, sorted, and `PLACE_TRUTH` a uniform grid, so that the
-    error is the Kolmogorov-Smirnov distance. `surprise` is exp of the mean of a
-    sample's log-probability plus its row's entropy, which is near 1: a sampler that
-    finds the right region and a wrong class in it is off by 0.6 on logits of unit
-    scale.
+    error is the Kolmogorov-Smirnov distance. `surprise` is exp of the mean over the
+    rows of a sample's log-probability plus the row's entropy, over the row's standard
+    deviation of log-probabilities, which is near 1: a sampler that finds the right
+    region and a wrong class in it is off by 0.6.
 
     Args:
       every: `[R, V]` log-probabilities.
@@ -297,7 +297,9 @@ def sample_statistics(every: Array, class_ids: Any) -> dict[str, Array]:
     at = np.take_along_axis(every, column, axis=1)[:, 0]
     until = np.take_along_axis(np.cumsum(p, axis=1), column, axis=1)[:, 0]
     place = np.where(inside, until - np.exp(at) / 2, np.nan)
-    excess = np.where(inside, at - (p * every).sum(axis=1), np.nan)
+    mean = (p * every).sum(axis=1)
+    spread = np.sqrt((p * (every - mean[:, None]) ** 2).sum(axis=1))
+    excess = np.where(inside, at - mean, np.nan) / np.where(spread == 0, 1, spread)
     return {"place": np.sort(place), "surprise": np.exp(excess.mean())}
 
 

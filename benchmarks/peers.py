@@ -149,7 +149,7 @@ def _package(
     Returns:
       The package, or None and the reason why it cannot take part.
     """
-    module, absent = _import(name.replace("-", "_"))
+    module, absent = import_package(name.replace("-", "_"))
     if module is None:
         return None, absent
     if case.layout not in layouts:
@@ -167,8 +167,15 @@ def _package(
     return (None, absent) if absent else (module, "")
 
 
-def _import(name: str) -> tuple[ModuleType | None, str]:
-    """Imports a package that may be missing, or broken on this machine."""
+def import_package(name: str) -> tuple[ModuleType | None, str]:
+    """Imports a package that may be missing, or broken on this machine.
+
+    Args:
+      name: of the package.
+
+    Returns:
+      The package, or None and why there is none.
+    """
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:

@@ -228,6 +228,12 @@ SOFTMAX = (
     SoftmaxWorkload("quack-131k", 16384, 131072),
 )
 
+SAMPLING = (
+    SoftmaxWorkload("llama3-decode", 256, 131072, on_cpu=True),
+    SoftmaxWorkload("mistral-7b", 2048, 32768, on_cpu=True),
+)
+RELAXATION = (SoftmaxWorkload("mistral-relaxed", 1024, 32768, on_cpu=True),)
+
 # The vocabularies of a balanced tree: from a small one's to more than anyone's.
 _GROWING = tuple(2**power for power in range(10, 23, 2))
 
