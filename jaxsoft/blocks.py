@@ -17,9 +17,20 @@ from jax import lax
 from jaxsoft import noise
 from jaxsoft.temperature import divide_by_temperature, is_zero
 
-__all__ = ["Drawn", "block_size", "draw", "invert", "later", "place", "scores"]
+__all__ = [
+    "Drawn",
+    "block_size",
+    "draw",
+    "draw_row",
+    "invert",
+    "later",
+    "place",
+    "scores",
+]
 
 _LEAST = 128
+# The inversion finds a group of a block's classes before the class.
+_GROUPS = 16
 
 
 class Drawn(NamedTuple):
@@ -42,20 +53,26 @@ def block_size(num_classes: int) -> int:
 
 
 def scores(
-    sums: jax.Array, words: jax.Array, blocks: jax.Array, zero: jax.Array
+    sums: jax.Array, words: jax.Array, first: jax.Array | int, zero: jax.Array
 ) -> jax.Array:
     """Returns log-sums of blocks plus noise; without either where τ is 0.
 
     Args:
       sums: [R, n] sums of exponentials.
       words: [R, 2], see `noise.row_words`.
-      blocks: [n] numbers of the blocks.
+      first: the number of the first block.
       zero: where τ is 0, broadcastable to [R, 1].
 
     Returns:
       [R, n]; -inf for an empty block.
     """
-    perturbed = jnp.log(sums) + noise.gumbel(words, noise.BLOCKS, blocks, sums.dtype)
+    count = sums.shape[1]
+    if isinstance(first, int) and first == 0:
+        drawn = noise.first_gumbel(words, noise.BLOCKS, count, sums.dtype)
+    else:
+        ids = first + lax.iota(jnp.int32, count)
+        drawn = noise.paired_gumbel(words, noise.BLOCKS, ids, sums.dtype)
+    perturbed = jnp.log(sums) + drawn
     alone = jnp.where(sums > 0, 0.0, -jnp.inf).astype(sums.dtype)
     return jnp.where(zero, alone, perturbed)
 
@@ -76,10 +93,24 @@ def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
       [R] int32; the last class of positive weight where rounding puts the target
       beyond the sum.
     """
-    inside = jnp.sum(jnp.cumsum(weights, axis=1) <= target[:, None], axis=1)
+    groups = math.gcd(weights.shape[1], _GROUPS)
+    parts = weights.reshape(weights.shape[0], groups, -1)
+    sums = jnp.sum(parts, axis=2)
+    group, before = _invert(sums, target)
+    chosen = jnp.take_along_axis(parts, group[:, None, None], axis=1)[:, 0]
+    inside, _ = _invert(chosen, target - before)
+    return group * parts.shape[2] + inside
+
+
+def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the same by one cumulative sum, and the sum before what it found."""
+    until = jnp.cumsum(weights, axis=1)
+    inside = jnp.sum(until <= target[:, None], axis=1)
     positive = weights > 0
     last = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
-    return jnp.minimum(inside, last).astype(jnp.int32)
+    found = jnp.minimum(inside, last).astype(jnp.int32)
+    before = jnp.take_along_axis(until, jnp.maximum(found - 1, 0)[:, None], axis=1)
+    return found, jnp.where(found == 0, 0, before[:, 0])
 
 
 def draw(
@@ -90,7 +121,7 @@ def draw(
     block: int,
     whole: jax.Array | None = None,
 ) -> Drawn:
-    """Draws a class from consecutive blocks, in one pass over their logits.
+    """Draws a class from consecutive blocks.
 
     Args:
       logits: [R, C], -inf at dropped classes; the first one begins a block.
@@ -103,56 +134,108 @@ def draw(
     Returns:
       The drawn classes, numbered as `first_block` is.
     """
-    columns = logits.shape[1]
-    tops, sums = _summaries(logits, tau, block)
+    # Each is used more than once: none of it is to be computed again.
+    tops, sums = lax.optimization_barrier(_summaries(logits, tau, block))
     if whole is not None:
         tops = jnp.where(whole[None], tops, -jnp.inf)
         sums = jnp.where(whole[None], sums, 0)
-    blocks = first_block + lax.iota(jnp.int32, sums.shape[1])
     zero = is_zero(tau, logits.dtype)
     largest = jnp.max(tops, axis=1, keepdims=True)
     peak = jnp.where(largest == -jnp.inf, 0, largest)
-    perturbed = scores(sums, words, blocks, zero)
+    perturbed = scores(sums, words, first_block, zero)
     perturbed += divide_by_temperature(tops, peak, tau)
-    best = jnp.argmax(perturbed, axis=1).astype(jnp.int32)
+    best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
     score = jnp.max(perturbed, axis=1)
-    size = min(block, columns)
-    start = jnp.minimum(best * block, columns - size)
-    part = jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, size))
-    chosen = part(logits, start)
-    # The last block may have begun before the last B columns.
-    place_in = start[:, None] + lax.iota(jnp.int32, size)[None]
-    inside = place_in >= best[:, None] * block
-    top, total = (jnp.take_along_axis(a, best[:, None], axis=1) for a in (tops, sums))
-    weights = _weights(jnp.where(inside, chosen, -jnp.inf), top, tau)
-    target = place(words, zero, logits.dtype) * total[:, 0]
-    class_id = first_block * block + start + invert(weights, target)
+    top = jnp.take_along_axis(tops, best, axis=1)
+    inside = _inside(logits, tau, words, block, best, top, sums)
+    class_id = (first_block + best[:, 0]) * block + inside
     return Drawn(largest[:, 0], score, jnp.where(score == -jnp.inf, -1, class_id))
 
 
+def _inside(logits, tau, words, block, best, peak, sums) -> jax.Array:
+    """Returns which class of its block `best` [R, 1] each row draws, [R]."""
+    columns = best * block + lax.iota(jnp.int32, block)[None]
+    chosen = jnp.take_along_axis(
+        logits, columns, axis=1, mode="fill", fill_value=-jnp.inf
+    )
+    total = jnp.take_along_axis(sums, best, axis=1)[:, 0]
+    zero = is_zero(tau, logits.dtype)
+    target = place(words, zero, logits.dtype) * total
+    return invert(_weights(chosen, peak, tau), target)
+
+
+def draw_row(
+    logits: jax.Array, tau: float | jax.Array, words: jax.Array, block: int
+) -> jax.Array:
+    """Draws a class of each row from all its blocks.
+
+    As `draw`, but the exponentials of a row are centred on the largest logit of its
+    first block, which the compiler need not look for in all of them before: one pass
+    less. Where that overflows in some row, or is no number, it is `draw` that counts.
+
+    Args:
+      logits: [R, V], -inf at dropped classes.
+      tau: the temperature, a float, [R, 1] or [1, 1].
+      words: [R, 2], see `noise.row_words`.
+      block: B, the classes of a block.
+
+    Returns:
+      [R] int32; -1 for a row without any kept class, or with a NaN or +inf.
+    """
+    zero = is_zero(tau, logits.dtype)
+    peak = jnp.max(logits[:, :block], axis=1, keepdims=True)
+    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
+    sums = _sums(_parts(logits, block), [peak[:, :, None]] * 2, tau)
+    sums = lax.optimization_barrier(sums)
+    usable = jnp.all(jnp.isfinite(sums)) & ~jnp.any(zero)
+
+    def quickly():
+        perturbed = scores(sums, words, 0, zero)
+        best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
+        inside = _inside(logits, tau, words, block, best, peak, sums)
+        return best[:, 0] * block + inside
+
+    def safely():
+        drawn = draw(logits, tau, words, 0, block)
+        lost = jnp.isnan(drawn.score) | ~(drawn.max < jnp.inf)
+        return jnp.where(lost, -1, drawn.class_id)
+
+    return lax.cond(usable, quickly, safely)
+
+
 def _weights(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:
-    return jnp.exp(divide_by_temperature(u, jnp.where(top == -jnp.inf, 0, top), tau))
+    # The lowest finite number, without a select, serves where all are -inf.
+    peak = jnp.maximum(top, jnp.finfo(top.dtype).min)
+    return jnp.exp(divide_by_temperature(u, peak, tau))
+
+
+def _parts(logits: jax.Array, block: int) -> list[jax.Array]:
+    """Returns the whole blocks [R, n, B] and, if there is one, the rest [R, 1, b]."""
+    rows, columns = logits.shape
+    full = columns // block
+    parts = [logits[:, : full * block].reshape(rows, full, block)] if full else []
+    if full * block < columns:
+        parts.append(logits[:, None, full * block :])
+    return parts
+
+
+def _sums(
+    parts: list[jax.Array], peaks: list[jax.Array], tau: float | jax.Array
+) -> jax.Array:
+    """Returns each block's sum of exponentials, [R, n]."""
+    tau = tau[:, :, None] if isinstance(tau, jax.Array) else tau
+    pairs = zip(parts, peaks, strict=False)
+    return jnp.concatenate([jnp.sum(_weights(u, m, tau), axis=2) for u, m in pairs], 1)
 
 
 def _summaries(
     logits: jax.Array, tau: float | jax.Array, block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each block's largest logit and its sum of exponentials, [R, n] each.
-
-    A block's own maximum centres it, so that its logits are read from memory once.
-    """
-    rows, columns = logits.shape
-    full = columns // block
-    parts = [logits[:, : full * block].reshape(rows, full, block)]
-    if full * block < columns:
-        parts.append(logits[:, None, full * block :])
-    tau = tau[:, :, None] if isinstance(tau, jax.Array) else tau
+    """Returns each block's largest logit and its sum of exponentials, [R, n] each."""
+    parts = _parts(logits, block)
     tops = [jnp.max(part, axis=2, keepdims=True) for part in parts]
-    sums = [
-        jnp.sum(_weights(part, top, tau), axis=2)
-        for part, top in zip(parts, tops, strict=True)
-    ]
-    return jnp.concatenate([t[:, :, 0] for t in tops], 1), jnp.concatenate(sums, 1)
+    sums = _sums(parts, tops, tau)
+    return jnp.concatenate([top[:, :, 0] for top in tops], 1), sums
 
 
 def later(old: Drawn, new: Drawn, tau: float | jax.Array) -> Drawn:

@@ -7,10 +7,11 @@ with the 20 rounds of `jax.random`, or with 13, the fewest for which its authors
 no statistical flaw (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011,
 and the notes of their Random123 library).
 
-An encryption gives two words, and classes use both: class v = 256 q + 128 h + r has
-word h of counter 128 q + r, so that whole lanes of 128 stay together.
+An encryption gives two words, and classes and blocks use both: number 256 q + 128 h + r
+has word h of counter 128 q + r, so that whole lanes of 128 stay together.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -26,9 +27,9 @@ __all__ = [
     "NODES",
     "ROWS",
     "Generator",
-    "class_gumbel",
+    "first_gumbel",
     "gumbel",
-    "gumbel_of_classes",
+    "paired_gumbel",
     "row_words",
     "uniform",
 ]
@@ -100,30 +101,29 @@ def _threefry(
     return a, b
 
 
-def _class_counters(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the counters of classes, and which of the two words is theirs."""
+def _paired_counters(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the counters of numbers, and which of the two words is theirs."""
     ids = ids.astype(jnp.uint32)
     counters = ids // (2 * _LANES) * _LANES + ids % _LANES
     return counters, ids // _LANES % 2
 
 
-def _class_bits(
-    words: jax.Array, num_classes: int, rounds: int, fused: bool
+def _first_bits(
+    words: jax.Array, stream: int, count: int, rounds: int, fused: bool
 ) -> jax.Array:
-    """Returns uint32 bits [R, V] of rows [R, 2] and all classes, two a cipher."""
+    """Returns uint32 bits [R, n] of rows [R, 2] and the first n numbers of a stream."""
     rows = words.shape[0]
-    groups = -(-num_classes // (2 * _LANES))
-    lanes = min(num_classes, _LANES)
+    groups = -(-count // (2 * _LANES))
+    lanes = min(count, _LANES)
     shape = (rows, groups, lanes)
     counters = lax.broadcasted_iota(jnp.uint32, shape, 1) * jnp.uint32(_LANES)
     counters += lax.broadcasted_iota(jnp.uint32, shape, 2)
     keys = [words[:, i, None, None] for i in range(2)]
-    stream = jnp.full(shape, CLASSES, jnp.uint32)
-    a, b = _threefry(keys, (stream, counters), rounds, fused)
-    if num_classes <= _LANES:
+    a, b = _threefry(keys, (jnp.full_like(counters, stream), counters), rounds, fused)
+    if count <= _LANES:
         return a[:, 0]
     bits = jnp.stack([a, b], axis=2).reshape(rows, groups * 2 * _LANES)
-    return bits[:, :num_classes]
+    return bits[:, :count]
 
 
 def _unit(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -152,11 +152,11 @@ def uniform(words: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def gumbel(
     words: jax.Array, stream: int, ids: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Returns standard Gumbel noise of rows and of blocks or nodes.
+    """Returns standard Gumbel noise of rows and numbers, a whole cipher for each.
 
     Args:
       words: [R, 2] from `row_words`.
-      stream: `BLOCKS` or `NODES`.
+      stream: `NODES`.
       ids: [n] integers.
       dtype: float32 or float64.
 
@@ -168,42 +168,54 @@ def gumbel(
     return _to_gumbel(bits, jnp.dtype(dtype))
 
 
-def gumbel_of_classes(words: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns standard Gumbel noise of rows and some classes.
+def paired_gumbel(
+    words: jax.Array, stream: int, ids: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Returns standard Gumbel noise of rows and some classes or blocks.
 
     Args:
       words: [R, 2] from `row_words`.
+      stream: `CLASSES` or `BLOCKS`.
       ids: [n] integers.
       dtype: float32 or float64.
 
     Returns:
-      [R, n] noise, that of `class_gumbel` with its default generator.
+      [R, n] noise, that of `first_gumbel` with its default generator.
     """
-    counters, word = _class_counters(ids)
-    first, second = _encrypt(words, jnp.full_like(counters, CLASSES), counters)
+    counters, word = _paired_counters(ids)
+    first, second = _encrypt(words, jnp.full_like(counters, stream), counters)
     return _to_gumbel(jnp.where(word[None] == 0, first, second), jnp.dtype(dtype))
 
 
-def class_gumbel(
+def first_gumbel(
     words: jax.Array,
-    num_classes: int,
+    stream: int,
+    count: int,
     dtype: jnp.dtype,
     generator: Generator = "threefry",
     *,
-    fused: bool,
+    fused: bool | None = None,
 ) -> jax.Array:
-    """Returns standard Gumbel noise of rows and all classes.
+    """Returns standard Gumbel noise of rows and the first classes or blocks.
 
     Args:
       words: [R, 2] from `row_words`.
-      num_classes: V.
+      stream: `CLASSES` or `BLOCKS`.
+      count: n.
       dtype: float32 or float64.
       generator: "threefry" or "threefry13".
       fused: whether the cipher may be compiled into one piece with what comes after it;
-        False on a CPU, whose compiler fails at that.
+        must be False on a CPU, whose compiler fails at that. None chooses by platform.
 
     Returns:
-      [R, V] noise.
+      [R, n] noise.
     """
-    bits = _class_bits(words, num_classes, _ROUNDS[generator], fused)
-    return _to_gumbel(bits, jnp.dtype(dtype))
+
+    def noise(fused: bool, words: jax.Array) -> jax.Array:
+        bits = _first_bits(words, stream, count, _ROUNDS[generator], fused)
+        return _to_gumbel(bits, jnp.dtype(dtype))
+
+    if fused is None:
+        apart, whole = (functools.partial(noise, fused) for fused in (False, True))
+        return lax.platform_dependent(words, cpu=apart, default=whole)
+    return noise(fused, words)

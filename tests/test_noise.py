@@ -24,8 +24,8 @@ def bits(request):
     """Bits of consecutive rows and classes under one key."""
     words = noise.row_words(jax.random.key(1), ROWS)
     rounds = noise._ROUNDS[request.param]
-    draw = jax.jit(noise._class_bits, static_argnums=(1, 2, 3))
-    return np.asarray(draw(words, CLASSES, rounds, False))
+    draw = jax.jit(noise._first_bits, static_argnums=(1, 2, 3, 4))
+    return np.asarray(draw(words, noise.CLASSES, CLASSES, rounds, False))
 
 
 def assert_normal(z):
@@ -52,16 +52,16 @@ def test_the_cipher_is_that_of_random123(rounds, key, counter, cipher, fused):
     assert tuple(map(int, drawn)) == cipher
 
 
-@pytest.mark.parametrize("classes", [1, 128, 129, 700])
-def test_all_classes_get_the_bits_of_each(classes):
+@pytest.mark.parametrize("count", [1, 128, 129, 700])
+def test_the_first_numbers_get_the_bits_of_each(count):
     words = noise.row_words(jax.random.key(2), 3)
-    ids = jnp.arange(classes)
-    each = noise.gumbel_of_classes(words, ids, jnp.float32)
-    for fused in (False, True):
-        drawn = noise.class_gumbel(words, classes, jnp.float32, fused=fused)
+    ids = jnp.arange(count)
+    each = noise.paired_gumbel(words, noise.BLOCKS, ids, jnp.float32)
+    for fused in (None, False, True):
+        drawn = noise.first_gumbel(words, noise.BLOCKS, count, jnp.float32, fused=fused)
         np.testing.assert_array_equal(drawn, each)
-    few = noise.gumbel_of_classes(words[1:2], ids[classes // 2 :], jnp.float32)
-    np.testing.assert_array_equal(few, each[1:2, classes // 2 :])
+    few = noise.paired_gumbel(words[1:2], noise.BLOCKS, ids[count // 2 :], jnp.float32)
+    np.testing.assert_array_equal(few, each[1:2, count // 2 :])
 
 
 def test_bits_belong_to_a_row_and_an_id():
@@ -70,12 +70,12 @@ def test_bits_belong_to_a_row_and_an_id():
     np.testing.assert_array_equal(words[4:], noise.row_words(key, 6, first=4))
     ids = jnp.arange(20)
     drawn = [
-        noise.gumbel(words, noise.BLOCKS, ids, jnp.float32),
         noise.gumbel(words, noise.NODES, ids, jnp.float32),
-        noise.gumbel_of_classes(words, ids, jnp.float32),
+        noise.paired_gumbel(words, noise.BLOCKS, ids, jnp.float32),
+        noise.paired_gumbel(words, noise.CLASSES, ids, jnp.float32),
     ]
     assert len(np.unique(np.asarray(drawn))) == 3 * drawn[0].size
-    part = noise.gumbel(words[3:5], noise.BLOCKS, ids[7:9], jnp.float32)
+    part = noise.gumbel(words[3:5], noise.NODES, ids[7:9], jnp.float32)
     np.testing.assert_array_equal(drawn[0][3:5, 7:9], part)
 
 
@@ -175,7 +175,9 @@ def test_a_changed_bit_changes_half_of_all(rounds):
 def test_consecutive_seeds_are_unrelated():
     keys = jax.vmap(jax.random.key)(jnp.arange(64))
     words = jax.vmap(lambda key: noise.row_words(key, 4))(keys).reshape(-1, 2)
-    drawn = np.asarray(noise._class_bits(words, 1024, 20, False)).reshape(64, -1)
+    drawn = np.asarray(
+        noise._first_bits(words, noise.CLASSES, 1024, 20, False)
+    ).reshape(64, -1)
     u = drawn / 2**32 - 0.5
     correlation = np.corrcoef(u)[np.triu_indices(64, 1)] * np.sqrt(u.shape[1])
     assert np.abs(correlation).max() < stats.norm.isf(RARE / 2 / correlation.size)

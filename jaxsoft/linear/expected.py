@@ -231,7 +231,9 @@ def _perturbed(config, tile: xla.Tile, words, first: Any) -> jax.Array:
     if words is None:
         return tile.logits
     ids = first + tile.start + lax.iota(jnp.int32, tile.logits.shape[1])
-    return tile.logits + noise.gumbel_of_classes(words, ids, tile.logits.dtype)
+    return tile.logits + noise.paired_gumbel(
+        words, noise.CLASSES, ids, tile.logits.dtype
+    )
 
 
 def _forward(config: Config, hard: bool, mixed: _Mixed) -> tuple[jax.Array, _Saved]:

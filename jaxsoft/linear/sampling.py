@@ -241,7 +241,7 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
         parts = jnp.where(same, all_sums * back, 0)
         until = jnp.cumsum(parts, axis=0)
         whole = jnp.sum(parts, axis=0)
-        score = blocks.scores(whole[:, None], words, number[None], zero)[:, 0]
+        score = blocks.scores(whole[:, None], words, number, zero)[:, 0]
         target = part * whole
         holder = blocks.invert(parts.T, target)
         before = until[own] - parts[own]

@@ -41,7 +41,9 @@ def _noisy(
     Centred first: beside an offset of 10⁶ noise would lose most of its bits.
     """
     x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
-    drawn = noise.class_gumbel(words, x.shape[1], x.dtype, generator, fused=fused)
+    drawn = noise.first_gumbel(
+        words, noise.CLASSES, x.shape[1], x.dtype, generator, fused=fused
+    )
     return centre(x, 1.0, rows.where, 1, guard=False).values + drawn
 
 
@@ -119,6 +121,8 @@ def gumbel(
     """Returns noise alone, [R, V]."""
 
     def tile(fused, words):
-        return noise.class_gumbel(words, num_classes, dtype, generator, fused=fused)
+        return noise.first_gumbel(
+            words, noise.CLASSES, num_classes, dtype, generator, fused=fused
+        )
 
     return _by_platform(tile, words, words.shape[0], num_classes)

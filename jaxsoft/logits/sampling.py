@@ -174,13 +174,12 @@ def _draw(
     if rows.where is not None:
         x = jnp.where(rows.where, x, -jnp.inf)
     tau = rows.temperature(static_tau)
-    lost = jnp.zeros((1, 1), bool)
-    if any(value is not None for value in chosen):
-        lost = _out_of_range(chosen)
-        x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)
-    drawn = blocks.draw(x, tau, words, 0, blocks.block_size(x.shape[1]))
-    lost = lost[:, 0] | jnp.isnan(drawn.score) | ~(drawn.max < jnp.inf)
-    return jnp.where(lost, -1, drawn.class_id)
+    block = blocks.block_size(x.shape[1])
+    if all(value is None for value in chosen):
+        return blocks.draw_row(x, tau, words, block)
+    x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)
+    drawn = blocks.draw_row(x, tau, words, block)
+    return jnp.where(_out_of_range(chosen)[:, 0], -1, drawn)
 
 
 def _out_of_range(chosen: filters.Filters) -> jax.Array:

@@ -26,7 +26,7 @@ def layer(dtype="float32"):
 
 def gumbel(key, dtype):
     words = noise.row_words(key, ROWS)
-    return noise.gumbel_of_classes(words, jnp.arange(CLASSES), dtype)
+    return noise.paired_gumbel(words, noise.CLASSES, jnp.arange(CLASSES), dtype)
 
 
 def stored(hidden, kernel, values, bias, tau, key=None):
