@@ -29,7 +29,6 @@ from jaxsoft.training.steps import Programs
 from jaxsoft.training.transformer import TransformerConfig
 
 # One worker: its runs serve many tests.
-pytestmark = pytest.mark.xdist_group("comparison")
 
 
 class Notes(Listener):

@@ -24,7 +24,6 @@ from jaxsoft.training.run_directory import WALL_CLOCK_FIELDS, RunDirectory
 from jaxsoft.training.steps import Programs
 
 # One worker: its runs serve many tests.
-pytestmark = pytest.mark.xdist_group("language_model")
 
 
 class Notes(Listener):

@@ -17,8 +17,6 @@ from jaxsoft.training.heads import HEADS
 from jaxsoft.training.mesh import check_vocabulary, usable_mesh
 
 # One worker: its runs serve many tests.
-pytestmark = pytest.mark.xdist_group("meshes")
-
 SCRIPT = Path(__file__).with_name("runs_on_meshes.py")
 
 

@@ -12,8 +12,6 @@ import pytest
 from jaxsoft.training.run_directory import WALL_CLOCK_FIELDS, RunDirectory
 
 # One worker: its runs serve many tests.
-pytestmark = pytest.mark.xdist_group("resumption")
-
 STEPS = 500
 REPOSITORY = Path(__file__).parents[2]
 

@@ -14,8 +14,6 @@ from jaxsoft.training.steps import Programs
 from jaxsoft.training.transformer import TransformerConfig
 
 # One worker: its programs serve many tests.
-pytestmark = pytest.mark.xdist_group("steps")
-
 MODEL = TransformerConfig(num_classes=40, features=16, layers=1, heads=2)
 OPTIMIZER = OptimizerConfig(steps=20, learning_rate=1e-2)
 COUNTS = tuple(range(40))
