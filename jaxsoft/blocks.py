@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft import noise
+from jaxsoft.dtypes import compute_dtype
 from jaxsoft.temperature import divide_by_temperature, is_zero
 
 __all__ = [
@@ -120,26 +121,31 @@ def draw(
     first_block: jax.Array | int,
     block: int,
     whole: jax.Array | None = None,
+    where: jax.Array | None = None,
 ) -> Drawn:
     """Draws a class from consecutive blocks.
 
     Args:
-      logits: [R, C], -inf at dropped classes; the first one begins a block.
+      logits: [R, C] of any floating dtype, -inf at dropped classes; the first one
+        begins a block.
       tau: the temperature, a float or [R, 1].
       words: [R, 2], see `noise.row_words`.
       first_block: the number of the first block.
       block: B, the classes of a block.
       whole: [⌈C / B⌉] booleans, False for blocks that do not take part; None for all.
+      where: [R, C] or [1, C] booleans, False drops a class; None keeps all.
 
     Returns:
       The drawn classes, numbered as `first_block` is.
     """
     # Each is used more than once: none of it is to be computed again.
-    tops, sums = lax.optimization_barrier(_summaries(logits, tau, block))
+    dtype = compute_dtype(logits)
+    summaries = _summaries(_parts(logits, block, where, dtype), tau)
+    tops, sums = lax.optimization_barrier(summaries)
     if whole is not None:
         tops = jnp.where(whole[None], tops, -jnp.inf)
         sums = jnp.where(whole[None], sums, 0)
-    zero = is_zero(tau, logits.dtype)
+    zero = is_zero(tau, dtype)
     largest = jnp.max(tops, axis=1, keepdims=True)
     peak = jnp.where(largest == -jnp.inf, 0, largest)
     perturbed = scores(sums, words, first_block, zero)
@@ -147,25 +153,34 @@ def draw(
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
     score = jnp.max(perturbed, axis=1)
     top = jnp.take_along_axis(tops, best, axis=1)
-    inside = _inside(logits, tau, words, block, best, top, sums)
+    inside = _inside(logits, where, tau, words, block, best, top, sums)
     class_id = (first_block + best[:, 0]) * block + inside
     return Drawn(largest[:, 0], score, jnp.where(score == -jnp.inf, -1, class_id))
 
 
-def _inside(logits, tau, words, block, best, peak, sums) -> jax.Array:
+def _inside(logits, where, tau, words, block, best, peak, sums) -> jax.Array:
     """Returns which class of its block `best` [R, 1] each row draws, [R]."""
     columns = best * block + lax.iota(jnp.int32, block)[None]
-    chosen = jnp.take_along_axis(
-        logits, columns, axis=1, mode="fill", fill_value=-jnp.inf
-    )
+
+    def take(array, fill):
+        return jnp.take_along_axis(array, columns, axis=1, mode="fill", fill_value=fill)
+
+    chosen = take(logits, -jnp.inf).astype(sums.dtype)
+    if where is not None:
+        kept = take(jnp.broadcast_to(where, logits.shape), False)
+        chosen = jnp.where(kept, chosen, -jnp.inf)
     total = jnp.take_along_axis(sums, best, axis=1)[:, 0]
-    zero = is_zero(tau, logits.dtype)
-    target = place(words, zero, logits.dtype) * total
+    zero = is_zero(tau, sums.dtype)
+    target = place(words, zero, sums.dtype) * total
     return invert(_weights(chosen, peak, tau), target)
 
 
 def draw_row(
-    logits: jax.Array, tau: float | jax.Array, words: jax.Array, block: int
+    logits: jax.Array,
+    where: jax.Array | None,
+    tau: float | jax.Array,
+    words: jax.Array,
+    block: int,
 ) -> jax.Array:
     """Draws a class of each row from all its blocks.
 
@@ -174,7 +189,9 @@ def draw_row(
     less. Where that overflows in some row, or is no number, it is `draw` that counts.
 
     Args:
-      logits: [R, V], -inf at dropped classes.
+      logits: [R, V] of any floating dtype: what is computed from them is wider, and
+        never stored.
+      where: [R, V] or [1, V] booleans, False drops a class; None keeps all.
       tau: the temperature, a float, [R, 1] or [1, 1].
       words: [R, 2], see `noise.row_words`.
       block: B, the classes of a block.
@@ -182,21 +199,23 @@ def draw_row(
     Returns:
       [R] int32; -1 for a row without any kept class, or with a NaN or +inf.
     """
-    zero = is_zero(tau, logits.dtype)
-    peak = jnp.max(logits[:, :block], axis=1, keepdims=True)
+    dtype = compute_dtype(logits)
+    zero = is_zero(tau, dtype)
+    parts = _parts(logits, block, where, dtype)
+    peak = jnp.max(parts[0][:, 0], axis=1, keepdims=True)
     peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
-    sums = _sums(_parts(logits, block), [peak[:, :, None]] * 2, tau)
+    sums = _sums(parts, [peak[:, :, None]] * len(parts), tau)
     sums = lax.optimization_barrier(sums)
     usable = jnp.all(jnp.isfinite(sums)) & ~jnp.any(zero)
 
     def quickly():
         perturbed = scores(sums, words, 0, zero)
         best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
-        inside = _inside(logits, tau, words, block, best, peak, sums)
+        inside = _inside(logits, where, tau, words, block, best, peak, sums)
         return best[:, 0] * block + inside
 
     def safely():
-        drawn = draw(logits, tau, words, 0, block)
+        drawn = draw(logits, tau, words, 0, block, where=where)
         lost = jnp.isnan(drawn.score) | ~(drawn.max < jnp.inf)
         return jnp.where(lost, -1, drawn.class_id)
 
@@ -209,14 +228,23 @@ def _weights(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:
     return jnp.exp(divide_by_temperature(u, peak, tau))
 
 
-def _parts(logits: jax.Array, block: int) -> list[jax.Array]:
+def _parts(
+    logits: jax.Array, block: int, where: jax.Array | None, dtype: jnp.dtype
+) -> list[jax.Array]:
     """Returns the whole blocks [R, n, B] and, if there is one, the rest [R, 1, b]."""
-    rows, columns = logits.shape
+    columns = logits.shape[1]
     full = columns // block
-    parts = [logits[:, : full * block].reshape(rows, full, block)] if full else []
-    if full * block < columns:
-        parts.append(logits[:, None, full * block :])
-    return parts
+
+    def cut(array: jax.Array) -> list[jax.Array]:
+        rows = array.shape[0]
+        parts = [array[:, : full * block].reshape(rows, full, block)] if full else []
+        return parts + [array[:, None, full * block :]] * (full * block < columns)
+
+    parts = [part.astype(dtype) for part in cut(logits)]
+    if where is None:
+        return parts
+    kept = zip(cut(where), parts, strict=True)
+    return [jnp.where(keep, part, -jnp.inf) for keep, part in kept]
 
 
 def _sums(
@@ -224,15 +252,14 @@ def _sums(
 ) -> jax.Array:
     """Returns each block's sum of exponentials, [R, n]."""
     tau = tau[:, :, None] if isinstance(tau, jax.Array) else tau
-    pairs = zip(parts, peaks, strict=False)
+    pairs = zip(parts, peaks, strict=True)
     return jnp.concatenate([jnp.sum(_weights(u, m, tau), axis=2) for u, m in pairs], 1)
 
 
 def _summaries(
-    logits: jax.Array, tau: float | jax.Array, block: int
+    parts: list[jax.Array], tau: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each block's largest logit and its sum of exponentials, [R, n] each."""
-    parts = _parts(logits, block)
     tops = [jnp.max(part, axis=2, keepdims=True) for part in parts]
     sums = _sums(parts, tops, tau)
     return jnp.concatenate([top[:, :, 0] for top in tops], 1), sums

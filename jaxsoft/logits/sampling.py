@@ -170,15 +170,16 @@ def _draw(
     static_tau: float | None, arrays: tuple[jax.Array, Rows, filters.Filters]
 ) -> jax.Array:
     words, rows, chosen = arrays
-    x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
-    if rows.where is not None:
-        x = jnp.where(rows.where, x, -jnp.inf)
+    x, where = rows.logits, rows.where
     tau = rows.temperature(static_tau)
     block = blocks.block_size(x.shape[1])
     if all(value is None for value in chosen):
-        return blocks.draw_row(x, tau, words, block)
+        return blocks.draw_row(x, where, tau, words, block)
+    x = x.astype(dtypes.compute_dtype(x))
+    if where is not None:
+        x = jnp.where(where, x, -jnp.inf)
     x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)
-    drawn = blocks.draw_row(x, tau, words, block)
+    drawn = blocks.draw_row(x, None, tau, words, block)
     return jnp.where(_out_of_range(chosen)[:, 0], -1, drawn)
 
 
