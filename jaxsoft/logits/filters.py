@@ -56,7 +56,9 @@ def apply(x: jax.Array, tau: float | jax.Array, filters: Filters) -> jax.Array:
         weights = jnp.exp(divide_by_temperature(x, peak, tau))
         total = jnp.sum(weights, axis=1, keepdims=True)
         least = jnp.finfo(x.dtype).tiny
-        x = _first(x, weights, jnp.maximum(filters.top_p * total, least))
+        amount = jnp.maximum(filters.top_p * total, least)
+        # Not even a rounded sum reaches a share of 1 before the last class.
+        x = _first(x, weights, jnp.where(filters.top_p < 1, amount, jnp.inf))
     if filters.min_p is not None:
         c = divide_by_temperature(x, peak, tau)
         x = jnp.where((c >= jnp.log(filters.min_p)) | (x == top), x, -jnp.inf)
@@ -68,8 +70,7 @@ def _first(x: jax.Array, weights: jax.Array, amount: jax.Array) -> jax.Array:
 
     That is, every class before which the weights do not reach it.
     """
-    # No negative zero: it is equal to zero, but its bits are others.
-    keys = _ordered(x + 0.0)
+    keys = _ordered(x)
 
     def weight_where(condition: jax.Array) -> jax.Array:
         chosen = jnp.where(condition, weights, 0)
@@ -100,6 +101,8 @@ def _ordered(x: jax.Array) -> jax.Array:
     """Returns integers in the order of floating-point numbers, without NaN."""
     kind = jnp.dtype(jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
     bits = lax.bitcast_convert_type(x, kind)
+    # -0.0, the least integer, is equal to 0.0. XLA leaves a sum x + 0.0 out.
+    bits = jnp.where(bits == kind.type(jnp.iinfo(kind).min), 0, bits)
     return jnp.where(bits < 0, bits ^ kind.type(jnp.iinfo(kind).max), bits)
 
 

@@ -1,0 +1,253 @@
+"""What filters keep, class for class, and what is drawn from it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import jaxsoft
+from jaxsoft.logits import filters
+from tests import truth
+from tests.statistics import chi_square
+
+KEY = jax.random.key(0)
+ROWS, CLASSES = 8, 64
+MANY = settings(deadline=None, derandomize=True, max_examples=100)
+
+
+def true_row(x, tau, top_k, top_p, min_p, slack=0.0):
+    """Returns which classes are kept, and whether rounding within slack decides it."""
+    order = np.lexsort((np.arange(x.size), -x))
+    order = order[x[order] > -np.inf][:top_k]
+    kept = np.zeros(x.size, bool)
+    if not order.size:
+        return kept, True
+    first = x[order[0]]
+    weights = np.exp(truth.centred(x[order], tau)) if tau else 1.0 * (x[order] == first)
+    before = np.cumsum(weights) - weights
+    gaps = before[1:] - top_p * weights.sum()
+    # No probability is zero but at τ = 0: all of them together are needed for 1.
+    inside = np.concatenate([[True], (gaps < 0) | (top_p == 1)])
+    heavy = weights >= min_p * weights[0]
+    kept[order[inside & heavy]] = True
+    lighter = weights[weights < 1] - min_p
+    near = min_p > 0 and (np.abs(lighter) <= slack).any()
+    near |= top_p < 1 and (np.abs(gaps) <= slack * weights.sum()).any()
+    return kept, not near or slack == 0
+
+
+@jax.jit
+def kept_by_us(x, tau, top_k, top_p, min_p):
+    return filters.apply(x, tau, filters.Filters(top_k, top_p, min_p)) > -jnp.inf
+
+
+def check(x, tau, top_k, top_p, min_p, slack=0.0, dtype="float32"):
+    """Compares the rows that rounding does not decide, if there are any."""
+    padded = np.full((ROWS, CLASSES), -np.inf, dtype)
+    padded[:, : x.shape[1]] = x
+    column = [np.asarray(a, dtype)[:, None] for a in (tau, top_p, min_p)]
+    tau, top_p, min_p = column
+    top_k = np.asarray(top_k, np.int32)[:, None]
+    found = np.asarray(kept_by_us(padded, tau, top_k, top_p, min_p))
+    some = False
+    for row in range(ROWS):
+        given = [float(a[row, 0]) for a in column]
+        kept, clear = true_row(
+            padded[row].astype(float), given[0], top_k[row, 0], *given[1:], slack
+        )
+        if clear:
+            np.testing.assert_array_equal(found[row], kept)
+        some |= clear
+    assume(some)
+
+
+def each(values):
+    """A value for each row."""
+    return st.lists(values, min_size=ROWS, max_size=ROWS)
+
+
+def tables(elements, dtype):
+    width = st.integers(1, CLASSES)
+    return width.flatmap(lambda n: arrays.arrays(dtype, (ROWS, n), elements=elements))
+
+
+def with_both_zeros(grid):
+    """Returns integers as floats: the lowest is -inf, every other 0 is -0.0."""
+    x = np.where(grid == -4, -np.inf, grid.astype("float32"))
+    odd = np.arange(x.shape[1]) % 2 == 1
+    return np.where((x == 0) & odd, np.float32(-0.0), x)
+
+
+GRID = tables(st.integers(-4, 3), np.int8).map(with_both_zeros)
+BFLOAT16 = tables(st.floats(-9, 9, width=32), np.float32).map(
+    lambda x: x.astype(jnp.bfloat16).astype(np.float32)
+)
+FLOATS = tables(st.floats(-20, 20), np.float64)
+COUNTS = each(st.integers(1, CLASSES + 6) | st.just(2**31 - 1))
+SHARES = each(st.floats(0, 1, width=32) | st.just(0.0) | st.just(1.0))
+TEMPERATURES = each(st.sampled_from([0.5, 1.0, 3.0, np.inf]))
+
+
+@MANY
+@given(
+    GRID,
+    each(st.sampled_from([0.0, np.inf])),
+    COUNTS,
+    each(st.integers(0, 63).map(lambda n: n / 64)),
+    each(st.sampled_from([0.0, 0.5, 1.0])),
+)
+def test_exact_weights_decide_every_class(x, tau, top_k, top_p, min_p):
+    check(x, tau, top_k, top_p, min_p)
+
+
+@MANY
+@given(GRID | BFLOAT16, TEMPERATURES, COUNTS, SHARES, SHARES)
+def test_ties_in_float32(x, tau, top_k, top_p, min_p):
+    check(x, tau, top_k, top_p, min_p, slack=1e-5)
+
+
+@MANY
+@given(FLOATS, TEMPERATURES, COUNTS, SHARES, SHARES)
+def test_floats_in_float64(x, tau, top_k, top_p, min_p):
+    with jax.enable_x64(True):
+        check(x, tau, top_k, top_p, min_p, slack=1e-9, dtype="float64")
+
+
+NEUTRAL = {"top_k": np.int32(CLASSES), "top_p": np.float32(1), "min_p": np.float32(0)}
+ACTIVE = {"top_k": np.int32(9), "top_p": np.float32(0.8), "min_p": np.float32(0.3)}
+
+
+@pytest.mark.parametrize("names", [*itertools.product([False, True], repeat=3)])
+def test_a_filter_that_is_none_keeps_all(names):
+    x = np.random.default_rng(1).integers(-3, 4, (ROWS, CLASSES)).astype("float32")
+    tau = np.full((ROWS, 1), 1.5, "float32")
+    given = {n: ACTIVE[n] for n, on in zip(ACTIVE, names, strict=True) if on}
+    some = filters.Filters(*(given.get(n) for n in ACTIVE))
+    some = jax.tree.map(lambda a: jnp.full((1, 1), a), some)
+    full = [np.full((ROWS, 1), given.get(n, NEUTRAL[n])) for n in ACTIVE]
+    found = filters.apply(jnp.asarray(x), 1.5, some)
+    np.testing.assert_array_equal(found > -jnp.inf, kept_by_us(x, tau, *full))
+    np.testing.assert_array_equal(found, np.where(found > -jnp.inf, x, -np.inf))
+
+
+def test_a_full_share_drops_nothing():
+    x = np.full((ROWS, CLASSES), -20, "float32")
+    x[:, 7] = 0
+    tau, one, zero = (np.full((ROWS, 1), a, "float32") for a in (1, 1, 0))
+    count = np.full((ROWS, 1), CLASSES, "int32")
+    assert np.asarray(kept_by_us(x, tau, count, one, zero)).all()
+
+
+FILTERS = [
+    {"top_k": 25},
+    {"top_p": 0.6},
+    {"min_p": 0.2},
+    {"top_k": 60, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("given", FILTERS, ids=lambda given: "-".join(given))
+def test_draws_are_kept_classes_at_their_rates(given):
+    rng = np.random.default_rng(2)
+    x = np.round(rng.standard_normal(200) * 8) / 4
+    # Filters that drop nothing are given too: one program serves all.
+    full = {"top_k": 200, "top_p": 1.0, "min_p": 0.0} | given
+    kept, _ = true_row(x, 1.3, **full)
+    logits = jnp.broadcast_to(jnp.asarray(x, "float32"), (10_000, 200))
+    drawn = np.asarray(jaxsoft.sample(KEY, logits, 1.3, **full))
+    assert kept[drawn].all()
+    names = np.flatnonzero(kept)
+    rates = truth.softmax(x[names], 1.3)
+    assert chi_square(np.searchsorted(names, drawn), rates) > 1e-4
+
+
+def test_filters_of_each_row():
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((4, 50, 3)), "float32")
+    top_k = jnp.asarray(rng.integers(1, 6, (4, 1, 3)))
+    top_p = jnp.asarray(rng.uniform(0.3, 1, (4, 1, 1)), "float32")
+    min_p = jnp.float32(0.1)
+    keys = jax.random.split(KEY, 300)
+    draw = jax.vmap(
+        lambda key: jaxsoft.sample(
+            key, x, axis=1, top_k=top_k, top_p=top_p, min_p=min_p
+        )
+    )
+    drawn = np.asarray(draw(keys))
+    for i, j in np.ndindex(4, 3):
+        kept, _ = true_row(
+            np.asarray(x[i, :, j], float), 1, top_k[i, 0, j], float(top_p[i, 0, 0]), 0.1
+        )
+        assert set(drawn[:, i, j]) == set(np.flatnonzero(kept))
+    one = jaxsoft.sample(keys[5], x, axis=1, top_k=top_k, top_p=top_p, min_p=min_p)
+    np.testing.assert_array_equal(one, drawn[5])
+
+
+def test_vmap_over_filters():
+    x = jnp.asarray(truth.logits("unit", (6, 40)))
+    mapped = jax.vmap(lambda k, p: jaxsoft.sample(KEY, x, top_k=k, min_p=p))
+    shares = jnp.asarray([0.0, 0.1, 1.0], "float32")
+    drawn = mapped(jnp.asarray([1, 4, 40]), shares)
+    for k, p, ids in zip((1, 4, 40), (0.0, 0.1, 1.0), drawn, strict=True):
+        np.testing.assert_array_equal(jaxsoft.sample(KEY, x, top_k=k, min_p=p), ids)
+
+
+def test_a_row_alone_whatever_its_tile():
+    x = jnp.asarray(truth.logits("unit", (70, 5000)))
+    drawn = jaxsoft.sample(KEY, x, top_k=50, top_p=0.9)
+    np.testing.assert_array_equal(
+        jaxsoft.sample(KEY, x[:9], top_k=50, top_p=0.9), drawn[:9]
+    )
+
+
+def test_rows_without_a_class_or_with_what_is_no_number():
+    x = np.zeros((6, 30), "float32")
+    x[1], x[2, 4], x[3, 5] = -np.inf, np.nan, np.inf
+    x[4, 1:] = -np.inf
+    drawn = np.asarray(jaxsoft.sample(KEY, x, **FILTERS[3]))
+    np.testing.assert_array_equal(drawn[1:5], [-1, -1, -1, 0])
+    clean = np.asarray(jaxsoft.sample(KEY, np.zeros((6, 30), "float32"), **FILTERS[3]))
+    np.testing.assert_array_equal(drawn[[0, 5]], clean[[0, 5]])
+
+
+def test_traced_filters_out_of_their_range():
+    x = np.zeros((7, 5), "float32")
+    top_k = np.array([0, -1, 1, 2, 3, 4, 5])[:, None]
+    top_p = np.array([1, 1, -0.5, np.nan, 0.5, 0.5, 0.5], "float32")[:, None]
+    min_p = np.array([0, 0, 0.5, 0.5, 1.5, np.nan, 0.5], "float32")[:, None]
+
+    @jax.jit
+    def draw(k, p, m):
+        return jaxsoft.sample(KEY, x, top_k=k, top_p=p, min_p=m)
+
+    drawn = draw(top_k, top_p, min_p)
+    np.testing.assert_array_equal(drawn[:6], -1)
+    assert drawn[6] in (0, 1, 2)
+
+
+X = np.zeros((2, 3), "float32")
+WRONG = [
+    ({"top_k": True}, TypeError, "`top_k` must be a number, got True"),
+    ({"top_p": False}, TypeError, "`top_p` must be a number, got False"),
+    ({"top_k": 2.0}, TypeError, "`top_k` must be an int, got 2.0"),
+    ({"top_k": np.ones(2, "f")}, TypeError, "`top_k` must have an integer dtype"),
+    ({"top_p": np.ones(1, int)}, TypeError, "`top_p` must have a floating-point"),
+    ({"top_k": 0}, ValueError, "`top_k` must be at least 1, got 0"),
+    ({"top_k": np.array([[1], [-3]])}, ValueError, "`top_k` must be .* got -3"),
+    ({"top_p": 1.5}, ValueError, r"`top_p` must lie in \[0, 1\], got 1.5"),
+    ({"min_p": float("nan")}, ValueError, r"`min_p` must lie in \[0, 1\], got nan"),
+    ({"min_p": np.full((2, 1), -1.0, "f")}, ValueError, "`min_p` must lie .* got -1"),
+    ({"top_k": np.ones(3, int)}, ValueError, r"`top_k` must broadcast to \(2, 1\)"),
+    ({"top_p": np.ones((2, 3), "f")}, ValueError, "`top_p` must broadcast to"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), WRONG)
+def test_messages(given, error, message):
+    with pytest.raises(error, match=message):
+        jaxsoft.sample(KEY, X, **given)
