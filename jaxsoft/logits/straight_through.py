@@ -108,10 +108,11 @@ def _reinmax_jvp(static_tau, primals, tangents):
 
     def slope(x, class_ids, dx):
         dtype = dtypes.compute_dtype(x)
-        dx, wide = dx.astype(dtype), x.astype(dtype)
+        # A row with nothing to draw may hold NaN: it is given zeros, and no slope.
+        empty = class_ids[:, None] < 0
+        dx, wide = dx.astype(dtype), jnp.where(empty, 0, x.astype(dtype))
         p = _softmax(wide, 1.0, where)
         q = (_one_hot(class_ids, wide) + _softmax(wide, tau, where)) / 2
-        empty = class_ids[:, None] < 0
         return jnp.where(empty, 0, 2 * _project(q, dx) - _project(p, dx) / 2)
 
     return drawn, jax.checkpoint(slope)(x, class_ids, dx).astype(drawn.dtype)
@@ -237,10 +238,12 @@ def _mean_slope(
 ) -> jax.Array:
     """Returns the mean over draws of noise of the tangent of the relaxed sample."""
     dtype = dtypes.compute_dtype(x)
-    # A row with nothing to draw is given class 0, and no slope in the end.
+    # A row with nothing to draw may hold NaN: it is given zeros and class 0, no slope.
     empty = class_ids[:, None] < 0
+    x = jnp.where(empty, 0, x.astype(dtype))
     chosen = _one_hot(jnp.maximum(class_ids, 0), x) == 1
-    c = centre(x.astype(dtype), 1.0, where, 1, guard=False).values
+    c = centre(x, 1.0, where, 1, guard=False).values
+    c = jnp.where(empty, 0, c)
     log_total = jnp.log(jnp.sum(jnp.exp(c), axis=1, keepdims=True))
     moving = {name: tangent.astype(dtype) for name, tangent in moving.items()}
 
