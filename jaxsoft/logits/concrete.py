@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxsoft import checks, dtypes
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.softmax import logsumexp
+from jaxsoft.temperature import is_zero
 
 __all__ = ["concrete_log_prob"]
 
@@ -36,13 +37,14 @@ def concrete_log_prob(
       temperature: τ in (0, ∞), a scalar or an array that broadcasts against `logits`
         with size 1 on the class axis.
       axis: the class axis, which the result lacks.
-      where: booleans that broadcast to `logits`; False drops a class, whose entry does
-        not matter. None keeps all.
+      where: booleans that broadcast to `logits`; False drops a class, as does a logit
+        of -inf, and its entry does not matter. None keeps all.
       log_space: whether `relaxed` is log y and the density is that of log y.
 
     Returns:
-      [...] float32 (float64 for float64 inputs); 0 for a row of one class; NaN where
-      an entry of a kept class is 0, or τ is 0 or ∞, where there is no density.
+      [...] float32 (float64 for float64 inputs); 0 for a row of one class or none; NaN,
+      with gradients of 0, where an entry of a kept class is 0, or τ is 0 or ∞, where
+      there is no density.
 
     Raises:
       TypeError: if an array is not floating, or `where` not boolean.
@@ -80,19 +82,25 @@ def _log_prob(
     if tau.ndim == 0:
         tau = tau.reshape(1, 1)
     y, x = y.astype(dtype), rows.logits.astype(dtype)
-    kept = jnp.ones_like(x, bool)
+    kept = x != -jnp.inf
     if rows.where is not None:
-        kept = jnp.broadcast_to(rows.where, x.shape)
-    bad = (kept & (y == (-jnp.inf if log_space else 0))) | (tau == 0) | jnp.isinf(tau)
+        kept = kept & rows.where
+    limit = is_zero(tau, dtype) | jnp.isinf(tau)
+    tau = jnp.where(limit, 1, tau)
+    bad = (kept & (y == (-jnp.inf if log_space else 0))) | limit
     usable = kept & ~bad
     log_y = jnp.where(usable, y, 0 if log_space else 1)
     log_y = log_y if log_space else jnp.log(log_y)
     peak = jnp.max(jnp.where(kept, x, -jnp.inf), axis=1, keepdims=True)
     a = jnp.where(usable, x - jax.lax.stop_gradient(peak), 0) - tau * log_y
-    count = jnp.sum(kept, axis=1).astype(dtype)
+    # A row without classes counts one, whose terms are all 0.
+    empty = ~jnp.any(kept, axis=1)
+    count = jnp.maximum(jnp.sum(kept, axis=1), 1).astype(dtype)
     terms = jnp.where(kept, a if log_space else a - log_y, 0)
-    total = jnp.sum(terms, axis=1) - count * logsumexp(a, where=kept)
-    tau = jnp.broadcast_to(tau, (x.shape[0], 1))[:, 0]
-    log_tau = jnp.log(jnp.where((tau == 0) | jnp.isinf(tau), 1, tau))
-    result = gammaln(count) + (count - 1) * log_tau + total
+    lse = jnp.where(empty, 0, logsumexp(a, where=kept))
+    total = jnp.sum(terms, axis=1) - count * lse
+    log_tau = jnp.broadcast_to(jnp.log(tau), (x.shape[0], 1))[:, 0]
+    # XLA's gammaln(1) is not quite 0.
+    constant = jnp.where(count <= 2, 0, gammaln(count))
+    result = constant + (count - 1) * log_tau + total
     return jnp.where(jnp.any(bad & kept, axis=1), jnp.nan, result)

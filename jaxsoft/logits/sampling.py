@@ -106,7 +106,10 @@ def _filter(name: str, value: Any, logits: jax.Array, axis: int) -> jax.Array | 
         if not isinstance(value, kind):
             raise TypeError(f"`{name}` must be an int, got {value!r}.")
         dtype = jnp.int32 if whole else dtypes.compute_dtype(logits)
-        array = jnp.asarray(min(value, jnp.iinfo(jnp.int32).max), dtype)
+        # An int beyond int32 means what the end of int32 does.
+        ends = jnp.iinfo(jnp.int32)
+        value = min(max(value, ends.min), ends.max) if whole else value
+        array = jnp.asarray(value, dtype)
     else:
         check = checks.integer if whole else checks.floating
         array = check(name, value)

@@ -125,6 +125,10 @@ def test_limits_offsets_and_single_classes():
         0,
         0,
     ]
+    none = concrete_log_prob(y, jnp.full(3, -jnp.inf), 0.7)
+    assert none == 0
+    dropped = x.at[0].set(-jnp.inf)
+    np.testing.assert_allclose(concrete_log_prob(edge, dropped, 0.7), halves, rtol=1e-6)
     turned = concrete_log_prob(y[:, None], x[:, None], 0.7, axis=0)
     np.testing.assert_array_equal(turned, plain[None])
 
