@@ -20,6 +20,7 @@ from jaxsoft.temperature import divide_by_temperature, is_zero
 
 __all__ = [
     "Drawn",
+    "Place",
     "block_size",
     "draw",
     "draw_row",
@@ -78,9 +79,34 @@ def scores(
     return jnp.where(zero, alone, perturbed)
 
 
-def place(words: jax.Array, zero: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns how far into its block's sum each row's class lies, [R]; 0 at τ = 0."""
-    return jnp.where(zero, 0, noise.uniform(words, dtype)[:, None])[:, 0]
+class Place(NamedTuple):
+    """Where in its block's sum each row's class lies, [R] each.
+
+    Measured from the nearer end: beside a class of nearly all the probability, those
+    before it keep their share, and those after it too.
+
+    Attributes:
+      share: how far from the end, of the whole sum; 0 at τ = 0.
+      reverse: whether the end is that of the last class.
+    """
+
+    share: jax.Array
+    reverse: jax.Array
+
+    def order(self, weights: jax.Array) -> jax.Array:
+        """Returns weights [R, B] from the end that the row starts at."""
+        return jnp.where(self.reverse[:, None], weights[:, ::-1], weights)
+
+    def column(self, found: jax.Array, size: int) -> jax.Array:
+        """Returns which of B columns was found after `order`, [R]."""
+        return jnp.where(self.reverse, size - 1 - found, found)
+
+
+def place(words: jax.Array, zero: jax.Array, dtype: jnp.dtype) -> Place:
+    """Returns where in its block's sum each row's class lies."""
+    share, reverse = noise.uniform(words, dtype)
+    still = jnp.broadcast_to(zero, (words.shape[0], 1))[:, 0]
+    return Place(jnp.where(still, 0, share), reverse & ~still)
 
 
 def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -171,8 +197,9 @@ def _inside(logits, where, tau, words, block, best, peak, sums) -> jax.Array:
         chosen = jnp.where(kept, chosen, -jnp.inf)
     total = jnp.take_along_axis(sums, best, axis=1)[:, 0]
     zero = is_zero(tau, sums.dtype)
-    target = place(words, zero, sums.dtype) * total
-    return invert(_weights(chosen, peak, tau), target)
+    at = place(words, zero, sums.dtype)
+    weights = at.order(_weights(chosen, peak, tau))
+    return at.column(invert(weights, at.share * total), block)
 
 
 def draw_row(

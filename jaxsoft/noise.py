@@ -141,12 +141,23 @@ def _to_gumbel(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return -jnp.log(-jnp.log1p(-u))
 
 
-def uniform(words: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns one number in (0, 1] for each row, [R] from [R, 2]."""
-    dtype = jnp.dtype(dtype)
+def uniform(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns one number for each row, as its distance from the nearer end of [0, 1].
+
+    So both ends keep all 32 bits.
+
+    Args:
+      words: [R, 2] from `row_words`.
+      dtype: float32 or float64.
+
+    Returns:
+      The distances, [R], in (0, 1/2]; and whether they are from 1, [R].
+    """
     number = jnp.zeros(1, jnp.uint32)
     bits, _ = _encrypt(words, jnp.full_like(number, ROWS), number)
-    return _unit(bits, dtype)[:, 0]
+    from_one = bits >= jnp.uint32(2**31)
+    distance = _unit(jnp.where(from_one, ~bits, bits), jnp.dtype(dtype))
+    return distance[:, 0], from_one[:, 0]
 
 
 def gumbel(

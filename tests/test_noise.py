@@ -162,7 +162,9 @@ def test_a_changed_bit_changes_half_of_all(rounds):
     """Of the key of a row, and of the counter."""
     rng = np.random.default_rng(0)
     start = rng.integers(0, 2**32, (4, 512), dtype=np.uint32)
-    cipher = jax.jit(lambda k0, k1, a, b: noise._threefry((k0, k1), (a, b), rounds, 0))
+    cipher = jax.jit(
+        lambda k0, k1, a, b: noise._threefry((k0, k1), (a, b), rounds, False)
+    )
     first = np.stack(cipher(*start))
     for word in range(4):
         for bit in range(32):
@@ -179,8 +181,22 @@ def test_consecutive_seeds_are_unrelated():
         noise._first_bits(words, noise.CLASSES, 1024, 20, False)
     ).reshape(64, -1)
     u = drawn / 2**32 - 0.5
-    correlation = np.corrcoef(u)[np.triu_indices(64, 1)] * np.sqrt(u.shape[1])
+    every = np.asarray(np.corrcoef(u))
+    correlation = every[np.triu_indices(64, 1)] * np.sqrt(u.shape[1])
     assert np.abs(correlation).max() < stats.norm.isf(RARE / 2 / correlation.size)
+
+
+def test_places_keep_all_bits_at_both_ends(monkeypatch):
+    edges = [0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+    bits = jnp.asarray(edges, jnp.uint32)[:, None]
+    monkeypatch.setattr(noise, "_encrypt", lambda *_: (bits, bits))
+    distance, from_one = noise.uniform(
+        jnp.zeros((6, 2), jnp.uint32), jnp.dtype("float32")
+    )
+    middles = (np.asarray(edges) + 0.5) / 2**32
+    truth = np.minimum(middles, 1 - middles)
+    np.testing.assert_allclose(distance, truth, rtol=1e-7)
+    np.testing.assert_array_equal(from_one, middles > 0.5)
 
 
 def test_noise_is_finite_and_monotonic_at_the_edges_of_the_bits():

@@ -208,7 +208,7 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
     end = first + classes
     dtype = drawn.max.dtype
     zero = is_zero(tau, dtype)
-    part = blocks.place(words, zero, dtype)
+    at = blocks.place(words, zero, dtype)
     size = min(block, classes)
     head, tail = first // block, (end - 1) // block
     cut_head = first % block != 0
@@ -239,14 +239,19 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
         peak = jnp.where(top == -jnp.inf, 0, top)
         back = jnp.exp(divide_by_temperature(all_tops, peak[None], row_tau))
         parts = jnp.where(same, all_sums * back, 0)
-        until = jnp.cumsum(parts, axis=0)
         whole = jnp.sum(parts, axis=0)
         score = blocks.scores(whole[:, None], words, number, zero)[:, 0]
-        target = part * whole
-        holder = blocks.invert(parts.T, target)
-        before = until[own] - parts[own]
-        scaled = weights[place] * back[own][:, None]
-        column = blocks.invert(scaled, jnp.maximum(target - before, 0))
+        target = at.share * whole
+        ordered = at.order(parts.T)
+        holder = at.column(blocks.invert(ordered, target), 2 * shards)
+        ahead = jnp.cumsum(ordered, axis=1) - ordered
+        mine = jnp.full(ahead.shape[:1], own, jnp.int32)
+        before = jnp.take_along_axis(
+            ahead, at.column(mine, 2 * shards)[:, None], axis=1
+        )[:, 0]
+        scaled = at.order(weights[place] * back[own][:, None])
+        found = blocks.invert(scaled, jnp.maximum(target - before, 0))
+        column = at.column(found, size)
         begin = (0, classes - size)[place]
         class_id = jnp.where(holder == own, first + begin + column, -1)
         score = jnp.where(number >= 0, score, -jnp.inf)

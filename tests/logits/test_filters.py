@@ -56,9 +56,9 @@ def check(x, tau, top_k, top_p, min_p, slack=0.0, dtype="float32"):
     found = np.asarray(kept_by_us(padded, tau, top_k, top_p, min_p))
     some = False
     for row in range(ROWS):
-        given = [float(a[row, 0]) for a in column]
+        one_tau, one_p, one_min = (float(a[row, 0]) for a in column)
         kept, clear = true_row(
-            padded[row].astype(float), given[0], top_k[row, 0], *given[1:], slack
+            padded[row].astype(float), one_tau, top_k[row, 0], one_p, one_min, slack
         )
         if clear:
             np.testing.assert_array_equal(found[row], kept)

@@ -222,6 +222,23 @@ def test_samples_have_no_derivative():
     assert by_tau == 0
 
 
+@pytest.mark.parametrize("dominant", [0, 64, 127])
+def test_tiny_classes_beside_a_dominant_one_of_their_block(dominant):
+    """Their sum is lost in the rounding of one that begins with the dominant class."""
+    weights = jnp.full((1, 128), 2.0**-24).at[0, dominant].set(1.0)
+    shares = jnp.asarray([[i + 0.5] for i in range(127)], "float32") * 2.0**-24
+    found = []
+    for reverse in (False, True):
+        at = blocks.Place(shares[:, 0], jnp.full(127, reverse))
+        ordered = at.order(jnp.broadcast_to(weights, (127, 128)))
+        found.append(at.column(blocks.invert(ordered, at.share), 128))
+    before, after = (np.asarray(ids) for ids in found)
+    np.testing.assert_array_equal(before[:dominant], np.arange(dominant))
+    assert (before[dominant:] == dominant).all()
+    np.testing.assert_array_equal(after[: 127 - dominant], np.arange(127, dominant, -1))
+    assert (after[127 - dominant :] == dominant).all()
+
+
 def test_export():
     def draw(key, x, tau, where, top_k):
         plain = jaxsoft.sample(key, x, tau, where=where)

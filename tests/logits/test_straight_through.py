@@ -163,7 +163,9 @@ def test_memory_of_gumbel_rao_does_not_grow_with_its_samples():
             return (gumbel_rao(KEY, x, 0.5, num_samples=count) * jnp.cos(x)).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     few, many = temporaries(2), temporaries(16)
     assert many < few + x.nbytes / 4

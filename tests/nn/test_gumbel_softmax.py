@@ -41,7 +41,7 @@ def test_a_schedule_counts_training_steps_under_jit():
         np.testing.assert_allclose(step(layer, key), truth, rtol=1e-6, atol=1e-7)
     layer.eval()
     layer(LOGITS)
-    assert layer.step[...] == 6
+    assert layer.step is not None and layer.step[...] == 6
     layer.train()
     layer(LOGITS)
     assert layer.step[...] == 7
