@@ -28,15 +28,17 @@ def true_row(x, tau, top_k, top_p, min_p, slack=0.0):
     if not order.size:
         return kept, True
     first = x[order[0]]
-    weights = np.exp(truth.centred(x[order], tau)) if tau else 1.0 * (x[order] == first)
+    tied = x[order] == first
+    c = truth.centred(x[order], tau) if tau else np.where(tied, 0.0, -np.inf)
+    weights = np.exp(c)
     before = np.cumsum(weights) - weights
     gaps = before[1:] - top_p * weights.sum()
     # No probability is zero but at τ = 0: all of them together are needed for 1.
     inside = np.concatenate([[True], (gaps < 0) | (top_p == 1)])
-    heavy = weights >= min_p * weights[0]
+    with np.errstate(divide="ignore"):
+        heavy = c >= np.log(min_p)
     kept[order[inside & heavy]] = True
-    lighter = weights[weights < 1] - min_p
-    near = min_p > 0 and (np.abs(lighter) <= slack).any()
+    near = min_p > 0 and (np.abs(weights - min_p)[~tied] <= slack).any()
     near |= top_p < 1 and (np.abs(gaps) <= slack * weights.sum()).any()
     return kept, not near or slack == 0
 
