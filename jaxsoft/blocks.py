@@ -164,9 +164,9 @@ def draw(
     Returns:
       The drawn classes, numbered as `first_block` is.
     """
-    # Each is used more than once: none of it is to be computed again.
     dtype = compute_dtype(logits)
     summaries = _summaries(_parts(logits, block, where, dtype), tau)
+    # Each is used more than once: none of it is to be computed again.
     tops, sums = lax.optimization_barrier(summaries)
     if whole is not None:
         tops = jnp.where(whole[None], tops, -jnp.inf)

@@ -72,8 +72,8 @@ def divide_by_temperature(
 
 
 def is_zero(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Tells where a temperature counts as 0: below the smallest normal number."""
-    return jnp.asarray(temperature, dtype) < jnp.finfo(dtype).tiny
+    """Tells where a temperature counts as 0; a negative one, which is NaN, does not."""
+    return Temperature.prepare(temperature, dtype).is_zero
 
 
 def inverse(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -62,8 +62,7 @@ def _softmax(noisy: jax.Array, tau: float | jax.Array) -> jax.Array:
     p = weights / total
     if isinstance(tau, float) and tau >= jnp.finfo(noisy.dtype).tiny:
         return p
-    zero = is_zero(tau, noisy.dtype) & (jnp.asarray(tau, noisy.dtype) >= 0)
-    return jnp.where(zero, _one_hot(noisy), p)
+    return jnp.where(is_zero(tau, noisy.dtype), _one_hot(noisy), p)
 
 
 def relaxed(

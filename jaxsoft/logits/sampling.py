@@ -99,13 +99,13 @@ def _filter(name: str, value: Any, logits: jax.Array, axis: int) -> jax.Array | 
     if value is None:
         return None
     whole = name == "top_k"
+    dtype = jnp.int32 if whole else dtypes.compute_dtype(logits)
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if isinstance(value, numbers.Real):
         kind = numbers.Integral if whole else numbers.Real
         if not isinstance(value, kind):
             raise TypeError(f"`{name}` must be an int, got {value!r}.")
-        dtype = jnp.int32 if whole else dtypes.compute_dtype(logits)
         # An int beyond int32 means what the end of int32 does.
         ends = jnp.iinfo(jnp.int32)
         value = min(max(value, ends.min), ends.max) if whole else value
@@ -121,7 +121,6 @@ def _filter(name: str, value: Any, logits: jax.Array, axis: int) -> jax.Array | 
             raise ValueError(f"`{name}` must {rule}, got {known[bad].flat[0]}.")
     one = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
     checks.broadcasts_to(name, array, one)
-    dtype = jnp.int32 if whole else dtypes.compute_dtype(logits)
     array = array.astype(dtype)
     if array.size == 1:
         return array.reshape(1, 1)
@@ -156,10 +155,12 @@ def draw_rows(
     count, classes = rows.logits.shape
     if not count:
         return jnp.zeros(0, jnp.int32)
-    draw = functools.partial(_draw, static_tau)
-    arrays = (words, rows, chosen)
     if all(value is None for value in chosen):
-        return draw(arrays)
+        tau = rows.temperature(static_tau)
+        block = blocks.block_size(classes)
+        return blocks.draw_row(rows.logits, rows.where, tau, words, block)
+    draw = functools.partial(_draw_filtered, static_tau)
+    arrays = (words, rows, chosen)
 
     def tiled(arrays):
         # Bisection passes over a row some 40 times: in cache, and a row for each of
@@ -169,20 +170,16 @@ def draw_rows(
     return lax.platform_dependent(arrays, cpu=tiled, default=draw)
 
 
-def _draw(
+def _draw_filtered(
     static_tau: float | None, arrays: tuple[jax.Array, Rows, filters.Filters]
 ) -> jax.Array:
     words, rows, chosen = arrays
-    x, where = rows.logits, rows.where
     tau = rows.temperature(static_tau)
-    block = blocks.block_size(x.shape[1])
-    if all(value is None for value in chosen):
-        return blocks.draw_row(x, where, tau, words, block)
-    x = x.astype(dtypes.compute_dtype(x))
-    if where is not None:
-        x = jnp.where(where, x, -jnp.inf)
+    x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
+    if rows.where is not None:
+        x = jnp.where(rows.where, x, -jnp.inf)
     x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)
-    drawn = blocks.draw_row(x, None, tau, words, block)
+    drawn = blocks.draw_row(x, None, tau, words, blocks.block_size(x.shape[1]))
     return jnp.where(_out_of_range(chosen)[:, 0], -1, drawn)
 
 
