@@ -1,0 +1,1 @@
+"""What `SoftmaxRegression` is made of: problems, solvers, data and files."""
