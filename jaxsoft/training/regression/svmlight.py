@@ -1,0 +1,261 @@
+"""libsvm files as memory-mapped sparse rows: read once, in chunks."""
+
+import bz2
+import gzip
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from jaxsoft import checks
+from jaxsoft.training.regression.sources import SparseRows
+
+_ARRAYS = ("data", "indices", "indptr", "labels")
+_FORMAT = 1
+
+
+class SvmlightError(ValueError):
+    """A libsvm file, or the folder made from it, cannot be read; says where and why."""
+
+
+def svmlight_to_memmap(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    num_features: int | None = None,
+    zero_based: bool | Literal["auto"] = "auto",
+    dtype: Any = np.float32,
+    chunk_bytes: int = 1 << 24,
+) -> tuple[SparseRows, np.ndarray]:
+    r"""Converts a libsvm file to memory-mapped arrays, whose rows are read at random.
+
+    The file is read once, `chunk_bytes` at a time, whatever its size. The folder
+    appears when it is complete. It takes 8 bytes an entry in float32, and 16 a row.
+
+    Args:
+      path: the file, in plain text, or compressed where its name ends in .gz or .bz2.
+      folder: where the arrays go; it must not exist.
+      num_features: d; None takes the largest index in the file.
+      zero_based: whether the first feature is number 0; "auto" says no where no row
+        has a feature 0.
+      dtype: of the entries, float32 or float64.
+      chunk_bytes: how much of the file is in memory at a time.
+
+    Returns:
+      The rows, and the labels [N] float64; both memory-mapped.
+
+    Raises:
+      FileExistsError: if the folder is there; `load_svmlight_memmap` reads it.
+      SvmlightError: if the file cannot be read, has no row, or has a line that is
+        wrong, which the message names; nothing is left of the folder.
+      TypeError: if an argument has a wrong type.
+      ValueError: if it is out of its range.
+
+    Notes:
+      Lines are scikit-learn's `load_svmlight_file`'s: comments and `qid` are left out,
+      and several labels a row are refused.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> root = Path(tempfile.mkdtemp())
+      >>> _ = (root / "rows.svm").write_text("1 1:0.5 3:2\n0 2:1\n")
+      >>> rows, labels = svmlight_to_memmap(root / "rows.svm", root / "rows")
+      >>> print(rows.read(np.array([0, 1]), np.float32), labels)
+      [[0.5 0.  2. ]
+       [0.  1.  0. ]] [1. 0.]
+
+    References:
+      Chang and Lin, LIBSVM: A library for support vector machines, 2011.
+    """
+    path, folder, dtype = Path(path), Path(folder), np.dtype(dtype)
+    if dtype.name not in ("float32", "float64"):
+        raise TypeError(f"`dtype` must be float32 or float64, got {dtype}.")
+    checks.positive_integer("chunk_bytes", chunk_bytes)
+    if num_features is not None:
+        checks.positive_integer("num_features", num_features)
+    if folder.exists():
+        raise FileExistsError(
+            f"`folder` must not exist, got {folder}; load_svmlight_memmap reads it."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with _Writers(made, dtype) as writers:
+            for number, lines in _chunks(path, chunk_bytes):
+                writers.add(*_parse(lines, path, number, dtype))
+        features = writers.finish(path, num_features, zero_based)
+        about = {"format": _FORMAT, "num_features": features}
+        (made / "about.json").write_text(json.dumps(about))
+        made.rename(folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return load_svmlight_memmap(folder)
+
+
+def load_svmlight_memmap(folder: str | Path) -> tuple[SparseRows, np.ndarray]:
+    """Opens what `svmlight_to_memmap` made.
+
+    Args:
+      folder: where the arrays are.
+
+    Returns:
+      The rows, and the labels [N] float64; both memory-mapped.
+
+    Raises:
+      SvmlightError: if the folder is none of that function's, or not whole.
+    """
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        if about["format"] != _FORMAT:
+            raise ValueError(f"its format is {about['format']}, not {_FORMAT}")
+        data, indices, indptr, labels = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
+        )
+        return SparseRows(data, indices, indptr, about["num_features"]), labels
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SvmlightError(
+            f"{folder} holds no rows by svmlight_to_memmap: {error}. Convert the file "
+            "again."
+        ) from error
+
+
+class _Writers:
+    """The four arrays while they grow; a context manager."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self._files = {
+            name: _GrowingArray(folder / f"{name}.npy", kind)
+            for name, kind in zip(
+                _ARRAYS, (dtype, np.int32, np.int64, np.float64), strict=True
+            )
+        }
+        self._folder, self._entries = folder, 0
+        self._least, self._most = np.iinfo(np.int32).max, -1
+        self._files["indptr"].add(np.zeros(1, np.int64))
+
+    def __enter__(self) -> "_Writers":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, rows: Any, labels: np.ndarray) -> None:
+        """Adds the rows of a chunk, a SciPy matrix, with their labels."""
+        self._files["data"].add(rows.data)
+        self._files["indices"].add(rows.indices)
+        self._files["indptr"].add(rows.indptr[1:].astype(np.int64) + self._entries)
+        self._files["labels"].add(labels)
+        self._entries += len(rows.data)
+        if len(rows.indices):
+            self._least = min(self._least, int(rows.indices.min()))
+            self._most = max(self._most, int(rows.indices.max()))
+
+    def finish(
+        self, path: Path, num_features: int | None, zero_based: bool | str
+    ) -> int:
+        """Numbers the features from 0; returns how many there are."""
+        if not self._files["labels"].count:
+            raise SvmlightError(f"{path} must have a row, got none.")
+        from_one = self._least > 0 if zero_based == "auto" else not zero_based
+        if from_one and self._most >= 0:
+            if self._least < 1:
+                raise SvmlightError(
+                    f"{path}: a feature has index 0, which `zero_based` False rules "
+                    "out. Set `zero_based` to True."
+                )
+            indices = np.load(self._folder / "indices.npy", mmap_mode="r+")
+            for start in range(0, len(indices), 1 << 20):
+                indices[start : start + (1 << 20)] -= 1
+            indices.flush()
+        found = self._most + (not from_one)
+        if num_features is not None and num_features < found:
+            raise SvmlightError(
+                f"{path} must have at most {num_features} features, got {found}; "
+                "correct `num_features`."
+            )
+        return max(found, 1) if num_features is None else num_features
+
+
+class _GrowingArray:
+    """A .npy file that grows at its end.
+
+    NumPy leaves room in the header for a longer shape; it is written again at the end.
+    """
+
+    def __init__(self, path: Path, dtype: Any):
+        self._file: BinaryIO = path.open("wb")
+        self._dtype, self.count = np.dtype(dtype), 0
+        self._header()
+        self._start = self._file.tell()
+
+    def add(self, values: np.ndarray) -> None:
+        """Adds values at the end."""
+        self._file.write(np.ascontiguousarray(values, self._dtype).tobytes())
+        self.count += len(values)
+
+    def close(self) -> None:
+        """Writes the length."""
+        self._file.seek(0)
+        self._header()
+        assert self._file.tell() == self._start
+        self._file.close()
+
+    def _header(self) -> None:
+        np.lib.format.write_array_header_1_0(
+            self._file,
+            {
+                "descr": np.lib.format.dtype_to_descr(self._dtype),
+                "fortran_order": False,
+                "shape": (self.count,),
+            },
+        )
+
+
+def _chunks(path: Path, size: int) -> Iterator[tuple[int, list[bytes]]]:
+    """Yields whole lines of about `size` bytes, with the number of the first."""
+    number = 1
+    opened: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
+    try:
+        with opened(path, "rb") as file:
+            while lines := file.readlines(size):
+                yield number, lines
+                number += len(lines)
+    except (OSError, EOFError) as error:
+        raise SvmlightError(f"{path} cannot be read: {error}.") from error
+
+
+def _parse(
+    lines: list[bytes], path: Path, number: int, dtype: np.dtype
+) -> tuple[Any, np.ndarray]:
+    """Parses lines; `number` is that of the first."""
+    try:
+        return _load(lines, dtype)
+    except (ValueError, OverflowError):
+        for place, line in enumerate(lines, number):
+            try:
+                _load([line], dtype)
+            except (ValueError, OverflowError) as error:
+                reason = str(error).rstrip(".")
+                raise SvmlightError(f"{path}, line {place}: {reason}.") from error
+        raise
+
+
+def _load(lines: list[bytes], dtype: np.dtype) -> tuple[Any, np.ndarray]:
+    from sklearn.datasets import load_svmlight_file
+
+    options: dict[str, Any] = {"dtype": dtype, "zero_based": True}
+    rows, labels = load_svmlight_file(io.BytesIO(b"".join(lines)), **options)[:2]
+    for name, values in (("feature", rows.data), ("label", labels)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"a {name} is not finite")
+    if len(rows.indices) and rows.indices.min() < 0:
+        raise ValueError("a feature has a negative index")
+    return rows, np.asarray(labels, np.float64)
