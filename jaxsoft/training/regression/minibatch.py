@@ -1,0 +1,305 @@
+"""Minibatch training: any Optax optimizer, any head, data larger than memory."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsoft import ClassTree, checks
+from jaxsoft.training.heads import HeadPlan
+from jaxsoft.training.mesh import DATA, usable_mesh
+from jaxsoft.training.regression.minibatch_solver import MinibatchSolver, TrainingRows
+from jaxsoft.training.regression.minibatch_step import Numbers, Plan, WarmupCosine
+from jaxsoft.training.regression.sources import BatchOrder, RowSource
+from jaxsoft.training.unigram import unigram_log_probs
+
+RegressionHead = Literal["full", "hierarchical", "adaptive"]
+HEADS: tuple[RegressionHead, ...] = ("full", "hierarchical", "adaptive")
+
+# Where none are given. Decided by experiment; see `minibatch_solver`.
+BATCH_SIZE = 256
+LEARNING_RATE = 0.01
+PATIENCE = 5
+
+# A segment takes a fraction of a second by these guesses of a CPU's rates, which cost
+# nothing where they are wrong: results do not depend on the length of a segment.
+_FLOPS, _BYTES, _SECONDS = 5e10, 1e10, 0.4
+_BLOCK_BYTES, _MOST_STEPS = 1 << 25, 256
+_MOST_WARMUP = 100
+
+
+def minibatch_solver(
+    source: RowSource,
+    labels: np.ndarray | None,
+    weights: np.ndarray | None = None,
+    *,
+    num_classes: int,
+    targets: np.ndarray | None = None,
+    head: RegressionHead = "full",
+    C: float = 1.0,  # noqa: N803
+    fit_intercept: bool = True,
+    reference: int | None = None,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    target_weight: float = 1.0,
+    optimizer: optax.GradientTransformation | Callable[[Any], Any] | None = None,
+    learning_rate: float | optax.Schedule | None = None,
+    batch_size: int | None = None,
+    max_iter: int | None = 1000,
+    tol: float = 1e-4,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    start: Any = None,
+    dtype: Any = np.float32,
+) -> MinibatchSolver:
+    """Makes a minibatch solver.
+
+    The objective is `Σ w·loss / Σ w + ‖W‖² / (2·C·Σ w)`, W all parameters but biases:
+    of the full head its kernel, of a tree its node kernel, of an adaptive head the
+    kernels of shortlist and tails, and the projections.
+
+    Args:
+      source: features of N rows.
+      labels: [N] integers in [0, V), or None with targets.
+      weights: [N], not negative, class weights multiplied in; None for 1.
+      num_classes: V.
+      targets: [N, V], a teacher's probabilities at `temperature`, for the full head.
+      head: "full"; "hierarchical", by the Huffman tree of the labels; or "adaptive",
+        whose bands are cut by them.
+      C: inverse of the penalty's strength; infinity for none.
+      fit_intercept: whether there are biases.
+      reference: a class of the full head whose row stays 0, or None.
+      label_smoothing: ε in [0, 1], of the full head.
+      temperature: T of the targets' softmax, whose loss is multiplied by T².
+      target_weight: share of the targets' loss where there are labels, too.
+      optimizer: a transformation of Optax; or a function from a learning rate to one,
+        such as `optax.sgd`. None takes Adam; with the hierarchical head, in the rows on
+        the labels' paths alone (see Notes).
+      learning_rate: a number, the peak of a linear warm-up and of a cosine's decay to 0
+        over `max_iter` epochs; or a schedule. None takes 0.01. Not with a
+        transformation, which has its own.
+      batch_size: B; None takes 256, or N where that is less.
+      max_iter: epochs, at most. None is for `partial_fit`: the rate does not decay.
+      tol: an epoch whose mean objective is not this much below the best one is stale.
+        Five of them are a plateau, which ends the run. Where the rate is not the
+        caller's schedule or transformation, it is first divided by 5, three times.
+      seed: of the order of the rows, and of initial parameters.
+      mesh: devices that share each batch along its axis `data`; None takes the first.
+      start: parameters to start at: (coef, intercept) of the full head, or a head.
+      dtype: float32, or float64 in a context that enables it.
+
+    Returns:
+      The solver.
+
+    Raises:
+      MeshError: if the mesh does not divide the batch.
+      TypeError: if an argument has a wrong type.
+      ValueError: if it is out of its range, or does not go with another.
+
+    Notes:
+      The mean objective of an epoch is unbiased, whatever weights the batches have.
+      With row updates, moments are those of `jaxsoft.row_adam`, and a row's penalty is
+      spread over the visits that it has in an epoch: rows that the batch does not visit
+      are not decayed in this step, and more in their next one.
+    """
+    rows = TrainingRows(source, labels, targets, weights)
+    _check_head(head, rows, label_smoothing, reference)
+    size = _batch_size(batch_size, len(source), max_iter, mesh)
+    order = BatchOrder(len(source), size, seed)
+    steps = order.steps_per_epoch
+    schedule, peak, make = _optimization(optimizer, learning_rate)
+    total = rows.total_weight()
+    if not total > 0:
+        raise ValueError(f"`weights` must have a positive sum, got {total:g}.")
+    by_rows = head == "hierarchical" and optimizer is None
+    if head == "full":
+        graph, tables = None, ()
+        params = _full_parameters(rows, num_classes, reference, fit_intercept, start)
+        if start is None and max_iter is None:
+            params["bias"] = np.zeros(num_classes)
+    else:
+        counts = rows.counts(num_classes)
+        graph, params, tables = _head_parameters(
+            head, counts, source.num_features, fit_intercept, seed, start
+        )
+        if by_rows:
+            tables = tables, jnp.asarray(_visits(tables, counts), dtype)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    plan = Plan(
+        optimizer=make,
+        schedule=schedule,
+        mesh=usable_mesh(mesh, size),
+        by_rows=by_rows,
+        cuts_rate=peak is not None,
+        graph=graph,
+        intercept=fit_intercept,
+        reference=reference,
+        label_smoothing=label_smoothing,
+        temperature=temperature,
+        target_weight=target_weight,
+    )
+    penalty = 0.0 if math.isinf(C) else 1.0 / (C * total)
+    planned = math.inf if max_iter is None else max_iter * steps
+    rate = _default_rate(peak or 0.0, planned)
+    return MinibatchSolver(
+        rows,
+        plan,
+        Numbers(steps / total, penalty, steps, tol, PATIENCE, rate),
+        order,
+        params=params,
+        tables=tables,
+        batch_size=size,
+        segment_steps=_segment_steps(rows, size, params, by_rows, dtype),
+        max_iter=max_iter,
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Makes a transformation that has its own learning rate; equal for an equal one."""
+
+    optimizer: optax.GradientTransformation
+
+    def __call__(self, rate: Any) -> optax.GradientTransformation:
+        return self.optimizer
+
+
+def _default_rate(peak: float, planned: float) -> WarmupCosine:
+    """Returns the rate over some steps, a tenth of them, at most 100, on the way up."""
+    warmup = min(max(1, planned // 10), _MOST_WARMUP)
+    return WarmupCosine(peak, warmup, max(1, planned - warmup))
+
+
+def _optimization(
+    optimizer: Any, learning_rate: Any
+) -> tuple[optax.Schedule | None, float | None, Callable[[Any], Any]]:
+    """Returns a caller's schedule, or else a peak, and the optimizer by rate."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        if learning_rate is not None:
+            raise ValueError(
+                "`learning_rate` must be None with a transformation, which has its "
+                f"own, got {learning_rate!r}; give a function such as optax.sgd as "
+                "`optimizer` to set the rate."
+            )
+        return None, None, _Given(optimizer)
+    make = optax.adam if optimizer is None else optimizer
+    if not callable(make):
+        raise TypeError(
+            "`optimizer` must be an Optax transformation, a function from a learning "
+            f"rate to one, or None, got {optimizer!r}."
+        )
+    if callable(learning_rate):
+        return learning_rate, None, make
+    rate = LEARNING_RATE if learning_rate is None else learning_rate
+    rate = checks.scalar_in("learning_rate", rate, 0, math.inf)
+    return None, rate, make
+
+
+def _check_head(
+    head: str, rows: TrainingRows, label_smoothing: float, reference: int | None
+) -> None:
+    """Raises where options do not go together."""
+    checks.one_of("head", head, HEADS)
+    if rows.labels is None and rows.targets is None:
+        raise ValueError("`labels` must be given where there are no targets, got None.")
+    if head == "full":
+        return
+    for name, wrong, value in (
+        ("targets", rows.targets is not None, "an array"),
+        ("label_smoothing", label_smoothing != 0, label_smoothing),
+        ("reference", reference is not None, reference),
+    ):
+        if wrong:
+            nothing = 0 if name == "label_smoothing" else None
+            raise ValueError(
+                f"`{name}` must be {nothing} with `head` {head!r}, which does not "
+                f'compute all logits, got {value}; take `head` "full".'
+            )
+
+
+def _batch_size(
+    given: int | None, num_rows: int, max_iter: int | None, mesh: Mesh | None
+) -> int:
+    """Returns rows a batch: without `max_iter` the same for few rows."""
+    if given is not None:
+        return checks.positive_integer("batch_size", given)
+    size = BATCH_SIZE if max_iter is None else min(BATCH_SIZE, num_rows)
+    devices = 1 if mesh is None else mesh.shape.get(DATA, 1)
+    return -(-size // devices) * devices
+
+
+def _full_parameters(
+    rows: TrainingRows,
+    num_classes: int,
+    reference: int | None,
+    fit_intercept: bool,
+    start: Any,
+) -> dict[str, np.ndarray]:
+    """Returns the given start, or no weights and the classes' log-frequencies."""
+    if start is not None:
+        coef, intercept = start
+        return {"kernel": coef, "bias": intercept}
+    bias = np.zeros(num_classes)
+    if fit_intercept and rows.labels is not None:
+        bias = unigram_log_probs(np.bincount(rows.labels, rows.weights, num_classes))
+        bias = bias - (bias.mean() if reference is None else bias[reference])
+    return {"kernel": np.zeros((num_classes, rows.source.num_features)), "bias": bias}
+
+
+def _head_parameters(
+    head: Any,
+    counts: np.ndarray,
+    num_features: int,
+    fit_intercept: bool,
+    seed: int,
+    start: nnx.Module | None,
+) -> tuple[Any, Any, Any]:
+    """Returns structure, parameters and tables of a head."""
+    if start is None:
+        plan = HeadPlan(head, tuple(counts.tolist()))
+        start = plan.build(num_features, rngs=nnx.Rngs(seed))
+    graph, params, tables = nnx.split(start, nnx.Param, ...)
+    if not fit_intercept:
+        params = jax.tree.map(
+            lambda leaf: leaf if leaf.ndim > 1 else jnp.zeros_like(leaf), params
+        )
+    return graph, params, tables
+
+
+def _visits(tables: Any, counts: np.ndarray) -> np.ndarray:
+    """Returns how often an epoch visits each row of a tree; 1 for one it does not."""
+    tree = jax.tree.leaves(tables, is_leaf=lambda x: isinstance(x, ClassTree))[0]
+    assert isinstance(tree, ClassTree)
+    paths = tree.paths(jnp.arange(tree.num_classes, dtype=jnp.int32), axis=0)
+    visits = np.zeros(tree.num_rows)
+    for first, number in zip(*map(np.asarray, paths[:2]), strict=True):
+        inside = number > 0
+        np.add.at(visits, first[inside], counts[inside])
+    return np.maximum(visits, 1)
+
+
+def _segment_steps(
+    rows: TrainingRows, size: int, params: Any, by_rows: bool, dtype: Any
+) -> int:
+    """Returns how many steps to compile together."""
+    item = np.dtype(dtype).itemsize
+    width = rows.source.num_features + 2
+    if rows.targets is not None:
+        width += rows.targets.shape[1]
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
+    # Of row updates no more than some tens of rows a token.
+    touched = min(numbers, 64 * width) if by_rows else numbers
+    seconds = 6.0 * size * touched / _FLOPS
+    seconds += 8.0 * item * (size * touched if by_rows else numbers) / _BYTES
+    least = 1e-4
+    by_time = int(_SECONDS / max(seconds, least))
+    by_memory = _BLOCK_BYTES // (size * width * item)
+    return max(1, min(by_time, by_memory, _MOST_STEPS))
