@@ -1,5 +1,7 @@
 """Trainers and what they are made of; needs the extra `train` to run, not to import."""
 
+from typing import TYPE_CHECKING, Any
+
 from jaxsoft.training.checkpoints import CheckpointError
 from jaxsoft.training.comparison import ComparisonReport, HeadReport, compare_heads
 from jaxsoft.training.config import LanguageModelConfig, load_config
@@ -16,6 +18,9 @@ from jaxsoft.training.reliability import reliability_diagram
 from jaxsoft.training.reporting import FinalReport, Listener, Sample
 from jaxsoft.training.run_directory import RunDirectoryError
 
+if TYPE_CHECKING:
+    from jaxsoft.training.softmax_regression import SoftmaxRegression
+
 __all__ = [
     "CheckpointError",
     "ComparisonReport",
@@ -29,6 +34,7 @@ __all__ = [
     "NonFiniteLossError",
     "RunDirectoryError",
     "Sample",
+    "SoftmaxRegression",
     "StopRequest",
     "TrainingInterrupted",
     "compare_heads",
@@ -38,3 +44,13 @@ __all__ = [
     "require_train_extra",
     "train_language_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `SoftmaxRegression`, which needs scikit-learn, when it is asked for."""
+    if name != "SoftmaxRegression":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_train_extra()
+    from jaxsoft.training.softmax_regression import SoftmaxRegression
+
+    return SoftmaxRegression

@@ -180,7 +180,7 @@ def _default_rate(peak: float, planned: float) -> WarmupCosine:
 
 def _optimization(
     optimizer: Any, learning_rate: Any
-) -> tuple[optax.Schedule | None, float | None, Callable[[Any], Any]]:
+) -> tuple[optax.Schedule | None, float | None, Any]:
     """Returns a caller's schedule, or else a peak, and the optimizer by rate."""
     if isinstance(optimizer, optax.GradientTransformation):
         if learning_rate is not None:
@@ -200,7 +200,8 @@ def _optimization(
         return learning_rate, None, make
     rate = LEARNING_RATE if learning_rate is None else learning_rate
     rate = checks.scalar_in("learning_rate", rate, 0, math.inf)
-    return None, rate, make
+    made: Any = make
+    return None, rate, made
 
 
 def _check_head(

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jaxsoft.training.checkpoints import Checkpoints, Progress
-from jaxsoft.training.interruption import StopRequest
+from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
 from jaxsoft.training.language_model import NonFiniteLossError
 from jaxsoft.training.reporting import Listener
 
@@ -24,6 +25,10 @@ OBJECTIVE = "objective"
 MAX_ITER = "max_iter"
 # A solver's own, for a state after which it cannot go on.
 NON_FINITE = "non_finite"
+# A segment lasts about so long, so that progress and Ctrl-C keep up.
+_SEGMENT_SECONDS = 0.5
+# By the index that compiled loops keep.
+REASONS = ("", GRADIENT, OBJECTIVE, MAX_ITER, NON_FINITE)
 
 
 class Status(NamedTuple):
@@ -44,6 +49,19 @@ class Status(NamedTuple):
     gradient_norm: float
     reason: str = ""
     place: str = ""
+
+
+class FitInterrupted(TrainingInterrupted):
+    """A signal stopped a fit between two segments.
+
+    Attributes:
+      state: the solver's last state.
+    """
+
+    def __init__(self, signal_number: int, step: int | None, state: Any):
+        """Keeps what happened."""
+        super().__init__(signal_number, step)
+        self.state = state
 
 
 class Solver(Protocol):
@@ -98,8 +116,8 @@ def solve(
       finite is returned too: its parameters are those of the last good iteration.
 
     Raises:
-      TrainingInterrupted: `stop` received a signal; the state is saved, if there is a
-        folder to save it in, and is in the error's `state`.
+      FitInterrupted: `stop` received a signal; the state is saved, if there is a
+        folder to save it in.
       CheckpointError: a checkpoint cannot be written or read.
     """
     listener, stop = listener or Listener(), stop or StopRequest()
@@ -157,7 +175,9 @@ def _run(
                 )
             if stop.received is not None and not status.reason:
                 save()
-                stop.check(status.iteration)
+                raise FitInterrupted(
+                    stop.received, None if store is None else status.iteration, state
+                )
             if now - saved >= every and status.reason != NON_FINITE:
                 save()
                 saved = now
@@ -177,7 +197,49 @@ def check_finite(status: Status) -> None:
     if status.reason == NON_FINITE:
         place = f", {status.place}" if status.place else ""
         raise NonFiniteLossError(
-            f"iteration {status.iteration + 1}{place}: the objective or its gradient is "
-            "not finite; the parameters of the last good iteration are kept. Scale the "
-            "features, or lower the learning rate."
+            f"iteration {status.iteration + 1}{place}: the objective or its gradient "
+            "is not finite; the parameters of the last good iteration are kept. Scale "
+            "the features, or lower the learning rate."
         )
+
+
+def largest(tree: Any) -> jax.Array:
+    """Returns the largest absolute entry of a pytree of arrays."""
+    return jnp.max(
+        jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)])
+    )
+
+
+def finite(value: jax.Array, gradient: Any) -> jax.Array:
+    """Says whether an objective and its gradient are finite."""
+    return jnp.isfinite(value) & jnp.isfinite(largest(gradient))
+
+
+def little(before: jax.Array, after: jax.Array, ulps: float) -> jax.Array:
+    """Says whether an objective fell by no more than so many units of its rounding."""
+    return before - after <= ulps * jnp.finfo(before.dtype).eps * jnp.abs(before)
+
+
+def reason(finite: jax.Array, conditions: tuple[jax.Array, ...]) -> jax.Array:
+    """Returns the index of the first reason to stop, 0 for none.
+
+    Args:
+      finite: whether all is finite.
+      conditions: of "gradient", "objective" and "max_iter", in this order.
+    """
+    index = jnp.int32(0)
+    for place in range(len(conditions), 0, -1):
+        index = jnp.where(conditions[place - 1], place, index)
+    return jnp.where(finite, index, REASONS.index(NON_FINITE)).astype(jnp.int32)
+
+
+def next_length(length: int, made: int, seconds: float) -> int:
+    """Returns how many iterations the next segment may have.
+
+    Args:
+      length: that the last one may have had.
+      made: that it had.
+      seconds: that it took.
+    """
+    fitting = int(_SEGMENT_SECONDS * max(made, 1) / max(seconds, 1e-6))
+    return max(1, min(fitting, 4 * length))

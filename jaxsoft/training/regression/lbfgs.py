@@ -1,0 +1,188 @@
+"""L-BFGS by Optax, in whitened coordinates, compiled in segments of iterations."""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsoft.training.regression import solving
+from jaxsoft.training.regression.objective import Data, Parameters, Plan, objective
+from jaxsoft.training.regression.whitening import Whitening
+
+_MEMORY = 10
+_LINE_SEARCH_STEPS = 20
+_FIRST_SEGMENT = 8
+# The objective counts as settled after so many iterations in a row that lower it by
+# no more than so many units of its rounding.
+_SETTLED_ITERATIONS, _SETTLED_ULPS = 3, 2.0
+# An increase by so many units of rounding counts as none.
+_ROUNDING_ULPS = 4.0
+
+
+class State(NamedTuple):
+    """Where L-BFGS stands.
+
+    Attributes:
+      v: [R, e] coordinates.
+      optimizer: Optax's state.
+      value: the objective at `v`.
+      gradient_norm: the largest absolute entry of its gradient in the parameters.
+      iteration: iterations made.
+      settled: iterations in a row that hardly lowered the objective.
+      reason: index of why it stopped, 0 while it goes on.
+    """
+
+    v: jax.Array
+    optimizer: Any
+    value: jax.Array
+    gradient_norm: jax.Array
+    iteration: jax.Array
+    settled: jax.Array
+    reason: jax.Array
+
+
+class LBFGS:
+    """Minimises the objective of softmax regression; a `Solver`."""
+
+    unit = "iteration"
+
+    def __init__(
+        self,
+        plan: Plan,
+        data: Data,
+        coordinates: Whitening,
+        start: Parameters,
+        *,
+        strength: float,
+        tol: float,
+        max_iter: int,
+    ):
+        """Keeps the problem.
+
+        Args:
+          plan: what is compiled.
+          data: the rows.
+          coordinates: to minimise in.
+          start: the first classifier.
+          strength: λ of the squared norm.
+          tol: largest absolute entry of the gradient at which to stop.
+          max_iter: iterations at most.
+        """
+        dtype = data.weights.dtype
+        self.limit, self._plan, self._start = max_iter, plan, start
+        self._problem = (data, coordinates, jnp.asarray(strength, dtype))
+        self._tol = jnp.asarray(tol, dtype)
+        self._length = _FIRST_SEGMENT
+
+    def init(self) -> State:
+        """Returns the state at the start."""
+        return _init(self._plan, self._problem, self._start, self._tol)
+
+    def advance(self, state: State) -> State:
+        """Returns the state a segment later."""
+        began = time.perf_counter()
+        before = int(state.iteration)
+        until = min(before + self._length, self.limit)
+        state = _segment(self._plan, self._problem, state, self._tol, until, self.limit)
+        self._length = solving.next_length(
+            self._length, int(state.iteration) - before, time.perf_counter() - began
+        )
+        return state
+
+    def status(self, state: State) -> solving.Status:
+        """Reads where a state stands."""
+        return solving.Status(
+            int(state.iteration),
+            float(state.value),
+            float(state.gradient_norm),
+            solving.REASONS[int(state.reason)],
+        )
+
+    def parameters(self, state: State) -> Parameters:
+        """Returns the classifier."""
+        _, coordinates, _ = self._problem
+        return coordinates.parameters(state.v, intercept=self._plan.intercept)
+
+
+def _optimizer(dtype: Any) -> optax.GradientTransformationExtraArgs:
+    search = optax.scale_by_zoom_linesearch(
+        max_linesearch_steps=_LINE_SEARCH_STEPS,
+        initial_guess_strategy="one",
+        # Near the optimum the objective is rounding, and its slope decides.
+        approx_dec_rtol=_ROUNDING_ULPS * float(jnp.finfo(dtype).eps),
+    )
+    return optax.lbfgs(memory_size=_MEMORY, linesearch=search)
+
+
+def _objective(plan: Plan, problem: Any, v: jax.Array) -> jax.Array:
+    data, coordinates, strength = problem
+    parameters = coordinates.parameters(v, intercept=plan.intercept)
+    return objective(plan, parameters, data, strength)
+
+
+def _gradient_norm(plan: Plan, problem: Any, gradient: jax.Array) -> jax.Array:
+    """Returns the largest entry of the gradient in the parameters.
+
+    With (W, b) = diag(c) v T the gradient in (W, b) is c⁻¹ g T⁻ᵀ.
+    """
+    _, coordinates, _ = problem
+    zero = coordinates.parameters(jnp.zeros_like(gradient), intercept=plan.intercept)
+    _, back = jax.vjp(coordinates.coordinates, zero)
+    return solving.largest(back(gradient))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(plan: Plan, problem: Any, start: Parameters, tol: jax.Array) -> State:
+    with jax.numpy_dtype_promotion("standard"):
+        _, coordinates, _ = problem
+        v = coordinates.coordinates(start)
+        function = functools.partial(_objective, plan, problem)
+        value, gradient = jax.value_and_grad(function)(v)
+        norm = _gradient_norm(plan, problem, gradient)
+        optimizer = _optimizer(v.dtype).init(v)
+        optimizer = optax.tree.set(optimizer, value=value, grad=gradient)
+        zero = jnp.zeros((), jnp.int32)
+        reason = solving.reason(solving.finite(value, norm), (norm <= tol,))
+        return State(v, optimizer, value, norm, zero, zero, reason)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _segment(
+    plan: Plan, problem: Any, state: State, tol: jax.Array, until: Any, limit: Any
+) -> State:
+    with jax.numpy_dtype_promotion("standard"):
+        function = functools.partial(_objective, plan, problem)
+        optimizer = _optimizer(state.v.dtype)
+
+        def step(state: State) -> State:
+            value = optax.tree.get(state.optimizer, "value")
+            gradient = optax.tree.get(state.optimizer, "grad")
+            updates, after = optimizer.update(
+                gradient,
+                state.optimizer,
+                state.v,
+                value=value,
+                grad=gradient,
+                value_fn=function,
+            )
+            v: Any = optax.apply_updates(state.v, updates)
+            value = optax.tree.get(after, "value")
+            norm = _gradient_norm(plan, problem, optax.tree.get(after, "grad"))
+            little = solving.little(state.value, value, _SETTLED_ULPS)
+            settled = jnp.where(little, state.settled + 1, 0)
+            iteration = state.iteration + 1
+            finite = solving.finite(value, norm)
+            reason = solving.reason(
+                finite,
+                (norm <= tol, settled >= _SETTLED_ITERATIONS, iteration >= limit),
+            )
+            stepped = State(v, after, value, norm, iteration, settled, reason)
+            kept = state._replace(reason=reason)
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), stepped, kept)
+
+        return jax.lax.while_loop(
+            lambda state: (state.reason == 0) & (state.iteration < until), step, state
+        )

@@ -1,0 +1,145 @@
+"""Coordinates in which the objective is round at its start.
+
+At zero weights every row has the same probabilities π, so the Hessian of the loss is
+`(diag π - π πᵀ) ⊗ A`, with A the second moment of the features and of the intercept's
+constant. In coordinates that whiten A, damped by the penalty, and scale each class by
+`π (1 - π)`, a quasi-Newton method starts with the curvature that it would otherwise
+spend dozens of iterations to learn: on 60,000 x 784 x 10 it needs a third of them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from threadpoolctl import threadpool_limits
+
+from jaxsoft.training.regression.objective import Parameters
+
+# Up to so many features A is factorised whole; beyond, its diagonal is.
+MAX_WHOLE = 2048
+# Rows that A is made from, per feature, and at least.
+_ROWS_PER_FEATURE, _LEAST_ROWS = 10, 4096
+
+
+class Whitening(NamedTuple):
+    """Coordinates v of a classifier: (W, b) = diag(c) v T.
+
+    Attributes:
+      classes: [R], c.
+      factor: [e, e] the matrix T, or [e] its diagonal, with e = d + 1 where there is
+        an intercept, whose column is the last, else d.
+      inverse: of the same shape, of T.
+      shift: [d] means of the features where T is diagonal and there is an intercept:
+        then b = c v_b - W shift. Else None.
+    """
+
+    classes: Any
+    factor: Any
+    inverse: Any
+    shift: Any
+
+    def parameters(self, v: jax.Array, *, intercept: bool) -> Parameters:
+        """Returns the classifier of [R, e] coordinates."""
+        scaled = _apply(self.classes[:, None] * v, self.factor)
+        if not intercept:
+            return Parameters(scaled, None)
+        kernel, bias = scaled[:, :-1], scaled[:, -1]
+        if self.shift is not None:
+            bias = bias - _apply(kernel, self.shift[:, None])[:, 0]
+        return Parameters(kernel, bias)
+
+    def coordinates(self, parameters: Parameters) -> jax.Array:
+        """Returns the coordinates of a classifier."""
+        kernel, bias = parameters
+        if bias is not None:
+            if self.shift is not None:
+                bias = bias + _apply(kernel, self.shift[:, None])[:, 0]
+            kernel = jnp.concatenate([kernel, bias[:, None]], 1)
+        return _apply(kernel, self.inverse) / self.classes[:, None]
+
+
+def _apply(rows: jax.Array, factor: jax.Array) -> jax.Array:
+    if factor.ndim == 1:
+        return rows * factor[None, :]
+    return jnp.matmul(rows, factor, precision=jax.lax.Precision.HIGHEST)
+
+
+def whitening(
+    features: Any,
+    weights: np.ndarray,
+    prior: np.ndarray,
+    strength: float,
+    *,
+    intercept: bool,
+    diagonal: bool = False,
+) -> Whitening:
+    """Makes the coordinates of a problem.
+
+    Args:
+      features: [n, d] NumPy array, or scipy's CSR.
+      weights: [n] weights of the rows, of any sum.
+      prior: [R] share of each class that has a row in the kernel.
+      strength: λ.
+      intercept: whether there is a bias.
+      diagonal: scale the features only, each by itself.
+
+    Returns:
+      The coordinates, as NumPy arrays in the features' dtype.
+    """
+    dtype = features.dtype
+    # A class that is hardly there has hardly any curvature, but some.
+    spread = np.maximum(prior * (1 - prior), 1 / (4 * len(weights)))
+    damping = strength / spread.mean()
+    count, width = features.shape
+    if diagonal or width > MAX_WHOLE or not isinstance(features, np.ndarray):
+        parts = _diagonal(features, weights, damping, intercept=intercept)
+    else:
+        step = max(1, count // max(_LEAST_ROWS, _ROWS_PER_FEATURE * (width + 1)))
+        # Threads of BLAS wait for each other for seconds where cores are shared.
+        with threadpool_limits(1, "blas"):
+            parts = _whole(
+                features[::step], weights[::step], damping, intercept=intercept
+            )
+    arrays = (1 / np.sqrt(spread), *parts)
+    return Whitening(*(None if a is None else np.asarray(a, dtype) for a in arrays))
+
+
+def _whole(
+    rows: np.ndarray, weights: np.ndarray, damping: float, *, intercept: bool
+) -> tuple[np.ndarray, np.ndarray, None]:
+    """Returns the Cholesky factor of A as T and its inverse."""
+    shares = (weights / max(weights.sum(), 1e-300)).astype(rows.dtype)
+    if intercept:
+        rows = np.concatenate([rows, np.ones((len(rows), 1), rows.dtype)], 1)
+    moment = np.asarray(rows.T @ (rows * shares[:, None]), np.float64)
+    free = np.diag_indices(len(moment) - intercept)
+    moment[free] += damping
+    # In units of each feature, so that rounding is relative to it.
+    scale = np.sqrt(np.maximum(np.diag(moment), np.finfo(rows.dtype).tiny))
+    scale[scale < 1e-30] = 1
+    moment /= scale[:, None] * scale[None, :]
+    moment[np.diag_indices(len(moment))] += 8 * len(moment) * np.finfo(rows.dtype).eps
+    lower = scipy.linalg.cholesky(moment, lower=True)
+    inverse = scipy.linalg.solve_triangular(lower, np.eye(len(lower)), lower=True)
+    return inverse / scale[None, :], lower * scale[:, None], None
+
+
+def _diagonal(
+    features: Any, weights: np.ndarray, damping: float, *, intercept: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns the inverse deviations of the features as T's diagonal."""
+    shares = weights / max(weights.sum(), 1e-300)
+    sparse = not isinstance(features, np.ndarray)
+    mean = np.asarray(shares @ features, np.float64)
+    squares = features.power(2) if sparse else np.square(features)
+    moment = np.asarray(shares @ squares, np.float64)
+    if intercept:
+        moment = moment - np.square(mean)
+    moment = np.maximum(moment, 0) + damping
+    scale = np.sqrt(moment)
+    scale[scale < 1e-30] = 1
+    if intercept:
+        scale = np.append(scale, 1.0)
+    return 1 / scale, scale, mean if intercept else None
