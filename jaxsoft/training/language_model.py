@@ -37,7 +37,15 @@ if TYPE_CHECKING:
 
 SAMPLE_TEMPERATURES = (0.0, 0.7, 1.0)
 
-_EXTRA_PACKAGES = ("grain", "matplotlib", "orbax", "rich", "tokenizers")
+_EXTRA_PACKAGES = (
+    "grain",
+    "matplotlib",
+    "orbax",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "tokenizers",
+)
 # The last validation reads this many times the tokens of those on the way.
 FINAL_EVALUATION = 4
 # Length of the prompt that the samples get from the validation text.
