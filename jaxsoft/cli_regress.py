@@ -35,8 +35,8 @@ _HELP = {
     "tol": "tolerance of the stopping rule",
     "max_iter": "the largest number of iterations",
     "standardize": "bring columns to mean 0 and standard deviation 1 for the fit; the "
-    "model saved takes the features as they are (default: dense columns are; images are "
-    "divided by their largest value, sparse features and other heads' left alone)",
+    "model saved takes the features as they are (default: so for dense columns; images "
+    "are divided by their largest value, sparse features and other heads' left alone)",
     "calibrate": "fit a temperature on held-out training rows",
     "label_smoothing": "share of each label that is spread over all classes",
     "dtype": "float32 or float64, of the fit",
@@ -101,7 +101,7 @@ def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
             "data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help=text
         )
         return
-    if field.default not in (None, False):
+    if field.default is not None and field.default is not False:
         text += f" (default: {field.default})"
     if field.name in ("standardize", "calibrate"):
         parser.add_argument(

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxsoft.training.console import clock, printable, say
 from jaxsoft.training.regression.measures import Measures
@@ -30,10 +31,11 @@ def summarise_regression(
         files: The run's files.
     """
     say(console, "")
-    if len(report.classes) <= _SHOWN_CLASSES and report.confusion is not None:
-        _print_confusion(console, report)
-    else:
+    confusion = _confusion(console.width, report)
+    if confusion is None:
         _print_recall(console, report)
+    else:
+        console.print(confusion)
     say(console, "")
     _print_measures(console, {"train": report.train, "test": report.test})
     why = report.stopping_reason
@@ -63,7 +65,7 @@ def summarise_prediction(console: Console, report: PredictionReport) -> None:
         order = sorted(range(len(report.classes)), key=lambda i: -report.counts[i])
         for index in order[:_SHOWN_CLASSES]:
             if report.counts[index]:
-                name = printable(str(report.classes[index]))
+                name = Text(printable(str(report.classes[index])))
                 table.add_row(name, f"{report.counts[index]:,}")
         console.print(table)
         say(console, f"{report.rows:,} rows, without labels")
@@ -87,16 +89,25 @@ def _print_measures(console: Console, measures: dict[str, Measures]) -> None:
     console.print(table)
 
 
-def _print_confusion(console: Console, report: RegressionReport) -> None:
-    """Prints test rows by true and predicted class."""
+def _confusion(width: int, report: RegressionReport) -> Table | None:
+    """Test rows by true and predicted class; None where that is too wide."""
+    if report.confusion is None or len(report.classes) > _SHOWN_CLASSES:
+        return None
     names = [printable(str(name)) for name in report.classes]
-    table = _table("true \\ predicted", *names, "recall")
-    for name, row, recall in zip(
-        names, report.confusion or (), report.recall, strict=True
-    ):
-        cells = [f"{count:,}" if count else "." for count in row]
-        table.add_row(name, *cells, _share(recall))
-    console.print(table)
+    rows = [
+        [name, *(f"{count:,}" if count else "." for count in row), _share(recall)]
+        for name, row, recall in zip(
+            names, report.confusion, report.recall, strict=True
+        )
+    ]
+    heading = ["true \\ predicted", *names, "recall"]
+    columns = zip(heading, *rows, strict=True)
+    if sum(3 + max(map(len, column)) for column in columns) >= width:
+        return None
+    table = _table(*heading)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _print_recall(console: Console, report: RegressionReport) -> None:
@@ -109,7 +120,7 @@ def _print_recall(console: Console, report: RegressionReport) -> None:
     ]
     known.sort(key=lambda pair: pair[0])
     for recall, name in known[:_WORST_CLASSES]:
-        table.add_row(printable(str(name)), _share(recall))
+        table.add_row(Text(printable(str(name))), _share(recall))
     console.print(table)
     middle = known[len(known) // 2][0]
     shown = min(_WORST_CLASSES, len(known))
@@ -121,11 +132,11 @@ def _print_recall(console: Console, report: RegressionReport) -> None:
 
 
 def _table(first: str, *others: str) -> Table:
-    """Starts a table whose first column is words, the others numbers."""
+    """Starts a table whose first column is words, the others numbers; no markup."""
     table = Table(box=box.MARKDOWN)
-    table.add_column(first, no_wrap=True)
+    table.add_column(Text(first), no_wrap=True)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     return table
 
 
