@@ -67,6 +67,7 @@ def test_report_is_that_of_the_saved_model(finished):
     model: Any = SoftmaxRegression.load(out / "model.safetensors")
     assert model.feature_names_in_.tolist() == ["a", "b", "c"]
     del model.feature_names_in_
+    assert model.checkpoint_dir is None and model.random_state == 5
     for rows, measured in ((train, report.train), (test, report.test)):
         probabilities = model.predict_proba(features[rows])
         predicted = NAMES[probabilities.argmax(axis=1)]

@@ -201,6 +201,7 @@ def test_sparse_rows_to_predict(tmp_path):
         ),
         ("a.svm", "1 a:b\n", "a.svm cannot be read as a libsvm file ("),
         ("a.svm", "1 1:2\n2 3:4 5:nan\n", "a.svm: row 1, column 4 is nan; fill it in"),
+        ("a.svm", "1 1:2\n2 3:inf 5:1\n", "a.svm: row 1, column 2 is inf; fill it in"),
         ("a.xls", "1", "a.xls is of no known format; name it by one of .csv, .tsv, "),
     ],
 )
