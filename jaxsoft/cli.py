@@ -1,21 +1,20 @@
-"""The command line: `jaxsoft train`.
+"""The command line: `jaxsoft train`, `jaxsoft regress` and `jaxsoft predict`.
 
-Exit codes: 0 done; 1 the training itself failed; 2 bad input, said in one line on
+Exit codes: 0 done; 1 the job itself failed; 2 bad input, said in one line on
 stderr, with nothing written; 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 import argparse
 import dataclasses
 import math
-import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jax.sharding import Mesh
 
-from jaxsoft import __version__
+from jaxsoft import __version__, cli_regress
+from jaxsoft.cli_text import fail, farewell, flag
 from jaxsoft.training import (
     CheckpointError,
     CorpusError,
@@ -100,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         if field.default is not None:
             text += f" (default: {field.default})"
         train.add_argument(
-            _flag(field.name),
+            flag(field.name),
             type=field.type if field.type in (int, float) else str,
             default=argparse.SUPPRESS,
             metavar=field.name.rpartition("_")[2].upper(),
@@ -127,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "over data, the head's classes over vocab; --resume may take another mesh "
         "(default: one device)",
     )
+    cli_regress.add_commands(commands)
     return parser
 
 
@@ -156,7 +156,9 @@ def _train(parsed: argparse.Namespace) -> int:
     except TrainingInterrupted as interruption:
         said = f"{interruption}; nothing was written to {out}"
         if seconds is None:
-            said = _farewell(interruption, out, parsed.mesh)
+            words = ["jaxsoft", "train", "--out", out, "--resume"]
+            mesh_words = [] if parsed.mesh is None else ["--mesh", parsed.mesh]
+            said = farewell(interruption, [*words, *mesh_words], out)
         print(said, file=sys.stderr)
         return 128 + interruption.signal_number
     except (CorpusError, MeshError, RunDirectoryError) as error:
@@ -219,29 +221,6 @@ def _train_until(
     return 0
 
 
-def _farewell(interruption: TrainingInterrupted, out: str, mesh: str | None) -> str:
-    """Says where an interrupted run stands and how to resume it."""
-    words = ["jaxsoft", "train", "--out", out, "--resume"]
-    command = shlex.join(words if mesh is None else [*words, "--mesh", mesh])
-    if interruption.step is not None:
-        return f"{interruption}, saved step {interruption.step}; resume with: {command}"
-    try:
-        load_config(out)
-    except RunDirectoryError:
-        return f"{interruption} before the first step; nothing was written to {out}"
-    return f"{interruption}; resume from the last checkpoint with: {command}"
-
-
 def _fail(command: str, error: Exception, code: int) -> int:
     """Prints an error as one line, options spelled as flags; returns the code."""
-    fields = "|".join([*_TRAIN_HELP, "resume", "mesh", "compare_heads"])
-    text = re.sub(
-        f"`({fields})`", lambda match: _flag(match[1]), " ".join(str(error).split())
-    )
-    print(f"jaxsoft {command}: {text}", file=sys.stderr)
-    return code
-
-
-def _flag(field: str) -> str:
-    """The command-line option of a configuration field."""
-    return "--" + field.replace("_", "-")
+    return fail(command, error, code, (*_TRAIN_HELP, "resume", "mesh", "compare_heads"))

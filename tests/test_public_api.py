@@ -12,7 +12,13 @@ import jaxsoft
 import jaxsoft.nn
 import jaxsoft.schedules
 
-OPTIONAL = ("grain", "tokenizers", "matplotlib", "sklearn")  # Flax brings the others
+OPTIONAL = (
+    "grain",
+    "tokenizers",
+    "matplotlib",
+    "safetensors",
+    "sklearn",
+)  # Flax brings the others
 MODULES = (jaxsoft, jaxsoft.nn, jaxsoft.schedules)
 PUBLIC = [
     (module.__name__, name)

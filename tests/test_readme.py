@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import sys
 
+from jaxsoft import cli
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -48,6 +50,14 @@ def test_options_that_the_text_names_exist():
     named = set(re.findall(r"`jaxsoft train (--[a-z-]+)", README)) - {"--help"}
     assert named == {"--compare-heads", "--corpus", "--head", "--mesh", "--resume"}
     assert all(option in done.stdout for option in named)
+
+
+def test_commands_on_tables_are_ones_that_exist():
+    commands = re.findall(r"`jaxsoft ((?:regress|predict)[^`]*)`", README)
+    parsed = [cli._parser().parse_args(shlex.split(command)) for command in commands]
+    named = set(re.findall(r"--[a-z-]+", " ".join(commands)))
+    assert len(parsed) >= 6
+    assert named >= {"--label", "--out", "--resume", "--calibrate", "--probabilities"}
 
 
 def test_links_lead_somewhere():

@@ -14,6 +14,16 @@ from jaxsoft.training.language_model import (
     train_language_model,
 )
 from jaxsoft.training.mesh import MeshError, parse_mesh
+from jaxsoft.training.regression.job import train_regression
+from jaxsoft.training.regression.prediction import (
+    PredictionError,
+    PredictionReport,
+    predict_table,
+)
+from jaxsoft.training.regression.report import RegressionReport
+from jaxsoft.training.regression.saving import ModelFileError
+from jaxsoft.training.regression.settings import RegressConfig
+from jaxsoft.training.regression.tables import TableError
 from jaxsoft.training.reliability import reliability_diagram
 from jaxsoft.training.reporting import FinalReport, Listener, Sample
 from jaxsoft.training.run_directory import RunDirectoryError
@@ -31,18 +41,26 @@ __all__ = [
     "Listener",
     "MeshError",
     "MissingExtraError",
+    "ModelFileError",
     "NonFiniteLossError",
+    "PredictionError",
+    "PredictionReport",
+    "RegressConfig",
+    "RegressionReport",
     "RunDirectoryError",
     "Sample",
     "SoftmaxRegression",
     "StopRequest",
+    "TableError",
     "TrainingInterrupted",
     "compare_heads",
     "load_config",
     "parse_mesh",
+    "predict_table",
     "reliability_diagram",
     "require_train_extra",
     "train_language_model",
+    "train_regression",
 ]
 
 

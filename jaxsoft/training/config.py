@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import os
+from collections.abc import Set
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from jaxsoft import checks
 from jaxsoft.training.heads import HEADS, HeadKind
@@ -14,6 +16,8 @@ from jaxsoft.training.transformer import TransformerConfig
 # A run resumed with other values of these is still the same run; the corpus itself is
 # compared by its digest, wherever it lies now.
 _FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "checkpoint_every"})
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class LanguageModelConfig:
 
 
 def load_config(out: str | os.PathLike[str]) -> LanguageModelConfig:
-    """Reads the configuration of the run in a folder.
+    """Reads the configuration of the language model's run in a folder.
 
     Args:
         out: The folder.
@@ -108,29 +112,46 @@ def load_config(out: str | os.PathLike[str]) -> LanguageModelConfig:
     Raises:
         RunDirectoryError: There is none.
     """
+    return read_config(out, LanguageModelConfig)
+
+
+def read_config(out: str | os.PathLike[str], kind: type[Config]) -> Config:
+    """Reads the configuration of the run in a folder.
+
+    Args:
+        out: The folder.
+        kind: The class of the configuration.
+
+    Returns:
+        The configuration that the run was started with.
+
+    Raises:
+        RunDirectoryError: There is none.
+    """
     directory = RunDirectory(out)
     description = directory.description()
     try:
-        return LanguageModelConfig(**description["config"])
+        return kind(**description["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(
             f"{directory.config} is not the configuration of a run ({error})."
         ) from error
 
 
-def check_same(config: LanguageModelConfig, stored: LanguageModelConfig) -> None:
+def check_same(config: Any, stored: Any, free: Set[str] = _FREE_FIELDS) -> None:
     """Compares the configuration asked for with that of the run to resume.
 
     Args:
         config: Asked for.
-        stored: The run's.
+        stored: The run's, of the same class.
+        free: Fields that may differ.
 
     Raises:
         RunDirectoryError: A field that matters differs.
     """
     for field in dataclasses.fields(config):
         asked, had = getattr(config, field.name), getattr(stored, field.name)
-        if field.name not in _FREE_FIELDS and asked != had:
+        if field.name not in free and asked != had:
             raise RunDirectoryError(
                 f"the run in {config.out} has `{field.name}` {had!r}, not {asked!r}; "
                 "resume it with the same, or start another run."

@@ -29,14 +29,26 @@ _MIB = 2**20
 class ConsoleListener(Listener):
     """Shows a progress bar on a terminal, and a line now and then elsewhere."""
 
-    def __init__(self, console: Console, unit: str = "step"):
+    def __init__(
+        self,
+        console: Console,
+        unit: str = "step",
+        *,
+        things: str = "tokens",
+        measure: str = "loss",
+        digits: int = 3,
+    ):
         """Keeps the console.
 
         Args:
             console: Where to print.
             unit: What progress is counted in.
+            things: What the rate counts; a record has it as `<things>_per_second`.
+            measure: What the loss is called.
+            digits: Decimals of the loss.
         """
         self._console, self._unit = console, unit
+        self._things, self._measure, self._digits = things, measure, digits
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._steps = self._started_at = 0
@@ -56,8 +68,8 @@ class ConsoleListener(Listener):
         self._progress = Progress(
             TextColumn(self._unit + " {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
+            TextColumn(self._measure + " {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} " + self._things + "/s"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -71,7 +83,8 @@ class ConsoleListener(Listener):
     def step(self, record: Mapping[str, Any]) -> None:
         """Moves the bar, or prints a line if the last one is old enough."""
         step = record["step"]
-        loss, rate = f"{record['loss']:.3f}", f"{record['tokens_per_second']:,.0f}"
+        loss = f"{record['loss']:.{self._digits}f}"
+        rate = f"{record[self._things + '_per_second']:,.0f}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, loss=loss, rate=rate)
             return
@@ -82,8 +95,8 @@ class ConsoleListener(Listener):
         made = max(step - self._started_at, 1)
         left = (now - self._started) / made * (self._steps - step)
         self.note(
-            f"{self._unit} {step}/{self._steps}  loss {loss}  {rate} tokens/s  "
-            f"{_clock(left)} left"
+            f"{self._unit} {step}/{self._steps}  {self._measure} {loss}  "
+            f"{rate} {self._things}/s  {clock(left)} left"
         )
 
     def validation(self, record: Mapping[str, Any]) -> None:
@@ -128,7 +141,7 @@ def summary_lines(report: FinalReport) -> list[str]:
     side = "below" if gain > 0 else "above"
     lines = [
         f"head: {report.head}",
-        f"steps: {report.step:,} in {_clock(report.seconds)}, after "
+        f"steps: {report.step:,} in {clock(report.seconds)}, after "
         f"{report.compile_seconds:.1f} s of compilation",
         f"validation loss: {report.loss:.3f} nats a token, perplexity "
         f"{report.perplexity:,.1f} ({report.tokens_evaluated:,} tokens)",
@@ -201,7 +214,7 @@ def printable(text: str) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -37,7 +37,15 @@ if TYPE_CHECKING:
 
 SAMPLE_TEMPERATURES = (0.0, 0.7, 1.0)
 
-_EXTRA_PACKAGES = ("grain", "matplotlib", "orbax", "rich", "tokenizers")
+_EXTRA_PACKAGES = (
+    "grain",
+    "matplotlib",
+    "orbax",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "tokenizers",
+)
 # The last validation reads this many times the tokens of those on the way.
 FINAL_EVALUATION = 4
 # Length of the prompt that the samples get from the validation text.
@@ -116,7 +124,7 @@ def train_language_model(
     check_vocabulary(mesh, tokens.facts.vocab_size, config.head)
     description = _description(config, corpus, tokens, mesh)
     if resume:
-        _check_same_surroundings(directory, description, listener)
+        check_same_surroundings(directory, description, listener)
     run = _Run(config, directory, tokens, mesh, listener, stop)
     stop.check()
     if not resume:
@@ -307,19 +315,22 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _check_same_surroundings(
-    directory: RunDirectory, description: Mapping[str, Any], listener: Listener
+def check_same_surroundings(
+    directory: RunDirectory,
+    description: Mapping[str, Any],
+    listener: Listener,
+    digested: Sequence[str] = ("corpus", "tokens"),
 ) -> None:
-    """Raises if corpus or tokens changed; notes if versions, device or mesh did."""
+    """Raises if what has a digest changed; notes if versions, device or mesh did."""
     stored = directory.description()
-    for part in ("corpus", "tokens"):
+    for part in digested:
         if stored.get(part, {}).get("digest") != description[part]["digest"]:
             raise RunDirectoryError(
                 f"the {part} of the run in {directory.path} changed since it started; "
                 "start another run."
             )
     for part in ("versions", "device", "mesh"):
-        if stored.get(part) != description[part]:
+        if stored.get(part) != description.get(part):
             listener.note(
                 f"{part} changed since the run started: it goes on, but not bit for bit"
             )

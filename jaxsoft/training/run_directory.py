@@ -22,23 +22,27 @@ from typing import Any
 # Fields of a metrics line that differ between equal runs.
 WALL_CLOCK_FIELDS = frozenset({"seconds", "tokens_per_second", "compile_seconds"})
 
-_OWN_NAMES = (
-    "config.json",
-    "metrics.jsonl",
-    "loss.png",
-    "tokenizer.json",
-    "checkpoints",
-    "comparison.json",
-    "comparison.png",
-)
-
 
 class RunDirectoryError(ValueError):
     """The run's folder cannot be used as asked; the message says why."""
 
 
 class RunDirectory:
-    """The files of one run."""
+    """The files of one run.
+
+    Attributes:
+        own_names: Names of all files and folders that a run may have.
+    """
+
+    own_names: tuple[str, ...] = (
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "tokenizer.json",
+        "checkpoints",
+        "comparison.json",
+        "comparison.png",
+    )
 
     def __init__(self, path: str | os.PathLike[str]):
         """Names the folder; touches nothing.
@@ -59,7 +63,7 @@ class RunDirectory:
         """Raises `RunDirectoryError` unless a new run can be written here."""
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"`out` {self.path} is a file, not a folder.")
-        for name in _OWN_NAMES:
+        for name in self.own_names:
             if (self.path / name).exists():
                 raise RunDirectoryError(
                     f"`out` {self.path} already holds a run ({name}); continue it with "
@@ -78,19 +82,22 @@ class RunDirectory:
                 f"`out` {self.path} holds no run to resume (no config.json)."
             )
 
-    def start(self, description: Mapping[str, Any], tokenizer: Path) -> None:
+    def start(
+        self, description: Mapping[str, Any], tokenizer: Path | None = None
+    ) -> None:
         """Makes the folder and writes what the run is; `config.json` comes last.
 
         Args:
             description: JSON-serialisable contents of `config.json`.
-            tokenizer: The tokenizer file to copy.
+            tokenizer: The tokenizer file to copy, if there is one.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(tokenizer, self.tokenizer)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, self.tokenizer)
             self.metrics.touch()
             text = json.dumps(description, indent=2) + "\n"
-            _write_atomically(self.config, text.encode())
+            write_atomically(self.config, text.encode())
         except OSError as error:
             raise RunDirectoryError(
                 f"`out` {self.path} cannot be written ({error})."
@@ -136,7 +143,7 @@ class RunDirectory:
             for record in self.records()
             if record["step"] <= step and record["event"] != "final"
         ]
-        _write_atomically(self.metrics, "".join(kept).encode())
+        write_atomically(self.metrics, "".join(kept).encode())
 
     def plot(self, unigram: float, final: Mapping[str, Any]) -> None:
         """Draws the loss curve from the metrics file.
@@ -166,7 +173,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.comparison, text.encode())
+            write_atomically(self.comparison, text.encode())
         except OSError as error:
             raise RunDirectoryError(
                 f"`out` {self.path} cannot be written ({error})."
@@ -188,7 +195,8 @@ class RunDirectory:
 
     def files(self) -> list[Path]:
         """The run's files and folders that exist."""
-        return [self.path / name for name in _OWN_NAMES if (self.path / name).exists()]
+        paths = [self.path / name for name in self.own_names]
+        return [path for path in paths if path.exists()]
 
 
 def _figure(horizontal: str, unigram: float) -> tuple[Any, Any]:
@@ -211,7 +219,7 @@ def _draw(figure: Any, axes: Any, path: Path) -> None:
     partial.replace(path)
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file so that it is never seen half-written."""
     partial = path.with_name("." + path.name)
     partial.write_bytes(data)

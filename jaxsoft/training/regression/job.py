@@ -1,0 +1,274 @@
+"""The job behind `jaxsoft regress`: a table in, a model and its measurements out.
+
+The run is a function of its configuration, its table and its machine: killed at any
+moment and resumed, it ends with the same coefficients, bit for bit. The split is a
+function of the seed and the labels; the fit goes on from its checkpoint.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsoft.training.config import check_same, read_config
+from jaxsoft.training.interruption import StopRequest
+from jaxsoft.training.language_model import (
+    check_same_surroundings,
+    require_train_extra,
+)
+from jaxsoft.training.regression.measures import (
+    Predictions,
+    class_indices,
+    measure,
+    predict,
+)
+from jaxsoft.training.regression.report import RegressionReport
+from jaxsoft.training.regression.run_files import RegressionDirectory
+from jaxsoft.training.regression.scaling import Scaling, choose_scaling, fold
+from jaxsoft.training.regression.settings import FREE_FIELDS, RegressConfig
+from jaxsoft.training.regression.tables import Table, TableError, read_table
+from jaxsoft.training.reporting import Listener
+
+__all__ = ["train_regression"]
+
+# A report lists the confusion matrix of at most so many classes.
+_LISTED_CLASSES = 100
+
+
+def train_regression(
+    config: RegressConfig,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    stop: StopRequest | None = None,
+) -> RegressionReport:
+    """Fits a softmax regression to a table, or goes on with one.
+
+    Args:
+        config: What to fit.
+        resume: Go on with the run in `config.out`, from its last checkpoint, bit for
+            bit as if it had not been stopped; from the start if it has none. Of a
+            finished run the report comes back.
+        listener: Told of progress.
+        stop: Asked between segments whether to stop; a stop saves first.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        MissingExtraError: The extra `train` is not installed.
+        TableError: The table cannot be used, or a class has too few rows to split.
+        RunDirectoryError: `config.out` holds another run or, to resume, not this one.
+        CheckpointError: A checkpoint cannot be written or read.
+        NonFiniteLossError: The objective is no longer finite.
+        TrainingInterrupted: `stop` received a signal; the run can be resumed.
+    """
+    require_train_extra()
+    listener, stop = listener or Listener(), stop or StopRequest()
+    directory = RegressionDirectory(config.out)
+    if resume:
+        check_same(config, read_config(config.out, RegressConfig), FREE_FIELDS)
+        finished = directory.read_report()
+        if finished is not None:
+            report = RegressionReport.from_record(finished)
+            listener.note(
+                f"the run in {config.out} finished at iteration {report.iterations}"
+            )
+            return report
+    else:
+        directory.check_vacant()
+    table = read_table(config.data, config.label)
+    train, test = _split(table, config)
+    listener.note(
+        f"data: {table.source}, {len(train):,} rows to train on and {len(test):,} to "
+        f"test on, {table.features.shape[1]:,} features, "
+        f"{len(np.unique(table.labels)):,} classes"
+    )
+    description = _description(config, table)
+    if resume:
+        check_same_surroundings(directory, description, listener, ("data",))
+    stop.check()
+    if not resume:
+        directory.start(description)
+    started = time.monotonic()
+    estimator, scaling = _fit(config, directory, table, train, listener, stop)
+    seconds = time.monotonic() - started
+    return _finish(directory, estimator, scaling, table, (train, test), seconds)
+
+
+class _Recorder(Listener):
+    """Writes progress into the metrics file, and passes it on."""
+
+    def __init__(self, directory: RegressionDirectory, listener: Listener):
+        self.directory, self.listener = directory, listener
+
+    def note(self, text: str) -> None:
+        """Passes a line on."""
+        self.listener.note(text)
+
+    def start(self, step: int, steps: int) -> None:
+        """Drops what a killed process wrote after its last checkpoint."""
+        self.directory.truncate_metrics(step)
+        self.listener.start(step, steps)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Writes a line."""
+        self.directory.append(record)
+        self.listener.step(record)
+
+    def stop(self) -> None:
+        """Passes the end on."""
+        self.listener.stop()
+
+
+def _split(table: Table, config: RegressConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of training and test rows, ascending."""
+    from sklearn.model_selection import train_test_split
+
+    classes, counts = np.unique(table.labels, return_counts=True)
+    if counts.min() < 2:
+        raise TableError(
+            f"{table.source} has one row only of the class "
+            f"{classes[counts.argmin()].item()!r}; training and testing need one each."
+        )
+    rows = len(table.labels)
+    tested = math.ceil(config.test_fraction * rows)
+    if min(tested, rows - tested) < len(classes):
+        raise TableError(
+            f"`test_fraction` {config.test_fraction} of the {rows} rows of "
+            f"{table.source} leaves fewer than its {len(classes)} classes to train or "
+            "to test on; give another."
+        )
+    train, test = train_test_split(
+        np.arange(rows),
+        test_size=tested,
+        stratify=table.labels,
+        random_state=config.seed,
+    )
+    return np.sort(train), np.sort(test)
+
+
+def _fit(
+    config: RegressConfig,
+    directory: RegressionDirectory,
+    table: Table,
+    train: np.ndarray,
+    listener: Listener,
+    stop: StopRequest,
+) -> tuple[Any, Scaling]:
+    """Fits the estimator, and returns it as one of the table's own features."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    from jaxsoft.training.softmax_regression import SoftmaxRegression
+
+    standardize = False if config.head != "full" else config.standardize
+    scaling = choose_scaling(table, train, standardize)
+    estimator: Any = SoftmaxRegression(
+        C=config.C,
+        solver=config.solver,
+        head=config.head,
+        tol=config.tol,
+        max_iter=config.max_iter,
+        calibrate=config.calibrate,
+        label_smoothing=config.label_smoothing,
+        random_state=config.seed,
+        checkpoint_dir=str(directory.checkpoints),
+        checkpoint_seconds=config.checkpoint_every,
+    )
+    estimator._listener = _Recorder(directory, listener)
+    estimator._stop = stop
+    features = scaling.apply(table.features[train], config.dtype)
+    with warnings.catch_warnings():
+        # The report says it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        estimator.fit(features, table.labels[train])
+    fold(estimator, scaling)
+    return estimator, scaling
+
+
+def _finish(
+    directory: RegressionDirectory,
+    estimator: Any,
+    scaling: Scaling,
+    table: Table,
+    split: tuple[np.ndarray, np.ndarray],
+    seconds: float,
+) -> RegressionReport:
+    """Measures, and writes model, pictures and, last, the report."""
+    from scipy.sparse import coo_matrix
+
+    classes = estimator.classes_
+    labels = class_indices(table.labels, classes, table.source)
+    train, test = (predict(estimator, table.features[r], labels[r]) for r in split)
+    ones = np.ones(len(split[1]), np.int64)
+    size = (len(classes), len(classes))
+    counts = coo_matrix((ones, (test.labels, test.predicted)), shape=size).tocsr()
+    report = _report(estimator, scaling, table, train, test, counts, seconds)
+    if table.feature_names is not None:
+        estimator.feature_names_in_ = np.array(table.feature_names, object)
+    estimator.save(directory.model)
+    directory.plot_confusion(counts, classes)
+    test.draw(directory.reliability)
+    if getattr(estimator, "coef_", None) is not None:
+        directory.plot_weights(estimator.coef_, classes, table.image_shape)
+    directory.plot_convergence()
+    directory.write_report(report.record())
+    return report
+
+
+def _report(
+    estimator: Any,
+    scaling: Scaling,
+    table: Table,
+    train: Predictions,
+    test: Predictions,
+    counts: Any,
+    seconds: float,
+) -> RegressionReport:
+    """Puts the measurements together."""
+    rows = np.asarray(counts.sum(axis=1)).ravel()
+    recall = counts.diagonal() / np.maximum(rows, 1)
+    listed = len(rows) <= _LISTED_CLASSES
+    return RegressionReport(
+        train=measure(train),
+        test=measure(test),
+        classes=tuple(estimator.classes_.tolist()),
+        features=int(table.features.shape[1]),
+        recall=tuple(
+            value if count else None
+            for value, count in zip(recall.tolist(), rows.tolist(), strict=True)
+        ),
+        confusion=tuple(map(tuple, counts.toarray().tolist())) if listed else None,
+        objective=float(estimator.objective_),
+        iterations=int(np.max(estimator.n_iter_)),
+        converged=bool(estimator.converged_),
+        stopping_reason=str(estimator.stopping_reason_),
+        solver=str(estimator.solver_),
+        temperature=float(estimator.temperature_),
+        scaling=scaling.kind,
+        seconds=seconds,
+    )
+
+
+def _description(config: RegressConfig, table: Table) -> dict[str, Any]:
+    """Contents of `config.json`."""
+    return {
+        "config": dataclasses.asdict(config),
+        "data": {
+            "source": table.source,
+            "digest": table.digest,
+            "rows": int(table.features.shape[0]),
+            "features": int(table.features.shape[1]),
+        },
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "optax", "scikit-learn")
+        },
+        "device": jax.devices()[0].device_kind,
+    }

@@ -1,0 +1,142 @@
+"""How well an estimator predicts, measured in chunks: [n, K] is never stored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxsoft.logits.calibration import expected_calibration_error
+from jaxsoft.training.regression.tables import TableError
+from jaxsoft.training.reliability import reliability_diagram
+
+__all__ = ["Measures", "Predictions", "class_indices", "measure", "predict"]
+
+# Probabilities that are in memory at a time.
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How well classes are predicted.
+
+    Attributes:
+        rows: Number of rows measured.
+        accuracy: Share of rows whose most probable class is the label.
+        log_loss: Mean of −log p(label), in nats.
+        calibration_error: Expected calibration error, in 15 bins.
+    """
+
+    rows: int
+    accuracy: float
+    log_loss: float
+    calibration_error: float
+
+
+class Predictions(NamedTuple):
+    """What is kept of the probabilities of n rows.
+
+    Attributes:
+      predicted: [n] index of the most probable class.
+      confidence: [n] its probability.
+      labels: [n] index of the label, or None.
+      log_probs: [n] log-probability of the label, or None.
+      correct: [n] whether prediction and label agree, or None.
+    """
+
+    predicted: np.ndarray
+    confidence: np.ndarray
+    labels: Any = None
+    log_probs: Any = None
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Where prediction and label agree."""
+        return self.predicted == self.labels
+
+    def binary(self) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities [n, 2] and labels with the same confidences and hits."""
+        rest = np.zeros_like(self.confidence)
+        return np.stack([self.confidence, rest], 1), (~self.correct).astype(np.int32)
+
+    def draw(self, path: Path) -> None:
+        """Draws the reliability diagram."""
+        reliability_diagram(*self.binary(), path)
+
+
+def predict(
+    estimator: Any,
+    features: Any,
+    labels: np.ndarray | None,
+    each: Callable[[np.ndarray, np.ndarray], None] | None = None,
+) -> Predictions:
+    """Predicts rows.
+
+    Args:
+        estimator: A fitted classifier.
+        features: [n, d] dense or CSR.
+        labels: [n] index of each label among the estimator's classes, or None.
+        each: Called for each chunk of rows in turn, with the [rows] indices predicted
+            and the probabilities [rows, K].
+
+    Returns:
+        The predictions.
+    """
+    step = max(_CHUNK // len(estimator.classes_), 1)
+    predicted, confidence, log_probs = [], [], []
+    for start in range(0, features.shape[0], step):
+        rows = slice(start, start + step)
+        logs = np.asarray(estimator.predict_log_proba(features[rows]))
+        best = logs.argmax(axis=1)
+        predicted.append(best)
+        confidence.append(np.exp(logs[np.arange(len(best)), best]))
+        if each is not None:
+            each(best, np.exp(logs))
+        if labels is not None:
+            log_probs.append(logs[np.arange(len(best)), labels[rows]])
+    return Predictions(
+        np.concatenate(predicted),
+        np.concatenate(confidence),
+        labels,
+        None if labels is None else np.concatenate(log_probs),
+    )
+
+
+def measure(predictions: Predictions) -> Measures:
+    """Measures predictions whose labels are known."""
+    probabilities, labels = predictions.binary()
+    return Measures(
+        rows=len(labels),
+        accuracy=float(predictions.correct.mean()),
+        log_loss=float(-predictions.log_probs.mean(dtype=np.float64)),
+        calibration_error=float(
+            expected_calibration_error(probabilities.astype(np.float32), labels)
+        ),
+    )
+
+
+def class_indices(labels: np.ndarray, classes: np.ndarray, source: str) -> np.ndarray:
+    """Finds labels among the classes of a model.
+
+    Args:
+        labels: [n].
+        classes: [K], sorted.
+        source: Where the labels come from.
+
+    Returns:
+        [n] indices.
+
+    Raises:
+        TableError: A label is none of the classes.
+    """
+    if classes.dtype.kind in "UO" and labels.dtype.kind != "U":
+        labels = labels.astype(str)
+    known = np.isin(labels, classes)
+    if not known.all():
+        row = int(np.argmin(known))
+        raise TableError(
+            f"{source}: the label {labels[row].item()!r} of row {row} is none of the "
+            f"model's {len(classes)} classes."
+        )
+    return np.searchsorted(classes, labels)

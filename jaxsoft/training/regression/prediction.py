@@ -1,0 +1,138 @@
+"""The job behind `jaxsoft predict`: a saved model and a table in, predictions out."""
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsoft.training.language_model import require_train_extra
+from jaxsoft.training.regression.measures import (
+    Measures,
+    class_indices,
+    measure,
+    predict,
+)
+from jaxsoft.training.regression.tables import Table, read_rows
+
+__all__ = ["PredictionError", "PredictionReport", "predict_table"]
+
+_MODEL_NAME = "model.safetensors"
+
+
+class PredictionError(ValueError):
+    """Predictions cannot be written as asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class PredictionReport:
+    """What was predicted.
+
+    Attributes:
+        rows: How many rows.
+        classes: The model's, as Python values.
+        counts: How often each was predicted.
+        measures: How well, where the table has labels, or None.
+        out: The file written, or None.
+    """
+
+    rows: int
+    classes: tuple[Any, ...]
+    counts: tuple[int, ...]
+    measures: Measures | None
+    out: Path | None
+
+
+def predict_table(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    label: str | int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    probabilities: bool = False,
+) -> PredictionReport:
+    """Predicts the rows of a table.
+
+    Args:
+        model: The file of a `SoftmaxRegression`, or the folder of a run.
+        data: A CSV, NPZ or libsvm file, with labels or without.
+        label: The column of the labels, if there is one; see `read_rows`.
+        out: A CSV file to write, which must not exist yet: the predicted class of each
+            row, in the table's order. None writes nothing.
+        probabilities: Also write the probability of each class.
+
+    Returns:
+        What was predicted, and how well where labels are known.
+
+    Raises:
+        MissingExtraError: The extra `train` is not installed.
+        ModelFileError: The model cannot be read.
+        TableError: The table cannot be used, or is not one for this model.
+        PredictionError: `out` exists already, or its folder does not.
+    """
+    require_train_extra()
+    from jaxsoft.training.softmax_regression import SoftmaxRegression
+
+    target = None if out is None else _vacant(Path(out))
+    model = Path(model)
+    path = model / _MODEL_NAME if model.is_dir() else model
+    estimator: Any = SoftmaxRegression.load(path)
+    # Without the names scikit-learn does not ask for them in an array.
+    names = vars(estimator).pop("feature_names_in_", None)
+    table = read_rows(
+        data,
+        label,
+        num_features=int(estimator.n_features_in_),
+        feature_names=None if names is None else tuple(names.tolist()),
+    )
+    classes = estimator.classes_
+    labels = table.labels
+    if labels is not None:
+        labels = class_indices(labels, classes, table.source)
+    if target is None:
+        predictions = predict(estimator, table.features, labels)
+    else:
+        predictions = _write(target, estimator, table, labels, probabilities)
+    counts = np.bincount(predictions.predicted, minlength=len(classes))
+    return PredictionReport(
+        rows=len(predictions.predicted),
+        classes=tuple(classes.tolist()),
+        counts=tuple(counts.tolist()),
+        measures=None if labels is None else measure(predictions),
+        out=target,
+    )
+
+
+def _vacant(out: Path) -> Path:
+    """Returns a path where a new file can be written."""
+    if out.exists():
+        raise PredictionError(f"`out` {out} exists already; name another file.")
+    folder = out.absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise PredictionError(f"`out` {out} cannot be written.")
+    return out
+
+
+def _write(
+    out: Path, estimator: Any, table: Table, labels: Any, probabilities: bool
+) -> Any:
+    """Predicts, and writes the file whole or not at all."""
+    classes = estimator.classes_.tolist()
+    partial = out.with_name("." + out.name)
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            more = [f"probability_{name}" for name in classes] if probabilities else []
+            writer.writerow(["prediction", *more])
+
+            def each(best: np.ndarray, values: np.ndarray) -> None:
+                for index, row in zip(best.tolist(), values, strict=True):
+                    writer.writerow([classes[index], *(row if probabilities else ())])
+
+            predictions = predict(estimator, table.features, labels, each)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return predictions

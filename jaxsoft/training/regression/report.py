@@ -1,0 +1,65 @@
+"""What a regression's run measured."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxsoft.training.regression.measures import Measures
+
+__all__ = ["RegressionReport"]
+
+
+@dataclass(frozen=True)
+class RegressionReport:
+    """What a finished run measured; also the contents of its `metrics.json`.
+
+    Attributes:
+        train: On the training rows.
+        test: On the test rows.
+        classes: K, as Python values.
+        features: d.
+        recall: Of each class, the share of its test rows that are predicted; None
+            where it has none.
+        confusion: [K][K] test rows, true classes by predicted ones; None for more than
+            100 classes.
+        objective: Of the fit, on scaled features.
+        iterations: Made by the solver.
+        converged: Whether the stopping rule was met.
+        stopping_reason: Which part of it.
+        solver: Which one.
+        temperature: 1 unless calibrated.
+        scaling: "columns", "image" or "none".
+        seconds: Time of the fit in the last process of the run, compilation included.
+    """
+
+    train: Measures
+    test: Measures
+    classes: tuple[Any, ...]
+    features: int
+    recall: tuple[float | None, ...]
+    confusion: tuple[tuple[int, ...], ...] | None
+    objective: float
+    iterations: int
+    converged: bool
+    stopping_reason: str
+    solver: str
+    temperature: float
+    scaling: str
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """The contents of `metrics.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "RegressionReport":
+        """Reads it back."""
+        fields = dict(record)
+        for name in ("train", "test"):
+            fields[name] = Measures(**fields[name])
+        for name in ("classes", "recall"):
+            fields[name] = tuple(fields[name])
+        if fields["confusion"] is not None:
+            fields["confusion"] = tuple(map(tuple, fields["confusion"]))
+        return cls(**fields)

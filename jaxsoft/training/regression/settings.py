@@ -1,0 +1,87 @@
+"""What a regression's run is: its configuration."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxsoft import checks
+
+__all__ = ["FREE_FIELDS", "RegressConfig"]
+
+SOLVERS = ("auto", "lbfgs", "newton", "fista", "minibatch")
+HEADS = ("full", "hierarchical", "adaptive")
+DTYPES = ("float32", "float64")
+
+# A run resumed with other values of these is still the same run; the table itself is
+# compared by its digest, wherever it lies now.
+FREE_FIELDS = frozenset({"data", "out", "checkpoint_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressConfig:
+    """What to fit, on what, and where to write it.
+
+    Attributes:
+        data: A CSV, NPZ or libsvm file; None is scikit-learn's digits.
+        label: The CSV column of the labels, by name or index; None is the last.
+        out: Folder of the run.
+        test_fraction: Share of the rows that is tested on, of each class alike.
+        C: Inverse strength of the penalty, as in scikit-learn.
+        solver: "auto", "lbfgs", "newton", "fista" or "minibatch".
+        head: "full", "hierarchical" or "adaptive".
+        tol: Tolerance of the stopping rule.
+        max_iter: The largest number of iterations.
+        standardize: Bring each column to mean 0 and standard deviation 1 for the fit.
+            None does so for dense columns, divides images by their largest value, and
+            leaves sparse features, and those of other heads, as they are. What is saved
+            is a model of the features as they are in the file.
+        calibrate: Fit a temperature on held-out training rows.
+        label_smoothing: Share of each label that is spread over all classes.
+        dtype: "float32" or "float64", of the fit.
+        seed: Seed of the split and of the solver.
+        checkpoint_every: Seconds between checkpoints.
+    """
+
+    data: str | None = None
+    label: str | None = None
+    out: str = "jaxsoft-regression"
+    test_fraction: float = 0.25
+    C: float = 1.0
+    solver: Literal["auto", "lbfgs", "newton", "fista", "minibatch"] = "auto"
+    head: Literal["full", "hierarchical", "adaptive"] = "full"
+    tol: float = 1e-4
+    max_iter: int = 1000
+    standardize: bool | None = None
+    calibrate: bool = False
+    label_smoothing: float = 0.0
+    dtype: Literal["float32", "float64"] = "float32"
+    seed: int = 0
+    checkpoint_every: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Checks all values; raises `ValueError`."""
+        for name, options in (("solver", SOLVERS), ("head", HEADS), ("dtype", DTYPES)):
+            checks.one_of(name, getattr(self, name), options)
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(
+                f"`test_fraction` must be between 0 and 1, got {self.test_fraction}."
+            )
+        for name in ("C", "tol", "max_iter"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"`label_smoothing` must be in [0, 1), got {self.label_smoothing}."
+            )
+        if not 0 <= self.checkpoint_every < math.inf:
+            raise ValueError(
+                f"`checkpoint_every` must not be negative, got {self.checkpoint_every}."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"`seed` must be in [0, 2**31), got {self.seed}.")
+        if self.head != "full" and self.standardize:
+            raise ValueError(
+                f"`standardize` must be left out with `head` {self.head!r}, whose "
+                "scale cannot be folded into the model, got True."
+            )

@@ -1,0 +1,350 @@
+"""What a table's file holds, format by format: CSV, NPZ, libsvm, and the digits.
+
+A reader returns `Contents`, and is told by `Wanted` which columns to take. Whatever is
+wrong with a file is a `TableError` of one line, with the place in the file.
+"""
+
+import csv
+import gzip
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+# Lines of a CSV file that are turned into numbers at a time.
+_CHUNK = 4096
+# Names of features and labels in an NPZ file, the first that is there counts.
+_FEATURE_KEYS = ("X", "x", "data")
+_LABEL_KEYS = ("y", "Y", "target", "labels")
+_SPARSE_KEYS = {"data", "indices", "indptr", "shape", "format"}
+
+
+class TableError(ValueError):
+    """A table cannot be used; the message names the file and the place in it."""
+
+
+class Wanted(NamedTuple):
+    """Which columns to read.
+
+    Attributes:
+      label: name or index of the label column; None is the last one.
+      num_features: features of the model that will read the table, or None to train
+        one. With a model, labels may be absent.
+      feature_names: the model's names of its features, or None.
+    """
+
+    label: str | None = None
+    num_features: int | None = None
+    feature_names: tuple[str, ...] | None = None
+
+
+class Contents(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+      features: [n, d] floats, dense or CSR, or [n, h, w] and [n, h, w, c] images.
+      labels: [n] whatever the file has, or None.
+      names: of the features, or None.
+      lines: of each row, its line in the file; None where rows count from 0.
+    """
+
+    features: Any
+    labels: np.ndarray | None
+    names: tuple[str, ...] | None = None
+    lines: np.ndarray | None = None
+
+
+def read_digits() -> Contents:
+    """The 1,797 digits of 8 by 8 pixels that scikit-learn brings."""
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    return Contents(digits.images, digits.target, tuple(digits.feature_names))
+
+
+def read_csv(path: Path, wanted: Wanted) -> Contents:
+    """Reads text in columns that commas, semicolons or tabs divide.
+
+    The first line is a header if no cell of it is a number, or it has the label's name
+    or the model's names.
+    """
+    try:
+        with _open_text(path) as file:
+            return _read_lines(path, file, wanted)
+    except (UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
+        raise TableError(f"{path} is not readable text ({error}).") from error
+
+
+def read_npz(path: Path, wanted: Wanted) -> Contents:
+    """Reads `X` and `y`, `data` and `target`, or what `scipy.sparse.save_npz` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if set(file.files) >= _SPARSE_KEYS:
+                from scipy.sparse import load_npz
+
+                return Contents(load_npz(path).tocsr(), None)
+            features = next((key for key in _FEATURE_KEYS if key in file), None)
+            if features is None:
+                raise TableError(
+                    f"{path} has no array `X`, `x` or `data`; it has "
+                    f"{_listed(file.files)}."
+                )
+            values = file[features]
+            labels = _label_key(path, file.files, wanted)
+            names = file["feature_names"] if "feature_names" in file else None
+            return Contents(
+                values,
+                None if labels is None else file[labels],
+                None if names is None else tuple(str(name) for name in names),
+            )
+    except TableError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise TableError(
+            f"{path} cannot be read as an NPZ file ({_first_line(error)})."
+        ) from error
+
+
+def read_libsvm(path: Path, wanted: Wanted) -> Contents:
+    """Reads lines such as `2 1:0.5 7:1`: a label, then the features that are not 0."""
+    from scipy.sparse import csr_matrix
+    from sklearn.datasets import load_svmlight_file
+
+    try:
+        loaded: Any = load_svmlight_file(str(path))
+    except (OSError, ValueError, EOFError, zlib.error, OverflowError) as error:
+        raise TableError(
+            f"{path} cannot be read as a libsvm file ({_first_line(error)})."
+        ) from error
+    features, labels = loaded
+    # The last features may be 0 in every row, and so not in the file at all.
+    width = max(features.shape[1], wanted.num_features or 0)
+    parts = (features.data, features.indices, features.indptr)
+    return Contents(csr_matrix(parts, shape=(len(labels), width)), labels)
+
+
+def _open_text(path: Path) -> TextIO:
+    """Opens a text file, compressed or not."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _read_lines(path: Path, file: TextIO, wanted: Wanted) -> Contents:
+    """Reads the lines of a CSV file."""
+    first = file.readline()
+    while first and not first.strip():
+        first = file.readline()
+    if not first:
+        raise TableError(f"{path} is empty.")
+    file.seek(0)
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+    rows = _rows(path, reader)
+    line, cells = next(rows)
+    header = _is_header([cell.strip() for cell in cells], wanted)
+    names = [cell.strip() for cell in cells] if header else None
+    columns, label = _columns(path, names, len(cells), wanted)
+    readings = _Readings(path, names, columns, label)
+    if not header:
+        readings.add(line, cells)
+    for line, cells in rows:
+        readings.add(line, cells)
+    return readings.contents()
+
+
+def _is_header(cells: list[str], wanted: Wanted) -> bool:
+    """Whether the first line has names; a label that is a number counts columns."""
+    if not any(_is_number(cell) for cell in cells):
+        return True
+    if wanted.label in cells and not _is_number(wanted.label):
+        return True
+    return bool(wanted.feature_names) and set(wanted.feature_names) <= set(cells)
+
+
+def _rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows that are not blank, all of one length, with their lines."""
+    length = 0
+    for cells in reader:
+        if not cells or cells == [""]:
+            continue
+        length = length or len(cells)
+        if len(cells) != length:
+            raise TableError(
+                f"{path}: line {reader.line_num} has {len(cells)} cells, not {length} "
+                "as the first line."
+            )
+        yield reader.line_num, cells
+
+
+class _Readings:
+    """Rows of a CSV file on their way to arrays."""
+
+    def __init__(
+        self,
+        path: Path,
+        names: list[str] | None,
+        columns: Sequence[int],
+        label: int | None,
+    ):
+        self.path, self.names = path, names
+        self.columns, self.label = columns, label
+        self.lines: list[int] = []
+        self.labels: list[str] = []
+        self.pending: list[list[str]] = []
+        self.blocks: list[np.ndarray] = []
+
+    def add(self, line: int, cells: list[str]) -> None:
+        """Takes a row."""
+        self.lines.append(line)
+        self.pending.append([cells[index] for index in self.columns])
+        if self.label is not None:
+            label = cells[self.label].strip()
+            if not label:
+                raise TableError(
+                    f"{self.path}: line {line} has no label in column "
+                    f"{self.column(self.label)}."
+                )
+            self.labels.append(label)
+        if len(self.pending) == _CHUNK:
+            self.convert()
+
+    def convert(self) -> None:
+        """Turns the pending rows into numbers."""
+        if self.pending:
+            try:
+                self.blocks.append(np.array(self.pending).astype(np.float64))
+            except ValueError:
+                self.complain()
+                raise
+        self.pending = []
+
+    def complain(self) -> None:
+        """Raises `TableError` at the first pending cell that is no number."""
+        first = len(self.lines) - len(self.pending)
+        for row, cells in enumerate(self.pending):
+            for index, cell in zip(self.columns, cells, strict=True):
+                line, column = self.lines[first + row], self.column(index)
+                if not cell.strip():
+                    raise TableError(
+                        f"{self.path}: line {line}, column {column} is missing; fill "
+                        "it in or leave the line out."
+                    )
+                if not _is_number(cell):
+                    raise TableError(
+                        f"{self.path}: column {column} is not numeric, line {line} has "
+                        f"{cell!r}; encode it as numbers, leave it out, or name it as "
+                        "the `label`."
+                    )
+
+    def column(self, index: int) -> str:
+        """A column's name, or its index."""
+        return str(index) if self.names is None else repr(self.names[index])
+
+    def contents(self) -> Contents:
+        """Everything read."""
+        self.convert()
+        empty = np.zeros((0, len(self.columns)))
+        names = self.names
+        return Contents(
+            np.concatenate(self.blocks) if self.blocks else empty,
+            None if self.label is None else np.array(self.labels),
+            None if names is None else tuple(names[index] for index in self.columns),
+            np.array(self.lines, np.int64),
+        )
+
+
+def _columns(
+    path: Path, names: list[str] | None, length: int, wanted: Wanted
+) -> tuple[list[int], int | None]:
+    """Chooses the feature columns, in the model's order, and the label column."""
+    label = _label_column(path, names, length, wanted)
+    columns = [index for index in range(length) if index != label]
+    if names is not None and wanted.feature_names is not None:
+        absent = [name for name in wanted.feature_names if name not in names]
+        if absent:
+            raise TableError(
+                f"{path} has no column {absent[0]!r}, which the model needs"
+                + (f" (and {len(absent) - 1} more)" if len(absent) > 1 else "")
+                + f"; it has {_listed(names)}."
+            )
+        chosen = [names.index(name) for name in wanted.feature_names]
+        if len(columns) == len(chosen):
+            columns = chosen
+    if wanted.num_features not in (None, len(columns)):
+        raise TableError(
+            f"{path} has {length} columns, the model has {wanted.num_features} "
+            "features; give it those that the model was trained on, with or without "
+            "the labels."
+        )
+    return columns, label
+
+
+def _label_column(
+    path: Path, names: list[str] | None, length: int, wanted: Wanted
+) -> int | None:
+    """Finds the label column; None where a table to predict has none."""
+    if wanted.label is not None:
+        return _named_column(path, names, length, wanted)
+    if wanted.num_features is None:
+        return length - 1
+    if length != wanted.num_features + 1:
+        return None
+    if names is not None and wanted.feature_names is not None:
+        others = set(names) - set(wanted.feature_names)
+        if len(others) == 1:
+            return names.index(others.pop())
+    return length - 1
+
+
+def _named_column(
+    path: Path, names: list[str] | None, length: int, wanted: Wanted
+) -> int | None:
+    """Finds the column that `wanted.label` names, or counts."""
+    label = str(wanted.label)
+    if names is not None and label in names:
+        if names.count(label) > 1:
+            raise TableError(f"{path} has more than one column {label!r}.")
+        return names.index(label)
+    if length == wanted.num_features:
+        return None
+    try:
+        index = int(label)
+    except ValueError:
+        index = length
+    if -length <= index < length:
+        return index % length
+    there = f"columns 0 to {length - 1}" if names is None else _listed(names)
+    raise TableError(f"{path} has no column {label!r}; it has {there}.")
+
+
+def _label_key(path: Path, keys: Sequence[str], wanted: Wanted) -> str | None:
+    """Finds the array of labels in an NPZ file."""
+    candidates = _LABEL_KEYS if wanted.label is None else (wanted.label,)
+    found = next((key for key in candidates if key in keys), None)
+    if found is None and wanted.num_features is None:
+        named = " or ".join(f"`{key}`" for key in candidates)
+        raise TableError(f"{path} has no labels {named}; it has {_listed(keys)}.")
+    return found
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    """Names in a row, at most so many."""
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell is a number, infinite or NaN included."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

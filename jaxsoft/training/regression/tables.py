@@ -1,0 +1,276 @@
+"""Tables to learn classes from: read from a file, checked, and known by a digest.
+
+A table is a CSV file (.csv, .tsv), an NPZ file (.npz) or a libsvm file (.svm,
+.svmlight, .libsvm, .txt), text files also as .gz; without a path it is scikit-learn's
+digits. Anything wrong with it is a `TableError` of one line.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsoft.training.regression.table_formats import (
+    Contents,
+    TableError,
+    Wanted,
+    read_csv,
+    read_digits,
+    read_libsvm,
+    read_npz,
+)
+
+__all__ = ["Table", "TableError", "read_rows", "read_table"]
+
+DIGITS = "scikit-learn's digits"
+_READERS: dict[str, Callable[[Path, Wanted], Contents]] = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".npz": read_npz,
+    ".svm": read_libsvm,
+    ".svmlight": read_libsvm,
+    ".libsvm": read_libsvm,
+    ".txt": read_libsvm,
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of features, and their labels where they are known.
+
+    Attributes:
+        features: [n, d] float32 or float64, a NumPy array or a `csr_matrix`.
+        labels: [n] integers, booleans or strings; None where the file has none.
+        feature_names: A tuple, one a column, or None.
+        image_shape: (h, w) or (h, w, c) where a row is an image, or None.
+        source: Where the table comes from, in words.
+        digest: Hash of features and labels; independent of names and places.
+    """
+
+    features: Any
+    labels: Any
+    feature_names: Any
+    image_shape: tuple[int, ...] | None
+    source: str
+    digest: str
+
+
+def read_table(
+    path: str | os.PathLike[str] | None = None, label: str | int | None = None
+) -> Table:
+    """Reads a table to train on.
+
+    Args:
+        path: The file; None is scikit-learn's digits.
+        label: Name or index of the CSV column with the labels, from 0, or from -1
+            backwards; None is the last column. Of an NPZ file, the key of the labels.
+
+    Returns:
+        The table, with labels.
+
+    Raises:
+        TableError: The file is missing, of another format, empty or ragged; a cell is
+            no finite number; the labels are absent, no classes, or all the same.
+
+    Example:
+        >>> table = read_table()
+        >>> table.features.shape, table.image_shape, len(set(table.labels))
+        ((1797, 64), (8, 8), 10)
+    """
+    table = _read(path, Wanted(None if label is None else str(label)))
+    if table.labels is None:
+        raise TableError(f"{table.source} has no labels; training needs them.")
+    if len(np.unique(table.labels)) < 2:
+        raise TableError(
+            f"{table.source} has one class only, {table.labels[0].item()!r}; training "
+            "needs two or more."
+        )
+    return table
+
+
+def read_rows(
+    path: str | os.PathLike[str] | None = None,
+    label: str | int | None = None,
+    *,
+    num_features: int,
+    feature_names: tuple[str, ...] | None = None,
+) -> Table:
+    """Reads a table to predict, which may have labels or not.
+
+    A CSV file with one column more than the model has features has labels: in the
+    column `label`, else in that which is none of the model's, else in the last.
+
+    Args:
+        path: The file; None is scikit-learn's digits.
+        label: As for `read_table`; a table without that column has no labels.
+        num_features: Features of the model.
+        feature_names: The model's names of them; columns of a CSV file with a header
+            are put in this order.
+
+    Returns:
+        The table, its labels None where the file has none.
+
+    Raises:
+        TableError: As for `read_table`, labels apart, or the features are not the
+            model's.
+    """
+    wanted = Wanted(None if label is None else str(label), num_features, feature_names)
+    table = _read(path, wanted)
+    found = table.features.shape[1]
+    if found != num_features:
+        raise TableError(
+            f"{table.source} has {found} features, the model has {num_features}; give "
+            "it the columns that the model was trained on."
+        )
+    return table
+
+
+def _read(path: str | os.PathLike[str] | None, wanted: Wanted) -> Table:
+    """Reads and checks a table."""
+    if path is None:
+        return _table(read_digits(), DIGITS)
+    file, source = Path(path), str(path)
+    if not file.exists():
+        raise TableError(f"the table {source} does not exist.")
+    if not file.is_file():
+        raise TableError(f"the table {source} is not a file.")
+    if file.stat().st_size == 0:
+        raise TableError(f"{source} is empty.")
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    ending = suffixes[-2] if suffixes[-1:] == [".gz"] and suffixes[1:] else file.suffix
+    reader = _READERS.get(ending.lower())
+    if reader is None:
+        raise TableError(
+            f"{source} is of no known format; name it by one of {', '.join(_READERS)}."
+        )
+    try:
+        return _table(reader(file, wanted), source)
+    except OSError as error:
+        raise TableError(f"{source} cannot be read ({error}).") from error
+
+
+def _table(contents: Contents, source: str) -> Table:
+    """Checks what a file holds, and puts it in the form of a table."""
+    features, shape = _features(contents, source)
+    labels = None if contents.labels is None else _labels(contents, source)
+    if labels is not None and len(labels) != features.shape[0]:
+        raise TableError(
+            f"{source} has {features.shape[0]} rows of features but {len(labels)} "
+            "labels."
+        )
+    names = contents.names
+    if names is not None and len(names) != features.shape[1]:
+        raise TableError(
+            f"{source} has {features.shape[1]} features but {len(names)} names."
+        )
+    shape = shape or _pixels(names)
+    return Table(features, labels, names, shape, source, _digest(features, labels))
+
+
+def _features(contents: Contents, source: str) -> tuple[Any, tuple[int, ...] | None]:
+    """Returns finite features [n, d], and the shape of an image."""
+    from scipy.sparse import issparse
+
+    features = contents.features
+    if features.dtype.kind not in "buif":
+        raise TableError(f"{source}: the features are {features.dtype}, not numbers.")
+    if features.ndim not in (2, 3, 4):
+        raise TableError(
+            f"{source}: the features must have 2 axes, or 3 or 4 for images, got shape "
+            f"{features.shape}."
+        )
+    shape = features.shape[1:] if features.ndim > 2 else None
+    if features.dtype not in (np.float32, np.float64):
+        features = features.astype(np.float64)
+    if shape is not None:
+        features = features.reshape(len(features), math.prod(shape))
+    for what, size in zip(("rows", "features"), features.shape, strict=True):
+        if size == 0:
+            raise TableError(f"{source} has no {what}.")
+    values = features.data if issparse(features) else features
+    finite = np.isfinite(values)
+    if not finite.all():
+        _complain_of_value(contents, features, finite, source)
+    return features, shape
+
+
+def _complain_of_value(
+    contents: Contents, features: Any, finite: np.ndarray, source: str
+) -> None:
+    """Raises `TableError` at the first value that is not finite."""
+    if finite.ndim == 1:  # of a CSR matrix: its stored values
+        place = int(np.argmin(finite))
+        row = int(np.searchsorted(features.indptr, place, side="right")) - 1
+        column, value = int(features.indices[place]), features.data[place]
+    else:
+        row, column = divmod(int(np.argmin(finite)), features.shape[1])
+        value = features[row, column]
+    name = column if contents.names is None else repr(contents.names[column])
+    line = f"row {row}" if contents.lines is None else f"line {contents.lines[row]}"
+    raise TableError(
+        f"{source}: {line}, column {name} is {value}; fill it in or leave the "
+        f"{line.split()[0]} out."
+    )
+
+
+def _labels(contents: Contents, source: str) -> np.ndarray:
+    """Returns labels as integers, booleans or strings."""
+    labels = np.asarray(contents.labels)
+    if labels.ndim != 1:
+        raise TableError(
+            f"{source}: the labels must be one a row, got shape {labels.shape}."
+        )
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8")
+    if labels.dtype.kind == "U":
+        try:
+            return labels.astype(np.int64)
+        except (ValueError, OverflowError):
+            pass
+        try:
+            labels = labels.astype(np.float64)
+        except ValueError:
+            return labels
+    if labels.dtype.kind in "bui":
+        return labels if labels.dtype.kind == "b" else labels.astype(np.int64)
+    if labels.dtype.kind != "f":
+        raise TableError(f"{source}: the labels are {labels.dtype}, not classes.")
+    whole = np.isfinite(labels) & (labels == np.rint(labels))
+    if not whole.all():
+        row = int(np.argmin(whole))
+        line = f"row {row}" if contents.lines is None else f"line {contents.lines[row]}"
+        raise TableError(
+            f"{source}: {line} has the label {labels[row]}, which is no class; is it "
+            "another column?"
+        )
+    return labels.astype(np.int64)
+
+
+def _pixels(names: tuple[str, ...] | None) -> tuple[int, ...] | None:
+    """The shape of square images, where the columns are called pixels."""
+    if not names or not all(name.lower().startswith("pixel") for name in names):
+        return None
+    side = math.isqrt(len(names))
+    return (side, side) if side * side == len(names) else None
+
+
+def _digest(features: Any, labels: np.ndarray | None) -> str:
+    """Hashes what a table holds."""
+    from scipy.sparse import issparse
+
+    digest = hashlib.blake2b(digest_size=16)
+    parts = [features]
+    if issparse(features):
+        indices = (
+            part.astype(np.int64) for part in (features.indices, features.indptr)
+        )
+        parts = [features.data, *indices]
+    for part in (*parts, *(() if labels is None else (labels,))):
+        digest.update(f"{features.shape} {part.dtype.str}".encode())
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()

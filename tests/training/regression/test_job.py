@@ -1,0 +1,248 @@
+import csv
+import dataclasses
+import json
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn import metrics
+from sklearn.model_selection import train_test_split
+
+from jaxsoft.training import (
+    Listener,
+    RunDirectoryError,
+    StopRequest,
+    TrainingInterrupted,
+)
+from jaxsoft.training.regression.job import train_regression
+from jaxsoft.training.regression.report import RegressionReport
+from jaxsoft.training.regression.settings import RegressConfig
+from jaxsoft.training.regression.tables import TableError
+from jaxsoft.training.softmax_regression import SoftmaxRegression
+
+ROWS = 90
+NAMES = np.array(["ant", "bee", "cat"])
+
+
+def make_data():
+    """Three classes that overlap, in columns of different scales and offsets."""
+    random = np.random.default_rng(0)
+    labels = np.arange(ROWS) % 3
+    features = random.normal(size=(ROWS, 3)) + np.eye(3)[labels]
+    return features * (1, 100, 0.01) + (0, 1e4, 5), NAMES[labels]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "a.csv"
+    features, labels = make_data()
+    with path.open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["a", "b", "c", "kind"])
+        for row, label in zip(features.tolist(), labels, strict=True):
+            writer.writerow([*row, label])
+    return str(path)
+
+
+def config_of(data, out, **changes):
+    fields = {"dtype": "float64", "tol": 1e-10, "max_iter": 60, "solver": "lbfgs"}
+    fields |= {"checkpoint_every": 0.0, "data": data, "out": str(out), "seed": 5}
+    return RegressConfig(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run that was not stopped: its folder and its report."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, train_regression(config_of(data, out))
+
+
+def test_report_is_that_of_the_saved_model(finished):
+    out, report = finished
+    features, labels = make_data()
+    train, test = train_test_split(
+        np.arange(ROWS), test_size=23, stratify=labels, random_state=5
+    )
+    model: Any = SoftmaxRegression.load(out / "model.safetensors")
+    assert model.feature_names_in_.tolist() == ["a", "b", "c"]
+    del model.feature_names_in_
+    assert model.checkpoint_dir is None and model.random_state == 5
+    for rows, measured in ((train, report.train), (test, report.test)):
+        probabilities = model.predict_proba(features[rows])
+        predicted = NAMES[probabilities.argmax(axis=1)]
+        assert measured.rows == len(rows)
+        assert measured.accuracy == metrics.accuracy_score(labels[rows], predicted)
+        np.testing.assert_allclose(
+            measured.log_loss,
+            metrics.log_loss(labels[rows], probabilities),
+            rtol=1e-6,
+        )
+    matrix = metrics.confusion_matrix(labels[test], predicted)
+    np.testing.assert_array_equal(report.confusion, matrix)
+    np.testing.assert_allclose(report.recall, matrix.diagonal() / matrix.sum(axis=1))
+    assert report.classes == ("ant", "bee", "cat") and report.features == 3
+    assert report.test.accuracy > 0.5 and report.scaling == "columns"
+
+
+def test_run_writes_its_files_and_no_others(finished):
+    out, report = finished
+    files = {file.name: file for file in out.iterdir()}
+    pictures = {name for name in files if name.endswith(".png")}
+    assert pictures == {
+        f"{name}.png" for name in ("confusion", "reliability", "weights", "convergence")
+    }
+    assert all(files[name].read_bytes()[1:4] == b"PNG" for name in pictures)
+    assert set(files) - pictures == {
+        "config.json",
+        "metrics.jsonl",
+        "metrics.json",
+        "model.safetensors",
+        "checkpoints",
+    }
+    record = json.loads(files["metrics.json"].read_text())
+    assert RegressionReport.from_record(record) == report
+
+
+def test_resuming_a_finished_run_gives_its_report(finished, data):
+    out, report = finished
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert train_regression(config_of(data, out), resume=True) == report
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
+
+
+class StopAfter(Listener):
+    """Asks to stop after some segments, or fails as a killed process would."""
+
+    def __init__(self, segments, stop=None):
+        self.left, self.request = segments, stop
+
+    def step(self, record):
+        self.left -= 1
+        if self.left == 0 and self.request is not None:
+            self.request.received = signal.SIGTERM
+        elif self.left == 0:
+            raise RuntimeError("killed")
+
+
+def same_run(out, other):
+    first, second = (
+        SoftmaxRegression.load(each / "model.safetensors") for each in (out, other)
+    )
+    np.testing.assert_array_equal(first.coef_, second.coef_)
+    np.testing.assert_array_equal(first.intercept_, second.intercept_)
+    assert first.objective_ == second.objective_ and first.n_iter_ == second.n_iter_
+    lines = [
+        [
+            {
+                key: value
+                for key, value in json.loads(line).items()
+                if "second" not in key
+            }
+            for line in (each / "metrics.jsonl").read_text().splitlines()
+        ]
+        for each in (out, other)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) > 2
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path):
+    out, stop = tmp_path / "run", StopRequest()
+    with pytest.raises(TrainingInterrupted) as interruption:
+        train_regression(config_of(data, out), listener=StopAfter(2, stop), stop=stop)
+    assert interruption.value.step is not None
+    assert not (out / "metrics.json").exists()
+    train_regression(config_of(data, out, checkpoint_every=9.0), resume=True)
+    same_run(out, finished[0])
+
+
+def test_a_failed_run_goes_on_bit_for_bit(finished, data, tmp_path):
+    """Its metrics are ahead of its checkpoint."""
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="killed"):
+        train_regression(config_of(data, out), listener=StopAfter(2))
+    train_regression(config_of(data, out), resume=True)
+    same_run(out, finished[0])
+
+
+def test_what_is_there_is_not_overwritten(finished, data, tmp_path):
+    out, _ = finished
+    with pytest.raises(RunDirectoryError, match=r"already holds a run \(config.json\)"):
+        train_regression(config_of(data, out))
+    with pytest.raises(RunDirectoryError, match="holds no run to resume"):
+        train_regression(config_of(data, tmp_path), resume=True)
+    with pytest.raises(RunDirectoryError, match="has `C` 1.0, not 2.0; resume it with"):
+        train_regression(config_of(data, out, C=2.0), resume=True)
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(
+        RunDirectoryError, match=r"already holds a run \(metrics.json\)"
+    ):
+        train_regression(config_of(data, tmp_path))
+
+
+def test_a_run_of_another_table_is_not_resumed(data, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "b.csv"
+    with pytest.raises(RuntimeError):
+        train_regression(config_of(data, out), listener=StopAfter(1))
+    with open(data) as file:
+        other.write_text(file.read().replace("ant", "bee", 1))
+    with pytest.raises(RunDirectoryError, match="the data of the run in .* changed"):
+        train_regression(config_of(str(other), out), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "message"),
+    [
+        ("1,a\n2,a\n3,b\n", 0.5, "has one row only of the class 'b'; training and"),
+        (
+            "1,a\n2,a\n3,b\n4,b\n",
+            0.2,
+            "`test_fraction` 0.2 of the 4 rows of .* 2 classes",
+        ),
+        ("1,a\n2,a\n3,b\n4,b\n", 0.9, "`test_fraction` 0.9 of the 4 rows of .* give"),
+    ],
+)
+def test_tables_that_cannot_be_split(tmp_path, text, fraction, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(TableError, match=message):
+        train_regression(
+            RegressConfig(
+                data=str(tmp_path / "a.csv"),
+                out=str(tmp_path / "run"),
+                test_fraction=fraction,
+            )
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"solver": "sgd"}, "`solver` must be one of 'auto', 'lbfgs', 'newton', "),
+        (
+            {"head": "sampled"},
+            "`head` must be one of 'full', 'hierarchical', 'adaptive'",
+        ),
+        ({"dtype": "bfloat16"}, "`dtype` must be one of 'float32', 'float64'"),
+        ({"test_fraction": 1.0}, "`test_fraction` must be between 0 and 1, got 1.0."),
+        ({"C": 0.0}, "`C` must be positive, got 0.0."),
+        ({"tol": float("nan")}, "`tol` must be positive, got nan."),
+        ({"max_iter": -1}, "`max_iter` must be positive, got -1."),
+        ({"label_smoothing": 1.0}, r"`label_smoothing` must be in \[0, 1\), got 1.0."),
+        ({"checkpoint_every": -1.0}, "`checkpoint_every` must not be negative, got -1"),
+        ({"seed": -1}, r"`seed` must be in \[0, 2\*\*31\), got -1."),
+        (
+            {"head": "adaptive", "standardize": True},
+            "`standardize` must be left out with `head` 'adaptive', .* got True.",
+        ),
+    ],
+)
+def test_bad_configurations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RegressConfig(**changes)
+
+
+def test_configuration_comes_back(finished, data):
+    stored = json.loads((finished[0] / "config.json").read_text())
+    assert RegressConfig(**stored["config"]) == config_of(data, finished[0])
+    assert dataclasses.asdict(config_of(data, finished[0])) == stored["config"]

@@ -1,0 +1,257 @@
+import gzip
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix, issparse, save_npz
+from sklearn.datasets import dump_svmlight_file, load_digits
+
+from jaxsoft.training.regression.tables import TableError, read_rows, read_table
+
+IRIS = "width,height,kind\n1,2.5,a\n3,4,b\n\n-1e3,0,a\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file into the working folder; returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_file(name, content):
+        if isinstance(content, dict):
+            np.savez(tmp_path / name, **content)
+        else:
+            (tmp_path / name).write_bytes(content.encode())
+        return name
+
+    return write_file
+
+
+def test_digits_are_the_default():
+    truth: Any = load_digits()
+    table = read_table()
+    np.testing.assert_array_equal(table.features, truth.data)
+    np.testing.assert_array_equal(table.labels, truth.target)
+    assert table.image_shape == (8, 8) and table.feature_names[1] == "pixel_0_1"
+    assert table.digest == read_table().digest
+
+
+@pytest.mark.parametrize("label", [None, "kind", "2", -1])
+def test_csv_with_a_header(write, label):
+    table = read_table(write("a.csv", IRIS), label)
+    np.testing.assert_array_equal(table.features, [[1, 2.5], [3, 4], [-1000, 0]])
+    assert table.labels.tolist() == ["a", "b", "a"]
+    assert table.feature_names == ("width", "height")
+    assert table.image_shape is None and table.source == "a.csv"
+
+
+def test_csv_without_a_header(write):
+    table = read_table(write("a.csv", "7,1,2\n8,3,4\n"), "0")
+    np.testing.assert_array_equal(table.features, [[1, 2], [3, 4]])
+    assert table.labels.tolist() == [7, 8] and table.labels.dtype == np.int64
+    assert table.feature_names is None
+
+
+def test_csv_header_of_numbers_is_known_by_the_label(write):
+    table = read_table(write("a.csv", "0,1,kind\n5,6,x\n7,8,y\n"), "kind")
+    assert table.feature_names == ("0", "1") and table.features.shape == (2, 2)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", ", "])
+def test_other_delimiters_quotes_and_marks(write, delimiter):
+    text = '\ufeff"a, b"|c|d\r\n1|2|"x;y"\r\n3|4|z\r\n'.replace("|", delimiter)
+    table = read_table(write("a.tsv", text))
+    assert table.feature_names == ("a, b", "c")
+    assert table.labels.tolist() == ["x;y", "z"]
+
+
+def test_many_rows_and_compression(tmp_path):
+    features = np.random.default_rng(0).normal(size=(9_000, 2))
+    lines = [f"{a!r},{b!r},{a > 0}\n" for a, b in features.tolist()]
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as file:
+        file.writelines(lines)
+    table = read_table(tmp_path / "a.csv.gz")
+    np.testing.assert_array_equal(table.features, features)
+    np.testing.assert_array_equal(table.labels == "True", features[:, 0] > 0)
+
+
+@pytest.mark.parametrize("keys", [("X", "y"), ("x", "y"), ("data", "target")])
+def test_npz(write, keys):
+    features = np.arange(6, dtype=np.float32).reshape(3, 2)
+    path = write(
+        "a.npz", dict(zip(keys, (features, np.array([0.0, 2, 2])), strict=True))
+    )
+    table = read_table(path)
+    np.testing.assert_array_equal(table.features, features)
+    assert table.features.dtype == np.float32
+    assert table.labels.tolist() == [0, 2, 2] and table.labels.dtype == np.int64
+
+
+def test_npz_of_images_and_odd_labels(write):
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    for labels in ([True, False], ["a", "b"], [b"a", b"b"]):
+        table = read_table(write("a.npz", {"x": images, "y": np.array(labels)}))
+        assert table.image_shape == (2, 2, 3) and table.features.dtype == np.float64
+        np.testing.assert_array_equal(table.features, images.reshape(2, 12))
+        assert [str(label) for label in table.labels] in (["True", "False"], ["a", "b"])
+
+
+def test_npz_with_names_makes_square_images(write):
+    names = [f"pixel{index}" for index in range(4)]
+    path = write("a.npz", {"X": np.eye(4), "y": [0, 1, 0, 1], "feature_names": names})
+    assert read_table(path).feature_names == tuple(names)
+    assert read_table(path).image_shape == (2, 2)
+
+
+@pytest.mark.parametrize("suffix", [".svm", ".svmlight", ".libsvm", ".txt"])
+def test_libsvm(tmp_path, suffix):
+    features = csr_matrix([[0.0, 1.5, 0], [2, 0, 0]])
+    dump_svmlight_file(features, [3, -1], str(tmp_path / f"a{suffix}"))
+    table = read_table(tmp_path / f"a{suffix}")
+    assert issparse(table.features) and table.labels.tolist() == [3, -1]
+    np.testing.assert_array_equal(table.features.toarray(), [[0, 1.5], [2, 0]])
+    wider = read_rows(tmp_path / f"a{suffix}", num_features=3)
+    np.testing.assert_array_equal(wider.features.toarray(), features.toarray())
+
+
+def test_digest_tells_tables_apart(write):
+    digests = {
+        read_table(write("a.csv", text)).digest
+        for text in (IRIS, IRIS.replace("3", "5"), IRIS.replace("b", "c"))
+    }
+    assert len(digests) == 3
+    assert read_table(write("b.csv", IRIS)).digest in digests
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "labels"),
+    [
+        ("width,height\n1,2\n", None, None),
+        ("height,width\n2,1\n", None, None),
+        ("kind,height,width\nz,2,1\n", None, ["z"]),
+        ("width,height,sort\n1,2,z\n", "kind", ["z"]),
+        ("z,1,2\n", "0", ["z"]),
+        ("1,2,z\n", None, ["z"]),
+        ("1,2\n", "kind", None),
+        ("1,2\n", "0", None),
+    ],
+)
+def test_rows_to_predict_with_or_without_labels(write, text, label, labels):
+    if "sort" in text:
+        label = "sort"
+    path = write("a.csv", text)
+    table = read_rows(path, label, num_features=2, feature_names=("width", "height"))
+    np.testing.assert_array_equal(table.features, [[1, 2]])
+    assert (table.labels if labels is None else table.labels.tolist()) == labels
+
+
+def test_sparse_rows_to_predict(tmp_path):
+    save_npz(tmp_path / "a.npz", csr_matrix(np.eye(2)))
+    table = read_rows(tmp_path / "a.npz", num_features=2)
+    np.testing.assert_array_equal(table.features.toarray(), np.eye(2))
+    assert table.labels is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "a.csv is empty."),
+        ("a.csv", "\n \n", "a.csv is empty."),
+        ("a.csv", "x,kind\n", "a.csv has no rows."),
+        ("a.csv", "kind\na\nb\n", "a.csv has no features."),
+        ("a.csv", "x,y,k\n1,2,a\n1,b\n", "a.csv: line 3 has 2 cells, not 3 as the"),
+        (
+            "a.csv",
+            "x,colour,k\n1,2,a\n\n3,red,b\n",
+            "a.csv: column 'colour' is not numeric, line 4 has 'red'; encode it",
+        ),
+        (
+            "a.csv",
+            "1,red,a\n2,3,b\n",
+            "a.csv: column 1 is not numeric, line 1 has 'red'",
+        ),
+        ("a.csv", "x,y,k\n1,,a\n", "a.csv: line 2, column 'y' is missing; fill it in"),
+        ("a.csv", "x,y,k\n1,2,a\n1,NaN,b\n", "a.csv: line 3, column 'y' is nan; fill"),
+        ("a.csv", "1,-inf,a\n1,2,b\n", "a.csv: line 1, column 1 is -inf; fill it in"),
+        ("a.csv", "x,k\n1,a\n2,a\n", "a.csv has one class only, 'a'; training needs"),
+        ("a.csv", "x,k\n1,a\n2,\n", "a.csv: line 3 has no label in column 'k'."),
+        ("a.csv", "x,k\n1,0.5\n2,1\n", "a.csv: line 2 has the label 0.5, which is no"),
+        ("a.csv", 'x,k\n1,"a\n', "a.csv has one class only"),
+        ("a.npz", "nonsense", "a.npz cannot be read as an NPZ file ("),
+        ("a.npz", {"y": [1]}, "a.npz has no array `X`, `x` or `data`; it has 'y'."),
+        ("a.npz", {"X": [[1.0]]}, "a.npz has no labels `y` or `Y` or `target` or"),
+        ("a.npz", {"X": [["a"]], "y": [1]}, "a.npz: the features are <U1, not numbers"),
+        ("a.npz", {"X": [1.0], "y": [1]}, "a.npz: the features must have 2 axes, or 3"),
+        (
+            "a.npz",
+            {"X": [[1.0]], "y": [[1]]},
+            "a.npz: the labels must be one a row, got",
+        ),
+        ("a.npz", {"X": [[1.0]], "y": [1j]}, "a.npz: the labels are complex128, not"),
+        ("a.npz", {"X": [[1.0]], "y": [0.5]}, "a.npz: row 0 has the label 0.5, which"),
+        ("a.npz", {"X": [[1.0]], "y": [1, 2]}, "a.npz has 1 rows of features but 2"),
+        (
+            "a.npz",
+            {"X": [[1, np.nan]], "y": [1]},
+            "a.npz: row 0, column 1 is nan; fill",
+        ),
+        (
+            "a.npz",
+            {"X": [[1.0]], "y": [1], "feature_names": ["a", "b"]},
+            "a.npz has 1 features but 2 names.",
+        ),
+        ("a.svm", "1 a:b\n", "a.svm cannot be read as a libsvm file ("),
+        ("a.svm", "1 1:2\n2 3:4 5:nan\n", "a.svm: row 1, column 4 is nan; fill it in"),
+        ("a.svm", "1 1:2\n2 3:inf 5:1\n", "a.svm: row 1, column 2 is inf; fill it in"),
+        ("a.xls", "1", "a.xls is of no known format; name it by one of .csv, .tsv, "),
+    ],
+)
+def test_bad_files_are_one_line(write, name, content, message):
+    path = write(name, content)
+    with pytest.raises(TableError) as error:
+        read_table(path)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_paths(tmp_path):
+    with pytest.raises(TableError, match="the table nowhere.csv does not exist."):
+        read_table("nowhere.csv")
+    with pytest.raises(TableError, match="is not a file."):
+        read_table(tmp_path)
+    (tmp_path / "a.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TableError, match=r"a.csv is not readable text \("):
+        read_table(tmp_path / "a.csv")
+    np.savez(tmp_path / "a.npz", X=np.array([{}], object))
+    with pytest.raises(TableError, match="cannot be read as an NPZ file"):
+        read_table(tmp_path / "a.npz")
+
+
+def test_absent_label_column_lists_those_there(write):
+    with pytest.raises(TableError) as error:
+        read_table(write("a.csv", IRIS), "sort")
+    assert str(error.value) == (
+        "a.csv has no column 'sort'; it has 'width', 'height', 'kind'."
+    )
+    with pytest.raises(TableError, match="no column '3'; it has columns 0 to 1."):
+        read_table(write("a.csv", "1,2\n3,4\n"), 3)
+    with pytest.raises(TableError, match="no labels `z`; it has 'X', 'y'."):
+        read_table(write("a.npz", {"X": [[1.0]], "y": [1]}), "z")
+    with pytest.raises(TableError, match="more than one column 'k'"):
+        read_table(write("a.csv", "k,k\n1,2\n"), "k")
+    save_npz("b.npz", csr_matrix(np.eye(2)))
+    with pytest.raises(TableError, match="b.npz has no labels; training needs them."):
+        read_table("b.npz")
+
+
+def test_rows_of_another_model(write):
+    path = write("a.csv", IRIS)
+    for count in (1, 4):
+        with pytest.raises(TableError, match=f"3 columns, the model has {count} feat"):
+            read_rows(path, num_features=count)
+    path = write("a.npz", {"X": np.eye(2)})
+    with pytest.raises(TableError, match="2 features, the model has 3; give it"):
+        read_rows(path, num_features=3)
+    path = write("a.csv", IRIS)
+    names = ("width", "depth", "area")
+    with pytest.raises(TableError, match=r"no column 'depth', which .* \(and 1 more\)"):
+        read_rows(path, num_features=3, feature_names=names)
