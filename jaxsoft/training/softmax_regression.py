@@ -1,5 +1,6 @@
 """`SoftmaxRegression`: scikit-learn's conventions, Optax's solvers."""
 
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -8,6 +9,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from jaxsoft.logits.softmax import log_softmax, softmax
 from jaxsoft.training.regression import decisions, fitting
+from jaxsoft.training.regression.saving import load_model, save_model
 from jaxsoft.training.reporting import Listener
 
 __all__ = ["SoftmaxRegression"]
@@ -122,6 +124,19 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599; Hinton
       et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
     """
+
+    classes_: np.ndarray
+    coef_: np.ndarray
+    intercept_: np.ndarray
+    head_: Any
+    n_features_in_: int
+    feature_names_in_: np.ndarray
+    n_iter_: np.ndarray
+    converged_: bool
+    stopping_reason_: str
+    objective_: float
+    temperature_: float
+    solver_: str
 
     def __init__(
         self,
@@ -299,6 +314,40 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         return decisions.probabilities(self, X, log_softmax)
+
+    def save(self, path: Any) -> Path:
+        """Writes the fitted estimator to one safetensors file, without code.
+
+        Args:
+          path: the file; what is there is replaced, whole or not at all.
+
+        Returns:
+          The path of the file.
+
+        Raises:
+          ModelFileError: the file cannot be written.
+          NotFittedError: there is nothing to write; scikit-learn's class.
+          TypeError: an attribute is nothing that a file can hold.
+
+        Notes:
+          An optimizer, a schedule, a mesh and `checkpoint_dir` are not written.
+        """
+        return save_model(self, path)
+
+    @classmethod
+    def load(cls, path: Any) -> Self:
+        """Reads an estimator that `save` wrote.
+
+        Args:
+          path: the file.
+
+        Returns:
+          An estimator that predicts the same, bit for bit.
+
+        Raises:
+          ModelFileError: the file is missing, damaged or something else.
+        """
+        return load_model(path, cls)
 
     def __sklearn_tags__(self) -> Any:
         """Returns scikit-learn's tags: sparse input is accepted."""

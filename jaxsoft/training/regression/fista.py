@@ -11,7 +11,6 @@ References:
 """
 
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,6 @@ from jaxsoft.training.regression import solving
 from jaxsoft.training.regression.objective import Data, Parameters, Plan, objective
 from jaxsoft.training.regression.whitening import Whitening
 
-_FIRST_SEGMENT = 16
 # A step that fitted is tried so much longer the next time.
 _GROWTH = 1.1
 _MAX_BACKTRACKING = 60
@@ -88,7 +86,7 @@ class FISTA:
         strengths = jnp.asarray([strength, sparsity], dtype)
         self._problem = (data, coordinates, strengths)
         self._tol = jnp.asarray(tol, dtype)
-        self._length = _FIRST_SEGMENT
+        self._length = solving.segment_length(plan, data)
 
     def init(self) -> State:
         """Returns the state at the start."""
@@ -96,14 +94,8 @@ class FISTA:
 
     def advance(self, state: State) -> State:
         """Returns the state a segment later."""
-        began = time.perf_counter()
-        before = int(state.iteration)
-        until = min(before + self._length, self.limit)
-        state = _segment(self._plan, self._problem, state, self._tol, until, self.limit)
-        self._length = solving.next_length(
-            self._length, int(state.iteration) - before, time.perf_counter() - began
-        )
-        return state
+        until = min(int(state.iteration) + self._length, self.limit)
+        return _segment(self._plan, self._problem, state, self._tol, until, self.limit)
 
     def status(self, state: State) -> solving.Status:
         """Reads where a state stands."""

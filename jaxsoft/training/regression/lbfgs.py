@@ -1,7 +1,6 @@
 """L-BFGS by Optax, in whitened coordinates, compiled in segments of iterations."""
 
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ from jaxsoft.training.regression.whitening import Whitening
 
 _MEMORY = 10
 _LINE_SEARCH_STEPS = 20
-_FIRST_SEGMENT = 8
 # The objective counts as settled after so many iterations in a row that lower it by
 # no more than so many units of its rounding.
 _SETTLED_ITERATIONS, _SETTLED_ULPS = 3, 2.0
@@ -75,7 +73,7 @@ class LBFGS:
         self.limit, self._plan, self._start = max_iter, plan, start
         self._problem = (data, coordinates, jnp.asarray(strength, dtype))
         self._tol = jnp.asarray(tol, dtype)
-        self._length = _FIRST_SEGMENT
+        self._length = solving.segment_length(plan, data)
 
     def init(self) -> State:
         """Returns the state at the start."""
@@ -83,14 +81,8 @@ class LBFGS:
 
     def advance(self, state: State) -> State:
         """Returns the state a segment later."""
-        began = time.perf_counter()
-        before = int(state.iteration)
-        until = min(before + self._length, self.limit)
-        state = _segment(self._plan, self._problem, state, self._tol, until, self.limit)
-        self._length = solving.next_length(
-            self._length, int(state.iteration) - before, time.perf_counter() - began
-        )
-        return state
+        until = min(int(state.iteration) + self._length, self.limit)
+        return _segment(self._plan, self._problem, state, self._tol, until, self.limit)
 
     def status(self, state: State) -> solving.Status:
         """Reads where a state stands."""

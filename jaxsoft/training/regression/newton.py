@@ -23,7 +23,7 @@ from jaxsoft.training.regression.objective import (
 
 _BACKTRACKING_STEPS = 40
 # Iterations between looks at Ctrl-C; few are needed in all.
-_SEGMENT = 5
+_SEGMENT = 4
 # A step from where half the squared Newton decrement, which estimates the distance to
 # the optimum, is below this share of the objective lands on the optimum: the next
 # distance is about the square of this one.
