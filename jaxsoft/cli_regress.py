@@ -33,7 +33,8 @@ _HELP = {
     "solver": "auto, lbfgs, newton, fista or minibatch",
     "head": "full, hierarchical or adaptive",
     "tol": "tolerance of the stopping rule",
-    "max_iter": "the largest number of iterations",
+    "max_iter": "the largest number of iterations, or of epochs of minibatches "
+    "(default: the solver's own)",
     "standardize": "bring columns to mean 0 and standard deviation 1 for the fit; the "
     "model saved takes the features as they are (default: so for dense columns; images "
     "are divided by their largest value, sparse features and other heads' left alone)",
@@ -43,6 +44,7 @@ _HELP = {
     "seed": "seed of the split and of the solver",
     "checkpoint_every": "seconds between checkpoints",
 }
+_TYPES = {int: int, float: float, int | None: int}
 _PREDICT_FIELDS = ("model", "data", "label", "out", "probabilities")
 
 
@@ -113,7 +115,7 @@ def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
         return
     parser.add_argument(
         flag(field.name),
-        type=field.type if field.type in (int, float) else str,
+        type=_TYPES.get(field.type, str),
         default=argparse.SUPPRESS,
         metavar=field.name.rpartition("_")[2].upper(),
         help=text,

@@ -30,6 +30,7 @@ from jaxsoft.training.regression.measures import (
 )
 from jaxsoft.training.regression.report import RegressionReport
 from jaxsoft.training.regression.run_files import RegressionDirectory
+from jaxsoft.training.regression.saving import save_model
 from jaxsoft.training.regression.scaling import Scaling, choose_scaling, fold
 from jaxsoft.training.regression.settings import FREE_FIELDS, RegressConfig
 from jaxsoft.training.regression.tables import Table, TableError, read_table
@@ -39,6 +40,8 @@ __all__ = ["train_regression"]
 
 # A report lists the confusion matrix of at most so many classes.
 _LISTED_CLASSES = 100
+# Share of the training rows that a temperature is fitted on.
+_VALIDATION_FRACTION = 0.1
 
 
 def train_regression(
@@ -151,6 +154,13 @@ def _split(table: Table, config: RegressConfig) -> tuple[np.ndarray, np.ndarray]
         stratify=table.labels,
         random_state=config.seed,
     )
+    if config.calibrate:
+        _, counts = np.unique(table.labels[train], return_counts=True)
+        if counts.min() < 2 or _VALIDATION_FRACTION * len(train) < len(counts):
+            raise TableError(
+                f"`calibrate` needs more than the {len(train)} rows of "
+                f"{table.source} to train on; leave it out."
+            )
     return np.sort(train), np.sort(test)
 
 
@@ -165,6 +175,7 @@ def _fit(
     """Fits the estimator, and returns it as one of the table's own features."""
     from sklearn.exceptions import ConvergenceWarning
 
+    from jaxsoft.training.regression import fitting
     from jaxsoft.training.softmax_regression import SoftmaxRegression
 
     standardize = False if config.head != "full" else config.standardize
@@ -176,18 +187,23 @@ def _fit(
         tol=config.tol,
         max_iter=config.max_iter,
         calibrate=config.calibrate,
+        validation_fraction=_VALIDATION_FRACTION,
         label_smoothing=config.label_smoothing,
         random_state=config.seed,
         checkpoint_dir=str(directory.checkpoints),
         checkpoint_seconds=config.checkpoint_every,
     )
-    estimator._listener = _Recorder(directory, listener)
-    estimator._stop = stop
     features = scaling.apply(table.features[train], config.dtype)
     with warnings.catch_warnings():
         # The report says it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        estimator.fit(features, table.labels[train])
+        fitting.fit(
+            estimator,
+            features,
+            table.labels[train],
+            listener=_Recorder(directory, listener),
+            stop=stop,
+        )
     fold(estimator, scaling)
     return estimator, scaling
 
@@ -212,7 +228,7 @@ def _finish(
     report = _report(estimator, scaling, table, train, test, counts, seconds)
     if table.feature_names is not None:
         estimator.feature_names_in_ = np.array(table.feature_names, object)
-    estimator.save(directory.model)
+    save_model(estimator, directory.model)
     directory.plot_confusion(counts, classes)
     test.draw(directory.reliability)
     if getattr(estimator, "coef_", None) is not None:

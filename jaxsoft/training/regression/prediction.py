@@ -15,6 +15,7 @@ from jaxsoft.training.regression.measures import (
     measure,
     predict,
 )
+from jaxsoft.training.regression.saving import load_model
 from jaxsoft.training.regression.tables import Table, read_rows
 
 __all__ = ["PredictionError", "PredictionReport", "predict_table"]
@@ -78,7 +79,7 @@ def predict_table(
     target = None if out is None else _vacant(Path(out))
     model = Path(model)
     path = model / _MODEL_NAME if model.is_dir() else model
-    estimator: Any = SoftmaxRegression.load(path)
+    estimator: Any = load_model(path, SoftmaxRegression)
     # Without the names scikit-learn does not ask for them in an array.
     names = vars(estimator).pop("feature_names_in_", None)
     table = read_rows(

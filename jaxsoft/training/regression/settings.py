@@ -30,7 +30,8 @@ class RegressConfig:
         solver: "auto", "lbfgs", "newton", "fista" or "minibatch".
         head: "full", "hierarchical" or "adaptive".
         tol: Tolerance of the stopping rule.
-        max_iter: The largest number of iterations.
+        max_iter: The largest number of iterations, or of epochs of minibatches; None
+            is the solver's own.
         standardize: Bring each column to mean 0 and standard deviation 1 for the fit.
             None does so for dense columns, divides images by their largest value, and
             leaves sparse features, and those of other heads, as they are. What is saved
@@ -49,8 +50,8 @@ class RegressConfig:
     C: float = 1.0
     solver: Literal["auto", "lbfgs", "newton", "fista", "minibatch"] = "auto"
     head: Literal["full", "hierarchical", "adaptive"] = "full"
-    tol: float = 1e-4
-    max_iter: int = 1000
+    tol: float = 1e-6
+    max_iter: int | None = None
     standardize: bool | None = None
     calibrate: bool = False
     label_smoothing: float = 0.0
@@ -68,7 +69,7 @@ class RegressConfig:
             )
         for name in ("C", "tol", "max_iter"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
@@ -80,8 +81,14 @@ class RegressConfig:
             )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"`seed` must be in [0, 2**31), got {self.seed}.")
-        if self.head != "full" and self.standardize:
-            raise ValueError(
-                f"`standardize` must be left out with `head` {self.head!r}, whose "
-                "scale cannot be folded into the model, got True."
-            )
+        for name, only_full in (
+            ("solver", self.solver not in ("auto", "minibatch")),
+            ("standardize", self.standardize),
+            ("calibrate", self.calibrate),
+            ("label_smoothing", self.label_smoothing > 0),
+        ):
+            if self.head != "full" and only_full:
+                raise ValueError(
+                    f"`{name}` must be left out with `head` {self.head!r}, got "
+                    f"{getattr(self, name)!r}."
+                )

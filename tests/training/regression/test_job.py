@@ -17,6 +17,7 @@ from jaxsoft.training import (
 )
 from jaxsoft.training.regression.job import train_regression
 from jaxsoft.training.regression.report import RegressionReport
+from jaxsoft.training.regression.saving import load_model
 from jaxsoft.training.regression.settings import RegressConfig
 from jaxsoft.training.regression.tables import TableError
 from jaxsoft.training.softmax_regression import SoftmaxRegression
@@ -64,7 +65,7 @@ def test_report_is_that_of_the_saved_model(finished):
     train, test = train_test_split(
         np.arange(ROWS), test_size=23, stratify=labels, random_state=5
     )
-    model: Any = SoftmaxRegression.load(out / "model.safetensors")
+    model: Any = load_model(out / "model.safetensors", SoftmaxRegression)
     assert model.feature_names_in_.tolist() == ["a", "b", "c"]
     del model.feature_names_in_
     assert model.checkpoint_dir is None and model.random_state == 5
@@ -127,29 +128,24 @@ class StopAfter(Listener):
 
 def same_run(out, other):
     first, second = (
-        SoftmaxRegression.load(each / "model.safetensors") for each in (out, other)
+        load_model(each / "model.safetensors", SoftmaxRegression)
+        for each in (out, other)
     )
     np.testing.assert_array_equal(first.coef_, second.coef_)
     np.testing.assert_array_equal(first.intercept_, second.intercept_)
     assert first.objective_ == second.objective_ and first.n_iter_ == second.n_iter_
-    lines = [
-        [
-            {
-                key: value
-                for key, value in json.loads(line).items()
-                if "second" not in key
-            }
-            for line in (each / "metrics.jsonl").read_text().splitlines()
-        ]
-        for each in (out, other)
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) > 2
+    for each in (out, other):
+        text = (each / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        steps = [line["step"] for line in lines]
+        assert steps == sorted(set(steps)) and len(steps) > 1
+        assert steps[-1] == first.n_iter_ and lines[-1]["loss"] == first.objective_
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path):
     out, stop = tmp_path / "run", StopRequest()
     with pytest.raises(TrainingInterrupted) as interruption:
-        train_regression(config_of(data, out), listener=StopAfter(2, stop), stop=stop)
+        train_regression(config_of(data, out), listener=StopAfter(1, stop), stop=stop)
     assert interruption.value.step is not None
     assert not (out / "metrics.json").exists()
     train_regression(config_of(data, out, checkpoint_every=9.0), resume=True)
@@ -178,6 +174,13 @@ def test_what_is_there_is_not_overwritten(finished, data, tmp_path):
         RunDirectoryError, match=r"already holds a run \(metrics.json\)"
     ):
         train_regression(config_of(data, tmp_path))
+
+
+def test_too_few_rows_to_calibrate(data, tmp_path):
+    with pytest.raises(TableError, match="`calibrate` needs more than the 22 rows of"):
+        config = config_of(data, tmp_path / "run", calibrate=True, test_fraction=0.75)
+        train_regression(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_another_table_is_not_resumed(data, tmp_path):
@@ -233,7 +236,19 @@ def test_tables_that_cannot_be_split(tmp_path, text, fraction, message):
         ({"seed": -1}, r"`seed` must be in \[0, 2\*\*31\), got -1."),
         (
             {"head": "adaptive", "standardize": True},
-            "`standardize` must be left out with `head` 'adaptive', .* got True.",
+            "`standardize` must be left out with `head` 'adaptive', got True.",
+        ),
+        (
+            {"head": "hierarchical", "solver": "newton"},
+            "`solver` must be left out with `head` 'hierarchical', got 'newton'.",
+        ),
+        (
+            {"head": "adaptive", "calibrate": True},
+            "`calibrate` must be left out with `head` 'adaptive', got True.",
+        ),
+        (
+            {"head": "adaptive", "label_smoothing": 0.1},
+            "`label_smoothing` must be left out with `head` 'adaptive', got 0.1.",
         ),
     ],
 )
