@@ -32,7 +32,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
     - "lbfgs": Optax's L-BFGS, in coordinates that whiten the features. 60,000 x 784
       with 10 classes takes a third of the iterations that it takes without.
-    - "newton": Newton's method with the whole Hessian, for few classes x features.
+    - "newton": Newton's method with the whole Hessian, for few classes x features; in
+      float64, whatever the features are.
     - "fista": accelerated proximal gradients, for an L1 penalty.
     - "minibatch": any optimizer of Optax, for many classes, for heads other than the
       full one, and for features that stay on disk.
@@ -364,4 +365,6 @@ def _listener(verbose: int) -> Listener | None:
 
     from jaxsoft.training.console import ConsoleListener
 
-    return ConsoleListener(Console(), "iteration")
+    return ConsoleListener(
+        Console(), "iteration", things="rows", measure="objective", digits=6
+    )

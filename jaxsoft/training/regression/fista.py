@@ -108,6 +108,8 @@ class FISTA:
 
     def parameters(self, state: State) -> Parameters:
         """Returns the classifier; what the penalty made 0 is 0."""
+        if int(state.iteration) == 0:
+            return self._start
         _, coordinates, _ = self._problem
         return coordinates.parameters(state.v, intercept=self._plan.intercept)
 

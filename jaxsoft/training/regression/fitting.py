@@ -1,7 +1,6 @@
 """From an estimator and its rows to fitted attributes."""
 
 import contextlib
-import dataclasses
 import threading
 import warnings
 from collections.abc import Iterator
@@ -68,13 +67,15 @@ def fit(
         rows = read_rows(estimator, features, labels, sample_weight, targets)
     solver = _choose(estimator, rows)
     training, held = _hold_out(estimator, rows)
-    with jax.enable_x64(rows.dtype == np.float64):
+    if solver == "newton":
+        training = training.astype(np.dtype(np.float64))
+    with jax.enable_x64(training.dtype == np.float64):
         if solver == "minibatch":
             run: Any = minibatch(estimator, training)
         else:
             options = parameters.full_batch_options(estimator, rows, solver)
             run = full_batch.make_solver(
-                options, training, coefficients.start(estimator, rows, options)
+                options, training, coefficients.start(estimator, training, options)
             )
         estimator.classes_, estimator.solver_ = rows.classes, solver
         estimator.temperature_ = 1.0
@@ -136,8 +137,7 @@ def partial_fit(
     )
     state = getattr(estimator, "_state", None)
     if state is not None and state.last.dtype != rows.dtype:
-        same = rows.features.astype(state.last.dtype)
-        rows = dataclasses.replace(rows, features=same)
+        rows = rows.astype(state.last.dtype)
     with jax.enable_x64(rows.dtype == np.float64):
         estimator.classes_, estimator.solver_ = rows.classes, "minibatch"
         estimator.temperature_ = 1.0

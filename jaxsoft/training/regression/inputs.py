@@ -64,6 +64,14 @@ class Rows:
         """Dtype of features and arithmetic."""
         return self.features.dtype
 
+    def astype(self, dtype: np.dtype) -> "Rows":
+        """Returns the rows with features and targets of a dtype."""
+        return dataclasses.replace(
+            self,
+            features=self.features.astype(dtype, copy=False),
+            targets=None if self.targets is None else self.targets.astype(dtype),
+        )
+
     def take(self, index: np.ndarray) -> "Rows":
         """Returns some of the rows."""
         return dataclasses.replace(
@@ -159,7 +167,7 @@ def _with_weights(
     targets = _check_targets(targets, features, len(classes))
     if estimator.class_weight is not None and encoded is not None:
         by_class = compute_class_weight(
-            estimator.class_weight, classes=classes, y=labels
+            estimator.class_weight, classes=classes, y=labels, sample_weight=weights
         )
         weights = weights * by_class[encoded]
     if not weights.sum() > 0:
@@ -230,7 +238,7 @@ def _encode(
         unknown = np.setdiff1d(found, classes)
         if len(unknown):
             raise ValueError(
-                f"`y` must have only the classes of the first fit, got {unknown[0]!r}."
+                f"`y` must have only the classes of the first fit, got {unknown[0].item()!r}."
             )
         return classes, np.searchsorted(classes, labels).astype(np.int32)
     if len(found) < 2:

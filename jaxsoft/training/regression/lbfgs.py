@@ -95,6 +95,8 @@ class LBFGS:
 
     def parameters(self, state: State) -> Parameters:
         """Returns the classifier."""
+        if int(state.iteration) == 0:
+            return self._start
         _, coordinates, _ = self._problem
         return coordinates.parameters(state.v, intercept=self._plan.intercept)
 

@@ -21,6 +21,8 @@ from jaxsoft.training.regression.objective import Parameters
 MAX_WHOLE = 2048
 # Rows that A is made from, per feature, and at least.
 _ROWS_PER_FEATURE, _LEAST_ROWS = 10, 4096
+# The least second moment of a feature, in units of its largest entry.
+_LEAST = 1e-30
 
 
 class Whitening(NamedTuple):
@@ -109,37 +111,54 @@ def whitening(
 def _whole(
     rows: np.ndarray, weights: np.ndarray, damping: float, *, intercept: bool
 ) -> tuple[np.ndarray, np.ndarray, None]:
-    """Returns the Cholesky factor of A as T and its inverse."""
-    shares = (weights / max(weights.sum(), 1e-300)).astype(rows.dtype)
+    """Returns the inverse of A's Cholesky factor as T, and T's inverse."""
+    top = _largest(np.abs(rows).max(0))
+    rows, damping = rows / top, _damping(damping, top)
     if intercept:
         rows = np.concatenate([rows, np.ones((len(rows), 1), rows.dtype)], 1)
+        top, damping = np.append(top, 1), np.append(damping, 0)
+    shares = (weights / weights.sum()).astype(rows.dtype)
     moment = np.asarray(rows.T @ (rows * shares[:, None]), np.float64)
-    free = np.diag_indices(len(moment) - intercept)
-    moment[free] += damping
     # In units of each feature, so that rounding is relative to it.
-    scale = np.sqrt(np.maximum(np.diag(moment), np.finfo(rows.dtype).tiny))
-    scale[scale < 1e-30] = 1
-    moment /= scale[:, None] * scale[None, :]
-    moment[np.diag_indices(len(moment))] += 8 * len(moment) * np.finfo(rows.dtype).eps
+    scale = np.sqrt(np.maximum(np.diag(moment) + damping, _LEAST))
+    moment = moment / scale[:, None] / scale[None, :]
+    # A constant feature, or one that others make up, must not be divided by 0.
+    ridge = 8 * len(moment) * np.finfo(rows.dtype).eps
+    moment[np.diag_indices(len(moment))] += damping / np.square(scale) + ridge
     lower = scipy.linalg.cholesky(moment, lower=True)
     inverse = scipy.linalg.solve_triangular(lower, np.eye(len(lower)), lower=True)
+    scale = scale * top
     return inverse / scale[None, :], lower * scale[:, None], None
 
 
 def _diagonal(
     features: Any, weights: np.ndarray, damping: float, *, intercept: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Returns the inverse deviations of the features as T's diagonal."""
-    shares = weights / max(weights.sum(), 1e-300)
+    """Returns T's diagonal, the features' inverse deviations, and T's inverse."""
     sparse = not isinstance(features, np.ndarray)
-    mean = np.asarray(shares @ features, np.float64)
-    squares = features.power(2) if sparse else np.square(features)
-    moment = np.asarray(shares @ squares, np.float64)
+    shares = weights / weights.sum()
+    top = abs(features).max(0)
+    top = _largest(top.toarray()[0] if sparse else top)
+    units = features.multiply(1 / top).tocsr() if sparse else features / top
+    mean = np.asarray(shares @ units, np.float64)
+    moment = np.asarray(
+        shares @ (units.power(2) if sparse else np.square(units)), np.float64
+    )
     if intercept:
-        moment = moment - np.square(mean)
-    moment = np.maximum(moment, 0) + damping
-    scale = np.sqrt(moment)
-    scale[scale < 1e-30] = 1
-    if intercept:
-        scale = np.append(scale, 1.0)
-    return 1 / scale, scale, mean if intercept else None
+        moment = np.maximum(moment - np.square(mean), 0)
+    scale = top * np.sqrt(np.maximum(moment + _damping(damping, top), _LEAST))
+    if not intercept:
+        return 1 / scale, scale, None
+    scale = np.append(scale, 1.0)
+    return 1 / scale, scale, mean * top
+
+
+def _largest(top: np.ndarray) -> np.ndarray:
+    """Returns columns' largest entries in float64, 1 for a column of zeros."""
+    top = np.asarray(top, np.float64)
+    return np.where(top > 0, top, 1.0)
+
+
+def _damping(damping: float, top: np.ndarray) -> np.ndarray:
+    """Returns the damping of features in units of their largest entries."""
+    return np.minimum(np.sqrt(damping) / top, 1e100) ** 2
