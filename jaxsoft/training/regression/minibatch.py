@@ -1,5 +1,6 @@
 """Minibatch training: any Optax optimizer, any head, data larger than memory."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ from jaxsoft.training.unigram import unigram_log_probs
 RegressionHead = Literal["full", "hierarchical", "adaptive"]
 HEADS: tuple[RegressionHead, ...] = ("full", "hierarchical", "adaptive")
 
-# Where none are given. Decided by experiment; see `minibatch_solver`.
+# Where none are given. A step of Adam at the peak moves a logit by at most about
+# `_MOST_MOVE`, whatever the features' number and scale. On digits, iris, wine and
+# `make_classification` (20,000 x 100, 20 classes) a fit ended at most 3 times as far
+# from the optimum as by the best of the rates 0.003 to 0.3.
 BATCH_SIZE = 256
-LEARNING_RATE = 0.01
+_MOST_MOVE, _HIGHEST_RATE, _ROWS_MEASURED = 2.0, 0.3, 1024
 PATIENCE = 5
 
 # A segment takes a fraction of a second by these guesses of a CPU's rates, which cost
@@ -83,8 +87,8 @@ def minibatch_solver(
         such as `optax.sgd`. None takes Adam; with the hierarchical head, in the rows on
         the labels' paths alone (see Notes).
       learning_rate: a number, the peak of a linear warm-up and of a cosine's decay to 0
-        over `max_iter` epochs; or a schedule. None takes 0.01. Not with a
-        transformation, which has its own.
+        over `max_iter` epochs; or a schedule. None takes 2 over the mean absolute sum
+        of a row's features, at most 0.3. Not with a transformation, which has its own.
       batch_size: B; None takes 256, or N where that is less.
       max_iter: epochs, at most. None is for `partial_fit`: the rate does not decay.
       tol: an epoch whose mean objective is not this much below the best one is stale.
@@ -114,7 +118,7 @@ def minibatch_solver(
     size = _batch_size(batch_size, len(source), max_iter, mesh)
     order = BatchOrder(len(source), size, seed)
     steps = order.steps_per_epoch
-    schedule, peak, make = _optimization(optimizer, learning_rate)
+    schedule, peak, make = _optimization(optimizer, learning_rate, source, dtype)
     total = rows.total_weight()
     if not total > 0:
         raise ValueError(f"`weights` must have a positive sum, got {total:g}.")
@@ -178,8 +182,18 @@ def _default_rate(peak: float, planned: float) -> WarmupCosine:
     return WarmupCosine(peak, warmup, max(1, planned - warmup))
 
 
+def _peak(source: RowSource, dtype: Any) -> float:
+    """Returns the default learning rate, from rows at even distances."""
+    count = min(_ROWS_MEASURED, len(source))
+    rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
+    sizes = np.abs(source.read(rows, dtype)).sum(axis=1, dtype=np.float64)
+    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
+    size = float(sizes.mean()) if len(sizes) else 1.0
+    return min(_MOST_MOVE / size, _HIGHEST_RATE)
+
+
 def _optimization(
-    optimizer: Any, learning_rate: Any
+    optimizer: Any, learning_rate: Any, source: RowSource, dtype: Any
 ) -> tuple[optax.Schedule | None, float | None, Callable[[Any], Any]]:
     """Returns a caller's schedule, or else a peak, and the optimizer by rate."""
     if isinstance(optimizer, optax.GradientTransformation):
@@ -198,7 +212,7 @@ def _optimization(
         )
     if callable(learning_rate):
         return learning_rate, None, make
-    rate = LEARNING_RATE if learning_rate is None else learning_rate
+    rate = _peak(source, dtype) if learning_rate is None else learning_rate
     rate = checks.scalar_in("learning_rate", rate, 0, math.inf)
     return None, rate, make
 
@@ -278,7 +292,8 @@ def _visits(tables: Any, counts: np.ndarray) -> np.ndarray:
     """Returns how often an epoch visits each row of a tree; 1 for one it does not."""
     tree = jax.tree.leaves(tables, is_leaf=lambda x: isinstance(x, ClassTree))[0]
     assert isinstance(tree, ClassTree)
-    paths = tree.paths(jnp.arange(tree.num_classes, dtype=jnp.int32), axis=0)
+    every = jnp.arange(tree.num_classes, dtype=jnp.int32)
+    paths = jax.jit(functools.partial(ClassTree.paths, axis=0))(tree, every)
     visits = np.zeros(tree.num_rows)
     for first, number in zip(*map(np.asarray, paths[:2]), strict=True):
         inside = number > 0
