@@ -3,8 +3,10 @@
 import math
 import re
 import signal
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -37,7 +39,14 @@ FEATURES, LABELS, WEIGHTS = problem()
 ROWS32 = FEATURES.astype(np.float32)
 
 
-def make(features=ROWS32, labels=LABELS, weights=WEIGHTS, *, segment=5, **options):
+def make(
+    features: Any = ROWS32,
+    labels: Any = LABELS,
+    weights: Any = WEIGHTS,
+    *,
+    segment: Any = 5,
+    **options: Any,
+):
     """A small solver; a segment ends in the middle of an epoch."""
     options = {"num_classes": V, "C": C, "batch_size": B, "max_iter": 4} | options
     solver = minibatch_solver(as_source(features), labels, weights, **options)
@@ -143,13 +152,13 @@ def test_targets_are_learnt_at_their_temperature(x64):
 
 
 def test_the_optimum_is_scikit_learns():
-    solver = make(max_iter=1000, tol=1e-7)
+    solver = make(max_iter=200, tol=0.0)
     state, status = solve(solver)
     peer = LogisticRegression(C=C, tol=1e-10, max_iter=9999)
     peer.fit(FEATURES, LABELS, WEIGHTS)
     best = objective_of(peer.coef_, peer.intercept_)
     kernel, bias = (leaf.astype(float) for leaf in solver.parameters(state))
-    assert best - 1e-6 < objective_of(kernel, bias) < 1.002 * best
+    assert best - 1e-6 < objective_of(kernel, bias) < 1.0001 * best
     np.testing.assert_allclose(
         solver.objective(state), objective_of(kernel, bias), 1e-5
     )
@@ -168,19 +177,25 @@ def test_it_starts_at_the_classes_frequencies():
     assert (kernel == 1).all() and (bias == np.arange(V)).all()
 
 
-def test_a_plateau_ends_the_run_once_the_rate_was_cut():
-    solver = make(max_iter=1000, tol=10.0)
-    state, status = solve(solver)
-    # The first epoch improves on nothing; four plateaus of five epochs follow.
-    assert status.reason == "objective"
-    assert status.iteration == (1 + 4 * 5) * STEPS and int(state.cuts) == 3
+def test_rate_goes_down_after_a_plateau_and_then_the_run_ends():
+    state, status = solve(make(max_iter=1000, tol=10.0))
+    # The first epoch improves on nothing; then five do not improve by as much.
+    assert int(state.plateau) == 6 * STEPS
+    assert (status.reason, status.iteration) == ("objective", (6 + 20) * STEPS)
+    state, status = solve(make(max_iter=12, tol=10.0))
+    assert (status.reason, status.iteration) == ("max_iter", 12 * STEPS)
+
+
+def test_a_plateau_ends_the_run_where_the_rate_is_the_callers():
+    state, status = solve(make(optimizer=optax.sgd(0.0), max_iter=100))
+    assert (status.reason, status.iteration) == ("objective", 6 * STEPS)
 
 
 def test_rate_goes_up_and_down():
     solver = make(max_iter=30, learning_rate=0.3)
     rate = solver._numbers.rate
     steps = np.arange(30 * STEPS + 1)
-    found = np.array([rate.at(np.int32(step)) for step in steps])
+    found = np.array([rate.at(jnp.int32(step)) for step in steps])
     peak = found.argmax()
     assert peak == 11 and math.isclose(found[peak], 0.3, rel_tol=1e-6)
     np.testing.assert_allclose(found[: peak + 1], 0.3 * np.arange(1, 13) / 12, 1e-6)
@@ -271,7 +286,7 @@ def test_a_value_that_is_not_finite_ends_the_run():
 
 
 def test_rows_of_a_bad_step_are_named_where_features_are_finite():
-    state, status = solve(make(optimizer=optax.sgd(1e38), start=ZEROS))
+    state, status = solve(make(learning_rate=3e38))
     assert status.reason == "non_finite"
     numbers = re.fullmatch(r"batch (\d+) \(rows (.*), \.\.\.\)", status.place)
     assert numbers and int(numbers[1]) == status.iteration + 1
@@ -307,7 +322,7 @@ def test_one_pass_after_another():
     assert other.status(state).reason == "max_iter"
     assert float(state.last) < first / 2
     # The rate stays.
-    assert float(other._numbers.rate.at(np.int32(10**6))) == np.float32(0.1)
+    assert float(other._numbers.rate.at(jnp.int32(10**6))) == np.float32(0.1)
 
 
 def test_a_mesh_gives_the_losses_of_one_device():
