@@ -124,19 +124,12 @@ def minibatch_solver(
     if not total > 0:
         raise ValueError(f"`weights` must have a positive sum, got {total:g}.")
     by_rows = head == "hierarchical" and optimizer is None
-    if head == "full":
-        graph, tables = None, ()
-        params = _full_parameters(rows, num_classes, reference, fit_intercept, start)
-        if start is None and max_iter is None:
-            params["bias"] = np.zeros(num_classes)
-    else:
-        counts = rows.counts(num_classes)
-        graph, params, tables = _head_parameters(
-            head, counts, source.num_features, fit_intercept, seed, start
-        )
-        if by_rows:
-            tables = tables, jnp.asarray(_visits(tables, counts), dtype)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    graph, params, tables = _start(
+        rows, num_classes, head, by_rows, fit_intercept, reference, seed, start, dtype
+    )
+    if start is None and head == "full" and max_iter is None:
+        # The first rows of `partial_fit` need not have all classes.
+        params["bias"] = jnp.zeros_like(params["bias"])
     plan = Plan(
         optimizer=make,
         schedule=schedule,
@@ -250,6 +243,31 @@ def _batch_size(
     size = BATCH_SIZE if max_iter is None else min(BATCH_SIZE, num_rows)
     devices = 1 if mesh is None else mesh.shape.get(DATA, 1)
     return -(-size // devices) * devices
+
+
+def _start(
+    rows: TrainingRows,
+    num_classes: int,
+    head: str,
+    by_rows: bool,
+    fit_intercept: bool,
+    reference: int | None,
+    seed: int,
+    start: Any,
+    dtype: Any,
+) -> tuple[Any, Any, Any]:
+    """Returns structure, parameters and tables to start with."""
+    if head == "full":
+        graph, tables = None, ()
+        params = _full_parameters(rows, num_classes, reference, fit_intercept, start)
+    else:
+        counts = rows.counts(num_classes)
+        graph, params, tables = _head_parameters(
+            head, counts, rows.source.num_features, fit_intercept, seed, start
+        )
+        if by_rows:
+            tables = tables, jnp.asarray(_visits(tables, counts), dtype)
+    return graph, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), tables
 
 
 def _full_parameters(
