@@ -308,12 +308,15 @@ def _head_parameters(
     return graph, params, tables
 
 
+_paths = jax.jit(functools.partial(ClassTree.paths, axis=0))
+
+
 def _visits(tables: Any, counts: np.ndarray) -> np.ndarray:
     """Returns how often an epoch visits each row of a tree; 1 for one it does not."""
     tree = jax.tree.leaves(tables, is_leaf=lambda x: isinstance(x, ClassTree))[0]
     assert isinstance(tree, ClassTree)
     every = jnp.arange(tree.num_classes, dtype=jnp.int32)
-    paths = jax.jit(functools.partial(ClassTree.paths, axis=0))(tree, every)
+    paths = _paths(tree, every)
     visits = np.zeros(tree.num_rows)
     for first, number in zip(*map(np.asarray, paths[:2]), strict=True):
         inside = number > 0
