@@ -238,7 +238,8 @@ def _encode(
         unknown = np.setdiff1d(found, classes)
         if len(unknown):
             raise ValueError(
-                f"`y` must have only the classes of the first fit, got {unknown[0].item()!r}."
+                "`y` must have only the classes of the first fit, got "
+                f"{unknown[0].item()!r}."
             )
         return classes, np.searchsorted(classes, labels).astype(np.int32)
     if len(found) < 2:

@@ -138,7 +138,7 @@ class MinibatchSolver:
             with jax.numpy_dtype_promotion("standard"):
                 optimizer = self._plan.optimizer(0.0).init(params)
         nothing, infinite = self._dtype.type(np.nan), self._dtype.type(np.inf)
-        counters = (zero, zero, none, nothing, infinite, zero, zero, zero)
+        counters = (zero, zero, none, nothing, infinite, zero, np.int32(-1), zero)
         return jax.tree.map(
             lambda leaf: jnp.array(leaf, copy=True),
             MinibatchState(params, optimizer, *counters),
@@ -185,7 +185,7 @@ class MinibatchSolver:
             mean=fresh(0),
             best=fresh(np.inf),
             stale=np.int32(0),
-            cuts=np.int32(0),
+            plateau=np.int32(-1),
             reason=np.int32(steps.RUNNING),
         )
         end = first + self.steps_per_epoch

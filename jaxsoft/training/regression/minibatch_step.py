@@ -25,8 +25,9 @@ from jaxsoft.training.mesh import replicated
 
 # Why a run stopped, in `MinibatchState.reason`.
 RUNNING, NO_PROGRESS, NOT_FINITE = range(3)
-# A plateau divides the rate by this; after so many cuts, the next one ends the run.
-CUT, MOST_CUTS = 5.0, 3
+# After a plateau the rate goes down to 0 over as many steps as there were, and over no
+# fewer than this many epochs.
+LEAST_EPOCHS_DOWN = 20
 
 _ROWS = ("node_kernel", "node_bias")
 
@@ -105,7 +106,8 @@ class MinibatchState(NamedTuple):
       last: that of the last whole epoch, NaN before there is one.
       best: the least one.
       stale: epochs since it improved by more than `tol`.
-      cuts: how often the rate was divided.
+      plateau: the steps made when progress stopped and the rate began to go down; -1
+        before.
       reason: why the run stopped.
     """
 
@@ -117,7 +119,7 @@ class MinibatchState(NamedTuple):
     last: Any
     best: Any
     stale: Any
-    cuts: Any
+    plateau: Any
     reason: Any
 
 
@@ -130,8 +132,8 @@ class Plan:
       schedule: the caller's learning rate by step; None takes `Numbers.rate`.
       mesh: with the axis `data`.
       by_rows: whether updates touch the rows on the labels' paths alone.
-      cuts_rate: whether a plateau divides the rate before one ends the run: not where
-        the optimizer has its own.
+      anneals: whether the rate goes down after a plateau; where the optimizer has its
+        own, a plateau ends the run.
       graph: structure of a head of `jaxsoft.nn`; None for the full head.
       intercept: whether biases are trained.
       reference: class whose row stays as it is, or None.
@@ -144,7 +146,7 @@ class Plan:
     schedule: Callable[[Any], Any] | None
     mesh: Mesh
     by_rows: bool = False
-    cuts_rate: bool = False
+    anneals: bool = False
     graph: Any = None
     intercept: bool = True
     reference: int | None = None
@@ -219,7 +221,7 @@ def _step(
     if plan.schedule is not None:
         rate = jnp.asarray(plan.schedule(state.step), state.mean.dtype)
     else:
-        rate = numbers.rate.at(state.step) / CUT ** state.cuts.astype(state.mean.dtype)
+        rate = numbers.rate.at(state.step) * (1 - _way_down(state, numbers))
     update = _update_rows if plan.by_rows else _update
     value, good, params, optimizer = update(plan, state, tables, batch, numbers, rate)
     place = jnp.where(good, state.place + 1, state.place)
@@ -242,16 +244,17 @@ def _close_epoch(
     over = good & (state.place == numbers.steps_per_epoch)
     improved = state.mean < state.best - numbers.tol
     stale = jnp.where(improved, 0, state.stale + 1)
-    plateau = stale >= numbers.patience
-    cut = plateau & (plan.cuts_rate & (state.cuts < MOST_CUTS))
+    flat = stale >= numbers.patience
+    begins = flat & (state.plateau < 0)
+    ends = _way_down(state, numbers) >= 1 if plan.anneals else flat
     closed = state._replace(
         place=jnp.zeros_like(state.place),
         mean=jnp.zeros_like(state.mean),
         last=state.mean,
         best=jnp.minimum(state.best, state.mean),
-        stale=jnp.where(cut, 0, stale),
-        cuts=state.cuts + cut,
-        reason=jnp.where(plateau & ~cut, NO_PROGRESS, state.reason),
+        stale=stale,
+        plateau=jnp.where(begins, state.step, state.plateau),
+        reason=jnp.where(ends, NO_PROGRESS, state.reason),
     )
     accounts = MinibatchState._fields[3:]
     chosen = {
@@ -259,6 +262,14 @@ def _close_epoch(
         for name in accounts
     }
     return state._replace(**chosen)
+
+
+def _way_down(state: MinibatchState, numbers: Numbers) -> Array:
+    """How far the rate is on its way to 0 after a plateau, in [0, 1]."""
+    least = LEAST_EPOCHS_DOWN * numbers.steps_per_epoch
+    length = jnp.maximum(state.plateau, least).astype(state.mean.dtype)
+    made = (state.step - state.plateau).astype(state.mean.dtype)
+    return jnp.where(state.plateau < 0, 0, jnp.clip(made / length, 0, 1))
 
 
 def _update(
