@@ -53,6 +53,7 @@ class ConsoleListener(Listener):
         self._task = TaskID(0)
         self._steps = self._started_at = 0
         self._started = self._logged = 0.0
+        self._unlogged = ""
 
     def note(self, text: str) -> None:
         """Prints a line."""
@@ -89,22 +90,27 @@ class ConsoleListener(Listener):
             self._progress.update(self._task, completed=step, loss=loss, rate=rate)
             return
         now = time.monotonic()
+        line = (
+            f"{self._unit} {step}/{self._steps}  {self._measure} {loss}  "
+            f"{rate} {self._things}/s"
+        )
         if now - self._logged < _LOG_SECONDS and step != self._steps:
+            self._unlogged = line
             return
-        self._logged = now
+        self._logged, self._unlogged = now, ""
         made = max(step - self._started_at, 1)
         left = (now - self._started) / made * (self._steps - step)
-        self.note(
-            f"{self._unit} {step}/{self._steps}  {self._measure} {loss}  "
-            f"{rate} {self._things}/s  {clock(left)} left"
-        )
+        self.note(f"{line}  {clock(left)} left")
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Prints the validation loss."""
         self.note(f"step {record['step']}  validation loss {record['loss']:.3f}")
 
     def stop(self) -> None:
-        """Closes the bar."""
+        """Closes the bar, or prints the last line if it was left out."""
+        if self._unlogged:
+            self.note(self._unlogged)
+            self._unlogged = ""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -72,6 +72,18 @@ def test_progress_of_another_job_has_its_words():
     assert stream.getvalue() == said
 
 
+def test_log_has_the_last_step_of_a_run_that_ends_early():
+    stream = io.StringIO()
+    listener = ConsoleListener(Console(file=stream))
+    listener.start(0, 100)
+    for step in (1, 2, 3):
+        listener.step(record(step))
+    listener.stop()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("step 1/100")
+    assert lines[1] == "step 3/100  loss 5.432  1,234 tokens/s"
+
+
 def test_stop_without_start_is_no_error():
     ConsoleListener(Console(file=io.StringIO())).stop()
 
