@@ -37,6 +37,7 @@ class ConsoleListener(Listener):
         things: str = "tokens",
         measure: str = "loss",
         digits: int = 3,
+        remaining: bool = True,
     ):
         """Keeps the console.
 
@@ -46,9 +47,12 @@ class ConsoleListener(Listener):
             things: What the rate counts; a record has it as `<things>_per_second`.
             measure: What the loss is called.
             digits: Decimals of the loss.
+            remaining: Show the time left; not for a run that may end before its last
+                step.
         """
         self._console, self._unit = console, unit
         self._things, self._measure, self._digits = things, measure, digits
+        self._remaining = remaining
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._steps = self._started_at = 0
@@ -72,8 +76,7 @@ class ConsoleListener(Listener):
             TextColumn(self._measure + " {task.fields[loss]}"),
             TextColumn("{task.fields[rate]} " + self._things + "/s"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *([TextColumn("left"), TimeRemainingColumn()] if self._remaining else []),
             console=self._console,
         )
         self._task = self._progress.add_task(
@@ -100,7 +103,7 @@ class ConsoleListener(Listener):
         self._logged, self._unlogged = now, ""
         made = max(step - self._started_at, 1)
         left = (now - self._started) / made * (self._steps - step)
-        self.note(f"{line}  {clock(left)} left")
+        self.note(f"{line}  {clock(left)} left" if self._remaining else line)
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Prints the validation loss."""

@@ -119,7 +119,8 @@ def read_libsvm(path: Path, wanted: Wanted) -> Contents:
     from sklearn.datasets import load_svmlight_file
 
     try:
-        loaded: Any = load_svmlight_file(str(path), zero_based=True)
+        options: dict[str, Any] = {"zero_based": True}
+        loaded: Any = load_svmlight_file(str(path), **options)
     except (OSError, ValueError, EOFError, zlib.error, OverflowError) as error:
         raise TableError(
             f"{path} cannot be read as a libsvm file ({_first_line(error)})."
