@@ -157,7 +157,12 @@ def _regress_until(stop: StopRequest, config: RegressConfig, *, resume: bool) ->
 
     console = Console()
     listener = ConsoleListener(
-        console, "iteration", things="rows", measure="objective", digits=6
+        console,
+        "iteration",
+        things="rows",
+        measure="objective",
+        digits=6,
+        remaining=False,
     )
     report = train_regression(config, resume=resume, listener=listener, stop=stop)
     summarise_regression(console, report, RegressionDirectory(config.out).files())

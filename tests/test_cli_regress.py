@@ -98,7 +98,7 @@ def test_regress_shows_progress(fresh, capsys):
     assert (
         "data: data.csv, 45 rows to train on and 15 to test on, 4 features, 3" in said
     )
-    assert re.search(r"iteration \d+/30  objective \d\.\d{6}  [\d,]+ rows/s  0:", said)
+    assert re.search(r"iteration \d+/30  objective \d\.\d{6}  [\d,]+ rows/s\n", said)
 
 
 @pytest.mark.parametrize(

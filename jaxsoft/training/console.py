@@ -37,6 +37,7 @@ class ConsoleListener(Listener):
         things: str = "tokens",
         measure: str = "loss",
         digits: int = 3,
+        remaining: bool = True,
     ):
         """Keeps the console.
 
@@ -46,13 +47,17 @@ class ConsoleListener(Listener):
             things: What the rate counts; a record has it as `<things>_per_second`.
             measure: What the loss is called.
             digits: Decimals of the loss.
+            remaining: Show the time left; not for a run that may end before its last
+                step.
         """
         self._console, self._unit = console, unit
         self._things, self._measure, self._digits = things, measure, digits
+        self._remaining = remaining
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._steps = self._started_at = 0
         self._started = self._logged = 0.0
+        self._unlogged = ""
 
     def note(self, text: str) -> None:
         """Prints a line."""
@@ -71,8 +76,7 @@ class ConsoleListener(Listener):
             TextColumn(self._measure + " {task.fields[loss]}"),
             TextColumn("{task.fields[rate]} " + self._things + "/s"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *([TextColumn("left"), TimeRemainingColumn()] if self._remaining else []),
             console=self._console,
         )
         self._task = self._progress.add_task(
@@ -89,22 +93,27 @@ class ConsoleListener(Listener):
             self._progress.update(self._task, completed=step, loss=loss, rate=rate)
             return
         now = time.monotonic()
+        line = (
+            f"{self._unit} {step}/{self._steps}  {self._measure} {loss}  "
+            f"{rate} {self._things}/s"
+        )
         if now - self._logged < _LOG_SECONDS and step != self._steps:
+            self._unlogged = line
             return
-        self._logged = now
+        self._logged, self._unlogged = now, ""
         made = max(step - self._started_at, 1)
         left = (now - self._started) / made * (self._steps - step)
-        self.note(
-            f"{self._unit} {step}/{self._steps}  {self._measure} {loss}  "
-            f"{rate} {self._things}/s  {clock(left)} left"
-        )
+        self.note(f"{line}  {clock(left)} left" if self._remaining else line)
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Prints the validation loss."""
         self.note(f"step {record['step']}  validation loss {record['loss']:.3f}")
 
     def stop(self) -> None:
-        """Closes the bar."""
+        """Closes the bar, or prints the last line if it was left out."""
+        if self._unlogged:
+            self.note(self._unlogged)
+            self._unlogged = ""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

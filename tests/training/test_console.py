@@ -64,12 +64,29 @@ def test_terminal_has_a_bar_with_loss_rate_and_time():
 def test_progress_of_another_job_has_its_words():
     stream = io.StringIO()
     listener = ConsoleListener(
-        Console(file=stream), "iteration", things="rows", measure="objective", digits=6
+        Console(file=stream),
+        "iteration",
+        things="rows",
+        measure="objective",
+        digits=6,
+        remaining=False,
     )
     listener.start(0, 20)
     listener.step({"step": 20, "loss": 0.25, "rows_per_second": 1e6})
-    said = "iteration 20/20  objective 0.250000  1,000,000 rows/s  0:00 left\n"
+    said = "iteration 20/20  objective 0.250000  1,000,000 rows/s\n"
     assert stream.getvalue() == said
+
+
+def test_log_has_the_last_step_of_a_run_that_ends_early():
+    stream = io.StringIO()
+    listener = ConsoleListener(Console(file=stream))
+    listener.start(0, 100)
+    for step in (1, 2, 3):
+        listener.step(record(step))
+    listener.stop()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("step 1/100")
+    assert lines[1] == "step 3/100  loss 5.432  1,234 tokens/s"
 
 
 def test_stop_without_start_is_no_error():

@@ -40,8 +40,9 @@ def summarise_regression(
     _print_measures(console, {"train": report.train, "test": report.test})
     why = report.stopping_reason
     stopped = f"converged ({why})" if report.converged else f"not converged ({why})"
+    unit = "epochs" if report.solver == "minibatch" else "iterations"
     lines = [
-        f"solver: {report.solver}, {report.iterations:,} iterations in "
+        f"solver: {report.solver}, {report.iterations:,} {unit} in "
         f"{clock(report.seconds)}, {stopped}",
         f"objective: {report.objective:.8g} nats a row",
     ]

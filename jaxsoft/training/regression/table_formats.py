@@ -109,17 +109,25 @@ def read_npz(path: Path, wanted: Wanted) -> Contents:
 
 
 def read_libsvm(path: Path, wanted: Wanted) -> Contents:
-    """Reads lines such as `2 1:0.5 7:1`: a label, then the features that are not 0."""
+    """Reads lines such as `2 1:0.5 7:1`: a label, then the features that are not 0.
+
+    A feature's number is its column, whether a file counts from 0 or from 1 (and so has
+    an empty column 0): what one file counts from cannot be told from its features, and
+    a model must find the same ones in the next file.
+    """
     from scipy.sparse import csr_matrix
     from sklearn.datasets import load_svmlight_file
 
     try:
-        loaded: Any = load_svmlight_file(str(path))
+        options: dict[str, Any] = {"zero_based": True}
+        loaded: Any = load_svmlight_file(str(path), **options)
     except (OSError, ValueError, EOFError, zlib.error, OverflowError) as error:
         raise TableError(
             f"{path} cannot be read as a libsvm file ({_first_line(error)})."
         ) from error
     features, labels = loaded
+    if features.nnz and features.indices.min() < 0:
+        raise TableError(f"{path} has a feature whose number is negative.")
     # The last features may be 0 in every row, and so not in the file at all.
     width = max(features.shape[1], wanted.num_features or 0)
     parts = (features.data, features.indices, features.indptr)

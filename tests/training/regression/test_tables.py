@@ -113,6 +113,14 @@ def test_libsvm(tmp_path, suffix):
     np.testing.assert_array_equal(wider.features.toarray(), features.toarray())
 
 
+def test_libsvm_features_keep_their_numbers(write):
+    """A file without feature 0 is no other than one that has it."""
+    first = read_table(write("a.svm", "1 0:5 2:6\n2 1:7\n"))
+    np.testing.assert_array_equal(first.features.toarray(), [[5, 0, 6], [0, 7, 0]])
+    second = read_rows(write("b.svm", "1 1:8\n2 2:9\n"), num_features=3)
+    np.testing.assert_array_equal(second.features.toarray(), [[0, 8, 0], [0, 0, 9]])
+
+
 def test_digest_tells_tables_apart(write):
     digests = {
         read_table(write("a.csv", text)).digest
@@ -200,8 +208,9 @@ def test_sparse_rows_to_predict(tmp_path):
             "a.npz has 1 features but 2 names.",
         ),
         ("a.svm", "1 a:b\n", "a.svm cannot be read as a libsvm file ("),
-        ("a.svm", "1 1:2\n2 3:4 5:nan\n", "a.svm: row 1, column 4 is nan; fill it in"),
-        ("a.svm", "1 1:2\n2 3:inf 5:1\n", "a.svm: row 1, column 2 is inf; fill it in"),
+        ("a.svm", "1 1:2\n2 3:4 5:nan\n", "a.svm: row 1, column 5 is nan; fill it in"),
+        ("a.svm", "1 1:2\n2 3:inf 5:1\n", "a.svm: row 1, column 3 is inf; fill it in"),
+        ("a.svm", "1 -2:1\n2 3:1\n", "a.svm "),
         ("a.xls", "1", "a.xls is of no known format; name it by one of .csv, .tsv, "),
     ],
 )
