@@ -13,6 +13,7 @@ from benchmarks import (
     heads,
     linear,
     plot,
+    regression,
     report,
     softmax,
     trees,
@@ -22,7 +23,7 @@ from benchmarks.session import SCHEMA, Result, Session
 
 SUITES = {
     suite.SUITE: suite.run
-    for suite in (linear, softmax, discrete, heads, trees, device)
+    for suite in (linear, softmax, discrete, heads, trees, regression, device)
 }
 
 
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         *workloads.SAMPLING,
         *workloads.RELAXATION,
         *workloads.TREES,
+        *workloads.REGRESSION,
     )
     names = list(dict.fromkeys(workload.name for workload in every))
     parser.add_argument(

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Layout = Literal["hv", "vh"]
 # Vectors that are drawn at the most, a prime.
@@ -247,6 +248,61 @@ TREES = (
     TreeWorkload(
         "tree-top-k-peaked", 64, 128, _GROWING[:5], 2**18, (2**10, 2**18), spread=4.0
     ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionWorkload:
+    """A table to fit a softmax regression to: scikit-learn's `make_classification`.
+
+    Attributes:
+      name: of the table.
+      rows: n.
+      features: d.
+      classes: V.
+      informative: features that tell the classes apart.
+      seed: of the table.
+      on_cpu: whether a CPU is asked to run it when no workload is named.
+    """
+
+    name: str
+    rows: int
+    features: int
+    classes: int
+    informative: int = 64
+    seed: int = 0
+    on_cpu: bool = True
+
+    def quick(self) -> "RegressionWorkload":
+        """The same workload, cut to sizes that take milliseconds."""
+        return dataclasses.replace(
+            self,
+            rows=min(self.rows, 300),
+            features=min(self.features, 12),
+            classes=min(self.classes, 3),
+            informative=8,
+        )
+
+    def table(self, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        """Makes the features, [n, d], and the labels, [n]."""
+        from sklearn.datasets import make_classification
+
+        features, labels = make_classification(
+            n_samples=self.rows,
+            n_features=self.features,
+            n_informative=self.informative,
+            n_redundant=0,
+            n_classes=self.classes,
+            n_clusters_per_class=1,
+            random_state=self.seed,
+        )
+        return features.astype(dtype), labels
+
+
+# The mission's two tables: few classes with many rows, and many classes.
+REGRESSION = (
+    RegressionWorkload("regression-60000x784x10", 60_000, 784, 10),
+    RegressionWorkload("regression-20000x256x1000", 20_000, 256, 1_000),
 )
 
 

@@ -1,6 +1,7 @@
 """The parameters of `SoftmaxRegression`: what they must be, and what they mean."""
 
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,6 @@ def check(estimator: Any) -> None:
     checks.one_of("solver", e.solver, SOLVERS)
     checks.one_of("head", e.head, HEADS)
     for name, low, high in (
-        ("C", 0, infinity),
         ("l1_ratio", 0, 1),
         ("label_smoothing", 0, 1),
         ("distillation_weight", 0, 1),
@@ -48,6 +48,8 @@ def check(estimator: Any) -> None:
         if not 0 < value < (high or infinity):
             upper = f"in (0, {high})" if high else "positive and finite"
             raise ValueError(f"`{name}` must be {upper}, got {value!r}.")
+    if isinstance(e.C, bool) or not isinstance(e.C, numbers.Real):
+        raise TypeError(f"`C` must be a Python number, got {e.C!r}.")
     if not e.C > 0:
         raise ValueError(f"`C` must be positive, got {e.C!r}.")
     for name in ("max_iter", "batch_size"):

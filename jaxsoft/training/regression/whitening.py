@@ -113,18 +113,19 @@ def _whole(
 ) -> tuple[np.ndarray, np.ndarray, None]:
     """Returns the inverse of A's Cholesky factor as T, and T's inverse."""
     top = _largest(np.abs(rows).max(0))
-    rows, damping = rows / top, _damping(damping, top)
+    rows = (rows / top).astype(rows.dtype)
+    extra = _damping(damping, top)
     if intercept:
         rows = np.concatenate([rows, np.ones((len(rows), 1), rows.dtype)], 1)
-        top, damping = np.append(top, 1), np.append(damping, 0)
+        top, extra = np.append(top, 1), np.append(extra, 0)
     shares = (weights / weights.sum()).astype(rows.dtype)
     moment = np.asarray(rows.T @ (rows * shares[:, None]), np.float64)
     # In units of each feature, so that rounding is relative to it.
-    scale = np.sqrt(np.maximum(np.diag(moment) + damping, _LEAST))
+    scale = np.sqrt(np.maximum(np.diag(moment) + extra, _LEAST))
     moment = moment / scale[:, None] / scale[None, :]
     # A constant feature, or one that others make up, must not be divided by 0.
     ridge = 8 * len(moment) * np.finfo(rows.dtype).eps
-    moment[np.diag_indices(len(moment))] += damping / np.square(scale) + ridge
+    moment[np.diag_indices(len(moment))] += extra / np.square(scale) + ridge
     lower = scipy.linalg.cholesky(moment, lower=True)
     inverse = scipy.linalg.solve_triangular(lower, np.eye(len(lower)), lower=True)
     scale = scale * top
@@ -139,7 +140,7 @@ def _diagonal(
     shares = weights / weights.sum()
     top = abs(features).max(0)
     top = _largest(top.toarray()[0] if sparse else top)
-    units = features.multiply(1 / top).tocsr() if sparse else features / top
+    units: Any = features.multiply(1 / top).tocsr() if sparse else features / top
     mean = np.asarray(shares @ units, np.float64)
     moment = np.asarray(
         shares @ (units.power(2) if sparse else np.square(units)), np.float64
