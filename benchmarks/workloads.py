@@ -12,7 +12,9 @@ import numpy as np
 Layout = Literal["hv", "vh"]
 # Vectors that are drawn at the most, a prime.
 _PERIOD = 65521
-_W = TypeVar("_W", "LinearWorkload", "SoftmaxWorkload", "TreeWorkload")
+_W = TypeVar(
+    "_W", "LinearWorkload", "SoftmaxWorkload", "TreeWorkload", "RegressionWorkload"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +298,7 @@ class RegressionWorkload:
             n_clusters_per_class=1,
             random_state=self.seed,
         )
-        return features.astype(dtype), labels
+        return np.asarray(features).astype(dtype), np.asarray(labels)
 
 
 # The mission's two tables: few classes with many rows, and many classes.

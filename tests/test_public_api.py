@@ -11,6 +11,7 @@ import pytest
 import jaxsoft
 import jaxsoft.nn
 import jaxsoft.schedules
+import jaxsoft.training
 
 OPTIONAL = (
     "grain",
@@ -19,7 +20,7 @@ OPTIONAL = (
     "safetensors",
     "sklearn",
 )  # Flax brings the others
-MODULES = (jaxsoft, jaxsoft.nn, jaxsoft.schedules)
+MODULES = (jaxsoft, jaxsoft.nn, jaxsoft.schedules, jaxsoft.training)
 PUBLIC = [
     (module.__name__, name)
     for module in MODULES

@@ -23,6 +23,11 @@ from jaxsoft.training.regression.prediction import (
 from jaxsoft.training.regression.report import RegressionReport
 from jaxsoft.training.regression.saving import ModelFileError
 from jaxsoft.training.regression.settings import RegressConfig
+from jaxsoft.training.regression.svmlight import (
+    SvmlightError,
+    load_svmlight_memmap,
+    svmlight_to_memmap,
+)
 from jaxsoft.training.regression.tables import TableError
 from jaxsoft.training.reliability import reliability_diagram
 from jaxsoft.training.reporting import FinalReport, Listener, Sample
@@ -51,14 +56,17 @@ __all__ = [
     "Sample",
     "SoftmaxRegression",
     "StopRequest",
+    "SvmlightError",
     "TableError",
     "TrainingInterrupted",
     "compare_heads",
     "load_config",
+    "load_svmlight_memmap",
     "parse_mesh",
     "predict_table",
     "reliability_diagram",
     "require_train_extra",
+    "svmlight_to_memmap",
     "train_language_model",
     "train_regression",
 ]

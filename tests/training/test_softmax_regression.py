@@ -2,6 +2,7 @@
 
 import signal
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,13 +86,16 @@ def test_optimum_coefficients_and_folds_are_scikit_learns(name):
         np.testing.assert_array_equal(*scores)
 
 
-def test_lbfgs_reaches_the_optimum_of_digits():
-    """Which the Newton solver of the test above is not."""
+def test_other_solvers_reach_the_optimum_of_digits(monkeypatch):
+    """Which the test above reaches by L-BFGS in float64."""
     features, labels = standardised("digits")
-    for dtype, tolerance in (("float64", 1e-8), ("float32", 1e-5)):
-        model = SoftmaxRegression(solver="lbfgs", tol=1e-9, dtype=dtype)
-        model.fit(features, labels)
-        np.testing.assert_allclose(model.objective_, OPTIMA["digits"], rtol=tolerance)
+    model = SoftmaxRegression(solver="newton").fit(features, labels)
+    np.testing.assert_allclose(model.objective_, OPTIMA["digits"], rtol=1e-8)
+    # As where there are more rows.
+    monkeypatch.setattr("jaxsoft.training.regression.full_batch._DOUBLE_WORK", 0)
+    model = SoftmaxRegression(dtype="float32").fit(features, labels)
+    assert model.solver_ == "lbfgs" and model.stopping_reason_ == "objective"
+    np.testing.assert_allclose(model.objective_, OPTIMA["digits"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_options_mean_what_scikit_learns_do(options):
 def test_l1_penalties_are_scikit_learns():
     given = problem(60, features=8)
     for ratio in (1.0, 0.4):
-        options = {"C": 0.2, "l1_ratio": ratio}
+        options: dict[str, Any] = {"C": 0.2, "l1_ratio": ratio}
         model = SoftmaxRegression(tol=1e-8, **options).fit(*given[:2])
         expected = reference(solver="saga", random_state=0, **options).fit(*given[:2])
         assert model.solver_ == "fista" and model.stopping_reason_ == "gradient"
@@ -198,11 +202,12 @@ def test_two_classes_have_one_row_or_two():
 
 
 def test_a_reference_class_removes_the_redundant_parameters():
-    given = problem(60)
+    given = problem(200)
     free = SoftmaxRegression(C=np.inf).fit(*given[:2])
     np.testing.assert_allclose(free.coef_.sum(0), 0, atol=1e-9)
     np.testing.assert_allclose(free.intercept_.sum(), 0, atol=1e-9)
-    shifted = clone(free).fit(*given[:2])
+    shifted: Any = clone(free)
+    shifted.fit(*given[:2])
     shifted.coef_ = shifted.coef_ + np.arange(5.0)
     np.testing.assert_allclose(
         shifted.predict_proba(given.features),
@@ -218,13 +223,14 @@ def test_a_reference_class_removes_the_redundant_parameters():
     with_penalty = [
         SoftmaxRegression(reference_class=label).fit(*given[:2]) for label in (0, 2)
     ]
-    assert not np.allclose(*(m.predict_proba(given.features) for m in with_penalty))
+    first, second = (m.predict_proba(given.features) for m in with_penalty)
+    assert np.abs(first - second).max() > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["newton", "lbfgs"])
 def test_soft_targets_and_label_smoothing(solver):
     given = problem(60)
-    options = {
+    options: dict[str, Any] = {
         "distillation_temperature": 2.0,
         "distillation_weight": 0.3,
         "label_smoothing": 0.1,
@@ -244,7 +250,8 @@ def test_soft_targets_and_label_smoothing(solver):
     teacher = SoftmaxRegression(distillation_temperature=2.0, solver=solver)
     teacher.fit(given.features, targets=given.targets)
     assert teacher.classes_.tolist() == [0, 1, 2, 3]
-    other = clone(teacher).fit(given.features, given.labels, targets=given.targets)
+    other: Any = clone(teacher)
+    other.fit(given.features, given.labels, targets=given.targets)
     np.testing.assert_allclose(teacher.coef_, other.coef_, atol=1e-8)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsoft.training.regression import solving
 from jaxsoft.training.regression.objective import Data, Parameters, Plan, objective
@@ -111,7 +112,9 @@ class FISTA:
         if int(state.iteration) == 0:
             return self._start
         _, coordinates, _ = self._problem
-        return coordinates.parameters(state.v, intercept=self._plan.intercept)
+        return coordinates.parameters(
+            np.asarray(state.v), intercept=self._plan.intercept
+        )
 
 
 def _smooth(plan: Plan, problem: Any, v: jax.Array) -> jax.Array:
@@ -201,7 +204,7 @@ def _segment(
                 v, ahead, momentum, curvature, value, norm, iteration, settled, reason
             )
             kept = state._replace(reason=reason)
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), stepped, kept)
+            return jax.lax.cond(finite, lambda: stepped, lambda: kept)
 
         return jax.lax.while_loop(
             lambda state: (state.reason == 0) & (state.iteration < until), step, state

@@ -67,7 +67,7 @@ def fit(
         rows = read_rows(estimator, features, labels, sample_weight, targets)
     solver = _choose(estimator, rows)
     training, held = _hold_out(estimator, rows)
-    if solver == "newton":
+    if solver == "newton" or (solver != "minibatch" and full_batch.small(training)):
         training = training.astype(np.dtype(np.float64))
     with jax.enable_x64(training.dtype == np.float64):
         if solver == "minibatch":
@@ -92,6 +92,9 @@ def fit(
             status = run.status(interruption.state)._replace(reason=INTERRUPTED)
             coefficients.set_fitted(estimator, run, interruption.state, status, rows)
             raise
+        if solver == "minibatch" and status.reason != solving.NON_FINITE:
+            # Batches were measured each before its step; this is where it ended.
+            status = status._replace(objective=run.objective(state))
         coefficients.set_fitted(estimator, run, state, status, rows)
         if held is not None:
             _calibrate(estimator, held)

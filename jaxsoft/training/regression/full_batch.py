@@ -18,9 +18,13 @@ from jaxsoft.training.regression.sparse_tiles import sparse_tiles, tile_rows
 from jaxsoft.training.regression.whitening import whitening
 
 # Newton's Hessian has the square of so many numbers at most where it is chosen.
-_NEWTON_SIZE = 1024
-# Multiplications for which an iteration of Newton's method is still cheap.
-_NEWTON_WORK = 4e9
+_NEWTON_SIZE = 256
+# Multiplications for which an iteration of Newton's method costs no more than the
+# ten of L-BFGS that it saves.
+_NEWTON_WORK = 1e7
+# Problems of so many multiplications a pass are solved in float64, which takes no time
+# there; rounding of float32 would leave the fourth digit of the coefficients open.
+_DOUBLE_WORK = 2**24
 # Bytes of the logits that exist at a time.
 _TILE_BYTES = 2**23
 # Up to so many bytes sparse features are made dense.
@@ -80,6 +84,13 @@ def dense(features: Any) -> bool:
     return not is_sparse(features) or (
         count * width * features.dtype.itemsize <= _DENSE_BYTES
     )
+
+
+def small(rows: Rows) -> bool:
+    """Says whether rows are so few that float64 costs nothing."""
+    count, width = rows.features.shape
+    entries = rows.features.nnz if is_sparse(rows.features) else count * width
+    return entries * len(rows.classes) <= _DOUBLE_WORK
 
 
 def order_of(options: Options, num_classes: int) -> np.ndarray:

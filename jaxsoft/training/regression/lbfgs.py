@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsoft.training.regression import solving
@@ -12,12 +13,9 @@ from jaxsoft.training.regression.objective import Data, Parameters, Plan, object
 from jaxsoft.training.regression.whitening import Whitening
 
 _MEMORY = 10
-_LINE_SEARCH_STEPS = 20
 # The objective counts as settled after so many iterations in a row that lower it by
 # no more than so many units of its rounding.
 _SETTLED_ITERATIONS, _SETTLED_ULPS = 3, 2.0
-# An increase by so many units of rounding counts as none.
-_ROUNDING_ULPS = 4.0
 
 
 class State(NamedTuple):
@@ -26,7 +24,7 @@ class State(NamedTuple):
     Attributes:
       v: [R, e] coordinates.
       optimizer: Optax's state.
-      value: the objective at `v`.
+      value: the objective at `v`, NaN before the first segment, as the gradient is.
       gradient_norm: the largest absolute entry of its gradient in the parameters.
       iteration: iterations made.
       settled: iterations in a row that hardly lowered the objective.
@@ -77,7 +75,7 @@ class LBFGS:
 
     def init(self) -> State:
         """Returns the state at the start."""
-        return _init(self._plan, self._problem, self._start, self._tol)
+        return _init(self._plan, self._problem, self._start)
 
     def advance(self, state: State) -> State:
         """Returns the state a segment later."""
@@ -98,17 +96,13 @@ class LBFGS:
         if int(state.iteration) == 0:
             return self._start
         _, coordinates, _ = self._problem
-        return coordinates.parameters(state.v, intercept=self._plan.intercept)
+        return coordinates.parameters(
+            np.asarray(state.v), intercept=self._plan.intercept
+        )
 
 
 def _optimizer(dtype: Any) -> optax.GradientTransformationExtraArgs:
-    search = optax.scale_by_zoom_linesearch(
-        max_linesearch_steps=_LINE_SEARCH_STEPS,
-        initial_guess_strategy="one",
-        # Near the optimum the objective is rounding, and its slope decides.
-        approx_dec_rtol=_ROUNDING_ULPS * float(jnp.finfo(dtype).eps),
-    )
-    return optax.lbfgs(memory_size=_MEMORY, linesearch=search)
+    return optax.lbfgs(memory_size=_MEMORY, linesearch=solving.line_search(dtype))
 
 
 def _objective(plan: Plan, problem: Any, v: jax.Array) -> jax.Array:
@@ -129,18 +123,14 @@ def _gradient_norm(plan: Plan, problem: Any, gradient: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(plan: Plan, problem: Any, start: Parameters, tol: jax.Array) -> State:
+def _init(plan: Plan, problem: Any, start: Parameters) -> State:
     with jax.numpy_dtype_promotion("standard"):
         _, coordinates, _ = problem
         v = coordinates.coordinates(start)
-        function = functools.partial(_objective, plan, problem)
-        value, gradient = jax.value_and_grad(function)(v)
-        norm = _gradient_norm(plan, problem, gradient)
+        zero, unknown = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, v.dtype)
         optimizer = _optimizer(v.dtype).init(v)
-        optimizer = optax.tree.set(optimizer, value=value, grad=gradient)
-        zero = jnp.zeros((), jnp.int32)
-        reason = solving.reason(solving.finite(value, norm), (norm <= tol,))
-        return State(v, optimizer, value, norm, zero, zero, reason)
+        state = State(v, optimizer, unknown, unknown, zero, zero, zero)
+        return solving.strong_types(state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -150,6 +140,15 @@ def _segment(
     with jax.numpy_dtype_promotion("standard"):
         function = functools.partial(_objective, plan, problem)
         optimizer = _optimizer(state.v.dtype)
+
+        def begin(state: State) -> State:
+            value, gradient = jax.value_and_grad(function)(state.v)
+            norm = _gradient_norm(plan, problem, gradient)
+            after = optax.tree.set(state.optimizer, value=value, grad=gradient)
+            reason = solving.reason(solving.finite(value, norm), (norm <= tol,))
+            return state._replace(
+                optimizer=after, value=value, gradient_norm=norm, reason=reason
+            )
 
         def step(state: State) -> State:
             value = optax.tree.get(state.optimizer, "value")
@@ -174,9 +173,12 @@ def _segment(
                 (norm <= tol, settled >= _SETTLED_ITERATIONS, iteration >= limit),
             )
             stepped = State(v, after, value, norm, iteration, settled, reason)
-            kept = state._replace(reason=reason)
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), stepped, kept)
+            # The run is over where not all is finite; the optimizer is not used again.
+            kept = state._replace(optimizer=after, reason=reason)
+            return jax.lax.cond(finite, lambda: stepped, lambda: kept)
 
+        # Here, not in `_init`, it is compiled and traced beside the loop.
+        state = jax.lax.cond(state.iteration == 0, begin, lambda state: state, state)
         return jax.lax.while_loop(
             lambda state: (state.reason == 0) & (state.iteration < until), step, state
         )

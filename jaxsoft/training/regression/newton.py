@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from threadpoolctl import threadpool_limits
 
@@ -21,7 +22,6 @@ from jaxsoft.training.regression.objective import (
     objective,
 )
 
-_BACKTRACKING_STEPS = 40
 # Iterations between looks at Ctrl-C; few are needed in all.
 _SEGMENT = 4
 # A step from where half the squared Newton decrement, which estimates the distance to
@@ -38,8 +38,8 @@ class State(NamedTuple):
     Attributes:
       parameters: the classifier.
       search: the line search's state.
-      value: the objective.
-      gradient: its gradient.
+      value: the objective, NaN before the first segment.
+      gradient: its gradient, likewise.
       iteration: iterations made.
       settled: iterations in a row that hardly lowered the objective.
       reason: index of why it stopped, 0 while it goes on.
@@ -86,7 +86,7 @@ class Newton:
 
     def init(self) -> State:
         """Returns the state at the start."""
-        return _init(self._plan, self._problem, self._start)
+        return _init(self._start)
 
     def advance(self, state: State) -> State:
         """Returns the state a segment later."""
@@ -104,7 +104,7 @@ class Newton:
         return solving.Status(
             int(state.iteration),
             float(state.value),
-            float(solving.largest(state.gradient)),
+            max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(state.gradient)),
             solving.REASONS[int(state.reason)],
         )
 
@@ -113,26 +113,20 @@ class Newton:
         return state.parameters
 
 
-def _search() -> optax.GradientTransformationExtraArgs:
-    return optax.scale_by_backtracking_linesearch(
-        max_backtracking_steps=_BACKTRACKING_STEPS, decrease_factor=0.5, store_grad=True
-    )
-
-
 def _objective(plan: Plan, problem: Any, parameters: Parameters) -> jax.Array:
     data, strength = problem
     return objective(plan, parameters, data, strength)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init(plan: Plan, problem: Any, start: Parameters) -> State:
+@jax.jit
+def _init(start: Parameters) -> State:
     with jax.numpy_dtype_promotion("standard"):
-        function = functools.partial(_objective, plan, problem)
-        value, gradient = jax.value_and_grad(function)(start)
-        zero = jnp.zeros((), jnp.int32)
-        reason = solving.reason(solving.finite(value, gradient), ())
-        search = optax.tree.set(_search().init(start), value=value, grad=gradient)
-        return State(start, search, value, gradient, zero, zero, reason)
+        dtype = start.kernel.dtype
+        zero, unknown = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, dtype)
+        search = solving.line_search(dtype).init(start)
+        gradient = optax.tree.full_like(start, jnp.nan)
+        state = State(start, search, unknown, gradient, zero, zero, zero)
+        return solving.strong_types(state)
 
 
 def _direction(
@@ -179,7 +173,15 @@ def _segment(
 ) -> State:
     with jax.numpy_dtype_promotion("standard"):
         function = functools.partial(_objective, plan, problem)
-        search = _search()
+        search = solving.line_search(tol.dtype)
+
+        def begin(state: State) -> State:
+            value, gradient = jax.value_and_grad(function)(state.parameters)
+            reason = solving.reason(solving.finite(value, gradient), ())
+            after = optax.tree.set(state.search, value=value, grad=gradient)
+            return state._replace(
+                search=after, value=value, gradient=gradient, reason=reason
+            )
 
         def step(state: State) -> State:
             direction, decrement = _direction(
@@ -212,9 +214,11 @@ def _segment(
             stepped = State(
                 parameters, after, value, gradient, iteration, settled, reason
             )
-            kept = state._replace(reason=reason)
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), stepped, kept)
+            kept = state._replace(search=after, reason=reason)
+            return jax.lax.cond(finite, lambda: stepped, lambda: kept)
 
+        # Here, not in `_init`, it is compiled and traced beside the loop.
+        state = jax.lax.cond(state.iteration == 0, begin, lambda state: state, state)
         return jax.lax.while_loop(
             lambda state: (state.reason == 0) & (state.iteration < until), step, state
         )

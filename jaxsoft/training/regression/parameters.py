@@ -50,7 +50,7 @@ def check(estimator: Any) -> None:
             raise ValueError(f"`{name}` must be {upper}, got {value!r}.")
     if isinstance(e.C, bool) or not isinstance(e.C, numbers.Real):
         raise TypeError(f"`C` must be a Python number, got {e.C!r}.")
-    if not e.C > 0:
+    if not float(e.C) > 0:
         raise ValueError(f"`C` must be positive, got {e.C!r}.")
     for name in ("max_iter", "batch_size"):
         if getattr(e, name) is not None:

@@ -50,7 +50,7 @@ class RegressConfig:
     C: float = 1.0
     solver: Literal["auto", "lbfgs", "newton", "fista", "minibatch"] = "auto"
     head: Literal["full", "hierarchical", "adaptive"] = "full"
-    tol: float = 1e-6
+    tol: float = 1e-8
     max_iter: int | None = None
     standardize: bool | None = None
     calibrate: bool = False

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
@@ -28,6 +29,8 @@ MAX_ITER = "max_iter"
 NON_FINITE = "non_finite"
 # A segment lasts about so long, so that progress and Ctrl-C keep up.
 _SEGMENT_SECONDS, _RATE, _MOST_ITERATIONS = 0.5, 3e10, 8
+# Of the line search, which counts an increase by so many units of rounding as none.
+_BACKTRACKING_STEPS, _ROUNDING_ULPS = 40, 4.0
 # By the index that compiled loops keep.
 REASONS = ("", GRADIENT, OBJECTIVE, MAX_ITER, NON_FINITE)
 
@@ -202,6 +205,37 @@ def check_finite(status: Status) -> None:
             "is not finite; the parameters of the last good iteration are kept. Scale "
             "the features, or lower the learning rate."
         )
+
+
+def line_search(dtype: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the search along a direction of descent, whose first try is all of it.
+
+    Halving is enough: the objective is convex, so its curvature along any step is
+    positive, and a search for a longer step (Wolfe's conditions) makes L-BFGS no
+    faster, but its program twice as long to compile.
+
+    Args:
+      dtype: of the objective; near the optimum it is rounding, and an increase by a
+        few units counts as none.
+    """
+    return optax.scale_by_backtracking_linesearch(
+        max_backtracking_steps=_BACKTRACKING_STEPS,
+        decrease_factor=0.5,
+        increase_factor=math.inf,
+        rtol=_ROUNDING_ULPS * float(jnp.finfo(dtype).eps),
+        store_grad=True,
+    )
+
+
+def strong_types(state: Any) -> Any:
+    """Returns a state whose arrays keep their types from one segment to the next.
+
+    Optax starts some with a Python number, whose type is weak: the state that the
+    first segment returns would have others, and be compiled for again.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state
+    )
 
 
 def largest(tree: Any) -> jax.Array:

@@ -42,8 +42,8 @@ class Whitening(NamedTuple):
     inverse: Any
     shift: Any
 
-    def parameters(self, v: jax.Array, *, intercept: bool) -> Parameters:
-        """Returns the classifier of [R, e] coordinates."""
+    def parameters(self, v: Any, *, intercept: bool) -> Parameters:
+        """Returns the classifier of [R, e] coordinates, which NumPy's arrays stay."""
         scaled = _apply(self.classes[:, None] * v, self.factor)
         if not intercept:
             return Parameters(scaled, None)
@@ -62,9 +62,11 @@ class Whitening(NamedTuple):
         return _apply(kernel, self.inverse) / self.classes[:, None]
 
 
-def _apply(rows: jax.Array, factor: jax.Array) -> jax.Array:
+def _apply(rows: Any, factor: Any) -> Any:
     if factor.ndim == 1:
         return rows * factor[None, :]
+    if isinstance(rows, np.ndarray):
+        return rows @ factor
     return jnp.matmul(rows, factor, precision=jax.lax.Precision.HIGHEST)
 
 

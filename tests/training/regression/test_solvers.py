@@ -69,7 +69,7 @@ def test_checkpoints_go_on_bit_for_bit(name, tmp_path):
             listener=Stop(),
             stop=stop,
         )
-    assert 0 < interruption.value.step < status.iteration
+    assert 0 < (interruption.value.step or 0) < status.iteration
     resumed, after = solving.solve(
         solver_of(name, tol=0.0, max_iter=18), checkpoints=tmp_path
     )
