@@ -12,6 +12,7 @@ from benchmarks import (
     discrete,
     heads,
     linear,
+    many_classes,
     plot,
     regression,
     report,
@@ -23,7 +24,16 @@ from benchmarks.session import SCHEMA, Result, Session
 
 SUITES = {
     suite.SUITE: suite.run
-    for suite in (linear, softmax, discrete, heads, trees, regression, device)
+    for suite in (
+        linear,
+        softmax,
+        discrete,
+        heads,
+        trees,
+        regression,
+        many_classes,
+        device,
+    )
 }
 
 
@@ -75,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         *workloads.RELAXATION,
         *workloads.TREES,
         *workloads.REGRESSION,
+        *workloads.MANY_CLASSES,
     )
     names = list(dict.fromkeys(workload.name for workload in every))
     parser.add_argument(

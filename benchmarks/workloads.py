@@ -13,7 +13,12 @@ Layout = Literal["hv", "vh"]
 # Vectors that are drawn at the most, a prime.
 _PERIOD = 65521
 _W = TypeVar(
-    "_W", "LinearWorkload", "SoftmaxWorkload", "TreeWorkload", "RegressionWorkload"
+    "_W",
+    "LinearWorkload",
+    "SoftmaxWorkload",
+    "TreeWorkload",
+    "RegressionWorkload",
+    "ManyClassesWorkload",
 )
 
 
@@ -305,6 +310,63 @@ class RegressionWorkload:
 REGRESSION = (
     RegressionWorkload("regression-60000x784x10", 60_000, 784, 10),
     RegressionWorkload("regression-20000x256x1000", 20_000, 256, 1_000),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyClassesWorkload:
+    """A table with about as many classes as rows.
+
+    Attributes:
+      name: the table's.
+      rows: n, of which V are one a class and the others drawn by Zipf's law.
+      features: d, a class's centre and noise of `noise` times its spread.
+      classes: V.
+      held: rows to measure on, one of each of so many classes drawn likewise.
+      noise: standard deviation of a feature around its class's centre.
+      seed: of everything.
+      on_cpu: whether it runs on a CPU unless another is asked for.
+    """
+
+    name: str
+    rows: int
+    features: int
+    classes: int
+    held: int = 4096
+    noise: float = 1.0
+    seed: int = 0
+    on_cpu: bool = True
+
+    def quick(self) -> "ManyClassesWorkload":
+        """The same workload, cut to sizes that take milliseconds."""
+        return dataclasses.replace(self, rows=600, features=8, classes=200, held=64)
+
+    def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Makes features and labels, in random order, and those to measure on."""
+        random = np.random.default_rng(self.seed)
+        shares = 1 / np.arange(1, self.classes + 1)
+        shares /= shares.sum()
+        labels = np.concatenate(
+            [
+                random.permutation(self.classes),
+                random.choice(self.classes, self.rows - self.classes, p=shares),
+            ]
+        )
+        random.shuffle(labels)
+        held = random.choice(self.classes, self.held, p=shares)
+        centres = random.normal(size=(self.classes, self.features)).astype(np.float32)
+        parts: list[np.ndarray] = []
+        for chosen in (labels, held):
+            features = random.standard_normal((len(chosen), self.features), np.float32)
+            features *= np.float32(self.noise)
+            for start in range(0, len(chosen), 4096):
+                features[start : start + 4096] += centres[chosen[start : start + 4096]]
+            parts += [features, chosen]
+        return parts[0], parts[1], parts[2], parts[3]
+
+
+MANY_CLASSES = (
+    ManyClassesWorkload("regression-200000x256x100000", 200_000, 256, 100_000),
 )
 
 

@@ -11,7 +11,6 @@ import pytest
 import jaxsoft
 import jaxsoft.nn
 import jaxsoft.schedules
-import jaxsoft.training
 
 OPTIONAL = (
     "grain",
@@ -20,7 +19,7 @@ OPTIONAL = (
     "safetensors",
     "sklearn",
 )  # Flax brings the others
-MODULES = (jaxsoft, jaxsoft.nn, jaxsoft.schedules, jaxsoft.training)
+MODULES = (jaxsoft, jaxsoft.nn, jaxsoft.schedules)
 PUBLIC = [
     (module.__name__, name)
     for module in MODULES

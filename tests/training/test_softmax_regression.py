@@ -1,5 +1,6 @@
 """`SoftmaxRegression` against scikit-learn: conventions, optima, options."""
 
+import doctest
 import signal
 import warnings
 from typing import Any
@@ -26,6 +27,7 @@ from jaxsoft.training import (
     SoftmaxRegression,
     StopRequest,
     TrainingInterrupted,
+    svmlight_to_memmap,
 )
 from jaxsoft.training.regression import fitting
 from tests.training.regression.problems import (
@@ -62,6 +64,14 @@ def test_scikit_learn_estimator_checks():
     }
     assert not failed
     assert sum(each["status"] == "passed" for each in results) > 50
+
+
+@pytest.mark.parametrize("item", [SoftmaxRegression, svmlight_to_memmap])
+def test_docstrings_run(item):
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(item):
+        runner.run(test)
+    assert runner.tries > 0 and runner.failures == 0
 
 
 @pytest.mark.parametrize("name", OPTIMA)
