@@ -45,7 +45,8 @@ _HELP = {
     "checkpoint_every": "seconds between checkpoints",
 }
 _TYPES = {int: int, float: float, int | None: int}
-_PREDICT_FIELDS = ("model", "data", "label", "out", "probabilities")
+# Where messages may name them; MODEL and DATA are no options.
+_PREDICT_FIELDS = ("label", "out", "probabilities")
 
 
 def add_commands(commands: Any) -> None:
@@ -83,7 +84,7 @@ def add_commands(commands: Any) -> None:
         "--label",
         metavar="LABEL",
         help="column with the labels, if there is one (default: that which is none of "
-        "the model's features, else the last)",
+        "the model's features, else the one that the model was trained with)",
     )
     predict.add_argument(
         "--out", metavar="FILE", help="CSV file of predicted classes to write"
@@ -128,6 +129,7 @@ def _regress(parsed: argparse.Namespace) -> int:
     given = {name: getattr(parsed, name) for name in fields if hasattr(parsed, name)}
     out = given.setdefault("out", RegressConfig.out)
     fields.append("resume")
+    fields.remove("data")  # an argument, and a key of NPZ files
     try:
         require_train_extra()
         stored = read_config(out, RegressConfig) if parsed.resume else RegressConfig()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from safetensors.numpy import load_file
 from sklearn.datasets import dump_svmlight_file
 
 from jaxsoft import cli, cli_regress
-from jaxsoft.training import TrainingInterrupted
+from jaxsoft.training import SoftmaxRegression, TrainingInterrupted
+from jaxsoft.training.regression.prediction import predict_table
+from jaxsoft.training.regression.saving import save_model
+from jaxsoft.training.regression.tables import TableError
 
 REPOSITORY = Path(__file__).parents[1]
 LABELS = np.arange(60) % 3
@@ -105,6 +109,7 @@ def test_regress_shows_progress(fresh, capsys):
     ("changes", "message"),
     [
         (["nowhere.csv"], "the table nowhere.csv does not exist."),
+        (["keys.npz"], "keys.npz has no array `X`, `x` or `data`; it has 'y'."),
         (["words.csv"], "column 'c' is not numeric, line 3 has 'red'; encode it as"),
         (
             ["nan.csv"],
@@ -127,6 +132,7 @@ def test_regress_shows_progress(fresh, capsys):
 )
 def test_bad_input_is_one_line_and_writes_nothing(fresh, capsys, changes, message):
     write_csv("one.csv", FEATURES, np.full(60, "ant"))
+    np.savez("keys.npz", y=LABELS)
     text = (fresh / "data.csv").read_text().splitlines()
     broken = text[1].rpartition(",")[0] + ",nan"
     (fresh / "nan.csv").write_text("\n".join([text[0], broken, *text[2:]]))
@@ -135,7 +141,7 @@ def test_bad_input_is_one_line_and_writes_nothing(fresh, capsys, changes, messag
     (fresh / "words.csv").write_text("\n".join([*text[:2], words, *text[3:]]))
     before = sorted(fresh.iterdir())
     arguments = [*REGRESS, *changes]
-    if changes[0].endswith(".csv"):
+    if changes[0].endswith((".csv", ".npz")):
         arguments[1] = arguments.pop()
     said = fails(capsys, arguments)
     assert message in said and said.startswith("jaxsoft")
@@ -183,6 +189,7 @@ def test_predict_measures_where_labels_are_known(place, capsys):
 
 def test_predict_writes_classes_and_probabilities(place, capsys, tmp_path):
     write_csv(tmp_path / "new.csv", FEATURES[:, ::-1], header=HEADER[::-1])
+    (tmp_path / ".b.csv").write_text("mine")
     arguments = ["predict", "run", str(tmp_path / "new.csv"), "--out"]
     assert cli.main([*arguments, str(tmp_path / "a.csv"), "--probabilities"]) == 0
     assert cli.main([*arguments, str(tmp_path / "b.csv")]) == 0
@@ -210,7 +217,8 @@ def test_predict_writes_classes_and_probabilities(place, capsys, tmp_path):
         "another file."
     )
     assert (tmp_path / "b.csv").read_text() == text
-    assert not list(tmp_path.glob(".*"))
+    assert list(tmp_path.glob(".*")) == [tmp_path / ".b.csv"]
+    assert (tmp_path / ".b.csv").read_text() == "mine"
 
 
 def test_predict_reads_other_formats(place, capsys, tmp_path):
@@ -225,12 +233,16 @@ def test_predict_reads_other_formats(place, capsys, tmp_path):
 def test_predict_of_bad_input(place, capsys, tmp_path):
     write_csv(tmp_path / "few.csv", FEATURES[:, :2], header=None)
     write_csv(tmp_path / "odd.csv", FEATURES, np.full(60, "dog"))
+    write_csv(tmp_path / "nameless.csv", FEATURES, KINDS, header=None)
+    np.savez(tmp_path / "keys.npz", y=LABELS)
     write_csv(tmp_path / "named.csv", FEATURES, header=["a", "b", "c", "e"])
     for model, data, more, message in (
         ("nowhere", "data.csv", [], "the model nowhere does not exist."),
         ("data.csv", "data.csv", [], "data.csv is not a model of jaxsoft ("),
         ("run", "nowhere.csv", [], "the table nowhere.csv does not exist."),
         ("run", "few.csv", [], "few.csv has 2 columns, the model has 4 features; give"),
+        ("run", "nameless.csv", [], "which one has the labels; name it by --label."),
+        ("run", "keys.npz", [], "keys.npz has no array `X`, `x` or `data`; it has"),
         (
             "run",
             "odd.csv",
@@ -247,6 +259,29 @@ def test_predict_of_bad_input(place, capsys, tmp_path):
     arguments = ["predict", "run", str(tmp_path / "odd.csv"), "--out"]
     fails(capsys, [*arguments, str(tmp_path / "p.csv")])
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.fixture
+def simple(tmp_path):
+    """A model of two features, whose class is the larger of them."""
+    model: Any = SoftmaxRegression(dtype="float32")
+    model.coef_, model.intercept_ = np.eye(2, dtype=np.float32), np.zeros(2, "f4")
+    model.classes_, model.n_features_in_ = np.arange(2), 2
+    model.temperature_, model.label_column_ = 1.0, 0
+    return save_model(model, tmp_path / "model")
+
+
+def test_predict_finds_the_labels_where_they_were(simple, tmp_path):
+    (tmp_path / "a.csv").write_text("0,5,0\n1,0,5\n1,2,3\n")
+    report = predict_table(simple, tmp_path / "a.csv")
+    assert report.measures is not None and report.measures.accuracy == 1
+    assert report.counts == (1, 2)
+
+
+def test_predict_refuses_what_its_model_cannot_hold(simple, tmp_path):
+    (tmp_path / "a.csv").write_text("5,0\n0,1e39\n")
+    with pytest.raises(TableError, match=r"row 1, column 1 is 1e\+39, too large for"):
+        predict_table(simple, tmp_path / "a.csv")
 
 
 def test_predict_stopped(place, capsys, monkeypatch):

@@ -128,7 +128,8 @@ def train_language_model(
     run = _Run(config, directory, tokens, mesh, listener, stop)
     stop.check()
     if not resume:
-        directory.start(description, tokens.tokenizer_file)
+        directory.start(description)
+    directory.keep_tokenizer(tokens.tokenizer_file)
     return run.run(resume=resume)
 
 

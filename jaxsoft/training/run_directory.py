@@ -12,12 +12,13 @@ One folder holds one run:
 A comparison of heads has `comparison.json` and `comparison.png` instead.
 """
 
+import contextlib
 import json
 import os
-import shutil
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Fields of a metrics line that differ between equal runs.
 WALL_CLOCK_FIELDS = frozenset({"seconds", "tokens_per_second", "compile_seconds"})
@@ -82,22 +83,32 @@ class RunDirectory:
                 f"`out` {self.path} holds no run to resume (no config.json)."
             )
 
-    def start(
-        self, description: Mapping[str, Any], tokenizer: Path | None = None
-    ) -> None:
-        """Makes the folder and writes what the run is; `config.json` comes last.
+    def start(self, description: Mapping[str, Any]) -> None:
+        """Makes the folder and writes what the run is, first of all its files.
 
         Args:
             description: JSON-serialisable contents of `config.json`.
-            tokenizer: The tokenizer file to copy, if there is one.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if tokenizer is not None:
-                shutil.copyfile(tokenizer, self.tokenizer)
-            self.metrics.touch()
             text = json.dumps(description, indent=2) + "\n"
             write_atomically(self.config, text.encode())
+            self.metrics.touch()
+        except OSError as error:
+            raise RunDirectoryError(
+                f"`out` {self.path} cannot be written ({error})."
+            ) from error
+
+    def keep_tokenizer(self, tokenizer: Path) -> None:
+        """Copies the tokenizer's file, unless it is there.
+
+        Args:
+            tokenizer: The file.
+        """
+        if self.tokenizer.exists():
+            return
+        try:
+            write_atomically(self.tokenizer, tokenizer.read_bytes())
         except OSError as error:
             raise RunDirectoryError(
                 f"`out` {self.path} cannot be written ({error})."
@@ -224,3 +235,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     partial = path.with_name("." + path.name)
     partial.write_bytes(data)
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
+    """Opens a new file, which takes another's place when it is whole, else vanishes.
+
+    Its name is random, so that no file of the user's is touched.
+
+    Args:
+        path: The file to replace, or to make.
+        mode: "x" or "xb".
+        options: Of `open`.
+    """
+    partial = path.with_name(f".jaxsoft-{secrets.token_hex(8)}")
+    try:
+        with partial.open(mode, **options) as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

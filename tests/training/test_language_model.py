@@ -166,12 +166,16 @@ def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, tmp_path, last)
     config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "run"))
     with pytest.raises(MemoryError):
         train_language_model(config, listener=DiesAfter(last))
-    with RunDirectory(config.out).metrics.open("a") as file:
+    directory = RunDirectory(config.out)
+    directory.tokenizer.unlink()  # as if killed before it was copied
+    with directory.metrics.open("a") as file:
         file.write('{"event": "train", "st')  # cut short by the kill
     notes = Notes()
     train_language_model(config, resume=True, listener=notes)
     assert notes.steps[0] == (1 if last == 3 else 6)
     assert records(config.out) == records(uninterrupted[0].out)
+    whole = RunDirectory(uninterrupted[0].out)
+    assert directory.tokenizer.read_bytes() == whole.tokenizer.read_bytes()
 
 
 def test_run_killed_after_its_last_step_is_finished_by_resume(uninterrupted, tmp_path):

@@ -86,7 +86,7 @@ def test_a_bad_row_on_disk_is_named_and_the_parameters_before_it_kept(tmp_path):
     features[100, 2] = np.nan
     np.save(tmp_path / "features.npy", features)
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
-    model = SoftmaxRegression(batch_size=16, max_iter=2)
+    model = SoftmaxRegression(solver="minibatch", batch_size=16, max_iter=2)
     with pytest.raises(NonFiniteLossError, match=r"iteration \d+, batch \d+.*100"):
         model.fit(mapped, GIVEN.labels)
     assert model.stopping_reason_ == "non_finite" and np.isfinite(model.coef_).all()

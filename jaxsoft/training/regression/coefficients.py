@@ -30,6 +30,12 @@ def of_classes(
             f"`warm_start` must go on with {(count, width)} coefficients, got "
             f"{coef.shape}: the first fit had other classes or features."
         )
+    reference = reference_of(estimator, rows.classes)
+    if reference is not None:
+        coef = coef - coef[reference]
+        intercept = intercept - intercept[reference]
+    if not estimator.fit_intercept:
+        intercept = np.zeros_like(intercept)
     return coef.astype(rows.dtype), intercept.astype(rows.dtype)
 
 
@@ -50,6 +56,8 @@ def set_fitted(
 ) -> None:
     """Sets the fitted attributes of where a solver stands."""
     e, parameters = estimator, run.parameters(state)
+    for name in ("coef_", "intercept_") if e.head != "full" else ("head_",):
+        e.__dict__.pop(name, None)
     e.n_iter_ = np.array([status.iteration], np.int32)
     if hasattr(run, "steps_per_epoch"):
         e.n_iter_ = -(-e.n_iter_ // np.int32(run.steps_per_epoch))

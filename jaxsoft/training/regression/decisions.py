@@ -1,6 +1,6 @@
 """What a fitted classifier says of rows: logits, probabilities, classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jaxsoft.training.regression.head_predictions import log_probs, top_classes
 from jaxsoft.training.regression.inputs import read_features
 from jaxsoft.training.regression.sources import RowSource, as_source
 
-# Bytes of the logits that exist at a time where all that is wanted is a class.
+# Bytes of the features, or logits, that exist at a time where neither is wanted.
 _CHUNK_BYTES = 2**26
 
 
@@ -24,11 +24,9 @@ def logits(estimator: Any, features: Any) -> np.ndarray:
     """
     features = checked(estimator, features)
     if estimator.head != "full":
-        found = log_probs(
-            estimator.head_,
-            as_source(features),
-            dtype=features_dtype(estimator, features),
-        )
+        dtype = features_dtype(estimator, features)
+        with jax.enable_x64(dtype == np.float64):
+            found = log_probs(estimator.head_, as_source(features), dtype=dtype)
         return found[:, 1] - found[:, 0] if found.shape[1] == 2 else found
     return linear(estimator, features)
 
@@ -36,7 +34,11 @@ def logits(estimator: Any, features: Any) -> np.ndarray:
 def linear(estimator: Any, features: Any) -> np.ndarray:
     """Returns the logits of checked rows by `coef_` and `intercept_`."""
     if isinstance(features, RowSource):
-        features = features.read(np.arange(len(features)), estimator.coef_.dtype)
+        parts = [
+            linear(estimator, features.read(rows, estimator.coef_.dtype))
+            for rows in _chunks(estimator, len(features))
+        ]
+        return np.concatenate(parts)
     scores = safe_sparse_dot(features, estimator.coef_.T, dense_output=True)
     scores = np.asarray(scores + estimator.intercept_, estimator.coef_.dtype)
     if scores.shape[1] == 1:
@@ -76,20 +78,23 @@ def classes(estimator: Any, features: Any) -> np.ndarray:
             index = top_classes(estimator.head_, as_source(features), dtype=dtype)
         return estimator.classes_[index]
     count = len(features) if isinstance(features, RowSource) else features.shape[0]
-    width = estimator.coef_.dtype.itemsize * len(estimator.classes_)
-    step = max(1, _CHUNK_BYTES // width)
     index = np.empty(count, np.intp)
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
+    for rows in _chunks(estimator, count):
+        part = slice(rows[0], rows[-1] + 1)
         if isinstance(features, RowSource):
-            rows = features.read(
-                np.arange(part.start, part.stop), estimator.coef_.dtype
-            )
+            scores = linear(estimator, features.read(rows, estimator.coef_.dtype))
         else:
-            rows = features[part]
-        scores = linear(estimator, rows)
+            scores = linear(estimator, features[part])
         index[part] = scores > 0 if scores.ndim == 1 else scores.argmax(1)
     return estimator.classes_[index]
+
+
+def _chunks(estimator: Any, count: int) -> Iterator[np.ndarray]:
+    """Yields the numbers of rows whose features or logits exist at a time."""
+    width = max(len(estimator.classes_), estimator.n_features_in_)
+    step = max(1, _CHUNK_BYTES // (estimator.coef_.dtype.itemsize * width))
+    for start in range(0, count, step):
+        yield np.arange(start, min(start + step, count))
 
 
 def checked(estimator: Any, features: Any) -> Any:

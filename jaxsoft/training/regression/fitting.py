@@ -1,6 +1,7 @@
 """From an estimator and its rows to fitted attributes."""
 
 import contextlib
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
@@ -18,6 +20,7 @@ from jaxsoft.training.regression import (
     coefficients,
     decisions,
     full_batch,
+    identity,
     parameters,
     solving,
 )
@@ -28,6 +31,8 @@ from jaxsoft.training.reporting import Listener
 
 # L-BFGS keeps some twenty copies of the parameters: above so many, minibatches.
 _MOST_PARAMETERS = 2**24
+# Of a memory map, what is read as a whole.
+_IN_MEMORY_BYTES = 2**30
 
 INTERRUPTED = "interrupted"
 
@@ -59,7 +64,7 @@ def fit(
       FitInterrupted: `stop` received a signal; the parameters are the last ones.
     """
     parameters.check(estimator)
-    if _is_source(features):
+    if _stays_on_disk(estimator, features):
         rows = read_source_rows(
             estimator, as_source(features), labels, sample_weight, targets
         )
@@ -83,6 +88,7 @@ def fit(
             state, status = solving.solve(
                 run,
                 checkpoints=_folder(estimator.checkpoint_dir),
+                fingerprint=lambda: identity.fingerprint(estimator, training),
                 checkpoint_seconds=estimator.checkpoint_seconds,
                 listener=listener,
                 stop=stop,
@@ -133,21 +139,34 @@ def partial_fit(
 ) -> None:
     """Makes one epoch of minibatches; see `SoftmaxRegression.partial_fit`."""
     parameters.check(estimator)
+    if estimator.l1_ratio > 0:
+        raise ValueError(
+            f"`l1_ratio` must be 0 for partial_fit, got {estimator.l1_ratio!r}."
+        )
+    if isinstance(estimator.class_weight, str):
+        raise ValueError(
+            "`class_weight` must be None or a dict for partial_fit, which does not see "
+            f"all rows, got {estimator.class_weight!r}."
+        )
     first = not hasattr(estimator, "classes_")
     known = _known_classes(estimator, classes, targets)
     rows = read_rows(
         estimator, features, labels, sample_weight, targets, classes=known, reset=first
     )
-    state = getattr(estimator, "_state", None)
-    if state is not None and state.last.dtype != rows.dtype:
-        rows = rows.astype(state.last.dtype)
+    known_state = getattr(estimator, "_state", None)
+    if known_state is not None and known_state.last.dtype != rows.dtype:
+        rows = rows.astype(known_state.last.dtype)
     with jax.enable_x64(rows.dtype == np.float64):
         estimator.classes_, estimator.solver_ = rows.classes, "minibatch"
         estimator.temperature_ = 1.0
         run = minibatch(estimator, rows, passes=True, go_on=not first)
-        estimator._state = state = run.one_pass(state)
+        # A copy: what is interrupted in a pass starts it again.
+        state = run.one_pass(jax.tree.map(jnp.copy, known_state))
         status = run.status(state)
+        passes = 1 if known_state is None else int(estimator.n_iter_[0]) + 1
         coefficients.set_fitted(estimator, run, state, status, rows)
+        estimator.n_iter_ = np.array([passes], np.int32)
+        estimator._state = state
     solving.check_finite(status)
 
 
@@ -198,6 +217,8 @@ def minibatch(
         }
     elif rows.targets is not None:
         raise ValueError(f"`targets` must be None with `head` {e.head!r}.")
+    elif go_on and hasattr(e, "head_"):
+        options = {"start": e.head_}
     return minibatch_solver(
         as_source(rows.features),
         rows.labels,
@@ -219,9 +240,17 @@ def minibatch(
     )
 
 
-def _is_source(features: Any) -> bool:
-    """Says whether features are read batch by batch, and never as a whole."""
-    return isinstance(features, RowSource) or isinstance(features, np.memmap)
+def _stays_on_disk(estimator: Any, features: Any) -> bool:
+    """Says whether features are read batch by batch, and never as a whole.
+
+    joblib, and so scikit-learn's `n_jobs`, makes a memory map of every larger array:
+    only those too large for memory, and those for minibatches, are left on disk.
+    """
+    if not isinstance(features, np.memmap):
+        return isinstance(features, RowSource)
+    if estimator.solver != "auto":
+        return estimator.solver == "minibatch"
+    return features.nbytes > _IN_MEMORY_BYTES
 
 
 def _choose(estimator: Any, rows: Rows) -> str:
@@ -231,11 +260,11 @@ def _choose(estimator: Any, rows: Rows) -> str:
     width = len(rows.classes) * rows.features.shape[1]
     if e.solver == "auto" and not e.l1_ratio > 0:
         large = e.head != "full" or width > _MOST_PARAMETERS
-        if large or asked or _is_source(rows.features):
+        if large or asked or isinstance(rows.features, RowSource):
             return "minibatch"
     if e.solver == "minibatch":
         return e.solver
-    if _is_source(rows.features):
+    if isinstance(rows.features, RowSource):
         raise ValueError(
             '`solver` must be "minibatch" or "auto" for rows that stay on disk, got '
             f"{e.solver!r}."
@@ -255,14 +284,21 @@ def _hold_out(estimator: Any, rows: Rows) -> tuple[Rows, Rows | None]:
         return rows, None
     if rows.labels is None:
         raise ValueError("`calibrate` must be False where there is no `y`, got True.")
-    if _is_source(rows.features):
+    if isinstance(rows.features, RowSource):
         raise ValueError(
             "`calibrate` must be False for rows that stay on disk, got True; fit a "
             "temperature on other rows by jaxsoft.fit_temperature."
         )
+    count, share = len(rows.labels), estimator.validation_fraction
+    number = min(math.ceil(share * count), count)
+    if min(number, count - number) < len(rows.classes):
+        raise ValueError(
+            "`validation_fraction` must leave a row of each of the "
+            f"{len(rows.classes)} classes on either side, got {share!r} of {count}."
+        )
     training, held = train_test_split(
-        np.arange(len(rows.labels)),
-        test_size=estimator.validation_fraction,
+        np.arange(count),
+        test_size=number,
         random_state=parameters.seed_of(estimator),
         stratify=rows.labels,
     )

@@ -67,6 +67,11 @@ class Options:
 
 def choose(options: Options, rows: Rows) -> str:
     """Returns the solver that "auto" means for some rows."""
+    if options.solver == "newton" and not dense(rows.features):
+        raise ValueError(
+            '`solver` must not be "newton" for sparse features that are too large to '
+            'be made dense, got "newton"; take "lbfgs".'
+        )
     if options.solver != "auto":
         return options.solver
     if options.l1_ratio > 0:
@@ -165,9 +170,12 @@ def _place(
         features = features.toarray() if is_sparse(features) else features
         padded = _padded(count, features.nbytes, devices)
         features = _pad(features, padded)
-        each = max(1, _TILE_BYTES // (len(order) * dtype.itemsize))
-        tile = min(padded // devices, max(each, 256))
-        if count * len(order) * dtype.itemsize <= 8 * _TILE_BYTES * devices:
+        # A row's logits; of Newton's Hessian, the features by each class.
+        row = len(order) * dtype.itemsize
+        if options.solver == "newton":
+            row *= features.shape[1] + options.intercept
+        tile = min(padded // devices, max(_TILE_BYTES // row, 256))
+        if count * row <= 8 * _TILE_BYTES * devices:
             tile = padded // devices
     else:
         tile = tile_rows(features, kernel_rows, devices)

@@ -1,15 +1,13 @@
 """Predictions of a trained head, some rows at a time."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsoft import linear_top_k
 from jaxsoft.training.regression.sources import RowSource
 
 # Log-probabilities of a block of rows take about as much.
@@ -55,39 +53,10 @@ def top_classes(head: Any, source: RowSource, *, dtype: Any = np.float32) -> np.
       `[N]` int32.
     """
     graph, state = nnx.split(head)
-    predict = functools.partial(_top_classes, graph, state)
-    return _predicted(predict, source, dtype)
-
-
-def top_classes_of(
-    coef: np.ndarray,
-    intercept: np.ndarray,
-    source: RowSource,
-    *,
-    dtype: Any = np.float32,
-) -> np.ndarray:
-    """The most probable class of each row by a full head, its logits never stored.
-
-    Args:
-      coef: `[V, d]`.
-      intercept: `[V]`.
-      source: N rows.
-      dtype: of the features.
-
-    Returns:
-      `[N]` int32, the lowest class of equals.
-    """
-    placed = jnp.asarray(coef, dtype), jnp.asarray(intercept, dtype)
-    predict = functools.partial(_top_linear, *placed)
-    return _predicted(predict, source, dtype)
-
-
-def _predicted(
-    predict: Callable[[np.ndarray], Any], source: RowSource, dtype: Any
-) -> np.ndarray:
     found = np.empty(len(source), np.int32)
     for start, features, count in _blocks(source, _SEARCHED, dtype):
-        found[start : start + count] = np.asarray(predict(features))[:count]
+        ids = np.asarray(_top_classes(graph, state, features))
+        found[start : start + count] = ids[:count]
     return found
 
 
@@ -110,10 +79,4 @@ def _log_probs(graph: Any, state: Any, features: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _top_classes(graph: Any, state: Any, features: jax.Array) -> jax.Array:
     _, ids = nnx.merge(graph, state).top_k(features, 1)
-    return ids[:, 0]
-
-
-@jax.jit
-def _top_linear(kernel: jax.Array, bias: jax.Array, features: jax.Array) -> jax.Array:
-    _, ids = linear_top_k(features, kernel, 1, bias=bias, kernel_layout="vh")
     return ids[:, 0]

@@ -165,16 +165,37 @@ def _with_weights(
     """Returns the rows, with the weights of the classes in their weights."""
     classes, encoded = _encode(labels, targets, classes)
     targets = _check_targets(targets, features, len(classes))
-    if estimator.class_weight is not None and encoded is not None:
-        by_class = compute_class_weight(
-            estimator.class_weight, classes=classes, y=labels, sample_weight=weights
-        )
-        weights = weights * by_class[encoded]
+    if estimator.class_weight is not None:
+        weights = weights * _class_weights(estimator, classes, encoded, weights)
     if not weights.sum() > 0:
         raise ValueError(
             "`sample_weight` must have a positive sum, got weights that are all 0."
         )
     return Rows(features, classes, encoded, targets, weights)
+
+
+def _class_weights(
+    estimator: Any, classes: np.ndarray, encoded: np.ndarray | None, weights: np.ndarray
+) -> np.ndarray:
+    """Returns the weight of each row's class."""
+    if encoded is None:
+        raise ValueError(
+            "`class_weight` must be None where there is no `y`, got "
+            f"{estimator.class_weight!r}."
+        )
+    if not isinstance(estimator.class_weight, str):
+        by_class = compute_class_weight(
+            estimator.class_weight, classes=classes, y=classes[encoded]
+        )
+        return by_class[encoded]
+    if estimator.class_weight != "balanced":
+        raise ValueError(
+            '`class_weight` must be None, a dict or "balanced", got '
+            f"{estimator.class_weight!r}."
+        )
+    mass = np.bincount(encoded, weights, minlength=len(classes))
+    # A class without weight has no row that counts.
+    return (weights.sum() / (len(classes) * np.where(mass > 0, mass, 1)))[encoded]
 
 
 def read_source_rows(
@@ -193,7 +214,9 @@ def read_source_rows(
       ValueError: as in `read_rows`.
     """
     count = len(source)
-    shape_only = SourceFeatures(source, np.dtype(estimator.dtype or np.float32))
+    kept = getattr(source, "dtype", None) == np.float64
+    default = np.float64 if kept else np.float32
+    shape_only = SourceFeatures(source, np.dtype(estimator.dtype or default))
     if labels is None and targets is None:
         raise ValueError("`y` must be given where there are no `targets`, got None.")
     if labels is not None:
@@ -220,7 +243,6 @@ def _conversion(dtype: Any) -> dict[str, Any]:
     accepted = [np.float64, np.float32] if dtype is None else np.dtype(dtype)
     return {
         "accept_sparse": "csr",
-        "accept_large_sparse": False,
         "dtype": accepted,
         "order": "C",
     }
@@ -239,13 +261,13 @@ def _encode(
         if len(unknown):
             raise ValueError(
                 "`y` must have only the classes of the first fit, got "
-                f"{unknown[0].item()!r}."
+                f"{unknown[:1].tolist()[0]!r}."
             )
         return classes, np.searchsorted(classes, labels).astype(np.int32)
     if len(found) < 2:
         raise ValueError(
             "`y` must have at least 2 classes, got only one class: "
-            f"{found[0].item()!r}."
+            f"{found[:1].tolist()[0]!r}."
         )
     return found, encoded.astype(np.int32)
 

@@ -33,8 +33,14 @@ from jaxsoft.training.regression.run_files import RegressionDirectory
 from jaxsoft.training.regression.saving import save_model
 from jaxsoft.training.regression.scaling import Scaling, choose_scaling, fold
 from jaxsoft.training.regression.settings import FREE_FIELDS, RegressConfig
-from jaxsoft.training.regression.tables import Table, TableError, read_table
+from jaxsoft.training.regression.tables import (
+    Table,
+    TableError,
+    check_range,
+    read_table,
+)
 from jaxsoft.training.reporting import Listener
+from jaxsoft.training.run_directory import RunDirectoryError
 
 __all__ = ["train_regression"]
 
@@ -79,7 +85,7 @@ def train_regression(
         check_same(config, read_config(config.out, RegressConfig), FREE_FIELDS)
         finished = directory.read_report()
         if finished is not None:
-            report = RegressionReport.from_record(finished)
+            report = _read_report(directory, finished)
             listener.note(
                 f"the run in {config.out} finished at iteration {report.iterations}"
             )
@@ -96,11 +102,14 @@ def train_regression(
     description = _description(config, table)
     if resume:
         check_same_surroundings(directory, description, listener, ("data",))
+    scaling, features = _scaled(config, table, train, test)
     stop.check()
     if not resume:
         directory.start(description)
     started = time.monotonic()
-    estimator, scaling = _fit(config, directory, table, train, listener, stop)
+    labels = table.labels[train]
+    estimator = _fit(config, directory, features, labels, listener, stop)
+    fold(estimator, scaling)
     seconds = time.monotonic() - started
     return _finish(directory, estimator, scaling, table, (train, test), seconds)
 
@@ -164,22 +173,44 @@ def _split(table: Table, config: RegressConfig) -> tuple[np.ndarray, np.ndarray]
     return np.sort(train), np.sort(test)
 
 
+def _read_report(
+    directory: RegressionDirectory, record: Mapping[str, Any]
+) -> RegressionReport:
+    """Reads the report of a finished run from what its file holds."""
+    try:
+        return RegressionReport.from_record(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{directory.report} is not the report of a run ({error})."
+        ) from error
+
+
+def _scaled(
+    config: RegressConfig, table: Table, train: np.ndarray, test: np.ndarray
+) -> tuple[Scaling, Any]:
+    """Returns the scaling, and the training rows by it; the test rows bear it, too."""
+    standardize = False if config.head != "full" else config.standardize
+    scaling = choose_scaling(table, train, standardize)
+    check_range(table, scaling.apply(table.features[test], config.dtype), test)
+    features = scaling.apply(table.features[train], config.dtype)
+    check_range(table, features, train)
+    return scaling, features
+
+
 def _fit(
     config: RegressConfig,
     directory: RegressionDirectory,
-    table: Table,
-    train: np.ndarray,
+    features: Any,
+    labels: np.ndarray,
     listener: Listener,
     stop: StopRequest,
-) -> tuple[Any, Scaling]:
-    """Fits the estimator, and returns it as one of the table's own features."""
+) -> Any:
+    """Fits the estimator to scaled features."""
     from sklearn.exceptions import ConvergenceWarning
 
     from jaxsoft.training.regression import fitting
     from jaxsoft.training.softmax_regression import SoftmaxRegression
 
-    standardize = False if config.head != "full" else config.standardize
-    scaling = choose_scaling(table, train, standardize)
     estimator: Any = SoftmaxRegression(
         C=config.C,
         solver=config.solver,
@@ -193,19 +224,17 @@ def _fit(
         checkpoint_dir=str(directory.checkpoints),
         checkpoint_seconds=config.checkpoint_every,
     )
-    features = scaling.apply(table.features[train], config.dtype)
     with warnings.catch_warnings():
         # The report says it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitting.fit(
             estimator,
             features,
-            table.labels[train],
+            labels,
             listener=_Recorder(directory, listener),
             stop=stop,
         )
-    fold(estimator, scaling)
-    return estimator, scaling
+    return estimator
 
 
 def _finish(
@@ -216,7 +245,7 @@ def _finish(
     split: tuple[np.ndarray, np.ndarray],
     seconds: float,
 ) -> RegressionReport:
-    """Measures, and writes model, pictures and, last, the report."""
+    """Measures, and writes the model, the report, and the pictures."""
     from scipy.sparse import coo_matrix
 
     classes = estimator.classes_
@@ -228,13 +257,15 @@ def _finish(
     report = _report(estimator, scaling, table, train, test, counts, seconds)
     if table.feature_names is not None:
         estimator.feature_names_in_ = np.array(table.feature_names, object)
+    if table.label_column is not None:
+        estimator.label_column_ = table.label_column
     save_model(estimator, directory.model)
+    directory.write_report(report.record())
     directory.plot_confusion(counts, classes)
     test.draw(directory.reliability)
     if getattr(estimator, "coef_", None) is not None:
         directory.plot_weights(estimator.coef_, classes, table.image_shape)
     directory.plot_convergence()
-    directory.write_report(report.record())
     return report
 
 

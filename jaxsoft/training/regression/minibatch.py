@@ -18,11 +18,11 @@ from jaxsoft.training.heads import HeadPlan
 from jaxsoft.training.mesh import DATA, usable_mesh
 from jaxsoft.training.regression.minibatch_solver import MinibatchSolver, TrainingRows
 from jaxsoft.training.regression.minibatch_step import Numbers, Plan, WarmupCosine
+from jaxsoft.training.regression.settings import HEADS
 from jaxsoft.training.regression.sources import BatchOrder, RowSource
 from jaxsoft.training.unigram import unigram_log_probs
 
 RegressionHead = Literal["full", "hierarchical", "adaptive"]
-HEADS: tuple[RegressionHead, ...] = ("full", "hierarchical", "adaptive")
 
 # Where none are given. A step of Adam at the peak moves a logit by at most about
 # `_MOST_MOVE`, whatever the features' number and scale. On digits, raw and
@@ -267,7 +267,7 @@ def _start(
         )
         if by_rows:
             tables = tables, jnp.asarray(_visits(tables, counts), dtype)
-    return graph, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), tables
+    return graph, jax.tree.map(lambda leaf: jnp.array(leaf, dtype), params), tables
 
 
 def _full_parameters(

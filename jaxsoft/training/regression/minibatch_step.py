@@ -293,8 +293,11 @@ def _update(
         gradient = jax.tree.map(
             lambda leaf: leaf if leaf.ndim > 1 else jnp.zeros_like(leaf), gradient
         )
-    optimizer = plan.optimizer(rate)
-    updates, after = optimizer.update(gradient, state.optimizer, state.params)
+    # Some of Optax's transformations need the value too.
+    optimizer = optax.with_extra_args_support(plan.optimizer(rate))
+    updates, after = optimizer.update(
+        gradient, state.optimizer, state.params, value=value, grad=gradient
+    )
     params = optax.apply_updates(state.params, updates)
     good = jnp.isfinite(value)
     for leaf in jax.tree.leaves(params):
@@ -378,7 +381,10 @@ def _loss(plan: Plan, params: Any, tables: Any, batch: Batch) -> Array:
         )
     logits = batch.features @ params["kernel"].T + params["bias"][None]
     losses = plan.temperature**2 * softmax_cross_entropy(
-        logits, temperature=plan.temperature, targets=batch.targets
+        logits,
+        temperature=plan.temperature,
+        targets=batch.targets,
+        label_smoothing=plan.label_smoothing,
     )
     if batch.labels is not None:
         of_labels = softmax_cross_entropy(

@@ -5,15 +5,16 @@ import numbers
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from sklearn.utils import check_random_state
 
 from jaxsoft import checks
 from jaxsoft.training.mesh import DATA, MeshError
 from jaxsoft.training.regression.full_batch import Options
 from jaxsoft.training.regression.inputs import Rows
-from jaxsoft.training.regression.minibatch import BATCH_SIZE, HEADS
+from jaxsoft.training.regression.minibatch import BATCH_SIZE
+from jaxsoft.training.regression.settings import HEADS, SOLVERS
 
-SOLVERS = ("auto", "lbfgs", "newton", "fista", "minibatch")
 _FULL_BATCH = ("lbfgs", "newton", "fista")
 # What `max_iter=None` stands for: iterations over all rows; and about so many steps of
 # minibatches, within so many epochs.
@@ -74,8 +75,13 @@ def check(estimator: Any) -> None:
                 )
     if e.dtype is not None and np.dtype(e.dtype) not in (np.float32, np.float64):
         raise ValueError(f"`dtype` must be float32 or float64, got {e.dtype!r}.")
-    if e.mesh is not None and e.mesh.axis_names != (DATA,):
-        raise MeshError(f"`mesh` must have the one axis data, got {e.mesh.axis_names}.")
+    if e.mesh is not None and not isinstance(e.mesh, Mesh):
+        raise TypeError(f"`mesh` must be a jax.sharding.Mesh or None, got {e.mesh!r}.")
+    if e.mesh is not None and e.mesh.shape.get(DATA) != e.mesh.size:
+        raise MeshError(
+            "`mesh` must have all its devices along the axis data, got "
+            f"{dict(e.mesh.shape)}."
+        )
 
 
 def seed_of(estimator: Any) -> int:

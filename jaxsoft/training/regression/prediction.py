@@ -16,7 +16,8 @@ from jaxsoft.training.regression.measures import (
     predict,
 )
 from jaxsoft.training.regression.saving import load_model
-from jaxsoft.training.regression.tables import Table, read_rows
+from jaxsoft.training.regression.tables import Table, check_range, read_rows
+from jaxsoft.training.run_directory import replacing
 
 __all__ = ["PredictionError", "PredictionReport", "predict_table"]
 
@@ -59,7 +60,8 @@ def predict_table(
     Args:
         model: The file of a `SoftmaxRegression`, or the folder of a run.
         data: A CSV, NPZ or libsvm file, with labels or without.
-        label: The column of the labels, if there is one; see `read_rows`.
+        label: The column of the labels, if there is one; None is where the model's own
+            table had them. See `read_rows`.
         out: A CSV file to write, which must not exist yet: the predicted class of each
             row, in the table's order. None writes nothing.
         probabilities: Also write the probability of each class.
@@ -87,7 +89,9 @@ def predict_table(
         label,
         num_features=int(estimator.n_features_in_),
         feature_names=None if names is None else tuple(names.tolist()),
+        label_column=vars(estimator).pop("label_column_", None),
     )
+    _check_range(estimator, table)
     classes = estimator.classes_
     labels = table.labels
     if labels is not None:
@@ -106,6 +110,14 @@ def predict_table(
     )
 
 
+def _check_range(estimator: Any, table: Table) -> None:
+    """Raises `TableError` at a value that the model's dtype cannot hold."""
+    coef = getattr(estimator, "coef_", None)
+    dtype = estimator.dtype or (np.float64 if coef is None else coef.dtype)
+    with np.errstate(over="ignore"):
+        check_range(table, table.features.astype(dtype, copy=False))
+
+
 def _vacant(out: Path) -> Path:
     """Returns a path where a new file can be written."""
     if out.exists():
@@ -121,19 +133,14 @@ def _write(
 ) -> Any:
     """Predicts, and writes the file whole or not at all."""
     classes = estimator.classes_.tolist()
-    partial = out.with_name("." + out.name)
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            more = [f"probability_{name}" for name in classes] if probabilities else []
-            writer.writerow(["prediction", *more])
+    with replacing(out, "x", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        more = [f"probability_{name}" for name in classes] if probabilities else []
+        writer.writerow(["prediction", *more])
 
-            def each(best: np.ndarray, values: np.ndarray) -> None:
-                for index, row in zip(best.tolist(), values, strict=True):
-                    writer.writerow([classes[index], *(row if probabilities else ())])
+        def each(best: np.ndarray, values: np.ndarray) -> None:
+            for index, row in zip(best.tolist(), values, strict=True):
+                writer.writerow([classes[index], *(row if probabilities else ())])
 
-            predictions = predict(estimator, table.features, labels, each)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+        predictions = predict(estimator, table.features, labels, each)
     return predictions

@@ -9,7 +9,8 @@ One folder holds one run:
 - `confusion.png`, `reliability.png`: of the test rows;
 - `weights.png`: the coefficients of the classes, as images where rows are images;
 - `convergence.png`: objective and gradient against iterations;
-- `metrics.json`: the report, written last.
+- `metrics.json`: the report, written before the pictures, so that none can keep a run
+  from its end.
 """
 
 import json
@@ -90,7 +91,7 @@ class RegressionDirectory(RunDirectory):
         figure.colorbar(image, label="share of the class's rows")
         axes.set(xlabel="predicted", ylabel="true")
         if len(classes) <= _NAMED_CLASSES:
-            names = [str(one) for one in classes.tolist()]
+            names = [_plain(one) for one in classes.tolist()]
             slant = 90 if max(map(len, names)) > 3 else 0
             axes.set_xticks(range(len(names)), names, rotation=slant)
             axes.set_yticks(range(len(names)), names)
@@ -119,7 +120,7 @@ class RegressionDirectory(RunDirectory):
             image = axes.imshow(shown, aspect="auto", **colours)
             axes.set(xlabel="feature", ylabel="class")
             if len(names) <= _NAMED_CLASSES:
-                axes.set_yticks(range(len(names)), [str(name) for name in names])
+                axes.set_yticks(range(len(names)), [_plain(name) for name in names])
             figure.colorbar(image, label="coefficient")
         else:
             columns = min(len(names), max(5, int(len(names) ** 0.5)))
@@ -131,7 +132,7 @@ class RegressionDirectory(RunDirectory):
                 picture = row.reshape(shape)
                 picture = picture if picture.ndim == 2 else picture.mean(axis=2)
                 image = axes.imshow(picture, **colours)
-                axes.set_title(str(name), size=8)
+                axes.set_title(_plain(name), size=8)
             figure.colorbar(image, ax=panels, label="coefficient")
         self._save(figure, "weights.png")
 
@@ -163,6 +164,11 @@ class RegressionDirectory(RunDirectory):
         partial = self.path / ("." + name)
         figure.savefig(partial, dpi=150, format="png")
         partial.replace(self.path / name)
+
+
+def _plain(name: Any) -> str:
+    """A name as matplotlib shows it, its dollar signs no formula's."""
+    return str(name).replace("$", r"\$")
 
 
 def _figure(

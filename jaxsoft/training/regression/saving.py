@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxsoft.training.regression.head_files import pack_head, unpack_head
+from jaxsoft.training.run_directory import replacing
 
 __all__ = ["FORMAT", "ModelFileError", "load_model", "save_model"]
 
@@ -146,13 +147,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _write(path: Path, data: bytes) -> Path:
     """Replaces a file, whole or not at all."""
-    partial = path.with_name("." + path.name)
     try:
-        with partial.open("wb") as file:
+        with replacing(path, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise ModelFileError(f"{path} cannot be written ({error}).") from error
     return path

@@ -30,12 +30,16 @@ class Scaling(NamedTuple):
     scale: np.ndarray
 
     def apply(self, features: Any, dtype: Any) -> Any:
-        """Returns scaled features in a dtype; computed in float64."""
-        if self.kind == "none":
-            return features.astype(dtype)
-        if issparse(features):
-            return features.multiply(1 / self.scale).tocsr().astype(dtype)
-        return ((features - self.mean) / self.scale).astype(dtype)
+        """Returns scaled features in a dtype, infinite where it cannot hold them.
+
+        They are computed in float64.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.kind == "none":
+                return features.astype(dtype)
+            if issparse(features):
+                return features.multiply(1 / self.scale).tocsr().astype(dtype)
+            return ((features - self.mean) / self.scale).astype(dtype)
 
 
 def choose_scaling(table: Table, rows: np.ndarray, standardize: bool | None) -> Scaling:

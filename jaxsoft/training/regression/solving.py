@@ -8,6 +8,7 @@ Ctrl-C have their place between two of them.
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsoft.training.checkpoints import Checkpoints, Progress
+from jaxsoft.training.checkpoints import CheckpointError, Checkpoints, Progress
 from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
 from jaxsoft.training.language_model import NonFiniteLossError
 from jaxsoft.training.regression.objective import Data, Plan
@@ -31,6 +32,8 @@ NON_FINITE = "non_finite"
 _SEGMENT_SECONDS, _RATE, _MOST_ITERATIONS = 0.5, 3e10, 8
 # Of the line search, which counts an increase by so many units of rounding as none.
 _BACKTRACKING_STEPS, _ROUNDING_ULPS = 40, 4.0
+# In a folder of checkpoints, whose they are.
+_FINGERPRINT = "fit.txt"
 # By the index that compiled loops keep.
 REASONS = ("", GRADIENT, OBJECTIVE, MAX_ITER, NON_FINITE)
 
@@ -98,6 +101,7 @@ def solve(
     *,
     checkpoints: Path | None = None,
     checkpoint_seconds: float = 30.0,
+    fingerprint: Callable[[], str] | None = None,
     resume: bool = True,
     listener: Listener | None = None,
     stop: StopRequest | None = None,
@@ -110,6 +114,8 @@ def solve(
       checkpoints: folder of the run's checkpoints, or None for none.
       checkpoint_seconds: the least time between two checkpoints. Results do not
         depend on it.
+      fingerprint: makes a text that equal fits have in common, and no others: the run
+        of another is not gone on with. None asks for nothing.
       resume: go on from the newest checkpoint, if there is one.
       listener: told of progress.
       stop: asked between segments whether to stop; a stop saves first.
@@ -122,7 +128,7 @@ def solve(
     Raises:
       FitInterrupted: `stop` received a signal; the state is saved, if there is a
         folder to save it in.
-      CheckpointError: a checkpoint cannot be written or read.
+      CheckpointError: a checkpoint cannot be written or read, or is another fit's.
     """
     listener, stop = listener or Listener(), stop or StopRequest()
     state = solver.init()
@@ -130,7 +136,10 @@ def solve(
         return _run(solver, state, None, 0.0, 0.0, listener, stop, rows)
     with Checkpoints(checkpoints) as store:
         seconds = 0.0
-        if resume and store.latest_step() is not None:
+        going_on = resume and store.latest_step() is not None
+        if fingerprint is not None:
+            _same_fit(checkpoints, fingerprint(), going_on=going_on)
+        if going_on:
             abstract = jax.eval_shape(lambda: state)
             state, progress = store.restore(abstract)
             seconds = progress.seconds
@@ -138,6 +147,21 @@ def solve(
         return _run(
             solver, state, store, checkpoint_seconds, seconds, listener, stop, rows
         )
+
+
+def _same_fit(folder: Path, found: str, *, going_on: bool) -> None:
+    """Marks a folder of checkpoints as a fit's, or raises if it is another's."""
+    path = folder / _FINGERPRINT
+    try:
+        if not going_on:
+            path.write_text(found)
+        elif not path.exists() or path.read_text() != found:
+            raise CheckpointError(
+                f"{folder}: the checkpoints there are of a fit with other rows or "
+                "other parameters; take another folder, or remove this one."
+            )
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
 def _run(

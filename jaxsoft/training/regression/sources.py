@@ -54,7 +54,7 @@ class DenseRows:
             raise TypeError(f"`array` must hold real numbers, got dtype {array.dtype}.")
         if array.ndim != 2:
             raise ValueError(f"`array` must have shape [N, d], got {array.shape}.")
-        self._array = array
+        self._array, self.dtype = array, array.dtype
         self.num_features: int = array.shape[1]
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -28,7 +29,7 @@ def svmlight_to_memmap(
     folder: str | Path,
     *,
     num_features: int | None = None,
-    zero_based: bool | Literal["auto"] = "auto",
+    zero_based: bool | Literal["auto"] = True,
     dtype: Any = np.float32,
     chunk_bytes: int = 1 << 24,
 ) -> tuple[SparseRows, np.ndarray]:
@@ -40,9 +41,10 @@ def svmlight_to_memmap(
     Args:
       path: the file, in plain text, or compressed where its name ends in .gz or .bz2.
       folder: where the arrays go; it must not exist.
-      num_features: d; None takes the largest index in the file.
-      zero_based: whether the first feature is number 0; "auto" says no where no row
-        has a feature 0.
+      num_features: d; None takes what the file's features need.
+      zero_based: whether a feature's number is its column, as in `jaxsoft regress`, so
+        that all files agree; False takes 1 from each number, and "auto" does so where
+        no row has a feature 0.
       dtype: of the entries, float32 or float64.
       chunk_bytes: how much of the file is in memory at a time.
 
@@ -67,8 +69,8 @@ def svmlight_to_memmap(
       >>> _ = (root / "rows.svm").write_text("1 1:0.5 3:2\n0 2:1\n")
       >>> rows, labels = svmlight_to_memmap(root / "rows.svm", root / "rows")
       >>> print(rows.read(np.array([0, 1]), np.float32), labels)
-      [[0.5 0.  2. ]
-       [0.  1.  0. ]] [1. 0.]
+      [[0.  0.5 0.  2. ]
+       [0.  0.  1.  0. ]] [1. 0.]
 
     References:
       Chang and Lin, LIBSVM: A library for support vector machines, 2011.
@@ -228,7 +230,7 @@ def _chunks(path: Path, size: int) -> Iterator[tuple[int, list[bytes]]]:
             while lines := file.readlines(size):
                 yield number, lines
                 number += len(lines)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise SvmlightError(f"{path} cannot be read: {error}.") from error
 
 

@@ -8,6 +8,7 @@ import csv
 import gzip
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -16,10 +17,27 @@ import numpy as np
 
 # Lines of a CSV file that are turned into numbers at a time.
 _CHUNK = 4096
+# A longer label is a text, not the name of a class.
+_LONGEST_LABEL = 1000
+# Characters of a cell that an error shows.
+_SHOWN = 40
 # Names of features and labels in an NPZ file, the first that is there counts.
 _FEATURE_KEYS = ("X", "x", "data")
 _LABEL_KEYS = ("y", "Y", "target", "labels")
-_SPARSE_KEYS = {"data", "indices", "indptr", "shape", "format"}
+_SPARSE_KEYS = {"format", "shape"}
+# What NumPy, SciPy and zipfile raise at a file that is damaged or something else.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class TableError(ValueError):
@@ -34,11 +52,14 @@ class Wanted(NamedTuple):
       num_features: features of the model that will read the table, or None to train
         one. With a model, labels may be absent.
       feature_names: the model's names of its features, or None.
+      label_column: where the labels were in the table that the model was trained on,
+        as `Contents` has it, or None where that is not known.
     """
 
     label: str | None = None
     num_features: int | None = None
     feature_names: tuple[str, ...] | None = None
+    label_column: str | int | None = None
 
 
 class Contents(NamedTuple):
@@ -49,12 +70,15 @@ class Contents(NamedTuple):
       labels: [n] whatever the file has, or None.
       names: of the features, or None.
       lines: of each row, its line in the file; None where rows count from 0.
+      label_column: where the labels were: a column's name, its index where columns
+        have no names, or an NPZ file's key; None where there is no choice.
     """
 
     features: Any
     labels: np.ndarray | None
     names: tuple[str, ...] | None = None
     lines: np.ndarray | None = None
+    label_column: str | int | None = None
 
 
 def read_digits() -> Contents:
@@ -69,7 +93,7 @@ def read_csv(path: Path, wanted: Wanted) -> Contents:
     """Reads text in columns that commas, semicolons or tabs divide.
 
     The first line is a header if no cell of it is a number, or it has the label's name
-    or the model's names.
+    or the model's names, or it counts the columns: 0, 1, 2 and so on.
     """
     try:
         with _open_text(path) as file:
@@ -86,26 +110,41 @@ def read_npz(path: Path, wanted: Wanted) -> Contents:
                 from scipy.sparse import load_npz
 
                 return Contents(load_npz(path).tocsr(), None)
-            features = next((key for key in _FEATURE_KEYS if key in file), None)
-            if features is None:
-                raise TableError(
-                    f"{path} has no array `X`, `x` or `data`; it has "
-                    f"{_listed(file.files)}."
-                )
-            values = file[features]
-            labels = _label_key(path, file.files, wanted)
-            names = file["feature_names"] if "feature_names" in file else None
-            return Contents(
-                values,
-                None if labels is None else file[labels],
-                None if names is None else tuple(str(name) for name in names),
-            )
+            return _read_arrays(path, file, wanted)
     except TableError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise TableError(
             f"{path} cannot be read as an NPZ file ({_first_line(error)})."
         ) from error
+
+
+def _read_arrays(path: Path, file: Any, wanted: Wanted) -> Contents:
+    """Reads the arrays of an NPZ file."""
+    features = next((key for key in _FEATURE_KEYS if key in file), None)
+    if features is None:
+        raise TableError(
+            f"{path} has no array `X`, `x` or `data`; it has {_listed(file.files)}."
+        )
+    values = _array(path, file, features)
+    labels = _label_key(path, file.files, wanted)
+    names = None
+    if "feature_names" in file:
+        names = tuple(str(name) for name in _array(path, file, "feature_names"))
+    return Contents(
+        values,
+        None if labels is None else _array(path, file, labels),
+        names,
+        label_column=labels,
+    )
+
+
+def _array(path: Path, file: Any, key: str) -> np.ndarray:
+    """Reads an array of an NPZ file, which may hold other things, too."""
+    values = file[key]
+    if not isinstance(values, np.ndarray):
+        raise TableError(f"{path}: {key!r} is not an array.")
+    return values
 
 
 def read_libsvm(path: Path, wanted: Wanted) -> Contents:
@@ -146,15 +185,18 @@ def _read_lines(path: Path, file: TextIO, wanted: Wanted) -> Contents:
     first = file.readline()
     while first and not first.strip():
         first = file.readline()
-    if not first:
-        raise TableError(f"{path} is empty.")
     file.seek(0)
     delimiter = max(",;\t", key=first.count)
     reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
     rows = _rows(path, reader)
-    line, cells = next(rows)
+    line, cells = next(rows, (0, []))
+    if not cells:
+        raise TableError(f"{path} is empty.")
     header = _is_header([cell.strip() for cell in cells], wanted)
     names = [cell.strip() for cell in cells] if header else None
+    for name, count in Counter(names or ()).items():
+        if count > 1:
+            raise TableError(f"{path} has more than one column {name!r}.")
     columns, label = _columns(path, names, len(cells), wanted)
     readings = _Readings(path, names, columns, label)
     if not header:
@@ -168,6 +210,8 @@ def _is_header(cells: list[str], wanted: Wanted) -> bool:
     """Whether the first line has names; a label that is a number counts columns."""
     if not any(_is_number(cell) for cell in cells):
         return True
+    if len(cells) > 1 and cells == [str(index) for index in range(len(cells))]:
+        return True  # what pandas writes of columns without names
     if wanted.label in cells and not _is_number(wanted.label):
         return True
     return bool(wanted.feature_names) and set(wanted.feature_names) <= set(cells)
@@ -202,66 +246,72 @@ class _Readings:
         self.columns, self.label = columns, label
         self.lines: list[int] = []
         self.labels: list[str] = []
-        self.pending: list[list[str]] = []
+        self.pending: list[list[float]] = []
         self.blocks: list[np.ndarray] = []
 
     def add(self, line: int, cells: list[str]) -> None:
         """Takes a row."""
+        try:
+            self.pending.append([float(cells[index]) for index in self.columns])
+        except ValueError:
+            raise self.complaint(line, cells) from None
         self.lines.append(line)
-        self.pending.append([cells[index] for index in self.columns])
         if self.label is not None:
-            label = cells[self.label].strip()
-            if not label:
-                raise TableError(
-                    f"{self.path}: line {line} has no label in column "
-                    f"{self.column(self.label)}."
-                )
-            self.labels.append(label)
+            self.labels.append(self.checked_label(line, cells[self.label].strip()))
         if len(self.pending) == _CHUNK:
-            self.convert()
+            self.pack()
 
-    def convert(self) -> None:
-        """Turns the pending rows into numbers."""
+    def pack(self) -> None:
+        """Puts the pending rows into an array."""
         if self.pending:
-            try:
-                self.blocks.append(np.array(self.pending).astype(np.float64))
-            except ValueError:
-                self.complain()
-                raise
+            self.blocks.append(np.array(self.pending))
         self.pending = []
 
-    def complain(self) -> None:
-        """Raises `TableError` at the first pending cell that is no number."""
-        first = len(self.lines) - len(self.pending)
-        for row, cells in enumerate(self.pending):
-            for index, cell in zip(self.columns, cells, strict=True):
-                line, column = self.lines[first + row], self.column(index)
-                if not cell.strip():
-                    raise TableError(
-                        f"{self.path}: line {line}, column {column} is missing; fill "
-                        "it in or leave the line out."
-                    )
-                if not _is_number(cell):
-                    raise TableError(
-                        f"{self.path}: column {column} is not numeric, line {line} has "
-                        f"{cell!r}; encode it as numbers, leave it out, or name it as "
-                        "the `label`."
-                    )
+    def complaint(self, line: int, cells: list[str]) -> TableError:
+        """What is wrong with the first cell of a row that is no number."""
+        index = next(index for index in self.columns if not _is_number(cells[index]))
+        cell, column = cells[index], self.column(index)
+        if not cell.strip():
+            return TableError(
+                f"{self.path}: line {line}, column {column} is missing; fill it in or "
+                "leave the line out."
+            )
+        shown = repr(cell[:_SHOWN]) + ("..." if len(cell) > _SHOWN else "")
+        return TableError(
+            f"{self.path}: column {column} is not numeric, line {line} has {shown}; "
+            "encode it as numbers, leave it out, or name it as the `label`."
+        )
 
-    def column(self, index: int) -> str:
+    def checked_label(self, line: int, label: str) -> str:
+        """Returns a label that can be one."""
+        if not label:
+            raise TableError(
+                f"{self.path}: line {line} has no label in column "
+                f"{self.column(self.label)}."
+            )
+        if len(label) > _LONGEST_LABEL:
+            raise TableError(
+                f"{self.path}: line {line} has a label of {len(label):,} characters in "
+                f"column {self.column(self.label)}, which is no class; is it another "
+                "column?"
+            )
+        return label
+
+    def column(self, index: Any) -> str:
         """A column's name, or its index."""
         return str(index) if self.names is None else repr(self.names[index])
 
     def contents(self) -> Contents:
         """Everything read."""
-        self.convert()
+        self.pack()
         empty = np.zeros((0, len(self.columns)))
-        names = self.names
+        names, label = self.names, self.label
         return Contents(
             np.concatenate(self.blocks) if self.blocks else empty,
-            None if self.label is None else np.array(self.labels),
+            None if label is None else np.array(self.labels),
             None if names is None else tuple(names[index] for index in self.columns),
             np.array(self.lines, np.int64),
+            label if label is None or names is None else names[label],
         )
 
 
@@ -303,9 +353,16 @@ def _label_column(
         return None
     if names is not None and wanted.feature_names is not None:
         others = set(names) - set(wanted.feature_names)
-        if len(others) == 1:
-            return names.index(others.pop())
-    return length - 1
+        return names.index(others.pop()) if len(others) == 1 else None
+    known = wanted.label_column
+    if names is not None and known in names:
+        return names.index(known)
+    if isinstance(known, int):
+        return known
+    raise TableError(
+        f"{path} has {length} columns, one more than the model has features, and "
+        "nothing says which one has the labels; name it by `label`."
+    )
 
 
 def _named_column(
@@ -314,8 +371,6 @@ def _named_column(
     """Finds the column that `wanted.label` names, or counts."""
     label = str(wanted.label)
     if names is not None and label in names:
-        if names.count(label) > 1:
-            raise TableError(f"{path} has more than one column {label!r}.")
         return names.index(label)
     if length == wanted.num_features:
         return None
@@ -332,6 +387,9 @@ def _named_column(
 def _label_key(path: Path, keys: Sequence[str], wanted: Wanted) -> str | None:
     """Finds the array of labels in an NPZ file."""
     candidates = _LABEL_KEYS if wanted.label is None else (wanted.label,)
+    known = wanted.label_column
+    if wanted.label is None and isinstance(known, str) and known not in _FEATURE_KEYS:
+        candidates = (known, *_LABEL_KEYS)
     found = next((key for key in candidates if key in keys), None)
     if found is None and wanted.num_features is None:
         named = " or ".join(f"`{key}`" for key in candidates)

@@ -25,9 +25,11 @@ from jaxsoft.training.regression.table_formats import (
     read_npz,
 )
 
-__all__ = ["Table", "TableError", "read_rows", "read_table"]
+__all__ = ["Table", "TableError", "check_range", "read_rows", "read_table"]
 
 DIGITS = "scikit-learn's digits"
+# From here on floats do not tell whole numbers apart.
+_EXACT = 2**53
 _READERS: dict[str, Callable[[Path, Wanted], Contents]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
@@ -49,7 +51,10 @@ class Table:
         feature_names: A tuple, one a column, or None.
         image_shape: (h, w) or (h, w, c) where a row is an image, or None.
         source: Where the table comes from, in words.
-        digest: Hash of features and labels; independent of names and places.
+        digest: Hash of features, labels, names and the shape of an image; independent
+            of places.
+        label_column: Where the labels were: a column's name, its index where columns
+            have no names, an NPZ file's key, or None.
     """
 
     features: Any
@@ -58,6 +63,7 @@ class Table:
     image_shape: tuple[int, ...] | None
     source: str
     digest: str
+    label_column: str | int | None = None
 
 
 def read_table(
@@ -99,11 +105,13 @@ def read_rows(
     *,
     num_features: int,
     feature_names: tuple[str, ...] | None = None,
+    label_column: str | int | None = None,
 ) -> Table:
     """Reads a table to predict, which may have labels or not.
 
-    A CSV file with one column more than the model has features has labels: in the
-    column `label`, else in that which is none of the model's, else in the last.
+    A CSV file with one column more than the model has features has labels. They are in
+    the column `label`, else in that which is none of the model's, else where the model
+    had them.
 
     Args:
         path: The file; None is scikit-learn's digits.
@@ -111,15 +119,17 @@ def read_rows(
         num_features: Features of the model.
         feature_names: The model's names of them; columns of a CSV file with a header
             are put in this order.
+        label_column: `Table.label_column` of the table that it was trained on.
 
     Returns:
         The table, its labels None where the file has none.
 
     Raises:
-        TableError: As for `read_table`, labels apart, or the features are not the
-            model's.
+        TableError: As for `read_table`, labels apart; the features are not the model's,
+            or which column has the labels is not known.
     """
-    wanted = Wanted(None if label is None else str(label), num_features, feature_names)
+    name = None if label is None else str(label)
+    wanted = Wanted(name, num_features, feature_names, label_column)
     table = _read(path, wanted)
     found = table.features.shape[1]
     if found != num_features:
@@ -128,6 +138,29 @@ def read_rows(
             "it the columns that the model was trained on."
         )
     return table
+
+
+def check_range(table: Table, values: Any, rows: np.ndarray | None = None) -> None:
+    """Checks that features stay finite in the dtype that they are computed with.
+
+    Args:
+        table: The table.
+        values: [n, d] rows of its features, dense or CSR, scaled and in that dtype.
+        rows: [n] which rows; None is all of them.
+
+    Raises:
+        TableError: A value is not finite; the message names its row and column.
+    """
+    place = _not_finite(values)
+    if place is None:
+        return
+    row, column = place
+    row = row if rows is None else int(rows[row])
+    remedy = "use `dtype` float64" if values.dtype == np.float32 else "make it smaller"
+    raise TableError(
+        f"{table.source}: row {row}, column {_column(table.feature_names, column)} is "
+        f"{table.features[row, column]}, too large for {values.dtype}; {remedy}."
+    )
 
 
 def _read(path: str | os.PathLike[str] | None, wanted: Wanted) -> Table:
@@ -169,13 +202,19 @@ def _table(contents: Contents, source: str) -> Table:
             f"{source} has {features.shape[1]} features but {len(names)} names."
         )
     shape = shape or _pixels(names)
-    return Table(features, labels, names, shape, source, _digest(features, labels))
+    return Table(
+        features,
+        labels,
+        names,
+        shape,
+        source,
+        _digest(features, labels, names, shape),
+        contents.label_column,
+    )
 
 
 def _features(contents: Contents, source: str) -> tuple[Any, tuple[int, ...] | None]:
     """Returns finite features [n, d], and the shape of an image."""
-    from scipy.sparse import issparse
-
     features = contents.features
     if features.dtype.kind not in "buif":
         raise TableError(f"{source}: the features are {features.dtype}, not numbers.")
@@ -192,63 +231,102 @@ def _features(contents: Contents, source: str) -> tuple[Any, tuple[int, ...] | N
     for what, size in zip(("rows", "features"), features.shape, strict=True):
         if size == 0:
             raise TableError(f"{source} has no {what}.")
-    values = features.data if issparse(features) else features
-    finite = np.isfinite(values)
-    if not finite.all():
-        _complain_of_value(contents, features, finite, source)
+    place = _not_finite(features)
+    if place is not None:
+        line = _line(contents, place[0])
+        raise TableError(
+            f"{source}: {line}, column {_column(contents.names, place[1])} is "
+            f"{features[place]}; fill it in or leave the {line.split()[0]} out."
+        )
     return features, shape
 
 
-def _complain_of_value(
-    contents: Contents, features: Any, finite: np.ndarray, source: str
-) -> None:
-    """Raises `TableError` at the first value that is not finite."""
-    if finite.ndim == 1:  # of a CSR matrix: its stored values
-        place = int(np.argmin(finite))
-        row = int(np.searchsorted(features.indptr, place, side="right")) - 1
-        column, value = int(features.indices[place]), features.data[place]
-    else:
-        row, column = divmod(int(np.argmin(finite)), features.shape[1])
-        value = features[row, column]
-    name = column if contents.names is None else repr(contents.names[column])
-    line = f"row {row}" if contents.lines is None else f"line {contents.lines[row]}"
-    raise TableError(
-        f"{source}: {line}, column {name} is {value}; fill it in or leave the "
-        f"{line.split()[0]} out."
-    )
+def _not_finite(features: Any) -> tuple[int, int] | None:
+    """Row and column of the first value that is not finite, dense or CSR."""
+    from scipy.sparse import issparse
+
+    sparse = issparse(features)
+    finite = np.isfinite(features.data if sparse else features)
+    if finite.all():
+        return None
+    place = int(np.argmin(finite))
+    if not sparse:
+        return divmod(place, features.shape[1])
+    row = int(np.searchsorted(features.indptr, place, side="right")) - 1
+    return row, int(features.indices[place])
+
+
+def _line(contents: Contents, row: int) -> str:
+    """Where a row is in its file."""
+    return f"row {row}" if contents.lines is None else f"line {contents.lines[row]}"
+
+
+def _column(names: tuple[str, ...] | None, column: int) -> str:
+    """What a column is called."""
+    return str(column) if names is None else repr(names[column])
 
 
 def _labels(contents: Contents, source: str) -> np.ndarray:
     """Returns labels as integers, booleans or strings."""
-    labels = np.asarray(contents.labels)
+    labels: Any = np.asarray(contents.labels)
     if labels.ndim != 1:
         raise TableError(
             f"{source}: the labels must be one a row, got shape {labels.shape}."
         )
     if labels.dtype.kind == "S":
-        labels = np.char.decode(labels, "utf-8")
+        try:
+            labels = np.char.decode(labels, "utf-8")
+        except UnicodeDecodeError as error:
+            raise TableError(f"{source}: the labels are no UTF-8 ({error}).") from error
     if labels.dtype.kind == "U":
-        try:
-            return labels.astype(np.int64)
-        except (ValueError, OverflowError):
-            pass
-        try:
-            labels = labels.astype(np.float64)
-        except ValueError:
-            return labels
-    if labels.dtype.kind in "bui":
-        return labels if labels.dtype.kind == "b" else labels.astype(np.int64)
-    if labels.dtype.kind != "f":
+        missing = np.isin(np.char.lower(np.char.strip(labels)), ("", "nan"))
+        if missing.any():
+            line = _line(contents, int(np.argmax(missing)))
+            raise TableError(f"{source}: {line} has no label; leave it out.")
+        labels = _numbers(labels)
+    if labels.dtype.kind in "bU":
+        return labels
+    if labels.dtype.kind not in "uif":
         raise TableError(f"{source}: the labels are {labels.dtype}, not classes.")
-    whole = np.isfinite(labels) & (labels == np.rint(labels))
-    if not whole.all():
-        row = int(np.argmin(whole))
-        line = f"row {row}" if contents.lines is None else f"line {contents.lines[row]}"
+    if labels.dtype.kind == "f":
+        good = (labels == np.rint(labels)) & (np.abs(labels) < _EXACT)
+    else:
+        good = labels <= np.iinfo(np.int64).max
+    if not good.all():
+        row = int(np.argmin(good))
         raise TableError(
-            f"{source}: {line} has the label {labels[row]}, which is no class; is it "
-            "another column?"
+            f"{source}: {_line(contents, row)} has the label {labels[row]}, which is "
+            "no class; is it another column?"
         )
     return labels.astype(np.int64)
+
+
+def _numbers(labels: np.ndarray) -> np.ndarray:
+    """Returns labels as numbers if all are, and are written as Python writes them.
+
+    So two labels become one class only as 7 and 7.0 do, and 007 stays as it is.
+    """
+    values, places = np.unique(labels, return_inverse=True)
+    texts = values.tolist()
+    integers = all(_is_written(text, int) for text in texts)
+    try:
+        if integers:
+            return np.array([int(text) for text in texts], np.int64)[places]
+        numbers = np.array([float(text) for text in texts])
+    except (OverflowError, ValueError):
+        return labels
+    if not (np.isfinite(numbers) & (numbers == np.rint(numbers))).all():
+        return numbers[places]
+    written = all(_is_written(text, int) or _is_written(text, float) for text in texts)
+    return numbers[places] if written and np.abs(numbers).max() < _EXACT else labels
+
+
+def _is_written(text: str, kind: Callable[[str], Any]) -> bool:
+    """Whether Python writes a number in these very characters."""
+    try:
+        return str(kind(text)) == text
+    except ValueError:
+        return False
 
 
 def _pixels(names: tuple[str, ...] | None) -> tuple[int, ...] | None:
@@ -259,11 +337,16 @@ def _pixels(names: tuple[str, ...] | None) -> tuple[int, ...] | None:
     return (side, side) if side * side == len(names) else None
 
 
-def _digest(features: Any, labels: np.ndarray | None) -> str:
-    """Hashes what a table holds."""
+def _digest(
+    features: Any,
+    labels: np.ndarray | None,
+    names: tuple[str, ...] | None,
+    shape: tuple[int, ...] | None,
+) -> str:
+    """Hashes what a table holds, and what its scaling depends on."""
     from scipy.sparse import issparse
 
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(repr((names, shape)).encode(), digest_size=16)
     parts = [features]
     if issparse(features):
         indices = (

@@ -100,12 +100,14 @@ def whitening(
     if diagonal or width > MAX_WHOLE or not isinstance(features, np.ndarray):
         parts = _diagonal(features, weights, damping, intercept=intercept)
     else:
-        step = max(1, count // max(_LEAST_ROWS, _ROWS_PER_FEATURE * (width + 1)))
+        most = max(_LEAST_ROWS, _ROWS_PER_FEATURE * (width + 1))
+        some = slice(None)
+        if count > 2 * most:
+            some = np.flatnonzero(weights)
+            some = np.sort(np.random.default_rng(0).permutation(some)[:most])
         # Threads of BLAS wait for each other for seconds where cores are shared.
         with threadpool_limits(1, "blas"):
-            parts = _whole(
-                features[::step], weights[::step], damping, intercept=intercept
-            )
+            parts = _whole(features[some], weights[some], damping, intercept=intercept)
     arrays = (1 / np.sqrt(spread), *parts)
     return Whitening(*(None if a is None else np.asarray(a, dtype) for a in arrays))
 

@@ -1,7 +1,9 @@
 import csv
 import dataclasses
 import json
+import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,11 @@ from jaxsoft.training import (
     RunDirectoryError,
     StopRequest,
     TrainingInterrupted,
+    run_directory,
 )
 from jaxsoft.training.regression.job import train_regression
 from jaxsoft.training.regression.report import RegressionReport
+from jaxsoft.training.regression.run_files import RegressionDirectory
 from jaxsoft.training.regression.saving import load_model
 from jaxsoft.training.regression.settings import RegressConfig
 from jaxsoft.training.regression.tables import TableError
@@ -67,6 +71,7 @@ def test_report_is_that_of_the_saved_model(finished):
     )
     model: Any = load_model(out / "model.safetensors", SoftmaxRegression)
     assert model.feature_names_in_.tolist() == ["a", "b", "c"]
+    assert model.label_column_ == "kind"
     del model.feature_names_in_
     assert model.checkpoint_dir is None and model.random_state == 5
     for rows, measured in ((train, report.train), (test, report.test)):
@@ -152,12 +157,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path):
     same_run(out, finished[0])
 
 
-def test_a_failed_run_goes_on_bit_for_bit(finished, data, tmp_path):
-    """Its metrics are ahead of its checkpoint."""
+def no_picture(*args):
+    raise ValueError("no picture")
+
+
+def test_a_failed_run_goes_on_bit_for_bit(finished, data, tmp_path, monkeypatch):
+    """Its metrics are ahead of its checkpoint; later, a picture fails."""
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="killed"):
         train_regression(config_of(data, out), listener=StopAfter(2))
-    train_regression(config_of(data, out), resume=True)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no picture"):
+        patch.setattr(RegressionDirectory, "plot_confusion", no_picture)
+        train_regression(config_of(data, out), resume=True)
+    assert (out / "metrics.json").exists()
+    report = train_regression(config_of(data, out), resume=True)
+    assert report.test == finished[1].test
     same_run(out, finished[0])
 
 
@@ -187,10 +201,11 @@ def test_a_run_of_another_table_is_not_resumed(data, tmp_path):
     out, other = tmp_path / "run", tmp_path / "b.csv"
     with pytest.raises(RuntimeError):
         train_regression(config_of(data, out), listener=StopAfter(1))
-    with open(data) as file:
-        other.write_text(file.read().replace("ant", "bee", 1))
-    with pytest.raises(RunDirectoryError, match="the data of the run in .* changed"):
-        train_regression(config_of(str(other), out), resume=True)
+    text = Path(data).read_text()
+    for old, new in (("ant", "bee"), ("a,b,c", "a,b,d")):
+        other.write_text(text.replace(old, new, 1))
+        with pytest.raises(RunDirectoryError, match="data of the run in .* changed"):
+            train_regression(config_of(str(other), out), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -261,3 +276,43 @@ def test_configuration_comes_back(finished, data):
     stored = json.loads((finished[0] / "config.json").read_text())
     assert RegressConfig(**stored["config"]) == config_of(data, finished[0])
     assert dataclasses.asdict(config_of(data, finished[0])) == stored["config"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"train": {}, "test": 1}'])
+def test_a_damaged_report_is_one_line(finished, data, tmp_path, content):
+    shutil.copy(finished[0] / "config.json", tmp_path)
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"metrics.json is not the report of a"):
+        train_regression(config_of(data, tmp_path), resume=True)
+
+
+def killed(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_run_killed_as_it_starts_can_be_started_or_resumed(tmp_path, monkeypatch):
+    directory = RegressionDirectory(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_directory, "write_atomically", killed)
+        directory.start({})
+    directory.check_vacant()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "touch", killed)
+        directory.start({})
+    directory.check_resumable()
+    directory.truncate_metrics(0)
+    assert list(directory.records()) == []
+
+
+@pytest.mark.parametrize("row", range(8))
+def test_values_that_the_dtype_cannot_hold(tmp_path, row):
+    """Among the rows to train on, and among those to test on."""
+    lines = [f"{index},{index % 2}\n" for index in range(8)]
+    lines[row] = f"1e39,{row % 2}\n"
+    (tmp_path / "a.csv").write_text("x,kind\n" + "".join(lines))
+    config = RegressConfig(
+        data=str(tmp_path / "a.csv"), out=str(tmp_path / "run"), standardize=False
+    )
+    with pytest.raises(TableError, match=rf"row {row}, column 'x' is 1e\+39, too larg"):
+        train_regression(config)
+    assert not (tmp_path / "run").exists()

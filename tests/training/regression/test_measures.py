@@ -22,7 +22,7 @@ from jaxsoft.training.regression.report import RegressionReport
 from jaxsoft.training.regression.run_files import RegressionDirectory
 from jaxsoft.training.regression.scaling import choose_scaling, fold
 from jaxsoft.training.regression.summary import summarise_regression
-from jaxsoft.training.regression.tables import Table, TableError
+from jaxsoft.training.regression.tables import Table, TableError, check_range
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(60) % 3
@@ -77,6 +77,20 @@ def test_sparse_features_keep_their_zeros():
     assert scaled.nnz == features.nnz
     truth: Any = StandardScaler(with_mean=False).fit_transform(features)
     np.testing.assert_allclose(scaled.toarray(), truth.toarray())
+
+
+@pytest.mark.parametrize("kind", [np.asarray, csr_matrix])
+def test_values_that_the_dtype_cannot_hold(kind):
+    features, rows = FEATURES.copy(), np.arange(5, 10)
+    features[7, 2] = 1e39
+    table = table_of(kind(features))
+    scaling = choose_scaling(table, rows, False)
+    check_range(table, scaling.apply(table.features, np.float64))
+    with pytest.raises(TableError) as error:
+        check_range(table, scaling.apply(table.features[rows], np.float32), rows)
+    assert str(error.value) == (
+        "here: row 7, column 2 is 1e+39, too large for float32; use `dtype` float64."
+    )
 
 
 @pytest.mark.parametrize("chunk", [7, 2**24])
@@ -176,7 +190,7 @@ def test_summary_of_many_classes_has_the_worst(classes, width):
 
 def test_pictures_of_any_shape(tmp_path):
     directory = RegressionDirectory(tmp_path)
-    names = np.array([f"class {index}" for index in range(6)])
+    names = np.array([rf"US$ \frac{index}$" for index in range(6)])
     counts = coo_matrix(np.eye(6, dtype=int)).tocsr()
     directory.plot_confusion(counts, names)
     many = coo_matrix((1001, 1001), dtype=int).tocsr()

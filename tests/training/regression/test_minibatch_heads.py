@@ -2,6 +2,7 @@
 
 import math
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxsoft import ClassTree
+from jaxsoft.nn import HierarchicalSoftmaxHead
 from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
-from jaxsoft.training.regression import head_predictions
+from jaxsoft.training.regression import decisions, head_predictions
 from jaxsoft.training.regression.minibatch import minibatch_solver
 from jaxsoft.training.regression.solving import solve
 from jaxsoft.training.regression.sources import BatchOrder, as_source
@@ -140,10 +143,17 @@ def test_predictions_are_those_of_all_probabilities(monkeypatch):
     np.testing.assert_array_equal(
         head_predictions.top_classes(head, source), truth.argmax(axis=1)
     )
-    random = np.random.default_rng(2)
-    kernel, bias = random.normal(size=(V, D)), random.normal(size=V)
-    np.testing.assert_array_equal(
-        head_predictions.top_classes_of(kernel, bias, source),
-        (ROWS @ kernel.T + bias).argmax(axis=1),
-    )
     assert head_predictions.log_probs(head, as_source(ROWS[:0])).shape == (0, V)
+
+
+def test_log_probabilities_of_a_float64_head_are_float64():
+    with jax.enable_x64(True):
+        head = HierarchicalSoftmaxHead(
+            D, ClassTree.balanced(V), param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+        )
+    estimator = SimpleNamespace(
+        head="hierarchical", head_=head, dtype="float64", n_features_in_=D
+    )
+    found = decisions.logits(estimator, as_source(ROWS))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, rtol=1e-13)

@@ -18,6 +18,7 @@ from jaxsoft.nn import (
     SoftmaxHead,
 )
 from jaxsoft.training.regression.saving import ModelFileError, load_model, save_model
+from jaxsoft.training.run_directory import replacing
 
 FEATURES = np.random.default_rng(0).normal(size=(40, 3))
 LABELS = np.arange(40) % 3
@@ -219,3 +220,17 @@ def test_other_files_are_refused_in_one_line(tmp_path):
         whole = {**whole, "attributes": {}, **contents}
         save_file({"coef_": FEATURES}, path, {"jaxsoft": json.dumps(whole)})
         assert message in refused()
+
+
+def test_no_other_file_is_touched(tmp_path):
+    neighbour, plain = tmp_path / ".env", tmp_path / "plain"
+    neighbour.write_text("mine")
+    plain.touch()
+    path = save_model(fitted(), tmp_path / "env")
+    assert neighbour.read_text() == "mine"
+    assert path.stat().st_mode == plain.stat().st_mode
+    with pytest.raises(KeyError), replacing(path, "x") as file:
+        file.write("half")
+        raise KeyError
+    assert load_file(path)
+    assert {each.name for each in tmp_path.iterdir()} == {".env", "env", "plain"}

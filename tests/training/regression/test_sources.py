@@ -21,6 +21,7 @@ from jaxsoft.training.regression.svmlight import (
     load_svmlight_memmap,
     svmlight_to_memmap,
 )
+from jaxsoft.training.regression.tables import read_table
 
 ROWS = np.array([0, 3, 3, 10])
 
@@ -137,7 +138,11 @@ def test_a_libsvm_file_in_small_chunks(tmp_path, zero_based, suffix):
     path.write_bytes(packed)
     truth, truth_labels = load_svmlight_file(str(plain))
     rows, found = svmlight_to_memmap(
-        path, tmp_path / "deep" / "rows", chunk_bytes=100, dtype=np.float64
+        path,
+        tmp_path / "deep" / "rows",
+        zero_based="auto",
+        chunk_bytes=100,
+        dtype=np.float64,
     )
     assert isinstance(rows.data, np.memmap) and isinstance(found, np.memmap)
     everything = np.arange(40)
@@ -151,14 +156,16 @@ def test_a_libsvm_file_in_small_chunks(tmp_path, zero_based, suffix):
 def test_features_by_number_and_given_base(tmp_path):
     path = tmp_path / "rows.svm"
     path.write_text("# heading\n1 1:2\n\n0 # nothing\n-3.5 2:1 4:0.25 # end")
-    wide, labels = svmlight_to_memmap(path, tmp_path / "wide", num_features=6)
+    wide, labels = svmlight_to_memmap(
+        path, tmp_path / "wide", num_features=6, zero_based=False
+    )
     assert wide.num_features == 6 and wide.data.dtype == np.float32
     np.testing.assert_array_equal(labels, [1, 0, -3.5])
     np.testing.assert_array_equal(
         wide.read(np.arange(3), np.float32),
         [[2, 0, 0, 0, 0, 0], [0] * 6, [0, 1, 0, 0.25, 0, 0]],
     )
-    based, _ = svmlight_to_memmap(path, tmp_path / "based", zero_based=True)
+    based, _ = svmlight_to_memmap(path, tmp_path / "based")
     assert based.num_features == 5
     np.testing.assert_array_equal(
         based.read(np.array([2]), np.float32), [[0, 0, 1, 0, 0.25]]
@@ -198,12 +205,27 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"1 1:2\n" * 999)[:20])
     with pytest.raises(SvmlightError, match="cut.gz cannot be read"):
         svmlight_to_memmap(tmp_path / "cut.gz", tmp_path / "rows")
+    packed = bytearray(gzip.compress(b"1 1:2\n" * 999))
+    packed[10] = 0xFF  # no kind of block
+    (tmp_path / "bad.gz").write_bytes(packed)
+    with pytest.raises(SvmlightError, match="bad.gz cannot be read"):
+        svmlight_to_memmap(tmp_path / "bad.gz", tmp_path / "rows")
     with pytest.raises(SvmlightError, match="holds no rows by svmlight_to_memmap"):
         load_svmlight_memmap(tmp_path)
     with pytest.raises(FileExistsError, match="`folder` must not exist, got"):
         svmlight_to_memmap(tmp_path / "missing.svm", tmp_path)
     with pytest.raises(TypeError, match="`dtype` must be float32 or float64, got"):
         svmlight_to_memmap("rows.svm", tmp_path / "rows", dtype=np.int32)
+
+
+def test_features_are_those_of_a_table(tmp_path):
+    path = tmp_path / "rows.svm"
+    path.write_text("1 1:2\n0 2:1 4:0.25\n")
+    rows, labels = svmlight_to_memmap(path, tmp_path / "rows")
+    table = read_table(path)
+    found = rows.read(np.arange(2), np.float64)
+    np.testing.assert_array_equal(found, table.features.toarray())
+    np.testing.assert_array_equal(labels, table.labels)
 
 
 @pytest.mark.parametrize("damage", ["labels.npy", "about.json"])

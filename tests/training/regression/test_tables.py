@@ -1,4 +1,6 @@
 import gzip
+import tracemalloc
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ def test_digits_are_the_default():
     np.testing.assert_array_equal(table.features, truth.data)
     np.testing.assert_array_equal(table.labels, truth.target)
     assert table.image_shape == (8, 8) and table.feature_names[1] == "pixel_0_1"
-    assert table.digest == read_table().digest
+    assert table.digest == read_table().digest and table.label_column is None
 
 
 @pytest.mark.parametrize("label", [None, "kind", "2", -1])
@@ -42,18 +44,27 @@ def test_csv_with_a_header(write, label):
     assert table.labels.tolist() == ["a", "b", "a"]
     assert table.feature_names == ("width", "height")
     assert table.image_shape is None and table.source == "a.csv"
+    assert table.label_column == "kind"
 
 
 def test_csv_without_a_header(write):
     table = read_table(write("a.csv", "7,1,2\n8,3,4\n"), "0")
     np.testing.assert_array_equal(table.features, [[1, 2], [3, 4]])
     assert table.labels.tolist() == [7, 8] and table.labels.dtype == np.int64
+    assert table.label_column == 0
     assert table.feature_names is None
 
 
 def test_csv_header_of_numbers_is_known_by_the_label(write):
     table = read_table(write("a.csv", "0,1,kind\n5,6,x\n7,8,y\n"), "kind")
     assert table.feature_names == ("0", "1") and table.features.shape == (2, 2)
+
+
+def test_csv_header_that_counts_the_columns(write):
+    """As pandas writes a frame without names."""
+    table = read_table(write("a.csv", "0,1,2\n5,6,1\n7,8,2\n"))
+    np.testing.assert_array_equal(table.features, [[5, 6], [7, 8]])
+    assert table.feature_names == ("0", "1") and table.label_column == "2"
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", ", "])
@@ -128,6 +139,14 @@ def test_digest_tells_tables_apart(write):
     }
     assert len(digests) == 3
     assert read_table(write("b.csv", IRIS)).digest in digests
+    renamed = write("c.csv", IRIS.replace("width", "depth"))
+    assert read_table(renamed).digest not in digests
+    values, labels = np.arange(8.0), [0, 1]
+    images, rows = (
+        read_table(write("a.npz", {"X": values.reshape(shape), "y": labels}))
+        for shape in ((2, 2, 2), (2, 4))
+    )
+    assert images.digest != rows.digest
 
 
 @pytest.mark.parametrize(
@@ -138,7 +157,6 @@ def test_digest_tells_tables_apart(write):
         ("kind,height,width\nz,2,1\n", None, ["z"]),
         ("width,height,sort\n1,2,z\n", "kind", ["z"]),
         ("z,1,2\n", "0", ["z"]),
-        ("1,2,z\n", None, ["z"]),
         ("1,2\n", "kind", None),
         ("1,2\n", "0", None),
     ],
@@ -152,11 +170,79 @@ def test_rows_to_predict_with_or_without_labels(write, text, label, labels):
     assert (table.labels if labels is None else table.labels.tolist()) == labels
 
 
-def test_sparse_rows_to_predict(tmp_path):
-    save_npz(tmp_path / "a.npz", csr_matrix(np.eye(2)))
-    table = read_rows(tmp_path / "a.npz", num_features=2)
-    np.testing.assert_array_equal(table.features.toarray(), np.eye(2))
-    assert table.labels is None
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("z,1,2\n", 0),
+        ("1,2,z\n", 2),
+        ("kind,a,b\nz,1,2\n", "kind"),
+        ("a,b,kind\n1,2,z\n", 2),
+    ],
+)
+def test_labels_are_where_those_of_the_model_were(write, text, known):
+    table = read_rows(write("a.csv", text), num_features=2, label_column=known)
+    np.testing.assert_array_equal(table.features, [[1, 2]])
+    assert table.labels.tolist() == ["z"]
+    bare = read_rows(write("b.csv", "1,2\n"), num_features=2, label_column=known)
+    assert bare.labels is None
+    arrays = {"X": np.eye(2), "y": [1, 2], "kind": ["a", "b"]}
+    found = read_rows(write("a.npz", arrays), num_features=2, label_column=known)
+    assert found.labels.tolist() == (["a", "b"] if known == "kind" else [1, 2])
+
+
+@pytest.mark.parametrize("known", [None, "kind"])
+def test_labels_are_not_guessed(write, known):
+    names = None if known is None else ("a", "b")
+    with pytest.raises(TableError) as error:
+        read_rows(
+            write("a.csv", "1,2,z\n"),
+            num_features=2,
+            feature_names=names,
+            label_column=known,
+        )
+    assert str(error.value) == (
+        "a.csv has 3 columns, one more than the model has features, and nothing says "
+        "which one has the labels; name it by `label`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "labels"),
+    [
+        ("7", "-12", [7, -12]),
+        ("7.0", "-12", [7, -12]),
+        (str(2**63 - 1), "1", [2**63 - 1, 1]),
+        ("7", "007", ["7", "007"]),
+        ("012", "013", ["012", "013"]),
+        ("7", "7.00", ["7", "7.00"]),
+        ("1e3", "1_0", ["1e3", "1_0"]),
+        (str(2**63), "1", [str(2**63), "1"]),
+        (f"{2**53}.0", "1.0", [f"{2**53}.0", "1.0"]),
+    ],
+)
+def test_labels_are_numbers_only_as_they_are_written(write, first, second, labels):
+    table = read_table(write("a.csv", f"5,{first}\n6,{second}\n"))
+    assert table.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "bsr", "coo", "dia"])
+def test_sparse_rows_to_predict(tmp_path, kind):
+    matrix = csr_matrix([[0, 1.5, 0], [2, 0, 0]])
+    save_npz(tmp_path / "a.npz", matrix.asformat(kind))
+    table = read_rows(tmp_path / "a.npz", num_features=3)
+    assert table.features.format == "csr" and table.labels is None
+    np.testing.assert_array_equal(table.features.toarray(), matrix.toarray())
+
+
+def test_a_long_cell_takes_no_memory_in_other_rows(write):
+    text = "1,2,3,4,a\n" * 2000 + f"1.{'0' * 6000},2,3,4,b\n"
+    path = write("a.csv", text)
+    tracemalloc.start()
+    table = read_table(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(table.features, np.tile([1, 2, 3, 4], (2001, 1)))
+    assert most < 30e6
 
 
 @pytest.mark.parametrize(
@@ -164,6 +250,19 @@ def test_sparse_rows_to_predict(tmp_path):
     [
         ("a.csv", "", "a.csv is empty."),
         ("a.csv", "\n \n", "a.csv is empty."),
+        ("a.csv", '""\n', "a.csv is empty."),
+        ("a.csv", "x,x,k\n1,2,a\n3,4,b\n", "a.csv has more than one column 'x'."),
+        ("a.csv", "x,k\n1,a\n2,NaN\n", "a.csv: line 3 has no label; leave it out."),
+        (
+            "a.csv",
+            f"x,k\n{'a' * 60_000},a\n",
+            f"a.csv: column 'x' is not numeric, line 2 has '{'a' * 40}'...; encode it",
+        ),
+        (
+            "a.csv",
+            f"x,k\n1,{'a' * 2000}\n",
+            "a.csv: line 2 has a label of 2,000 characters in column 'k', which is no",
+        ),
         ("a.csv", "x,kind\n", "a.csv has no rows."),
         ("a.csv", "kind\na\nb\n", "a.csv has no features."),
         ("a.csv", "x,y,k\n1,2,a\n1,b\n", "a.csv: line 3 has 2 cells, not 3 as the"),
@@ -207,6 +306,23 @@ def test_sparse_rows_to_predict(tmp_path):
             {"X": [[1.0]], "y": [1], "feature_names": ["a", "b"]},
             "a.npz has 1 features but 2 names.",
         ),
+        (
+            "a.npz",
+            {"X": [[1.0]], "y": [1], "feature_names": "a"},
+            "a.npz cannot be read as an NPZ file (",
+        ),
+        (
+            "a.npz",
+            {"X": np.eye(2), "y": np.array([1, 2**63], np.uint64)},
+            "a.npz: row 1 has the label 9223372036854775808, which is no class",
+        ),
+        (
+            "a.npz",
+            {"X": np.eye(2), "y": [1e19, 1]},
+            "a.npz: row 0 has the label 1e+19, which is no class",
+        ),
+        ("a.npz", {"X": np.eye(2), "y": ["a", ""]}, "a.npz: row 1 has no label; leave"),
+        ("a.npz", {"X": np.eye(2), "y": [b"a", b"\xff"]}, "a.npz: the labels are no"),
         ("a.svm", "1 a:b\n", "a.svm cannot be read as a libsvm file ("),
         ("a.svm", "1 1:2\n2 3:4 5:nan\n", "a.svm: row 1, column 5 is nan; fill it in"),
         ("a.svm", "1 1:2\n2 3:inf 5:1\n", "a.svm: row 1, column 3 is inf; fill it in"),
@@ -233,6 +349,25 @@ def test_bad_paths(tmp_path):
     np.savez(tmp_path / "a.npz", X=np.array([{}], object))
     with pytest.raises(TableError, match="cannot be read as an NPZ file"):
         read_table(tmp_path / "a.npz")
+
+
+def test_damaged_npz_files(tmp_path):
+    path = tmp_path / "a.npz"
+    with path.open("wb") as file:
+        np.save(file, np.eye(2))
+    with pytest.raises(TableError, match="cannot be read as an NPZ file"):
+        read_table(path)
+    np.savez_compressed(path, X=np.eye(2), y=[0, 1])
+    content = bytearray(path.read_bytes())
+    content[50:70] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(TableError, match="cannot be read as an NPZ file"):
+        read_table(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("X", "text")
+        archive.writestr("y", "text")
+    with pytest.raises(TableError, match="'X' is not an array."):
+        read_table(path)
 
 
 def test_absent_label_column_lists_those_there(write):

@@ -1,0 +1,59 @@
+"""What a checkpoint of a fit belongs to: its rows and its parameters."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from jaxsoft.training.regression.inputs import Rows, is_sparse
+from jaxsoft.training.regression.sources import RowSource
+
+# They change nothing in what a fit arrives at.
+_FREE = ("checkpoint_dir", "checkpoint_seconds", "verbose", "mesh")
+# Of rows on disk, so many are looked at.
+_ROWS_READ = 1024
+
+
+def fingerprint(estimator: Any, rows: Rows) -> str:
+    """Returns a digest of all that a fit arrives at depends on.
+
+    Args:
+      estimator: whose parameters count, functions by their names.
+      rows: what it is fitted to; of rows that stay on disk, some.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    given = {
+        name: _described(value)
+        for name, value in sorted(estimator.get_params(deep=False).items())
+        if name not in _FREE
+    }
+    digest.update(json.dumps([estimator.solver_, given]).encode())
+    features = rows.features
+    if isinstance(features, RowSource):
+        count = len(features)
+        some = np.linspace(0, count - 1, min(count, _ROWS_READ)).astype(np.int64)
+        arrays = [np.array([count]), features.read(some, np.float64)]
+    elif is_sparse(features):
+        arrays = [features.data, features.indices, features.indptr]
+    else:
+        arrays = [features]
+    for array in (*arrays, rows.labels, rows.targets, rows.weights):
+        if array is not None:
+            array = np.ascontiguousarray(array)
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.data)
+    digest.update(json.dumps(rows.classes.tolist(), default=str).encode())
+    return digest.hexdigest()
+
+
+def _described(value: Any) -> Any:
+    """Returns what JSON can hold of a parameter, the same in every process."""
+    if isinstance(value, dict):
+        return [[str(key), _described(value[key])] for key in sorted(value, key=str)]
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    name = getattr(value, "__qualname__", None)
+    return name if name is not None else type(value).__qualname__
