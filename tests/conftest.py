@@ -52,7 +52,10 @@ def _compile_quickly(request):
         yield
         return
     jax.config.update("jax_disable_most_optimizations", True)
+    # The processes that a test starts, too.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -38,8 +38,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     - "minibatch": any optimizer of Optax, for many classes, for heads other than the
       full one, and for features that stay on disk.
     - "auto": "fista" with an L1 penalty; "minibatch" if an option of it or another
-      head is given, the features are a `numpy.memmap` or a source on disk, or there
-      are more than 2²⁴ coefficients; else "newton" where it is cheap, or "lbfgs".
+      head is given, the features stay on disk, or there are more than 2²⁴
+      coefficients; else "newton" where it is cheap, or "lbfgs".
 
     The first three stop where the largest absolute entry of the gradient is at most
     `tol` ("gradient"; of Newton's method, where its step also leads to the optimum
@@ -86,9 +86,10 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       learning_rate: of minibatches: a number, a schedule, or None for one by the size
         of the features.
       batch_size: of minibatches; None is 256.
-      mesh: a `jax.sharding.Mesh` with the axis `data`, to divide rows over devices.
+      mesh: a `jax.sharding.Mesh` with the axis `data`, to divide rows over devices; an
+        estimator that has one cannot be pickled.
       checkpoint_dir: folder of checkpoints. A fit with the same arguments goes on from
-        the newest one there, bit for bit.
+        the newest one there, bit for bit; one with other arguments is refused.
       checkpoint_seconds: least time between two checkpoints.
       dtype: float32 or float64 to convert features to; None keeps either.
 
@@ -200,8 +201,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
         Args:
           X: [n, d] features: an array of NumPy, JAX or pandas, or SciPy's sparse
-            matrix; or, read a minibatch at a time and never as a whole, a
-            `numpy.memmap` or what `load_svmlight_memmap` gives.
+            matrix; or, read a minibatch at a time and never as a whole, what
+            `load_svmlight_memmap` gives, or a `numpy.memmap` that is larger than 1 GiB
+            or is given to the solver "minibatch".
           y: [n] class labels; may be None with `targets`, whose columns are then the
             classes 0 to V - 1.
           sample_weight: [n] weights >= 0, or None for 1.
@@ -219,7 +221,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             step and the batch, and the attributes are of the last good parameters.
           TrainingInterrupted: Ctrl-C or SIGTERM; the attributes are of the last
             parameters, and a checkpoint is written where there is a folder for it.
-          CheckpointError: a checkpoint cannot be written or read.
+          CheckpointError: a checkpoint cannot be written or read, or is of a fit with
+            other rows or parameters.
 
         Warns:
           ConvergenceWarning: scikit-learn's, where `max_iter` stops the solver.
@@ -258,11 +261,17 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
         Returns:
           The estimator. The optimizer's state is kept for the next call; the learning
-          rate does not decay.
+          rate does not decay. `n_iter_` counts calls, and `objective_` is the mean over
+          the call's batches, each before its step.
+
+        Notes:
+          A call is an epoch of the objective of its rows alone: of a table in k parts
+          the penalty weighs k times as much in each; give k times C.
 
         Raises:
           TypeError, ValueError, NonFiniteLossError: as in `fit`; or a class is not one
-            of the first call's.
+            of the first call's, `class_weight` is "balanced", or there is an L1
+            penalty.
         """
         fitting.partial_fit(self, X, y, classes, sample_weight, targets)
         return self
