@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft.logits.calibration import CalibrationBins, calibration_bins
 from jaxsoft.training.language_model import MissingExtraError
+from jaxsoft.training.run_directory import save_figure
 
 __all__ = ["reliability_diagram"]
 
@@ -79,9 +80,7 @@ def reliability_diagram(
             "not negative, got a bin that is NaN."
         )
     path = Path(path)
-    partial = path.with_name("." + path.name)
-    _figure(bins, title).savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    save_figure(_figure(bins, title), path)
     return path
 
 

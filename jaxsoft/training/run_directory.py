@@ -225,16 +225,19 @@ def _figure(horizontal: str, unigram: float) -> tuple[Any, Any]:
 def _draw(figure: Any, axes: Any, path: Path) -> None:
     """Writes a figure, whole or not at all."""
     axes.legend()
-    partial = path.with_name("." + path.name)
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG, whole or not at all."""
+    with replacing(path, "xb") as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file so that it is never seen half-written."""
-    partial = path.with_name("." + path.name)
-    partial.write_bytes(data)
-    partial.replace(path)
+    with replacing(path, "xb") as file:
+        file.write(data)
 
 
 @contextlib.contextmanager

@@ -20,11 +20,9 @@ def of_classes(
     count, width = len(rows.classes), rows.features.shape[1]
     coef, intercept = np.asarray(estimator.coef_), np.asarray(estimator.intercept_)
     if len(coef) == 1:
-        # One row is the difference of the two classes'.
-        second = np.array(
-            [0, 1] if reference_of(estimator, rows.classes) == 0 else [-1, 0]
-        )
-        coef, intercept = second[:, None] * coef, second * intercept
+        # One row is the second class's less the first's.
+        coef = np.concatenate([np.zeros_like(coef), coef])
+        intercept = np.concatenate([np.zeros_like(intercept), intercept])
     if coef.shape != (count, width):
         raise ValueError(
             f"`warm_start` must go on with {(count, width)} coefficients, got "
@@ -47,7 +45,7 @@ def start(estimator: Any, rows: Rows, options: Options) -> Parameters | None:
     order = order_of(options, len(rows.classes))
     coef, intercept = found[0][order], found[1][order]
     if options.reference is not None:
-        coef, intercept = coef[:-1] - coef[-1:], intercept[:-1] - intercept[-1:]
+        coef, intercept = coef[:-1], intercept[:-1]  # the last one's are 0
     return Parameters(coef, intercept if options.intercept else None)
 
 

@@ -34,10 +34,7 @@ def logits(estimator: Any, features: Any) -> np.ndarray:
 def linear(estimator: Any, features: Any) -> np.ndarray:
     """Returns the logits of checked rows by `coef_` and `intercept_`."""
     if isinstance(features, RowSource):
-        parts = [
-            linear(estimator, features.read(rows, estimator.coef_.dtype))
-            for rows in _chunks(estimator, len(features))
-        ]
+        parts = [linear(estimator, part) for _, part in _chunks(estimator, features)]
         return np.concatenate(parts)
     scores = safe_sparse_dot(features, estimator.coef_.T, dense_output=True)
     scores = np.asarray(scores + estimator.intercept_, estimator.coef_.dtype)
@@ -79,22 +76,25 @@ def classes(estimator: Any, features: Any) -> np.ndarray:
         return estimator.classes_[index]
     count = len(features) if isinstance(features, RowSource) else features.shape[0]
     index = np.empty(count, np.intp)
-    for rows in _chunks(estimator, count):
-        part = slice(rows[0], rows[-1] + 1)
-        if isinstance(features, RowSource):
-            scores = linear(estimator, features.read(rows, estimator.coef_.dtype))
-        else:
-            scores = linear(estimator, features[part])
-        index[part] = scores > 0 if scores.ndim == 1 else scores.argmax(1)
+    for place, part in _chunks(estimator, features):
+        scores = linear(estimator, part)
+        index[place] = scores > 0 if scores.ndim == 1 else scores.argmax(1)
     return estimator.classes_[index]
 
 
-def _chunks(estimator: Any, count: int) -> Iterator[np.ndarray]:
-    """Yields the numbers of rows whose features or logits exist at a time."""
+def _chunks(estimator: Any, features: Any) -> Iterator[tuple[slice, Any]]:
+    """Yields places of rows, and the rows whose features or logits exist at a time."""
+    source = isinstance(features, RowSource)
+    count = len(features) if source else features.shape[0]
+    dtype = estimator.coef_.dtype
     width = max(len(estimator.classes_), estimator.n_features_in_)
-    step = max(1, _CHUNK_BYTES // (estimator.coef_.dtype.itemsize * width))
+    step = max(1, _CHUNK_BYTES // (dtype.itemsize * width))
     for start in range(0, count, step):
-        yield np.arange(start, min(start + step, count))
+        place = slice(start, min(start + step, count))
+        if source:
+            yield place, features.read(np.arange(place.start, place.stop), dtype)
+        else:
+            yield place, features[place]
 
 
 def checked(estimator: Any, features: Any) -> Any:

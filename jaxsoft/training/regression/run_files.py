@@ -23,6 +23,7 @@ import numpy as np
 from jaxsoft.training.run_directory import (
     RunDirectory,
     RunDirectoryError,
+    save_figure,
     write_atomically,
 )
 
@@ -99,7 +100,7 @@ class RegressionDirectory(RunDirectory):
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 text = f"{dense[row, column]:,}"
                 axes.text(column, row, text, ha="center", va="center", c=colour, size=7)
-        self._save(figure, "confusion.png")
+        save_figure(figure, self.path / "confusion.png")
 
     def plot_weights(
         self, coef: np.ndarray, classes: np.ndarray, shape: tuple[int, ...] | None
@@ -134,7 +135,7 @@ class RegressionDirectory(RunDirectory):
                 image = axes.imshow(picture, **colours)
                 axes.set_title(_plain(name), size=8)
             figure.colorbar(image, ax=panels, label="coefficient")
-        self._save(figure, "weights.png")
+        save_figure(figure, self.path / "weights.png")
 
     def plot_convergence(self) -> None:
         """Draws the metrics file; draws nothing where it is empty."""
@@ -157,13 +158,7 @@ class RegressionDirectory(RunDirectory):
             handles = [*handles, *right.get_lines()]
         axes.legend(handles=handles)
         axes.grid(alpha=0.3)
-        self._save(figure, "convergence.png")
-
-    def _save(self, figure: Any, name: str) -> None:
-        """Writes a figure, whole or not at all."""
-        partial = self.path / ("." + name)
-        figure.savefig(partial, dpi=150, format="png")
-        partial.replace(self.path / name)
+        save_figure(figure, self.path / "convergence.png")
 
 
 def _plain(name: Any) -> str:
