@@ -67,7 +67,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         by it in their loss, which is multiplied by its square.
       distillation_weight: share in [0, 1] of the loss of `targets` where labels are
         given too.
-      calibrate: hold out rows, and fit one temperature on them: `temperature_`.
+      calibrate: hold out rows, and fit one temperature on them: `temperature_`; of a
+        full head, on rows in memory.
       validation_fraction: share of the rows held out, by class.
       solver: see above.
       tol: where to stop. scikit-learn's is 1e-4, which leaves the sixth digit of the
@@ -75,7 +76,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       max_iter: most iterations; of "minibatch", epochs. None is 1000, and of epochs so
         many that there are about 5000 steps, 20 to 1000, in which the learning rate
         comes down to 0.
-      warm_start: start at the coefficients of the last fit.
+      warm_start: start at the coefficients of the last fit; of a full head. Others go
+        on by `partial_fit`.
       random_state: seed of the held-out rows and of the order of minibatches; None
         is 0.
       verbose: above 0, show a progress bar.

@@ -51,7 +51,7 @@ def dense(
     return jax.value_and_grad(loss, (0, 1))(hidden, (kernel, bias))
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 13, 40])
+@pytest.mark.parametrize("num_classes", [1, 2, 40])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_equals_automatic_differentiation(kind, num_classes, x64):
     tree = cases.tree(kind, num_classes)
