@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,20 +32,20 @@ _OPTIMIZED_ONCE = (
 # On the second of CI's Pythons: what could differ there is JAX, not our numbers, so
 # some cases of each test will do, and all of them compiled quickly.
 _SECOND = os.environ.get("JAXSOFT_SECOND_PYTHON") == "1"
-_CASES = 4
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keeps the first, the last and two other cases of a test on the second Python."""
+    """Keeps the first, the middle and the last case of a test on the second Python."""
     if not _SECOND:
         return
     cases = collections.defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
-    kept = set()
-    for each in cases.values():
-        last, most = len(each) - 1, min(_CASES, len(each)) - 1
-        kept |= {each[last * place // max(most, 1)] for place in range(most + 1)}
+    kept = {
+        one
+        for each in cases.values()
+        for one in (each[0], each[len(each) // 2], each[-1])
+    }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
@@ -94,11 +95,24 @@ def _compile_quickly(request):
         yield
         return
     jax.config.update("jax_disable_most_optimizations", True)
-    # The processes that a test starts, too.
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    yield
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+    with pytest.MonkeyPatch.context() as patch:
+        # The processes that a test starts, too.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        if jax.__version_info__ < (0, 11):
+            patch.setattr(compiler, "get_compile_options", _by_llvm_alone)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _by_llvm_alone(
+    *args, env_options_overrides=None, of_jax=compiler.get_compile_options, **options
+):
+    """JAX's options with XLA's older emitters, that take half the time of its MLIR.
+
+    Newer JAX has no others.
+    """
+    chosen = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
+    return of_jax(*args, env_options_overrides=chosen, **options)
 
 
 @pytest.fixture
