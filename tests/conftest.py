@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax._src import compiler
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -21,16 +20,14 @@ _OPTIMIZED = (
     "test_noise.py",
     "test_sampling.py",
 )
-# The numbers of all optimized programs.
+# Also compiled so, on the first of CI's Pythons: these hold the values against truth.
 _OPTIMIZED_ONCE = (
     "test_gradients.py",
+    "test_softmax.py",
     "test_values.py",
     "test_word2vec.py",
 )
-
-
-# On the second of CI's Pythons: what could differ there is JAX, not our numbers, so
-# some cases of each test will do, and all of them compiled quickly.
+# On the second what could differ is JAX, not our numbers: some cases of each test do.
 _SECOND = os.environ.get("JAXSOFT_SECOND_PYTHON") == "1"
 
 
@@ -51,22 +48,50 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    """Compiles equal programs once for all workers and the processes that they start.
+    """Lets a worker and the processes that it starts compile equal programs once.
 
-    Training tests compile the same few programs over and over.
+    Training tests compile the same few over and over. Workers share no folder: JAX
+    may read a program there while another process still writes it.
     """
-    settings = {
-        "jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR"),
+    folder = tempfile.TemporaryDirectory(prefix="jaxsoft-tests-")
+    config.add_cleanup(folder.cleanup)
+    for name, value in {
+        "jax_compilation_cache_dir": folder.name,
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    if not settings["jax_compilation_cache_dir"]:
-        folder = tempfile.TemporaryDirectory(prefix="jaxsoft-tests-")
-        config.add_cleanup(folder.cleanup)
-        settings["jax_compilation_cache_dir"] = folder.name
-    for name, value in settings.items():
+    }.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+    if jax.__version_info__ < (0, 11):
+        _take_older_emitters()
+
+
+def _compile(*, quickly):
+    """Switches this process and those that it starts."""
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
+
+
+def _compiles_quickly():
+    return os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
+
+
+def _take_older_emitters():
+    """Has what is compiled quickly built by XLA's older emitters.
+
+    They take half the time of its MLIR; newer JAX has no others.
+    """
+    from jax._src import compiler
+
+    of_jax = compiler.get_compile_options
+
+    def get_compile_options(*args, env_options_overrides=None, **options):
+        chosen = dict(env_options_overrides or {})
+        if _compiles_quickly():
+            chosen.setdefault("xla_cpu_use_fusion_emitters", False)
+        return of_jax(*args, env_options_overrides=chosen or None, **options)
+
+    compiler.get_compile_options = get_compile_options
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,25 +119,18 @@ def _compile_quickly(request):
     if not set(place).isdisjoint(optimized):
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        # The processes that a test starts, too.
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        if jax.__version_info__ < (0, 11):
-            patch.setattr(compiler, "get_compile_options", _by_llvm_alone)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    _compile(quickly=True)
+    yield
+    _compile(quickly=False)
 
 
-def _by_llvm_alone(
-    *args, env_options_overrides=None, of_jax=compiler.get_compile_options, **options
-):
-    """JAX's options with XLA's older emitters, that take half the time of its MLIR.
-
-    Newer JAX has no others.
-    """
-    chosen = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
-    return of_jax(*args, env_options_overrides=chosen, **options)
+@pytest.fixture
+def optimized():
+    """Compiles as users compile, in a test of what memory a program takes."""
+    quickly = _compiles_quickly()
+    _compile(quickly=False)
+    yield
+    _compile(quickly=quickly)
 
 
 @pytest.fixture

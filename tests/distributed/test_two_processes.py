@@ -26,6 +26,8 @@ def _start(port, number, log):
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
+            # One would read programs that the other is writing.
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
             "JAX_NUMPY_DTYPE_PROMOTION": "strict",
             "JAX_NUMPY_RANK_PROMOTION": "raise",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",

@@ -174,6 +174,7 @@ def test_gradients_in_bfloat16_come_in_the_arguments_dtype():
     np.testing.assert_allclose(value, case.log_prob.sum(), rtol=0.02)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_tail_costs_what_its_tokens_cost():
     """No [N, V] array, and no work for tails without tokens: NaN there is not met."""
     bands = ClassBands.in_order(50_000, (100, 1000))

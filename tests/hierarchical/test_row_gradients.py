@@ -51,7 +51,7 @@ def dense(
     return jax.value_and_grad(loss, (0, 1))(hidden, (kernel, bias))
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 40])
+@pytest.mark.parametrize("num_classes", [1, 2, 13, 40])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_equals_automatic_differentiation(kind, num_classes, x64):
     tree = cases.tree(kind, num_classes)
@@ -261,6 +261,7 @@ def test_every_row_visited_is_dense_adam(x64):
     np.testing.assert_allclose(params, whole, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_step_is_in_place_and_no_temporary_has_all_rows(name):
     tree = ClassTree.balanced(2**16)

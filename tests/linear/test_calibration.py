@@ -113,6 +113,7 @@ def test_inside_shard_map_without_weights():
     close(fit(HIDDEN, KERNEL, LABELS), jaxsoft.fit_temperature(LOGITS, LABELS))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory_is_a_tile():
     """At V = 262144, 512 tokens: 512 MiB of logits."""
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32

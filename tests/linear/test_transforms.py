@@ -166,6 +166,7 @@ def test_statistics_are_a_pytree(batch):
     assert out.argmax is None
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_index_overflows_past_two_to_the_31():
     """131072 × 151936 logits compile, and no index type is too narrow."""
     shapes = [

@@ -179,6 +179,7 @@ def test_offsets_change_nothing():
         )
 
 
+@pytest.mark.usefixtures("optimized")
 def test_neither_noise_nor_anything_else_of_its_size_is_kept():
     x = jnp.zeros((256, 4096))
 

@@ -155,6 +155,7 @@ def test_masks_limits_and_lost_rows(name):
     np.testing.assert_array_equal(moved.T, y)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory_of_gumbel_rao_does_not_grow_with_its_samples():
     x = jnp.zeros((64, 2048))
 
