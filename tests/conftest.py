@@ -126,7 +126,7 @@ def _compile_quickly(request):
 
 @pytest.fixture
 def optimized():
-    """Compiles as users compile, in a test of what memory a program takes."""
+    """Compiles as users compile, in tests of memory or of bits from another process."""
     quickly = _compiles_quickly()
     _compile(quickly=False)
     yield
