@@ -8,9 +8,12 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoft import varying
-from jaxsoft.linear import reference, xla, xla_backward
+from jaxsoft.linear import reference, statistics_backward, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, Fields, Operands, roles_like
+from jaxsoft.linear.running import Saved
+from jaxsoft.linear.statistics_backward import Cotangents
+from jaxsoft.linear.xla_backward import Gradients, Wanted
 
 __all__ = ["nonzero", "statistics", "values"]
 
@@ -38,7 +41,7 @@ class _Statistics(Foldable):
     def differentiable(self, moving: Operands):
         if self.config.implementation == "reference":
             return self.call
-        wanted = xla_backward.Wanted.of(moving)
+        wanted = Wanted.of(moving)
         return functools.partial(_differentiable, self.config, wanted)
 
 
@@ -52,7 +55,7 @@ class _Forward(_Statistics):
     def out_roles(self, operands: Operands) -> Any:
         number = "n" if self.config.mean else None
         rest = "n" if self.config.rest else None
-        return xla.Saved(super().out_roles(operands), "n", number, rest)  # pyright: ignore
+        return Saved(super().out_roles(operands), "n", number, rest)  # pyright: ignore
 
     def differentiable(self, moving: Operands):
         del moving
@@ -64,14 +67,14 @@ class _Backward(Foldable):
     """The cotangents of the operands that `wanted` names."""
 
     config: Config
-    wanted: xla_backward.Wanted
+    wanted: Wanted
 
     @property
     def partial(self) -> bool:
         return True
 
-    def call(self, operands, saved, cotangents) -> xla_backward.Gradients:
-        return xla_backward.backward(
+    def call(self, operands, saved, cotangents) -> Gradients:
+        return statistics_backward.backward(
             self.config, operands, saved, cotangents, self.wanted
         )
 
@@ -102,28 +105,23 @@ def statistics(config: Config, operands: Operands) -> Fields:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(
-    config: Config, wanted: xla_backward.Wanted, operands: Operands
-) -> Fields:
+def _differentiable(config: Config, wanted: Wanted, operands: Operands) -> Fields:
     del wanted
     return _Forward(config)(operands).fields
 
 
-def _fwd(config: Config, wanted: xla_backward.Wanted, primals):
+def _fwd(config: Config, wanted: Wanted, primals):
     del wanted
     operands = values(primals)
     saved = _Forward(config)(operands)
     return saved.fields, (operands, saved)
 
 
-def _bwd(config: Config, wanted: xla_backward.Wanted, residuals, cotangents: Fields):
+def _bwd(config: Config, wanted: Wanted, residuals, cotangents: Fields):
     """Runs the one backward pass, for the cotangents that do not vanish."""
     operands, saved = residuals
-    given = xla_backward.Cotangents(
-        *(
-            nonzero(getattr(cotangents, name))
-            for name in xla_backward.Cotangents._fields
-        )
+    given = Cotangents(
+        *(nonzero(getattr(cotangents, name)) for name in Cotangents._fields)
     )
     if all(g is None for g in given):
         return (Operands._make([None] * len(operands)),)
