@@ -214,18 +214,27 @@ class _Loosest:
     """A fit to a tolerance; its first call finds the loosest that is tight enough."""
 
     def __init__(self, fit: Callable[..., Any], best: float):
-        self._fit, self._best, self._tolerances = fit, best, _TOLERANCES
+        self._fit, self._best = fit, best
+        self._tol: float | None = None
 
     def __call__(self, features: np.ndarray, labels: np.ndarray) -> Any:
-        for tol in self._tolerances:
-            found = self._fit(features, labels, tol=tol)
-            if len(self._tolerances) == 1:
-                return found
-            value = _objective_and_gradient(features, labels, *found)[0]
+        if self._tol is not None:
+            return self._fit(features, labels, tol=self._tol)
+        found = None
+        # Tighter from `tight` on; looser below `loose`.
+        loose, tight = 0, len(_TOLERANCES)
+        while loose < tight:
+            middle = (loose + tight) // 2
+            tried = self._fit(features, labels, tol=_TOLERANCES[middle])
+            value = _objective_and_gradient(features, labels, *tried)[0]
             if value <= self._best * (1 + _NEAR):
-                self._tolerances = (tol,)
-                return found
-        raise RuntimeError("no tolerance is tight enough")
+                found, tight = tried, middle
+            else:
+                loose = middle + 1
+        if found is None:
+            raise RuntimeError("no tolerance is tight enough")
+        self._tol = _TOLERANCES[tight]
+        return found
 
 
 def _objective_and_gradient(
