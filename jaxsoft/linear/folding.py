@@ -166,7 +166,7 @@ def _lower(context, *args, jaxpr, foldable, tree):
     if needed and needed not in platforms and _needs_device(jaxpr.jaxpr):
         raise NotImplementedError(
             f'`implementation` must be None or "xla" on {" and ".join(platforms)}, got '
-            f"one for {needed} alone, which runs elsewhere only in Pallas's interpreter."
+            f"one for {needed} alone. Only Pallas's interpreter runs it elsewhere."
         )
     function = _evaluate_whole if "tpu" in platforms else _evaluate
     rule = mlir.lower_fun(function, multiple_results=True)

@@ -14,10 +14,14 @@ _ROW_MULTIPLE = 16
 # tiles beside the blocks.
 _STRIP = 256
 
-# The larger the block, the less often the kernel is read (rows) and the rarer what a
-# step costs beside its products (classes). Beyond these products bound the time.
 _ROWS = (1024, 768, 512, 256, 128, 64, 32, 16)
 _CLASSES = (1024, 768, 512, 384, 256, 128)
+
+# What is kept is read once, what streams past it once for each block of it: some 400
+# products a number of bytes are what chips have time for. Along the other axis a
+# matrix unit wants 128 rows or more for each of its loads.
+_KEPT = 400
+_STREAMED = 128
 
 # The smallest VMEM of a core since v5e (v5e and v6e have 128 MiB, v5p and 7x this), and
 # what a kernel may take of it: the compiler keeps some for itself.
@@ -25,8 +29,10 @@ SMALLEST_VMEM = 64 * 2**20
 _SHARE = 3 / 4
 
 # How many float32 tiles of logits a step holds at once, beside its operands.
-_TILES_FORWARD = 6
-_TILES_BACKWARD = 6
+_TILES = 6
+
+# Features are worked on in chunks where their products are added up.
+CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +125,10 @@ def choose_forward(layer: Layer, vmem: int = SMALLEST_VMEM) -> Blocks:
         return (
             layer.operand_bytes(rows, classes)
             + columns
-            + _TILES_FORWARD * min(rows, _STRIP) * classes * 4
+            + _TILES * min(rows, _STRIP) * classes * 4
         )
 
-    return _choose(layer, vmem, used)
+    return _choose(layer, vmem, used, lambda r, c: _KEPT / r + _STREAMED / c, _ROWS)
 
 
 def choose_backward(
@@ -144,28 +150,30 @@ def choose_backward(
     """
 
     def used(rows: int, classes: int) -> int:
-        # Labels, temperatures and coefficients, padded to lanes.
-        columns = 3 * 2 * rows * LANES * 4
+        # Labels, temperatures and six coefficients, padded to lanes.
+        columns = 8 * 2 * rows * LANES * 4
         total = layer.operand_bytes(rows, classes) + columns
-        total += _TILES_BACKWARD * min(rows, _STRIP) * classes * 4
+        total += _TILES * min(rows, _STRIP) * classes * 4
         # Two slots of float32 sums, and the moments.
         total += 2 * rows * ((layer.width if hidden else 0) + LANES) * 4
         if kernel:
             # The float32 sum, the block that is written, two in turn.
             total += classes * layer.width * (4 + 2 * layer.kernel_bytes)
-        return total
+        # The products of a chunk of features.
+        return total + (rows + classes) * min(CHUNK, layer.width) * 4
 
-    return _choose(layer, vmem, used)
+    # One strip: its sums are on their way while it is worked on.
+    rows = [size for size in _ROWS if size <= _STRIP]
+    return _choose(layer, vmem, used, lambda r, c: _KEPT / c + _STREAMED / r, rows)
 
 
-def _choose(layer: Layer, vmem: int, used) -> Blocks:
-    """Returns the largest blocks that fit; of equal ones those with more rows."""
+def _choose(layer: Layer, vmem: int, used, cost, all_rows) -> Blocks:
+    """Returns the blocks of the least cost among those that fit."""
     budget = int(vmem * _SHARE)
-    pairs = sorted(
-        itertools.product(_ROWS, _CLASSES), key=lambda p: (p[0] * p[1], p[0])
-    )
-    for rows, classes in reversed(pairs):
-        rows = _balanced(layer.rows, rows, _row_multiple(rows))
+    pairs = itertools.product(all_rows, _CLASSES)
+    for rows, classes in sorted(pairs, key=lambda pair: cost(*pair)):
+        rows = _balanced(layer.rows, rows, _ROW_MULTIPLE)
+        rows = _up(rows, _row_multiple(rows))
         classes = _balanced(layer.classes, classes, LANES)
         if used(rows, classes) <= budget:
             return Blocks(rows, classes, budget)

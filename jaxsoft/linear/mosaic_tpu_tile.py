@@ -221,6 +221,7 @@ def compute_tile(
         u = jnp.where(offsets == -jnp.inf, -jnp.inf, u)
     if ragged:
         u = inside(problem, start, u, 1, -jnp.inf)
+        slope = None if slope is None else inside(problem, start, slope, 1, 0)
     labels = None
     if inputs.labels is not None:
         labels = columns_of(inputs.labels[strip, :], start, size)
