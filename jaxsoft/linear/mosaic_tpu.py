@@ -81,7 +81,7 @@ def _run(config: Config, operands: Operands) -> Running:
     columns = dict(zip(floats, _columns(found[0], len(floats)), strict=True))
     if integers:
         columns |= zip(integers, _columns(found[1], len(integers)), strict=True)
-    return Running(*(columns.get(name) for name in Running._fields))
+    return Running._make(columns.get(name) for name in Running._fields)
 
 
 def _columns(array: jax.Array, number: int) -> list[jax.Array]:
@@ -135,7 +135,7 @@ def _statistics_kernel(inputs: Inputs, *outputs, problem: Problem, blocks: Block
         old: dict[str, Any] = {
             name: ref[strip, lane : lane + 1] for name, ref, lane in columns
         }
-        statistics = Running(*(old.get(name) for name in Running._fields))
+        statistics = Running._make(old.get(name) for name in Running._fields)
         tau = inputs.temperature(problem.config, strip)
         new = running.merge(tau, statistics, tile)
         for name, ref, lane in columns:

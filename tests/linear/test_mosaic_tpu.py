@@ -5,6 +5,7 @@ Blocks are small, so that there are several of each kind and the last ones stick
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,9 @@ from tests import truth
 from tests.linear import cases
 
 ROWS, FEATURES, CLASSES = 37, 23, 293
-TPU = {"implementation": "mosaic_tpu"}
+TPU: dict[str, Any] = {"implementation": "mosaic_tpu"}
 # The options of a layout; both together have them all.
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "hv": {"bias": True, "class_mask": True, "temperature": True, "z_loss": 0.1},
     "vh": {"logit_softcap": 0.7, "label_smoothing": 0.2, "temperature": 0.6},
 }
@@ -153,9 +154,18 @@ def test_what_is_masked_counts_for_nothing(small_blocks, interpreter):
     hidden = hidden.at[3].set(jnp.nan)
     labels = labels.at[3].set(-100)
 
+    # The logits of rows that only fill a block would overflow on their own.
+    bias = jnp.full(CLASSES, 200.0)
+
     def loss(hidden, kernel, mask):
         return linear_cross_entropy(
-            hidden, kernel, labels, class_mask=mask, ignore_label=-100, **TPU
+            hidden,
+            kernel,
+            labels,
+            bias=bias,
+            class_mask=mask,
+            ignore_label=-100,
+            **TPU,
         )
 
     both = jax.jit(jax.value_and_grad(loss, (0, 1)))
@@ -195,15 +205,16 @@ def test_entropy_and_sharded_classes(small_blocks, interpreter):
 def test_a_single_row_and_class_and_a_batch(interpreter):
     """Blocks larger than their arrays, one of each kind: sums never leave VMEM."""
     hidden, kernel, labels = cases.layer(1, 5, 1)
-    one = lambda *args: linear_cross_entropy(*args, labels, **TPU)  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(one, (0, 1)))(hidden, kernel)
+    alone = lambda h, w: linear_cross_entropy(h, w, labels, **TPU)  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(alone, (0, 1)))(hidden, kernel)
     assert value == 0 and all((np.asarray(g) == 0).all() for g in grads)
     hidden, kernel, labels = cases.layer(6, 5, 139)
 
     def loss(hidden, kernel, labels, **options):
-        each = jax.vmap(
-            lambda h, y: linear_cross_entropy(h, kernel, y, **options), (0, 0)
-        )
+        def one(hidden, labels):
+            return linear_cross_entropy(hidden, kernel, labels, **options)
+
+        each = jax.vmap(one)
         return each(hidden.reshape(2, 3, 5), labels.reshape(2, 3)).sum()
 
     mine, theirs = (
