@@ -225,8 +225,7 @@ def _gradients_kernel(
             d = d * tile.slope
         if results.bias is not None:
             new = jnp.sum(d, axis=0, keepdims=True)
-            old = jnp.where(row_block == 0, 0, results.bias[...])
-            results.bias[...] = old + new
+            _add(results.bias, ..., new, row_block == 0)
         d = d.astype(operand_dtype(inputs.hidden, inputs.kernel))
         if total_ref is not None:
             _add_to_kernel(problem, inputs, total_ref, d)
@@ -237,9 +236,7 @@ def _gradients_kernel(
             _add_to_hidden(problem, inputs, slot_ref, d, tile.start, ragged)
         for number, new in enumerate(moments):
             lane = slot_ref.shape[1] - LANES + number
-            lanes = pl.ds(lane, 1)
-            old = jnp.where(block == 0, 0, slot_ref[:, lanes])
-            slot_ref[:, lanes] = old + new
+            _add(slot_ref, (slice(None), pl.ds(lane, 1)), new, block == 0)
         sums.give()
 
     kernels.each_block(0, problem.layer.classes, blocks.classes, step)
@@ -336,6 +333,11 @@ def _each_chunk(features: int, step) -> None:
         step(pl.ds(whole * CHUNK, features - whole * CHUNK))
 
 
+def _add(ref, at, new: jax.Array, first: jax.Array) -> None:
+    """Adds to what a reference holds, which before the first time is arbitrary."""
+    ref[at] = jnp.where(first, 0, ref[at]) + new
+
+
 def _add_to_kernel(problem: Problem, inputs: Inputs, total_ref, d: jax.Array) -> None:
     """Adds a tile's part to the block of dkernel."""
     first = pl.program_id(1) == 0
@@ -343,7 +345,7 @@ def _add_to_kernel(problem: Problem, inputs: Inputs, total_ref, d: jax.Array) ->
     def add(chunk):
         hidden = inputs.hidden[:, chunk].astype(d.dtype)
         new = dot(d, hidden, (0, 0), problem.config.precision, jnp.float32)
-        total_ref[:, chunk] = jnp.where(first, 0, total_ref[:, chunk]) + new
+        _add(total_ref, (slice(None), chunk), new, first)
 
     _each_chunk(problem.layer.features, add)
 
@@ -360,7 +362,7 @@ def _add_to_hidden(
         if ragged:
             kernel = kernels.inside(problem, start, kernel, axis, 0)
         new = dot(d, kernel, (1, axis), problem.config.precision, jnp.float32)
-        slot_ref[:, chunk] = jnp.where(first, 0, slot_ref[:, chunk]) + new
+        _add(slot_ref, (slice(None), chunk), new, first)
 
     _each_chunk(problem.layer.features, add)
 
