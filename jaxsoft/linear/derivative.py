@@ -27,7 +27,11 @@ class _Statistics(Foldable):
     def call(self, operands: Operands) -> Fields:
         if self.config.implementation == "reference":
             return reference.statistics(self.config, operands)
-        return xla.forward(self.config, operands).fields
+        return _forward(self.config, operands).fields
+
+    @property
+    def platform(self) -> str | None:
+        return _platform(self.config)
 
     def roles(self, operands: Operands) -> tuple[Any, ...]:
         return (operands.roles(self.config),)
@@ -47,10 +51,10 @@ class _Statistics(Foldable):
 
 @dataclasses.dataclass(frozen=True)
 class _Forward(_Statistics):
-    """The statistics inside their own derivative: JAX differentiates the loops."""
+    """The statistics inside their own derivative: JAX differentiates XLA's loops."""
 
     def call(self, operands: Operands) -> Any:
-        return xla.forward(self.config, operands)
+        return _forward(self.config, operands)
 
     def out_roles(self, operands: Operands) -> Any:
         number = "n" if self.config.mean else None
@@ -59,7 +63,7 @@ class _Forward(_Statistics):
 
     def differentiable(self, moving: Operands):
         del moving
-        return self.call
+        return functools.partial(xla.forward, _of_loops(self.config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,15 @@ class _Backward(Foldable):
     @property
     def partial(self) -> bool:
         return True
+
+    @property
+    def platform(self) -> str | None:
+        return _platform(self.config)
+
+    def differentiable(self, *moving: Any):
+        del moving
+        loops = dataclasses.replace(self, config=_of_loops(self.config))
+        return loops.call
 
     def call(self, operands, saved, cotangents) -> Gradients:
         return statistics_backward.backward(
@@ -89,6 +102,26 @@ class _Backward(Foldable):
     def out_roles(self, *args: Any) -> Any:
         del args
         return self.wanted.roles(self.config)
+
+
+def _forward(config: Config, operands: Operands) -> Saved:
+    """Computes the statistics by the implementation that was asked for."""
+    if config.implementation == "mosaic_tpu":
+        # Pallas is imported by those who use it.
+        from jaxsoft.linear import mosaic_tpu
+
+        return mosaic_tpu.forward(config, operands)
+    return xla.forward(config, operands)
+
+
+def _platform(config: Config) -> str | None:
+    """Returns the one platform that an implementation runs on; None for any."""
+    return {"mosaic_tpu": "tpu"}.get(config.implementation)
+
+
+def _of_loops(config: Config) -> Config:
+    """Returns the configuration of XLA's loops, which JAX can differentiate."""
+    return dataclasses.replace(config, implementation="xla")
 
 
 def statistics(config: Config, operands: Operands) -> Fields:

@@ -49,6 +49,11 @@ class Foldable(abc.ABC):
         """Whether shards' results still have to be added up."""
         return False
 
+    @property
+    def platform(self) -> str | None:
+        """The one platform that the function runs on, unless it is interpreted."""
+        return None
+
     def over(self, vocab_axes: tuple[str, ...]) -> "Foldable":
         """Returns the same function with its classes sharded over mesh axes."""
         configs = {
@@ -67,7 +72,7 @@ class Foldable(abc.ABC):
         """Calls the function through the primitive."""
         flat, tree = jax.tree.flatten(args)
         function = self.flat(tree)
-        if not any(map(varying.axes, flat)):
+        if self.platform is None and not any(map(varying.axes, flat)):
             # Outside shard_map XLA may have to share the function among devices.
             roles = _roles(self, tree, flat)
             function = partitioning.shared(self, tree, *roles)
@@ -154,6 +159,33 @@ def _one_by_one(args, batched, foldable, tree):
     return jax.lax.map(function, [a for a, m in zip(args, batched, strict=True) if m])
 
 
+def _lower(context, *args, jaxpr, foldable, tree):
+    """Lowers the function, but for a kernel only to what it was written for."""
+    platforms = context.platforms or context.module_context.platforms
+    needed = foldable.platform
+    if needed and needed not in platforms and _needs_device(jaxpr.jaxpr):
+        raise NotImplementedError(
+            f'`implementation` must be None or "xla" on {" and ".join(platforms)}, got '
+            f"one for {needed} alone. Only Pallas's interpreter runs it elsewhere."
+        )
+    function = _evaluate_whole if "tpu" in platforms else _evaluate
+    rule = mlir.lower_fun(function, multiple_results=True)
+    return rule(context, *args, jaxpr=jaxpr, foldable=foldable, tree=tree)
+
+
+def _needs_device(jaxpr) -> bool:
+    """Tells whether a program has a kernel that is not interpreted."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            if not equation.params["interpret"]:
+                return True
+            continue
+        inner = (getattr(p, "jaxpr", p) for p in equation.params.values())
+        if any(_needs_device(p) for p in inner if hasattr(p, "eqns")):
+            return True
+    return False
+
+
 def _evaluate_whole(*args, jaxpr, foldable, tree):
     """Computes the function where devices cannot be made to share it.
 
@@ -165,10 +197,10 @@ def _evaluate_whole(*args, jaxpr, foldable, tree):
 
 
 _primitive.def_impl(_evaluate)
-_primitive.def_abstract_eval(lambda *args, jaxpr, foldable, tree: jaxpr.out_avals)
-mlir.register_lowering(_primitive, mlir.lower_fun(_evaluate, multiple_results=True))
-mlir.register_lowering(
-    _primitive, mlir.lower_fun(_evaluate_whole, multiple_results=True), platform="tpu"
+# What is interpreted has effects: its kernels run one after another.
+_primitive.def_effectful_abstract_eval(
+    lambda *args, jaxpr, foldable, tree: (jaxpr.out_avals, jaxpr.effects)
 )
+mlir.register_lowering(_primitive, _lower)
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

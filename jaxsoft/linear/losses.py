@@ -10,7 +10,7 @@ from jaxsoft import checks
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import LogitStatistics, MeshAxes, prepare
+from jaxsoft.linear.statistics import KERNELS, LogitStatistics, MeshAxes, prepare
 from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 
 __all__ = ["linear_cross_entropy"]
@@ -77,7 +77,8 @@ def linear_cross_entropy(
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
         is one to three tiles and, with gradients, a float32 sum of the shape of
         `hidden`.
-      implementation: None, "xla" or "reference" (stored logits, for checking).
+      implementation: None, "xla", "reference" (stored logits, for checking) or
+        "mosaic_tpu" (kernels for TPUs, not yet measured).
 
     Returns:
       A scalar, or [...] with reduction "none", in float32 (float64 if an input is);
@@ -141,6 +142,7 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
+        implementations=KERNELS,
         wanted=("mean", "expected") if return_statistics else wanted,
     )
     statistics = call.run().with_one_label()

@@ -23,6 +23,7 @@ __all__ = [
     "LogitStatistics",
     "MeshAxes",
     "fold_rows",
+    "KERNELS",
     "linear_statistics",
     "prepare",
 ]
@@ -30,6 +31,9 @@ __all__ = [
 MeshAxes = str | Sequence[str] | None
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
+# Of functions with at most one label a row. No kernel is a default before it was
+# measured.
+KERNELS: tuple[Implementation, ...] = (*IMPLEMENTATIONS, "mosaic_tpu")
 
 
 @exportable_dataclass()
@@ -156,7 +160,8 @@ def linear_statistics(
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
         is one to three tiles and, with gradients, a float32 sum of the shape of
         `hidden`.
-      implementation: None, "xla" or "reference" (stored logits, for checking).
+      implementation: None, "xla", "reference" (stored logits, for checking) or
+        "mosaic_tpu" (kernels for TPUs, not yet measured).
 
     Returns:
       A `LogitStatistics` with arrays of shape [...], in float32 (float64 if an
@@ -202,6 +207,7 @@ def linear_statistics(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
+        implementations=KERNELS,
         wanted=("mean", "expected") + (("argmax",) if return_argmax else ()),
     )
     return call.run().with_one_label()
@@ -281,6 +287,8 @@ def prepare(
         )
     arrays = _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix)
     hidden, kernel = arrays.hidden, arrays.kernel
+    if chosen == "mosaic_tpu":
+        _check_dtypes(chosen, hidden, kernel)
     if logit_softcap is not None:
         logit_softcap = checks.scalar_in(
             f"{prefix}logit_softcap", logit_softcap, 0, math.inf
@@ -322,6 +330,16 @@ def prepare(
     return Call(
         config, arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
     )
+
+
+def _check_dtypes(chosen: str, hidden: jax.Array, kernel: jax.Array) -> None:
+    """Requires the dtypes that matrix units of accelerators have."""
+    for name, array in (("hidden", hidden), ("kernel", kernel)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(
+                f"`{name}` must have dtype float32 or bfloat16 with implementation "
+                f'"{chosen}", got {array.dtype}. Use implementation="xla".'
+            )
 
 
 def _check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:

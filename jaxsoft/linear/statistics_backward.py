@@ -49,6 +49,11 @@ class Rows(NamedTuple):
     slope: jax.Array | None
     rest: jax.Array | None
 
+    def columns(self) -> "Rows":
+        """The same with [N, 1] in place of [N]."""
+        others = jax.tree.map(lambda a: a[:, None], self._replace(label=None))
+        return others._replace(label=self.label)
+
 
 def backward(
     config: Config,
@@ -77,12 +82,22 @@ def backward(
     )
 
     def share(part, part_rows, tile, _):
-        return statistics_share(config, part, part_rows, tile, wanted.tau)
+        columns = part_rows.columns()
+        tau = part.temperature(config)
+        d, moments = statistics_share(tau, columns, tile, wanted.tau)
+        return Share(d, jnp.concatenate(moments, axis=1) if moments else None)
 
-    number = 2 if cotangents.rest is None else 3
-    gradients, moments = xla_backward.accumulate(
-        config, operands, wanted, share, rows, moments=number
-    )
+    if config.implementation == "mosaic_tpu":
+        # Pallas is imported by those who use it.
+        from jaxsoft.linear import mosaic_tpu_backward
+
+        accumulated = mosaic_tpu_backward.accumulate(config, operands, wanted, rows)
+    else:
+        number = 2 if cotangents.rest is None else 3
+        accumulated = xla_backward.accumulate(
+            config, operands, wanted, share, rows, moments=number
+        )
+    gradients, moments = accumulated
     if moments is not None:
         tau = _tau_cotangent(config, operands, saved, cotangents, moments)
         gradients = gradients._replace(tau=tau)
@@ -111,13 +126,24 @@ def _coefficients(config, operands, saved, cotangents: Cotangents):
     return share, label, kept, expected, rest
 
 
-def statistics_share(config, operands, rows: Rows, tile: Tile, moments: bool):
-    """Returns what a tile contributes to the derivative of the statistics."""
-    label = rows.label
-    rows = jax.tree.map(lambda a: a[:, None], rows._replace(label=None))
+def statistics_share(
+    tau: float | jax.Array, rows: Rows, tile: Tile, moments: bool
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Returns what a tile contributes to the derivative of the statistics.
+
+    Args:
+      tau: the temperature, a float or [R, 1].
+      rows: the columns of the rows' coefficients.
+      tile: the tile.
+      moments: whether the temperature's gradient is wanted.
+
+    Returns:
+      The derivative by the logits [R, B], and sums [R, 1] over the classes, none of
+      them if not wanted.
+    """
     peak = jnp.where(rows.max == -jnp.inf, 0, rows.max)
     u = tile.logits
-    c = divide_by_temperature(u, peak, operands.temperature(config))
+    c = divide_by_temperature(u, peak, tau)
     weights = jnp.exp(c)
     p = weights * rows.inverse_total
     d = jnp.zeros_like(u)
@@ -125,20 +151,20 @@ def statistics_share(config, operands, rows: Rows, tile: Tile, moments: bool):
         d = p * rows.share
     if rows.slope is not None:
         d = d + times(p, c) * rows.slope
-    if label is not None and tile.labels is not None:
-        d = d + tile.place(label)
+    if rows.label is not None and tile.labels is not None:
+        d = d + tile.place(rows.label)
     if rows.kept is not None:
         d = d + (jnp.where(u == -jnp.inf, 0, rows.kept) if tile.masked else rows.kept)
     if rows.rest is not None:
         weights = tile.without_labels(weights)
         d = d + weights * rows.rest
     if not moments:
-        return Share(d, None)
+        return d, []
     pc = times(p, c)
-    sums = [pc.sum(axis=1), times(pc, c).sum(axis=1)]
+    parts = [pc, times(pc, c)]
     if rows.rest is not None:
-        sums.append(times(weights, c).sum(axis=1))
-    return Share(d, jnp.stack(sums, axis=1))
+        parts.append(times(weights, c))
+    return d, [part.sum(axis=1, keepdims=True) for part in parts]
 
 
 def _tau_cotangent(config, operands, saved, cotangents, moments) -> jax.Array:

@@ -44,9 +44,9 @@ CALLS = [
     ),
     (
         (H, W, Y),
-        {"implementation": "mosaic_tpu"},
+        {"implementation": "mosaic_gpu"},
         NotImplementedError,
-        "must be 'xla' or 'reference' for linear",
+        "must be 'xla' or 'reference' or 'mosaic_tpu' for linear",
     ),
 ]
 LOSS_CALLS = [
