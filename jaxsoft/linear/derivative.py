@@ -17,6 +17,8 @@ from jaxsoft.linear.xla_backward import Gradients, Wanted
 
 __all__ = ["nonzero", "statistics", "values"]
 
+_PLATFORMS = {"mosaic_gpu": "cuda"}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Statistics(Foldable):
@@ -24,10 +26,14 @@ class _Statistics(Foldable):
 
     config: Config
 
+    @property
+    def platform(self) -> str | None:
+        return _PLATFORMS.get(self.config.implementation)
+
     def call(self, operands: Operands) -> Fields:
         if self.config.implementation == "reference":
             return reference.statistics(self.config, operands)
-        return xla.forward(self.config, operands).fields
+        return _forward(self.config, operands).fields
 
     def roles(self, operands: Operands) -> tuple[Any, ...]:
         return (operands.roles(self.config),)
@@ -47,10 +53,10 @@ class _Statistics(Foldable):
 
 @dataclasses.dataclass(frozen=True)
 class _Forward(_Statistics):
-    """The statistics inside their own derivative: JAX differentiates the loops."""
+    """The statistics inside their own derivative: JAX differentiates XLA's loops."""
 
     def call(self, operands: Operands) -> Any:
-        return xla.forward(self.config, operands)
+        return _forward(self.config, operands)
 
     def out_roles(self, operands: Operands) -> Any:
         number = "n" if self.config.mean else None
@@ -59,7 +65,7 @@ class _Forward(_Statistics):
 
     def differentiable(self, moving: Operands):
         del moving
-        return self.call
+        return functools.partial(xla.forward, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,15 @@ def statistics(config: Config, operands: Operands) -> Fields:
       The wanted fields.
     """
     return _Statistics(config)(varying.like(operands, operands))
+
+
+def _forward(config: Config, operands: Operands) -> Saved:
+    """Returns the statistics by the implementation that was asked for."""
+    if config.implementation == "mosaic_gpu":
+        from jaxsoft.linear import mosaic_gpu
+
+        return mosaic_gpu.forward(config, operands)
+    return xla.forward(config, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -49,6 +49,11 @@ class Foldable(abc.ABC):
         """Whether shards' results still have to be added up."""
         return False
 
+    @property
+    def platform(self) -> str | None:
+        """The one platform that the function has a kernel for; None for any."""
+        return None
+
     def over(self, vocab_axes: tuple[str, ...]) -> "Foldable":
         """Returns the same function with its classes sharded over mesh axes."""
         configs = {
@@ -66,15 +71,21 @@ class Foldable(abc.ABC):
     def __call__(self, *args: Any) -> Any:
         """Calls the function through the primitive."""
         flat, tree = jax.tree.flatten(args)
-        function = self.flat(tree)
-        if not any(map(varying.axes, flat)):
-            # Outside shard_map XLA may have to share the function among devices.
-            roles = _roles(self, tree, flat)
-            function = partitioning.shared(self, tree, *roles)
-        jaxpr = jax.make_jaxpr(function)(*flat)
+        jaxpr = jax.make_jaxpr(self._shared(tree, flat))(*flat)
         out = _primitive.bind(*flat, jaxpr=jaxpr, foldable=self, tree=tree)
         # The roles have the structure of the result: no need to trace it again.
         return jax.tree.unflatten(jax.tree.structure(self.out_roles(*args)), out)
+
+    def _shared(self, tree: Any, flat: list[Any]) -> Callable[..., list[jax.Array]]:
+        """Returns the function of flat arguments, as devices may share it."""
+        function = self.flat(tree)
+        if any(map(varying.axes, flat)):
+            return function
+        if self.platform is not None and jax.make_jaxpr(function)(*flat).effects:
+            # A kernel in an interpreter: one device runs it, and in order.
+            return function
+        # Outside shard_map XLA may have to share the function among devices.
+        return partitioning.shared(self, tree, *_roles(self, tree, flat))
 
     def flat(self, tree: Any) -> Callable[..., list[jax.Array]]:
         """Returns the function of flat arguments, and of flat results."""
@@ -164,11 +175,28 @@ def _evaluate_whole(*args, jaxpr, foldable, tree):
     return foldable.flat(tree)(*args)
 
 
+def _lowering(function):
+    """Returns how the function lowers where its kernel, if it has one, can run."""
+    lower = mlir.lower_fun(function, multiple_results=True)
+
+    def rule(ctx, *args, jaxpr, foldable, tree):
+        only, platforms = foldable.platform, ctx.module_context.platforms
+        # A kernel in an interpreter has effects, and runs anywhere.
+        if only is not None and not jaxpr.effects and set(platforms) != {only}:
+            raise NotImplementedError(
+                f'`implementation` must be None or "xla" on {", ".join(platforms)}, '
+                f"got {foldable.config.implementation!r}, which is for {only}."
+            )
+        return lower(ctx, *args, jaxpr=jaxpr, foldable=foldable, tree=tree)
+
+    return rule
+
+
 _primitive.def_impl(_evaluate)
-_primitive.def_abstract_eval(lambda *args, jaxpr, foldable, tree: jaxpr.out_avals)
-mlir.register_lowering(_primitive, mlir.lower_fun(_evaluate, multiple_results=True))
-mlir.register_lowering(
-    _primitive, mlir.lower_fun(_evaluate_whole, multiple_results=True), platform="tpu"
+_primitive.def_effectful_abstract_eval(
+    lambda *args, jaxpr, foldable, tree: (jaxpr.out_avals, jaxpr.effects)
 )
+mlir.register_lowering(_primitive, _lowering(_evaluate))
+mlir.register_lowering(_primitive, _lowering(_evaluate_whole), platform="tpu")
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import MeshAxes, prepare
+from jaxsoft.linear.statistics import WITH_KERNELS, MeshAxes, prepare
 
 __all__ = ["linear_log_prob", "linear_log_prob_at"]
 
@@ -52,7 +52,8 @@ def linear_log_prob(
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
       tile_bytes: the most bytes that a tile of logits may take; see
         `linear_statistics`.
-      implementation: None, "xla" or "reference".
+      implementation: None, "xla", "reference" or "mosaic_gpu" (a kernel for Hopper
+        GPUs, see `linear_statistics`).
 
     Returns:
       A pair of log-probability, at most 0, and entropy, in [0, log V]: [...] float32
@@ -109,6 +110,7 @@ def linear_log_prob(
             vocab_axis=vocab_axis,
             tile_bytes=tile_bytes,
             implementation=implementation,
+            implementations=WITH_KERNELS,
             wanted=("expected",),
         )
         .run()

@@ -10,7 +10,12 @@ from jaxsoft import checks
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import LogitStatistics, MeshAxes, prepare
+from jaxsoft.linear.statistics import (
+    WITH_KERNELS,
+    LogitStatistics,
+    MeshAxes,
+    prepare,
+)
 from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 
 __all__ = ["linear_cross_entropy"]
@@ -77,7 +82,8 @@ def linear_cross_entropy(
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
         is one to three tiles and, with gradients, a float32 sum of the shape of
         `hidden`.
-      implementation: None, "xla" or "reference" (stored logits, for checking).
+      implementation: None, "xla", "reference" (stored logits, for checking) or
+        "mosaic_gpu" (a kernel for Hopper GPUs, see `linear_statistics`).
 
     Returns:
       A scalar, or [...] with reduction "none", in float32 (float64 if an input is);
@@ -141,6 +147,7 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
+        implementations=WITH_KERNELS,
         wanted=("mean", "expected") if return_statistics else wanted,
     )
     statistics = call.run().with_one_label()

@@ -20,6 +20,7 @@ from jaxsoft.temperature import over_temperature
 
 __all__ = [
     "Call",
+    "WITH_KERNELS",
     "LogitStatistics",
     "MeshAxes",
     "fold_rows",
@@ -30,6 +31,8 @@ __all__ = [
 MeshAxes = str | Sequence[str] | None
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
+# Of functions of one label a token.
+WITH_KERNELS: tuple[Implementation, ...] = (*IMPLEMENTATIONS, "mosaic_gpu")
 
 
 @exportable_dataclass()
@@ -156,7 +159,9 @@ def linear_statistics(
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
         is one to three tiles and, with gradients, a float32 sum of the shape of
         `hidden`.
-      implementation: None, "xla" or "reference" (stored logits, for checking).
+      implementation: None, "xla", "reference" (stored logits, for checking) or
+        "mosaic_gpu" (a kernel for Hopper GPUs, not yet measured: bfloat16 or float16,
+        H a multiple of 64, V of 16 in the layout "hv"; needs absl-py).
 
     Returns:
       A `LogitStatistics` with arrays of shape [...], in float32 (float64 if an
@@ -202,6 +207,7 @@ def linear_statistics(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
+        implementations=WITH_KERNELS,
         wanted=("mean", "expected") + (("argmax",) if return_argmax else ()),
     )
     return call.run().with_one_label()
