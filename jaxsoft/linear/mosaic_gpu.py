@@ -9,12 +9,14 @@ Not yet measured on any GPU, hence no function's default.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsoft import varying
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
+from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear import running, sharding, tiling, xla
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.running import Running, Saved
@@ -110,7 +112,7 @@ def _multiprocessors() -> int:
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
-        return hopper.MULTIPROCESSORS
+        return planning.MULTIPROCESSORS
     for device in devices:
         if device.compute_capability != "9.0":
             raise NotImplementedError(
@@ -160,9 +162,9 @@ def _of_kernel(config: Config, operands: Operands, multiprocessors: int) -> Runn
     if config.class_axis == 1:
         # The widest that divides the kernel's rows.
         swizzle = next(s for s in (128, 64, 32) if classes % (s // 2) == 0)
-    blocks, splits = hopper.choose(rows, classes, swizzle, multiprocessors)
+    blocks, splits = planning.choose(rows, classes, swizzle, multiprocessors)
     scale, factor = _static_temper(config.static_tau)
-    plan = hopper.Plan(
+    plan = planning.Plan(
         rows=_up(rows, blocks.block_rows * blocks.cluster),
         classes=classes,
         features=operands.hidden.shape[1],
@@ -185,27 +187,27 @@ def _of_kernel(config: Config, operands: Operands, multiprocessors: int) -> Runn
         temper = _temper(operands.temperature(config), rows)
         temper = _pad(temper, plan.rows, 0.0)
     hidden = _pad(operands.hidden, _up(rows, _ROWS), 0.0, axis=0)
-    inputs = hopper.Inputs(
+    inputs = planning.Inputs(
         hidden, operands.kernel, _bias(plan, operands), labels, temper
     )
     found = varying.like(hopper.run(plan, inputs), operands)
     return _running(plan, rows, found)
 
 
-def _running(plan: hopper.Plan, rows: int, found: hopper.Partials) -> Running:
+def _running(plan: planning.Plan, rows: int, found: planning.Partials) -> Running:
     """Returns what the kernel wrote as running statistics, [splits, N, 1] each."""
-    fields = dict.fromkeys(Running._fields)
+    fields: dict[str, Any] = dict.fromkeys(Running._fields)
     fields |= dict(zip(plan.floats, found.floats, strict=True))
     if found.integers is not None:
         fields |= dict(zip(plan.integers, found.integers, strict=True))
     if plan.expected:
         # c was in base 2.
-        fields["weighted"] = fields["weighted"] * math.log(2)
+        fields["weighted"] *= math.log(2)
     return jax.tree.map(lambda a: a[:, :rows, None], Running(**fields))
 
 
 def _static_temper(tau: float | None) -> tuple[float, float | None]:
-    """Returns the scale and the factor of `hopper.Plan`; no factor for limits."""
+    """Returns the scale and the factor of `planning.Plan`; no factor for limits."""
     info = jnp.finfo(jnp.float32)
     if tau is None or not float(info.tiny) <= tau <= float(info.max):
         return 1.0, None
@@ -215,7 +217,7 @@ def _static_temper(tau: float | None) -> tuple[float, float | None]:
 
 
 def _temper(tau: float | jax.Array, rows: int) -> jax.Array:
-    """Returns what each row's logits are multiplied by, [3, N]; see `hopper.Inputs`.
+    """Returns what each row's logits are multiplied by, [3, N]; see `planning.Inputs`.
 
     At τ = 0 and τ = ∞ the two factors overflow or vanish for every difference but 0 and
     -inf, which stay what they are: no case of its own in the kernel.
@@ -234,7 +236,7 @@ def _temper(tau: float | jax.Array, rows: int) -> jax.Array:
     return jnp.stack([parts.scale[:, 0], factor[:, 0], again[:, 0]])
 
 
-def _bias(plan: hopper.Plan, operands: Operands) -> jax.Array | None:
+def _bias(plan: planning.Plan, operands: Operands) -> jax.Array | None:
     """Returns the bias with -inf at dropped classes, for whole tiles; or None."""
     bias, mask = operands.bias, operands.class_mask
     if bias is None and mask is None:

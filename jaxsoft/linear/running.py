@@ -124,7 +124,7 @@ def join(tau: float | jax.Array, parts: Running) -> Running:
     """
     largest = jnp.max(parts.max, axis=0)
     peak = jnp.where(largest == -jnp.inf, 0, largest)[None]
-    tau = tau if isinstance(tau, float) else tau[None]
+    tau = tau[None] if isinstance(tau, jax.Array) else tau
     back = divide_by_temperature(parts.max, peak, tau)
     rescale = jnp.exp(back)
     _, total, label, gap, number, weighted, argmax, rest = parts

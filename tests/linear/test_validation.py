@@ -46,7 +46,7 @@ CALLS = [
         (H, W, Y),
         {"implementation": "mosaic_tpu"},
         NotImplementedError,
-        "must be 'xla' or 'reference' for linear",
+        "must be 'xla' or 'reference' or 'mosaic_gpu' for linear",
     ),
 ]
 LOSS_CALLS = [
