@@ -17,6 +17,8 @@ from jaxsoft.linear.xla_backward import Gradients, Wanted
 
 __all__ = ["nonzero", "statistics", "values"]
 
+_PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Statistics(Foldable):
@@ -106,17 +108,21 @@ class _Backward(Foldable):
 
 def _forward(config: Config, operands: Operands) -> Saved:
     """Computes the statistics by the implementation that was asked for."""
+    # Pallas is imported by those who use it.
     if config.implementation == "mosaic_tpu":
-        # Pallas is imported by those who use it.
         from jaxsoft.linear import mosaic_tpu
 
         return mosaic_tpu.forward(config, operands)
+    if config.implementation == "mosaic_gpu":
+        from jaxsoft.linear import mosaic_gpu
+
+        return mosaic_gpu.forward(config, operands)
     return xla.forward(config, operands)
 
 
 def _platform(config: Config) -> str | None:
     """Returns the one platform that an implementation runs on; None for any."""
-    return {"mosaic_tpu": "tpu"}.get(config.implementation)
+    return _PLATFORMS.get(config.implementation)
 
 
 def _of_loops(config: Config) -> Config:

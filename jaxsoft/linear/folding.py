@@ -51,7 +51,7 @@ class Foldable(abc.ABC):
 
     @property
     def platform(self) -> str | None:
-        """The one platform that the function runs on, unless it is interpreted."""
+        """The one platform that the function has a kernel for; None for any."""
         return None
 
     def over(self, vocab_axes: tuple[str, ...]) -> "Foldable":
@@ -71,15 +71,21 @@ class Foldable(abc.ABC):
     def __call__(self, *args: Any) -> Any:
         """Calls the function through the primitive."""
         flat, tree = jax.tree.flatten(args)
-        function = self.flat(tree)
-        if self.platform is None and not any(map(varying.axes, flat)):
-            # Outside shard_map XLA may have to share the function among devices.
-            roles = _roles(self, tree, flat)
-            function = partitioning.shared(self, tree, *roles)
-        jaxpr = jax.make_jaxpr(function)(*flat)
+        jaxpr = jax.make_jaxpr(self._shared(tree, flat))(*flat)
         out = _primitive.bind(*flat, jaxpr=jaxpr, foldable=self, tree=tree)
         # The roles have the structure of the result: no need to trace it again.
         return jax.tree.unflatten(jax.tree.structure(self.out_roles(*args)), out)
+
+    def _shared(self, tree: Any, flat: list[Any]) -> Callable[..., list[jax.Array]]:
+        """Returns the function of flat arguments, as devices may share it."""
+        function = self.flat(tree)
+        if any(map(varying.axes, flat)):
+            return function
+        if self.platform is not None and jax.make_jaxpr(function)(*flat).effects:
+            # A kernel in an interpreter: one device runs it, and in order.
+            return function
+        # Outside shard_map XLA may have to share the function among devices.
+        return partitioning.shared(self, tree, *_roles(self, tree, flat))
 
     def flat(self, tree: Any) -> Callable[..., list[jax.Array]]:
         """Returns the function of flat arguments, and of flat results."""
@@ -159,33 +165,6 @@ def _one_by_one(args, batched, foldable, tree):
     return jax.lax.map(function, [a for a, m in zip(args, batched, strict=True) if m])
 
 
-def _lower(context, *args, jaxpr, foldable, tree):
-    """Lowers the function, but for a kernel only to what it was written for."""
-    platforms = context.platforms or context.module_context.platforms
-    needed = foldable.platform
-    if needed and needed not in platforms and _needs_device(jaxpr.jaxpr):
-        raise NotImplementedError(
-            f'`implementation` must be None or "xla" on {" and ".join(platforms)}, got '
-            f"one for {needed} alone. Only Pallas's interpreter runs it elsewhere."
-        )
-    function = _evaluate_whole if "tpu" in platforms else _evaluate
-    rule = mlir.lower_fun(function, multiple_results=True)
-    return rule(context, *args, jaxpr=jaxpr, foldable=foldable, tree=tree)
-
-
-def _needs_device(jaxpr) -> bool:
-    """Tells whether a program has a kernel that is not interpreted."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            if not equation.params["interpret"]:
-                return True
-            continue
-        inner = (getattr(p, "jaxpr", p) for p in equation.params.values())
-        if any(_needs_device(p) for p in inner if hasattr(p, "eqns")):
-            return True
-    return False
-
-
 def _evaluate_whole(*args, jaxpr, foldable, tree):
     """Computes the function where devices cannot be made to share it.
 
@@ -196,11 +175,28 @@ def _evaluate_whole(*args, jaxpr, foldable, tree):
     return foldable.flat(tree)(*args)
 
 
+def _lowering(function):
+    """Returns how the function lowers where its kernel, if it has one, can run."""
+    lower = mlir.lower_fun(function, multiple_results=True)
+
+    def rule(ctx, *args, jaxpr, foldable, tree):
+        only, platforms = foldable.platform, ctx.module_context.platforms
+        # A kernel in an interpreter has effects, and runs anywhere.
+        if only is not None and not jaxpr.effects and set(platforms) != {only}:
+            raise NotImplementedError(
+                f'`implementation` must be None or "xla" on {", ".join(platforms)}, '
+                f"got {foldable.config.implementation!r}, which is for {only}."
+            )
+        return lower(ctx, *args, jaxpr=jaxpr, foldable=foldable, tree=tree)
+
+    return rule
+
+
 _primitive.def_impl(_evaluate)
-# What is interpreted has effects: its kernels run one after another.
 _primitive.def_effectful_abstract_eval(
     lambda *args, jaxpr, foldable, tree: (jaxpr.out_avals, jaxpr.effects)
 )
-mlir.register_lowering(_primitive, _lower)
+mlir.register_lowering(_primitive, _lowering(_evaluate))
+mlir.register_lowering(_primitive, _lowering(_evaluate_whole), platform="tpu")
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

@@ -52,8 +52,8 @@ def linear_log_prob(
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
       tile_bytes: the most bytes that a tile of logits may take; see
         `linear_statistics`.
-      implementation: None, "xla", "reference" or "mosaic_tpu" (kernels for TPUs, not
-        yet measured).
+      implementation: None, "xla", "reference", "mosaic_tpu" or "mosaic_gpu", as in
+        `linear_statistics`.
 
     Returns:
       A pair of log-probability, at most 0, and entropy, in [0, log V]: [...] float32

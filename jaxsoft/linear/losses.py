@@ -78,7 +78,7 @@ def linear_cross_entropy(
         is one to three tiles and, with gradients, a float32 sum of the shape of
         `hidden`.
       implementation: None, "xla", "reference" (stored logits, for checking) or
-        "mosaic_tpu" (kernels for TPUs, not yet measured).
+        the kernels "mosaic_tpu" and "mosaic_gpu", as in `linear_statistics`.
 
     Returns:
       A scalar, or [...] with reduction "none", in float32 (float64 if an input is);

@@ -35,7 +35,7 @@ class Config:
       expected: whether the expected centred logit is wanted.
       argmax: whether the argmax is wanted.
       rest: whether the sum over classes that are no labels is wanted.
-      implementation: its name.
+      implementation: its name, such as "xla".
       vocab_axes: the mesh axes that the classes are sharded over; () for none.
       total_classes: V where the last shards have masked padding; else None.
     """

@@ -11,7 +11,7 @@ from jaxsoft.linear.operands import Config, Fields, Operands
 from jaxsoft.linear.tile import Tile
 from jaxsoft.temperature import divide_by_temperature, over_temperature, times
 
-__all__ = ["Running", "Saved", "finish", "merge", "start"]
+__all__ = ["Running", "Saved", "finish", "join", "merge", "start"]
 
 
 class Running(NamedTuple):
@@ -110,6 +110,42 @@ def merge(tau: float | jax.Array, running: Running, tile: Tile) -> Running:
         rest = rescale * rest + jnp.sum(others, axis=1, keepdims=True)
     total = rescale * running.sum + jnp.sum(weights, axis=1, keepdims=True)
     return Running(new, total, label, gap, number, weighted, argmax, rest)
+
+
+def join(tau: float | jax.Array, parts: Running) -> Running:
+    """Merges the statistics of rows in P parts of the classes, [P, R, 1] each.
+
+    Args:
+      tau: the temperature, a float or [R, 1].
+      parts: the statistics, of parts in the order of their classes.
+
+    Returns:
+      The statistics in all classes.
+    """
+    largest = jnp.max(parts.max, axis=0)
+    peak = jnp.where(largest == -jnp.inf, 0, largest)[None]
+    tau = tau[None] if isinstance(tau, jax.Array) else tau
+    back = divide_by_temperature(parts.max, peak, tau)
+    rescale = jnp.exp(back)
+    _, total, label, gap, number, weighted, argmax, rest = parts
+    if label is not None:
+        label = jnp.max(label, axis=0)
+    if gap is not None and number is not None:
+        moved = jnp.where(number == 0, 0, parts.max - peak)
+        gap = jnp.sum(gap + number.astype(gap.dtype) * moved, axis=0)
+        number = jnp.sum(number, axis=0)
+    if weighted is not None:
+        moved = jnp.where(rescale == 0, 0, back)
+        weighted = jnp.sum(rescale * (weighted + total * moved), axis=0)
+    if argmax is not None:
+        none = jnp.iinfo(jnp.int32).max
+        argmax = jnp.min(jnp.where(parts.max == largest[None], argmax, none), axis=0)
+        # NaN logits equal no maximum.
+        argmax = jnp.where(argmax == none, 0, argmax)
+    if rest is not None:
+        rest = jnp.sum(rescale * rest, axis=0)
+    total = jnp.sum(rescale * total, axis=0)
+    return Running(largest, total, label, gap, number, weighted, argmax, rest)
 
 
 def finish(config: Config, operands: Operands, running: Running) -> Saved:

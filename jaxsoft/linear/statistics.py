@@ -33,7 +33,11 @@ MeshAxes = str | Sequence[str] | None
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
 # Of functions with at most one label a row. No kernel is a default before it was
 # measured.
-KERNELS: tuple[Implementation, ...] = (*IMPLEMENTATIONS, "mosaic_tpu")
+KERNELS: tuple[Implementation, ...] = (
+    *IMPLEMENTATIONS,
+    "mosaic_tpu",
+    "mosaic_gpu",
+)
 
 
 @exportable_dataclass()
@@ -161,7 +165,9 @@ def linear_statistics(
         is one to three tiles and, with gradients, a float32 sum of the shape of
         `hidden`.
       implementation: None, "xla", "reference" (stored logits, for checking) or
-        "mosaic_tpu" (kernels for TPUs, not yet measured).
+        a kernel, not yet measured: "mosaic_tpu" for TPUs, float32 or bfloat16;
+        "mosaic_gpu" for Hopper GPUs, bfloat16 or float16, H a multiple of 64, V of 16
+        in the layout "hv" (needs absl-py).
 
     Returns:
       A `LogitStatistics` with arrays of shape [...], in float32 (float64 if an

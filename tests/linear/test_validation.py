@@ -46,7 +46,7 @@ CALLS = [
         (H, W, Y),
         {"implementation": "mosaic_gpu"},
         NotImplementedError,
-        "must be 'xla' or 'reference' or 'mosaic_tpu' for linear",
+        "must both be bfloat16 or both float16 for implementation",
     ),
 ]
 LOSS_CALLS = [

@@ -1,0 +1,263 @@
+"""Statistics of `hidden @ kernel` by kernels for NVIDIA GPUs, through Mosaic GPU.
+
+One launch gives the statistics of every row in every split of the classes; they merge
+as tiles do. What the kernel cannot read is taken apart: the last classes of a kernel
+[V, H] whose V is no multiple of 8 are one tile in plain XLA, at most 7 columns. The
+derivative is that of `statistics_backward.py`, and forward mode over it XLA's.
+
+Not yet measured on any GPU, hence no function's default.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoft import varying
+from jaxsoft.linear import mosaic_gpu_hopper as hopper
+from jaxsoft.linear import mosaic_gpu_plan as planning
+from jaxsoft.linear import running, sharding, tiling, xla
+from jaxsoft.linear.operands import Config, Operands
+from jaxsoft.linear.running import Running, Saved
+from jaxsoft.temperature import Temperature
+
+__all__ = ["forward"]
+
+_LOG2_E = math.log2(math.e)
+# wgmma takes rows of shared memory of 64 elements of 2 bytes.
+_FEATURES = 64
+# TMA copies multiples of 16 bytes: 8 rows of hidden states, or of a kernel [V, H].
+_ROWS = 8
+# The narrowest rows of shared memory that wgmma can read, in elements.
+_CLASSES = 16
+
+
+def forward(config: Config, operands: Operands) -> Saved:
+    """Returns the statistics of every row.
+
+    Args:
+      config: what is known at trace time.
+      operands: the arrays.
+
+    Returns:
+      The wanted fields, and what their derivative needs beside them.
+
+    Raises:
+      NotImplementedError: for what the kernels do not have.
+      ImportError: without absl-py, which Pallas imports.
+    """
+    local = sharding.local_classes(config, operands)
+    multiprocessors = _check(config, local)
+    tau, classes = local.temperature(config), local.num_classes(config)
+    aligned = classes if config.class_axis == 1 else classes // _ROWS * _ROWS
+    parts = []
+    if aligned:
+        of_kernel = local if aligned == classes else _classes(config, local, 0, aligned)
+        parts.append(_of_kernel(config, of_kernel, multiprocessors))
+    if aligned < classes:
+        tail = _of_tail(config, _classes(config, local, aligned, classes), aligned)
+        parts.append(jax.tree.map(lambda a: a[None], tail))
+    merged = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    return running.finish(config, local, running.join(tau, merged))
+
+
+def _check(config: Config, operands: Operands) -> int:
+    """Requires what the kernel can do; returns the device's multiprocessors."""
+    hidden, kernel = operands.hidden, operands.kernel
+
+    def must(rule, got, fix):
+        raise NotImplementedError(
+            f'{rule} for implementation "mosaic_gpu", got {got}. {fix}, or take "xla".'
+        )
+
+    if hidden.dtype != kernel.dtype or hidden.dtype not in (jnp.bfloat16, jnp.float16):
+        must(
+            "`hidden` and `kernel` must both be bfloat16 or both float16",
+            f"{hidden.dtype} and {kernel.dtype}",
+            "Convert them",
+        )
+    if hidden.shape[1] % _FEATURES:
+        must(
+            f"`hidden.shape[-1]` must be a multiple of {_FEATURES}",
+            hidden.shape[1],
+            "Widen the layer",
+        )
+    if config.class_axis == 1 and kernel.shape[1] % _CLASSES:
+        must(
+            f"The classes of a kernel [H, V] must be a multiple of {_CLASSES}",
+            kernel.shape[1],
+            'Store the kernel as [V, H] with kernel_layout="vh", which takes any V, '
+            "pad it once and mask the new classes",
+        )
+    try:
+        import jax.experimental.pallas.mosaic_gpu  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("absl"):
+            raise
+        raise ModuleNotFoundError(
+            'implementation "mosaic_gpu" needs absl-py, which JAX does not install: '
+            "pip install absl-py",
+            name=error.name,
+        ) from error
+    return _multiprocessors()
+
+
+def _multiprocessors() -> int:
+    """Returns the multiprocessors of this process's GPUs, which must be Hopper's.
+
+    Without a GPU, as where a program is compiled for one that is elsewhere, it is an
+    H100's.
+    """
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return planning.MULTIPROCESSORS
+    for device in devices:
+        if device.compute_capability != "9.0":
+            raise NotImplementedError(
+                "Every GPU must have compute capability 9.0 (Hopper) for "
+                'implementation "mosaic_gpu", got '
+                f'{device.compute_capability}. Take "xla".'
+            )
+    return min(device.core_count for device in devices)
+
+
+def _classes(config: Config, operands: Operands, start: int, stop: int) -> Operands:
+    """Returns the operands with some of the classes, which count from 0 again."""
+    window = (slice(None), slice(start, stop))
+
+    def cut(row):
+        return None if row is None else row[start:stop]
+
+    labels = operands.labels
+    if labels is not None:
+        inside = (labels >= start) & (labels < stop)
+        labels = jnp.where(inside, labels - start, -1)
+    return operands._replace(
+        kernel=operands.kernel[window if config.class_axis == 1 else window[::-1]],
+        bias=cut(operands.bias),
+        class_mask=cut(operands.class_mask),
+        labels=labels,
+    )
+
+
+def _of_tail(config: Config, operands: Operands, first: int) -> Running:
+    """Returns the statistics of a few classes, as one tile in plain XLA."""
+    rows, classes = operands.hidden.shape[0], operands.num_classes(config)
+    tiles = tiling.Tiling(rows, classes, rows, classes)
+    tile = xla.compute_tile(config, operands, tiles, 0)
+    labels = None if operands.labels is None else operands.labels.shape[1]
+    start = running.start(config, rows, labels, jnp.dtype(jnp.float32))
+    found = running.merge(operands.temperature(config), start, tile)
+    if found.argmax is not None:
+        found = found._replace(argmax=found.argmax + first)
+    return found
+
+
+def _of_kernel(config: Config, operands: Operands, multiprocessors: int) -> Running:
+    """Returns the statistics of rows in every split: [splits, N, 1] each."""
+    rows, classes = operands.hidden.shape[0], operands.num_classes(config)
+    swizzle = 128
+    if config.class_axis == 1:
+        # The widest that divides the kernel's rows.
+        swizzle = next(s for s in (128, 64, 32) if classes % (s // 2) == 0)
+    blocks, splits = planning.choose(rows, classes, swizzle, multiprocessors)
+    scale, factor = _static_temper(config.static_tau)
+    plan = planning.Plan(
+        rows=_up(rows, blocks.block_rows * blocks.cluster),
+        classes=classes,
+        features=operands.hidden.shape[1],
+        transposed=config.class_axis == 0,
+        blocks=blocks,
+        splits=splits,
+        softcap=config.softcap,
+        scale=scale,
+        factor=factor,
+        labels=operands.labels is not None,
+        mean=config.mean,
+        expected=config.expected,
+        argmax=config.argmax,
+    )
+    labels = operands.labels
+    if labels is not None:
+        labels = _pad(labels[:, 0], plan.rows, -1)
+    temper = None
+    if factor is None:
+        temper = _temper(operands.temperature(config), rows)
+        temper = _pad(temper, plan.rows, 0.0)
+    hidden = _pad(operands.hidden, _up(rows, _ROWS), 0.0, axis=0)
+    inputs = planning.Inputs(
+        hidden, operands.kernel, _bias(plan, operands), labels, temper
+    )
+    found = varying.like(hopper.run(plan, inputs), operands)
+    return _running(plan, rows, found)
+
+
+def _running(plan: planning.Plan, rows: int, found: planning.Partials) -> Running:
+    """Returns what the kernel wrote as running statistics, [splits, N, 1] each."""
+    fields: dict[str, Any] = dict.fromkeys(Running._fields)
+    fields |= dict(zip(plan.floats, found.floats, strict=True))
+    if found.integers is not None:
+        fields |= dict(zip(plan.integers, found.integers, strict=True))
+    if plan.expected:
+        # c was in base 2.
+        fields["weighted"] *= math.log(2)
+    return jax.tree.map(lambda a: a[:, :rows, None], Running(**fields))
+
+
+def _static_temper(tau: float | None) -> tuple[float, float | None]:
+    """Returns the scale and the factor of `planning.Plan`; no factor for limits."""
+    info = jnp.finfo(jnp.float32)
+    if tau is None or not float(info.tiny) <= tau <= float(info.max):
+        return 1.0, None
+    # As in temperature.py: a difference of logits must not overflow before τ divides.
+    scale = 0.25 if tau > 1 else 1.0
+    return scale, _LOG2_E / (tau * scale)
+
+
+def _temper(tau: float | jax.Array, rows: int) -> jax.Array:
+    """Returns what each row's logits are multiplied by, [3, N]; see `planning.Inputs`.
+
+    At τ = 0 and τ = ∞ the two factors overflow or vanish for every difference but 0 and
+    -inf, which stay what they are: no case of its own in the kernel.
+    """
+    info = jnp.finfo(jnp.float32)
+    if isinstance(tau, float):
+        tau = jnp.full((rows, 1), tau, jnp.float32)
+    parts = Temperature.prepare(tau, jnp.dtype(jnp.float32))
+    hot = jnp.isinf(parts.value)
+    limit = jnp.where(parts.is_zero, info.max, info.tiny)
+    limited = parts.is_zero | hot
+    factor = jnp.where(limited, limit, _LOG2_E / jnp.where(hot, 1, parts.divisor))
+    # A negative τ is NaN, and so is all that comes of it.
+    factor = jnp.where(jnp.isnan(parts.value), jnp.nan, factor)
+    again = jnp.where(limited, limit, 1)
+    return jnp.stack([parts.scale[:, 0], factor[:, 0], again[:, 0]])
+
+
+def _bias(plan: planning.Plan, operands: Operands) -> jax.Array | None:
+    """Returns the bias with -inf at dropped classes, for whole tiles; or None."""
+    bias, mask = operands.bias, operands.class_mask
+    if bias is None and mask is None:
+        return None
+    row = jnp.zeros(plan.classes, jnp.float32) if bias is None else bias
+    row = row.astype(jnp.float32)
+    if mask is not None:
+        row = jnp.where(mask, row, -jnp.inf)
+    return _pad(row, plan.tiles * plan.blocks.classes, -jnp.inf)
+
+
+def _pad(array: jax.Array, size: int, value: float, axis: int = -1) -> jax.Array:
+    """Returns an array padded to a size; the same where it has it already."""
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths, constant_values=value)
+
+
+def _up(size: int, multiple: int) -> int:
+    """Returns the smallest multiple that is at least `size`."""
+    return -(-size // multiple) * multiple

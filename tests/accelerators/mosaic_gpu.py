@@ -1,0 +1,158 @@
+"""The Mosaic GPU kernels at the heads of real models, to compile for a GPU elsewhere.
+
+Modes: `heads` (three models, many tokens and few), `options` (all options of the
+statistics, numbers of classes that fit nothing, the gradient) and
+`mesh` (four GPUs). Reports what temporaries may take, and what PTX says, and its
+assembler where there is one.
+"""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+from jaxsoft.linear import mosaic_gpu_hopper as hopper
+from tests.accelerators.compiling import compile_for, report, topology
+
+LLAMA3, QWEN3, GEMMA3 = (4096, 128256), (4096, 151936), (2560, 262144)
+
+
+def cases(mode):
+    """Yields names, functions, N, H, V, and options."""
+    statistics, loss = jaxsoft.linear_statistics, jaxsoft.linear_cross_entropy
+    if mode == "heads":
+        for name, head in {"llama3": LLAMA3, "qwen3": QWEN3, "gemma3": GEMMA3}.items():
+            yield f"{name} 4096", statistics, 4096, *head, {}
+            yield f"{name} 8", loss, 8, *head, {}
+        return
+    every = {
+        "bias": True,
+        "class_mask": True,
+        "temperature": True,
+        "logit_softcap": 30.0,
+        "return_argmax": True,
+        "kernel_layout": "vh",
+    }
+    yield "every option", statistics, 1000, *GEMMA3, every
+    yield "vh 50257", loss, 4096, 768, 50257, {"kernel_layout": "vh"}
+    yield "hv 50288", loss, 100, 768, 50288, {}
+    yield "gradient", jax.grad(of_arrays(loss), allow_int=True), 2048, *LLAMA3, {}
+
+
+def of_arrays(function):
+    """Returns a function of a dictionary, by the kernels."""
+    return lambda args, **flags: function(**args, **flags, implementation="mosaic_gpu")
+
+
+def main(target, mode):
+    """Compiles the cases of a mode, and reports each."""
+    platform, devices = topology(target)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": folder}
+        if mode == "mesh":
+            return mesh(platform, devices, folder)
+        place = SingleDeviceSharding(devices[0])
+        for name, function, rows, features, classes, options in cases(mode):
+            args, flags = arguments(rows, features, classes, options, place)
+            call = function if name == "gradient" else of_arrays(function)
+            show(name, platform, functools.partial(call, **flags), args, folder)
+
+
+def arguments(rows, features, classes, options, place):
+    """Returns the arrays by name, and the options that are none."""
+    vh = options.get("kernel_layout") == "vh"
+    kinds = {
+        "hidden": ((rows, features), jnp.bfloat16),
+        "kernel": ((classes, features) if vh else (features, classes), jnp.bfloat16),
+        "labels": ((rows,), jnp.int32),
+        "bias": ((classes,), jnp.bfloat16),
+        "class_mask": ((classes,), jnp.bool_),
+        "temperature": ((rows,), jnp.float32),
+    }
+    names = [n for n in kinds if n in ("hidden", "kernel", "labels") or n in options]
+    arrays = {n: jax.ShapeDtypeStruct(*kinds[n], sharding=place) for n in names}
+    return arrays, {n: v for n, v in options.items() if n not in kinds}
+
+
+def mesh(platform, devices, folder):
+    """Compiles the loss for two shards of tokens and two of classes."""
+    grid = Mesh(np.array(devices).reshape(2, 2), ("data", "vocab"))
+    specs = {"hidden": P("data"), "kernel": P(None, "vocab"), "labels": P("data")}
+    args, _ = arguments(4096, *LLAMA3, {}, None)
+    args = {
+        name: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(grid, specs[name])
+        )
+        for name, a in args.items()
+    }
+
+    mapped = jaxsoft.over_mesh(
+        jaxsoft.linear_cross_entropy, grid, vocab_axis="vocab", token_axes=("data",)
+    )
+    loss = of_arrays(jaxsoft.linear_cross_entropy)
+    show("jit", platform, loss, args, folder)
+    show("shard_map", platform, of_arrays(mapped), args, folder)
+
+
+def show(name, platform, function, args, folder):
+    """Compiles a function of the arrays, and reports it."""
+    for path in pathlib.Path(folder).iterdir():
+        path.unlink()
+    _, compiled = compile_for(platform, function, (args,))
+    text = compiled.as_text() or ""
+    collectives = re.findall(r"(all-reduce|all-gather|all-to-all)(?:-start)?\(", text)
+    found = [assembled(path) for path in pathlib.Path(folder).glob("*.ptx")]
+    calls = len(re.findall(rf"custom-call\(.*{hopper.KERNEL_NAME}", text))
+    report(name, "value", compiled, calls=calls, ptx=found, collectives=collectives)
+
+
+def assembled(path):
+    """Returns what a kernel's PTX is for, and what its assembler says of registers."""
+    text = path.read_text()
+    found = re.search(r"\.target (\S+)", text)
+    result = {
+        "target": found and found[1],
+        "wgmma": text.count("wgmma.mma_async"),
+        "local": None,
+        "registers": None,
+    }
+    ptxas = assembler()
+    if ptxas is not None:
+        cubin = path.with_suffix(".cubin")
+        done = subprocess.run(
+            [ptxas, "-v", f"-arch={result['target']}", path, "-o", cubin],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return result | {"assembler": done.stderr[-300:]}
+        spilled = re.findall(r"(\d+) bytes (?:stack|spill)", done.stderr)
+        # That wgmma had to wait for each other.
+        serial = re.findall(r"C75\d\d", done.stderr)
+        result["local"] = sum(map(int, spilled)) + len(serial)
+        used = re.search(r"Used (\d+) registers", done.stderr)
+        result["registers"] = used and int(used[1])
+    return result
+
+
+def assembler():
+    """Returns the path of ptxas, or None."""
+    spec = importlib.util.find_spec("nvidia")
+    places = () if spec is None else spec.submodule_search_locations or ()
+    # Of the CUDA packages first: the machine's may be too old for this PTX.
+    for place in map(pathlib.Path, places):
+        for found in place.glob("*/bin/ptxas"):
+            return str(found)
+    return shutil.which("ptxas")

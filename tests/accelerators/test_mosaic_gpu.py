@@ -1,0 +1,65 @@
+"""The Mosaic GPU kernels compiled to machine code for GPUs that are not here.
+
+Needs the extra `aot`; without it these tests skip, each with the reason.
+"""
+
+import jax
+
+from jaxsoft.linear import mosaic_gpu_plan as planning
+from tests.accelerators.compiling import MIB, results
+
+HEADS = {"llama3": (4096, 128256), "qwen3": (4096, 151936), "gemma3": (2560, 262144)}
+
+
+def partials(rows, classes, floats=5, integers=1):
+    """Returns the MiB of the statistics of every split, and of their merge."""
+    blocks, splits = planning.choose(rows, classes, 128)
+    tile = blocks.block_rows * blocks.cluster
+    padded = -(-rows // tile) * tile
+    # Joining the splits may take as much again, beside a MiB of small change.
+    return 2 * 4 * padded * splits * (floats + integers) / MIB + 1
+
+
+def check(result):
+    """Requires one call of our kernel, in Hopper's own code, without spills."""
+    assert result["calls"] == 1, result
+    for ptx in result["ptx"]:
+        assert ptx["target"] == "sm_90a" and ptx["wgmma"] > 0, result
+        # Null where there is no assembler that knows this PTX.
+        assert ptx["local"] in (0, None), result
+
+
+def test_heads_of_real_models():
+    found = {r["name"]: r for r in results("mosaic_gpu", "h100", "heads")}
+    for name, (_, classes) in HEADS.items():
+        for rows in (4096, 8):
+            result = found[f"{name} {rows}"]
+            check(result)
+            assert len(result["ptx"]) == 1
+            assert result["mib"] <= partials(rows, classes), result
+
+
+def test_options_layouts_and_the_gradient():
+    found = {r["name"]: r for r in results("mosaic_gpu", "h100", "options")}
+    bounds = {
+        # With the bias and the mask as one float32 row.
+        "every option": partials(1000, 262144, 5, 2) + 1,
+        "vh 50257": partials(4096, 50257, 3, 0),
+        "hv 50288": partials(100, 50288, 3, 0),
+        # XLA's backward pass: a tile, and the float32 sum of dhidden.
+        "gradient": 128,
+    }
+    for name, bound in bounds.items():
+        check(found[name])
+        if name == "vh 50257" and jax.__version_info__ < (0, 11):
+            # XLA then copied the slice that leaves the last class out.
+            bound += 50256 * 768 * 2 / MIB
+        assert found[name]["mib"] <= bound, found[name]
+
+
+def test_shards_of_tokens_and_classes():
+    for result in results("mosaic_gpu", "h100", "mesh"):
+        check(result)
+        # One maximum, one sum of a token's numbers, and the mean; nothing is gathered.
+        assert result["collectives"] == ["all-reduce"] * 3, result
+        assert result["mib"] <= partials(2048, 64128), result
