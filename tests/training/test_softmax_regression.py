@@ -126,7 +126,7 @@ def test_float32_goes_on_where_the_objective_no_longer_shows_progress():
         n_clusters_per_class=1,
         random_state=0,
     )
-    narrow = features.astype(np.float32)
+    narrow = np.asarray(features, np.float32)
     best = SoftmaxRegression(tol=1e-7).fit(narrow.astype(np.float64), labels)
     model = SoftmaxRegression(tol=1e-8).fit(narrow, labels)
     found = objective(model, problem()._replace(features=narrow), labels=labels)
