@@ -343,7 +343,7 @@ def _chunks(plan: Plan, tile, start, products, **scratch) -> list[jax.Array]:
         if masked:
             u = jnp.where(bias == -jnp.inf, -jnp.inf, u)
         elif plan.classes % blocks.classes:
-            beyond = merging.iota(u.shape) + column >= plan.classes - start
+            beyond = merging.iota(u.shape) >= plan.classes - start - column
             u = jnp.where(beyond, -jnp.inf, u)
         chunks.append(u)
     return chunks

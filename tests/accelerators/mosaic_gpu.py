@@ -2,17 +2,14 @@
 
 Modes: `heads` (three models, many tokens and few), `options` (all options of the
 statistics, numbers of classes that fit nothing, the gradient) and
-`mesh` (four GPUs). Reports what temporaries may take, and what PTX says, and its
-assembler where there is one.
+`mesh` (four GPUs). Reports temporaries, and what PTX and its assembler say.
 """
 
+import contextlib
 import functools
-import importlib.util
 import os
-import pathlib
 import re
-import shutil
-import subprocess
+import sys
 import tempfile
 
 import jax
@@ -58,15 +55,14 @@ def of_arrays(function):
 def main(target, mode):
     """Compiles the cases of a mode, and reports each."""
     platform, devices = topology(target)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": folder}
-        if mode == "mesh":
-            return mesh(platform, devices, folder)
-        place = SingleDeviceSharding(devices[0])
-        for name, function, rows, features, classes, options in cases(mode):
-            args, flags = arguments(rows, features, classes, options, place)
-            call = function if name == "gradient" else of_arrays(function)
-            show(name, platform, functools.partial(call, **flags), args, folder)
+    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    if mode == "mesh":
+        return mesh(platform, devices)
+    place = SingleDeviceSharding(devices[0])
+    for name, function, rows, features, classes, options in cases(mode):
+        args, flags = arguments(rows, features, classes, options, place)
+        call = function if name == "gradient" else of_arrays(function)
+        show(name, platform, functools.partial(call, **flags), args)
 
 
 def arguments(rows, features, classes, options, place):
@@ -85,7 +81,7 @@ def arguments(rows, features, classes, options, place):
     return arrays, {n: v for n, v in options.items() if n not in kinds}
 
 
-def mesh(platform, devices, folder):
+def mesh(platform, devices):
     """Compiles the loss for two shards of tokens and two of classes."""
     grid = Mesh(np.array(devices).reshape(2, 2), ("data", "vocab"))
     specs = {"hidden": P("data"), "kernel": P(None, "vocab"), "labels": P("data")}
@@ -101,58 +97,46 @@ def mesh(platform, devices, folder):
         jaxsoft.linear_cross_entropy, grid, vocab_axis="vocab", token_axes=("data",)
     )
     loss = of_arrays(jaxsoft.linear_cross_entropy)
-    show("jit", platform, loss, args, folder)
-    show("shard_map", platform, of_arrays(mapped), args, folder)
+    show("jit", platform, loss, args)
+    show("shard_map", platform, of_arrays(mapped), args)
 
 
-def show(name, platform, function, args, folder):
+def show(name, platform, function, args):
     """Compiles a function of the arrays, and reports it."""
-    for path in pathlib.Path(folder).iterdir():
-        path.unlink()
-    _, compiled = compile_for(platform, function, (args,))
+    with captured() as said:
+        _, compiled = compile_for(platform, function, (args,))
     text = compiled.as_text() or ""
     collectives = re.findall(r"(all-reduce|all-gather|all-to-all)(?:-start)?\(", text)
-    found = [assembled(path) for path in pathlib.Path(folder).glob("*.ptx")]
     calls = len(re.findall(rf"custom-call\(.*{hopper.KERNEL_NAME}", text))
-    report(name, "value", compiled, calls=calls, ptx=found, collectives=collectives)
+    report(
+        name,
+        "value",
+        compiled,
+        calls=calls,
+        collectives=collectives,
+        targets=re.findall(r"^\.target (\S+)", said[0], re.MULTILINE),
+        wgmma=said[0].count("wgmma.mma_async"),
+        registers=re.findall(r"Used (\d+) registers", said[0]),
+        # Stack frames, spills, and wgmma that have to wait for each other.
+        spills=re.findall(r"([1-9]\d*) bytes (?:stack|spill)|C7511", said[0]),
+    )
 
 
-def assembled(path):
-    """Returns what a kernel's PTX is for, and what its assembler says of registers."""
-    text = path.read_text()
-    found = re.search(r"\.target (\S+)", text)
-    result = {
-        "target": found and found[1],
-        "wgmma": text.count("wgmma.mma_async"),
-        "local": None,
-        "registers": None,
-    }
-    ptxas = assembler()
-    if ptxas is not None:
-        cubin = path.with_suffix(".cubin")
-        done = subprocess.run(
-            [ptxas, "-v", f"-arch={result['target']}", path, "-o", cubin],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            return result | {"assembler": done.stderr[-300:]}
-        spilled = re.findall(r"(\d+) bytes (?:stack|spill)", done.stderr)
-        # That wgmma had to wait for each other.
-        serial = re.findall(r"C75\d\d", done.stderr)
-        result["local"] = sum(map(int, spilled)) + len(serial)
-        used = re.search(r"Used (\d+) registers", done.stderr)
-        result["registers"] = used and int(used[1])
-    return result
+@contextlib.contextmanager
+def captured():
+    """Yields a list that will hold what the compiler printed: PTX, and of its assembly.
 
-
-def assembler():
-    """Returns the path of ptxas, or None."""
-    spec = importlib.util.find_spec("nvidia")
-    places = () if spec is None else spec.submodule_search_locations or ()
-    # Of the CUDA packages first: the machine's may be too old for this PTX.
-    for place in map(pathlib.Path, places):
-        for found in place.glob("*/bin/ptxas"):
-            return str(found)
-    return shutil.which("ptxas")
+    Told to write files it would write 50 MB of each of its passes too.
+    """
+    said = []
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        os.dup2(file.fileno(), 1)
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        file.seek(0)
+        said.append(file.read().decode(errors="replace"))

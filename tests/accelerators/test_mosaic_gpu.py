@@ -20,13 +20,13 @@ def partials(rows, classes, floats=5, integers=1):
     return 2 * 4 * padded * splits * (floats + integers) / MIB + 1
 
 
-def check(result):
+def check(result, spills=False):
     """Requires one call of our kernel, in Hopper's own code, without spills."""
     assert result["calls"] == 1, result
-    for ptx in result["ptx"]:
-        assert ptx["target"] == "sm_90a" and ptx["wgmma"] > 0, result
-        # Null where there is no assembler that knows this PTX.
-        assert ptx["local"] in (0, None), result
+    # Empty where the same kernel was compiled before.
+    assert set(result["targets"]) <= {"sm_90a"}, result
+    assert not result["targets"] or result["wgmma"] > 0, result
+    assert spills or result["spills"] == [], result
 
 
 def test_heads_of_real_models():
@@ -35,7 +35,7 @@ def test_heads_of_real_models():
         for rows in (4096, 8):
             result = found[f"{name} {rows}"]
             check(result)
-            assert len(result["ptx"]) == 1
+            assert result["targets"] == ["sm_90a"] and result["registers"] == ["168"]
             assert result["mib"] <= partials(rows, classes), result
 
 
@@ -50,7 +50,9 @@ def test_options_layouts_and_the_gradient():
         "gradient": 128,
     }
     for name, bound in bounds.items():
-        check(found[name])
+        # The soft-cap's tangents may spill some 400 times a tile, none of them in the
+        # loop of the products; a narrower tile would read more.
+        check(found[name], spills=name == "every option")
         if name == "vh 50257" and jax.__version_info__ < (0, 11):
             # XLA then copied the slice that leaves the last class out.
             bound += 50256 * 768 * 2 / MIB
