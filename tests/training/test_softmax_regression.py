@@ -116,7 +116,7 @@ def test_other_solvers_reach_the_optimum(name, monkeypatch):
 
 @pytest.mark.usefixtures("optimized")
 def test_float32_goes_on_where_the_objective_no_longer_shows_progress():
-    """Of 200 classes: after three such iterations it was 4e-6 from the optimum."""
+    """Of 200 classes: after twenty such iterations it was 1.3e-6 from the optimum."""
     features, labels = make_classification(
         n_samples=3000,
         n_features=64,
@@ -127,10 +127,10 @@ def test_float32_goes_on_where_the_objective_no_longer_shows_progress():
         random_state=0,
     )
     narrow = np.asarray(features, np.float32)
-    best = SoftmaxRegression(tol=1e-7).fit(narrow.astype(np.float64), labels)
+    best = SoftmaxRegression(tol=1e-8).fit(narrow.astype(np.float64), labels)
     model = SoftmaxRegression(tol=1e-8).fit(narrow, labels)
     found = objective(model, problem()._replace(features=narrow), labels=labels)
-    assert found / best.objective_ - 1 < 1e-6
+    assert found / best.objective_ - 1 < 1e-7
 
 
 @pytest.mark.parametrize(
