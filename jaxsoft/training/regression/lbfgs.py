@@ -13,12 +13,12 @@ from jaxsoft.training.regression.objective import Data, Parameters, Plan, object
 from jaxsoft.training.regression.whitening import Whitening
 
 _MEMORY = 10
-# The objective counts as settled after so many iterations in a row that lower it by
-# no more than so many units of its rounding, and its gradient to no less than this
-# share of what it was before them. The parameters go on to improve where the objective
-# no longer shows it: over problems of 200 classes float32 ended up to 4e-6 above the
-# optimum, relative, after three such iterations, 1.3e-6 after twenty, 9e-11 after
-# forty.
+# The objective counts as settled after so many iterations in a row that lower its
+# lowest value by no more than so many units of its rounding, and the lowest norm of its
+# gradient to no less than this share. The parameters go on to improve where the
+# objective no longer shows it: over problems of 200 classes float32 ended up to 4e-6
+# above the optimum, relative, after three iterations of no lower objective, 1.3e-6
+# after twenty; by this rule, 7e-11.
 _SETTLED_ITERATIONS, _SETTLED_ULPS, _SETTLED_GRADIENT = 40, 2.0, 0.8
 
 
@@ -31,7 +31,8 @@ class State(NamedTuple):
       value: the objective at `v`, NaN before the first segment, as the gradient is.
       gradient_norm: the largest absolute entry of its gradient in the parameters.
       iteration: iterations made.
-      lowest: the gradient's norm after the last iteration that made progress.
+      lowest: the lowest objective and the lowest norm after an iteration that made
+        progress in either.
       settled: iterations since then.
       reason: index of why it stopped, 0 while it goes on.
     """
@@ -41,7 +42,7 @@ class State(NamedTuple):
     value: jax.Array
     gradient_norm: jax.Array
     iteration: jax.Array
-    lowest: jax.Array
+    lowest: tuple[jax.Array, jax.Array]
     settled: jax.Array
     reason: jax.Array
 
@@ -128,6 +129,20 @@ def _gradient_norm(plan: Plan, problem: Any, gradient: jax.Array) -> jax.Array:
     return solving.largest(back(gradient))
 
 
+def _settled(
+    state: State, value: jax.Array, norm: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns the iterations without progress, and the lowest value and norm."""
+    lowest_value, lowest_norm = state.lowest
+    little = solving.little(lowest_value, value, _SETTLED_ULPS)
+    little &= norm > _SETTLED_GRADIENT * lowest_norm
+    lower = jnp.minimum(value, lowest_value), jnp.minimum(norm, lowest_norm)
+    lowest = jax.tree.map(
+        lambda kept, new: jnp.where(little, kept, new), state.lowest, lower
+    )
+    return jnp.where(little, state.settled + 1, 0), lowest
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _init(plan: Plan, problem: Any, start: Parameters) -> State:
     with jax.numpy_dtype_promotion("standard"):
@@ -135,7 +150,9 @@ def _init(plan: Plan, problem: Any, start: Parameters) -> State:
         v = coordinates.coordinates(start)
         zero, unknown = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, v.dtype)
         optimizer = _optimizer(v.dtype).init(v)
-        state = State(v, optimizer, unknown, unknown, zero, unknown, zero, zero)
+        state = State(
+            v, optimizer, unknown, unknown, zero, (unknown, unknown), zero, zero
+        )
         return solving.strong_types(state)
 
 
@@ -156,7 +173,7 @@ def _segment(
                 optimizer=after,
                 value=value,
                 gradient_norm=norm,
-                lowest=norm,
+                lowest=(value, norm),
                 reason=reason,
             )
 
@@ -174,10 +191,7 @@ def _segment(
             v: Any = optax.apply_updates(state.v, updates)
             value = optax.tree.get(after, "value")
             norm = _gradient_norm(plan, problem, optax.tree.get(after, "grad"))
-            little = solving.little(state.value, value, _SETTLED_ULPS)
-            little &= norm > _SETTLED_GRADIENT * state.lowest
-            lowest = jnp.where(little, state.lowest, norm)
-            settled = jnp.where(little, state.settled + 1, 0)
+            settled, lowest = _settled(state, value, norm)
             iteration = state.iteration + 1
             finite = solving.finite(value, norm)
             reason = solving.reason(
