@@ -38,7 +38,7 @@ def test_frequencies(classes, dtype, request):
     assert abs(share - p[rare].sum()) < 4 * np.sqrt(0.05 / drawn.size)
 
 
-@pytest.mark.parametrize("classes", [1, 5, 127, 128, 129, 1000, 2048, 4099])
+@pytest.mark.parametrize("classes", [1, 128, 129, 1000, 4099])
 def test_the_same_for_every_tile_size(classes):
     hidden, kernel, _ = cases.layer(30, 8, classes)
     key = jax.random.key(2)
