@@ -156,10 +156,11 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 def _plain(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Yields the lines of a table, as rich would have them."""
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    rule = tuple("-" * width for width in widths)
-    for row in (_COLUMNS, rule, *rows):
+    for place, row in enumerate((_COLUMNS, *rows)):
         cells = [
             cell.ljust(width) if index < 2 else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield f"| {' | '.join(cells)} |"
+        if not place:
+            yield f"|{'|'.join('-' * (width + 2) for width in widths)}|"
