@@ -110,7 +110,7 @@ def test_a_compiler_that_dies_is_named(capsys, monkeypatch, tmp_path):
     words = ["devices", "--target", "b200", "--op", "sample", *TINY]
     monkeypatch.setenv("STOPS", "0")
     assert main(words) == 0
-    assert re.search(r"sample +\| xla \(default\) \| +3\.0", capsys.readouterr().out)
+    assert re.search(r"sample +\| xla \(default\) +\| +3\.0 ", capsys.readouterr().out)
     _, request = (tmp_path / "arguments").read_text().split("child ", 1)
     assert json.loads(request)["shapes"]["vocabulary"] == 16
     monkeypatch.setenv("STOPS", "7")

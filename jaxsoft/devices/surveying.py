@@ -68,14 +68,16 @@ def _elsewhere(
         "operations": list(operations),
         "shapes": dataclasses.asdict(shapes),
     }
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
-        process = subprocess.Popen(
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+        subprocess.Popen(
             [sys.executable, "-m", child.__name__, json.dumps(request)],
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
             env=os.environ | ENVIRONMENT,
-        )
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -83,8 +85,8 @@ def _elsewhere(
                     yield Found.from_json(json.loads(line.removeprefix(child.PREFIX)))
             code = process.wait()
         finally:
+            # Still there only if nobody reads on.
             process.kill()
-            process.wait()
         if code:
             said.seek(0)
             last = [line for line in said.read().splitlines() if line.strip()][-1:]
