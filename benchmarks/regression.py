@@ -192,7 +192,11 @@ def _stopped_at(target: float) -> Iterator[None]:
         if intermediate_result.fun <= target:
             raise StopIteration
 
-    _logistic.optimize.minimize = functools.partial(minimize, callback=callback)
+    def minimize_until(*args: Any, **options: Any) -> Any:
+        # scikit-learn passes a callback of its own, None.
+        return minimize(*args, **options | {"callback": callback})
+
+    _logistic.optimize.minimize = minimize_until
     try:
         with warnings.catch_warnings():
             # It says that it did not converge.
