@@ -1,4 +1,4 @@
-"""The command line: `jaxsoft train`, `jaxsoft regress` and `jaxsoft predict`.
+"""The command line: `jaxsoft train`, `regress`, `predict` and `devices`.
 
 Exit codes: 0 done; 1 the job itself failed; 2 bad input, said in one line on
 stderr, with nothing written; 130 and 143 stopped by Ctrl-C and SIGTERM.
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from jax.sharding import Mesh
 
-from jaxsoft import __version__, cli_regress
+from jaxsoft import __version__, cli_devices, cli_regress
 from jaxsoft.cli_text import fail, farewell, flag
 from jaxsoft.training import (
     CheckpointError,
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: one device)",
     )
     cli_regress.add_commands(commands)
+    cli_devices.add_command(commands)
     return parser
 
 

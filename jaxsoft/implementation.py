@@ -5,9 +5,25 @@ to jaxsoft, which decides by shape, dtype and platform, never by what happens to
 the default backend.
 """
 
-from typing import Literal
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "resolve"]
+import jax
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "Gpu",
+    "Implementation",
+    "compiling_for",
+    "gpus",
+    "platform_of",
+    "recorded",
+    "resolve",
+]
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
 
@@ -16,6 +32,43 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     "xla",
     "mosaic_tpu",
     "mosaic_gpu",
+)
+# The one platform that a kernel is for; the others run anywhere.
+_PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `resolve` decided.
+
+    Attributes:
+      operation: the public function's name.
+      chosen: the implementation that runs it.
+      available: those that may be asked for.
+    """
+
+    operation: str
+    chosen: Implementation
+    available: tuple[Implementation, ...]
+
+
+class Gpu(NamedTuple):
+    """An NVIDIA GPU, with the attributes that JAX's devices have.
+
+    Attributes:
+      compute_capability: such as "9.0".
+      core_count: its multiprocessors.
+    """
+
+    compute_capability: str
+    core_count: int
+
+
+_choices: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+    "jaxsoft_choices", default=None
+)
+_elsewhere: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar(
+    "jaxsoft_elsewhere", default=None
 )
 
 
@@ -38,6 +91,19 @@ def resolve(
       ValueError: if `implementation` is no implementation's name.
       NotImplementedError: if the operation lacks that implementation.
     """
+    chosen = _chosen(operation, implementation, available)
+    record = _choices.get()
+    if record is not None:
+        record.append(Choice(operation, chosen, available))
+    return chosen
+
+
+def _chosen(
+    operation: str,
+    implementation: Implementation | None,
+    available: tuple[Implementation, ...],
+) -> Implementation:
+    """The rule of `resolve`."""
     if implementation is None:
         return available[0]
     if implementation not in IMPLEMENTATIONS:
@@ -52,3 +118,57 @@ def resolve(
             f"got {implementation!r}. Leave it None to take the default."
         )
     return implementation
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Choice]]:
+    """Keeps what `resolve` decides.
+
+    Yields:
+      The choices, as they are made.
+    """
+    choices: list[Choice] = []
+    token = _choices.set(choices)
+    try:
+        yield choices
+    finally:
+        _choices.reset(token)
+
+
+def platform_of(implementation: str) -> str | None:
+    """Returns the one platform that an implementation runs on; None for any."""
+    return _PLATFORMS.get(implementation)
+
+
+@contextlib.contextmanager
+def compiling_for(gpu: Gpu | None) -> Iterator[None]:
+    """Has kernels take a GPU that is not here for the one that they will run on.
+
+    Args:
+      gpu: that GPU; None for those of this process.
+    """
+    if gpu is None:
+        yield
+        return
+    # What was traced for another GPU must not be taken for this one.
+    jax.clear_caches()
+    token = _elsewhere.set(gpu)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+        jax.clear_caches()
+
+
+def gpus() -> Sequence[Any]:
+    """Returns the GPUs that a kernel will run on, perhaps none.
+
+    Each has the attributes of `Gpu`.
+    """
+    elsewhere = _elsewhere.get()
+    if elsewhere is not None:
+        return [elsewhere]
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return []

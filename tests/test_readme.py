@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 from jaxsoft import cli
+from jaxsoft.devices.operations import operations
+from jaxsoft.devices.target import TARGETS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -58,6 +60,16 @@ def test_commands_on_tables_are_ones_that_exist():
     named = set(re.findall(r"--[a-z-]+", " ".join(commands)))
     assert len(parsed) >= 6
     assert named >= {"--label", "--out", "--resume", "--calibrate", "--probabilities"}
+
+
+def test_commands_on_devices_are_ones_that_exist():
+    commands = re.findall(r"^\$ jaxsoft (devices(?:.*\\\n)*.*)$", README, re.M)
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        parsed = cli._parser().parse_args(words)
+        assert set(parsed.target) <= set(TARGETS)
+        assert set(parsed.op or ()) <= set(operations())
 
 
 def test_links_lead_somewhere():

@@ -8,6 +8,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoft import varying
+from jaxsoft.implementation import platform_of
 from jaxsoft.linear import reference, statistics_backward, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, Fields, Operands, roles_like
@@ -16,8 +17,6 @@ from jaxsoft.linear.statistics_backward import Cotangents
 from jaxsoft.linear.xla_backward import Gradients, Wanted
 
 __all__ = ["nonzero", "statistics", "values"]
-
-_PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class _Statistics(Foldable):
 
     @property
     def platform(self) -> str | None:
-        return _platform(self.config)
+        return platform_of(self.config.implementation)
 
     def roles(self, operands: Operands) -> tuple[Any, ...]:
         return (operands.roles(self.config),)
@@ -81,7 +80,7 @@ class _Backward(Foldable):
 
     @property
     def platform(self) -> str | None:
-        return _platform(self.config)
+        return platform_of(self.config.implementation)
 
     def differentiable(self, *moving: Any):
         del moving
@@ -118,11 +117,6 @@ def _forward(config: Config, operands: Operands) -> Saved:
 
         return mosaic_gpu.forward(config, operands)
     return xla.forward(config, operands)
-
-
-def _platform(config: Config) -> str | None:
-    """Returns the one platform that an implementation runs on; None for any."""
-    return _PLATFORMS.get(config.implementation)
 
 
 def _of_loops(config: Config) -> Config:

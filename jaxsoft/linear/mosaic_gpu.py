@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft import varying
+from jaxsoft.implementation import gpus
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear import running, sharding, tiling, xla
@@ -109,10 +110,7 @@ def _multiprocessors() -> int:
     Without a GPU, as where a program is compiled for one that is elsewhere, it is an
     H100's.
     """
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return planning.MULTIPROCESSORS
+    devices = gpus()
     for device in devices:
         if device.compute_capability != "9.0":
             raise NotImplementedError(
@@ -120,7 +118,8 @@ def _multiprocessors() -> int:
                 'implementation "mosaic_gpu", got '
                 f'{device.compute_capability}. Take "xla".'
             )
-    return min(device.core_count for device in devices)
+    counts = (device.core_count for device in devices)
+    return min(counts, default=planning.MULTIPROCESSORS)
 
 
 def _classes(config: Config, operands: Operands, start: int, stop: int) -> Operands:

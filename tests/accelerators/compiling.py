@@ -7,7 +7,6 @@ chosen before JAX starts. By hand, for a table of their temporaries:
     python -m tests.accelerators.compiling linear h100 one
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,30 +16,21 @@ from typing import Any
 
 import pytest
 
+from jaxsoft.devices import target as devices
+
 __all__ = ["TARGETS", "compile_for", "report", "results", "topology"]
 
-PACKAGES = {"h100": "jax_plugins.xla_cuda13", "v6e": "libtpu"}
-TARGETS = tuple(PACKAGES)
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    # No chip is held: programs may be compiled side by side.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+# For which everything is compiled; some is for others too.
+TARGETS = ("h100", "v6e")
 FOLDER = pathlib.Path(__file__).parent
 MIB = 2**20
 
 
 def results(programs: str, target: str, *arguments: str) -> list[dict[str, Any]]:
     """Returns what a module of programs reports; skips without the extra `aot`."""
-    package = PACKAGES[target]
-    try:
-        found = importlib.util.find_spec(package)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        pytest.skip(f"the extra aot is not installed: no {package}")
+    chosen = devices.TARGETS[target]
+    if not chosen.installed():
+        pytest.skip(f"the extra aot is not installed: no {chosen.package}")
     module = f"{__package__}.{programs}"
     code = "import sys, importlib; importlib.import_module(sys.argv[1])"
     done = subprocess.run(
@@ -49,7 +39,7 @@ def results(programs: str, target: str, *arguments: str) -> list[dict[str, Any]]
         capture_output=True,
         text=True,
         cwd=FOLDER.parents[1],
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | devices.ENVIRONMENT,
         check=False,
         timeout=1800,
     )
@@ -59,18 +49,10 @@ def results(programs: str, target: str, *arguments: str) -> list[dict[str, Any]]
 
 
 def topology(target: str, slice_of_tpus: str = "v6e:2x2") -> tuple[str, list]:
-    """Returns JAX's platform and abstract devices."""
-    from jax.experimental import topologies
-
-    if target != "h100":
-        return "tpu", topologies.get_topology_desc(slice_of_tpus, "tpu").devices
-    found = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="",
-        topology="1x1x4",
-        target_config=(FOLDER / "targets" / "h100.textproto").read_text(),
-    )
-    return "cuda", found.devices
+    """Returns JAX's platform and abstract devices, four GPUs or a slice of TPUs."""
+    chosen = devices.TARGETS[target]
+    shape = slice_of_tpus if chosen.platform == "tpu" else "1x1x4"
+    return chosen.platform, chosen.devices(shape)
 
 
 def compile_for(

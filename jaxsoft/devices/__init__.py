@@ -1,0 +1,1 @@
+"""What each function would run, here and on accelerators elsewhere, and its memory."""

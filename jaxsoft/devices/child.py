@@ -1,0 +1,40 @@
+"""What each function does on an accelerator elsewhere, as told to a parent process.
+
+    python -m jaxsoft.devices.child REQUEST
+
+under `target.ENVIRONMENT`; the request is JSON.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsoft.devices.measuring import Device, describe
+from jaxsoft.devices.programs import Shapes
+from jaxsoft.devices.target import TARGETS
+from jaxsoft.implementation import compiling_for
+
+__all__ = ["PREFIX", "main"]
+
+# Of the lines that are for the parent: compilers print too.
+PREFIX = "jaxsoft devices: "
+
+
+def main(request: Mapping[str, Any]) -> None:
+    """Prints a line for each function.
+
+    Args:
+      request: "target" and "operations", names, and "shapes", the fields of `Shapes`.
+    """
+    target = TARGETS[request["target"]]
+    device = Device(target.platform, target.description, target.devices()[0])
+    with compiling_for(target.gpu):
+        shapes = Shapes(**request["shapes"])
+        for found in describe(device, request["operations"], shapes):
+            print(PREFIX + json.dumps(dataclasses.asdict(found)), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,96 @@
+"""What functions do here and on targets, wherever it takes another process to tell."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from jaxsoft.devices import child
+from jaxsoft.devices.measuring import Device, Found, describe, here
+from jaxsoft.devices.programs import Shapes
+from jaxsoft.devices.target import ENVIRONMENT, HERE, TARGETS, Target
+from jaxsoft.implementation import compiling_for
+
+__all__ = ["DeviceError", "device_of", "survey"]
+
+
+class DeviceError(RuntimeError):
+    """Nothing could be compiled for a target; the message says why."""
+
+
+def device_of(name: str) -> Device:
+    """Returns a device in words.
+
+    Args:
+      name: of a target, or "here".
+    """
+    if name == HERE:
+        return here()
+    return Device(TARGETS[name].platform, TARGETS[name].description)
+
+
+def survey(
+    name: str, operations: Sequence[str], shapes: Shapes | None
+) -> Iterator[Found]:
+    """Yields what each function does on a device, as it becomes known.
+
+    Args:
+      name: of a target, or "here".
+      operations: names of functions.
+      shapes: sizes to compile for; None compiles nothing.
+
+    Raises:
+      DeviceError: if the target's compiler is not installed or fails.
+    """
+    if name == HERE:
+        yield from describe(here(), operations, shapes)
+    elif shapes is None:
+        with compiling_for(TARGETS[name].gpu):
+            yield from describe(device_of(name), operations, None)
+    elif TARGETS[name].installed():
+        yield from _elsewhere(TARGETS[name], operations, shapes)
+    else:
+        raise DeviceError(
+            f"memory on {name} needs {TARGETS[name].package}, which the extra `aot` "
+            'installs: pip install "jaxsoft[aot]"'
+        )
+
+
+def _elsewhere(
+    target: Target, operations: Sequence[str], shapes: Shapes
+) -> Iterator[Found]:
+    """Yields what a process finds that compiles for the target."""
+    request = {
+        "target": target.name,
+        "operations": list(operations),
+        "shapes": dataclasses.asdict(shapes),
+    }
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+        subprocess.Popen(
+            [sys.executable, "-m", child.__name__, json.dumps(request)],
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=os.environ | ENVIRONMENT,
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(child.PREFIX):
+                    yield Found.from_json(json.loads(line.removeprefix(child.PREFIX)))
+            code = process.wait()
+        finally:
+            # Still there only if nobody reads on.
+            process.kill()
+        if code:
+            said.seek(0)
+            last = [line for line in said.read().splitlines() if line.strip()][-1:]
+            raise DeviceError(
+                f"the compiler for {target.name} failed, exit code {code}: "
+                + " ".join(last)
+            )

@@ -1,0 +1,66 @@
+"""Memory of compiled programs, on the device that is here."""
+
+import jax.numpy as jnp
+import pytest
+
+from jaxsoft.devices.measuring import describe, here
+from jaxsoft.devices.operations import operations
+from jaxsoft.devices.programs import Program, Shapes, array
+
+SHAPES = Shapes(tokens=2048, hidden=8, vocabulary=4096, dtype="float32")
+LOGITS = 4 * SHAPES.tokens * SHAPES.vocabulary
+
+
+def test_temporaries_of_streamed_and_stored_logits(optimized):
+    (loss,) = describe(here(), ["linear_cross_entropy"], SHAPES)
+    streamed, stored, *kernels = loss.implementations
+    assert (streamed.name, stored.name) == ("xla", "reference")
+    for kind in ("value", "value_and_grad"):
+        # A tile is 4 MiB at the least; the gradient's float32 sum is small.
+        few, many = streamed.temporaries[kind], stored.temporaries[kind]
+        assert few is not None and many is not None
+        assert few < 0.8 * LOGITS <= many
+    assert all(one.refused and not one.temporaries for one in kernels)
+
+
+@pytest.mark.parametrize(
+    "name, kinds",
+    [
+        ("softmax", ["value", "value_and_grad"]),
+        ("linear_sample", ["value"]),
+        # Both at once, of the rows on paths.
+        ("hierarchical_value_and_row_grad", ["value_and_grad"]),
+    ],
+)
+def test_what_there_is_to_compile(name, kinds):
+    program = operations()[name].program(Shapes())
+    assert [kind for kind, _, _ in program.calls({})] == kinds
+
+
+def test_value_and_gradient_are_those_of_the_function():
+    def function(x, y, *, scale):
+        return x * y * scale, jnp.arange(3)
+
+    x = array(3, dtype="float32")
+    program = Program(function, (x, x), 1, lambda result: result[0])
+    calls = {kind: call for kind, call, _ in program.calls({"scale": 2.0})}
+    ones = jnp.ones(3)
+    assert calls["value"](ones, 3 * ones)[0].tolist() == [6, 6, 6]
+    value, (gradient,) = calls["value_and_grad"](ones, ones, 3 * ones)
+    assert value.tolist() == gradient.tolist() == [6, 6, 6]
+
+
+def test_what_does_not_compile_is_said(monkeypatch):
+    def refuse(*args):
+        raise NotImplementedError("`hidden` must be\nnarrower.")
+
+    monkeypatch.setattr("jaxsoft.devices.measuring._temporaries", refuse)
+    (one,) = describe(here(), ["linear_sample"], Shapes())
+    assert one.implementations[0].refused == "`hidden` must be narrower."
+
+
+def test_three_classes_have_bands_and_best_classes():
+    names = ["adaptive_top_k", "gumbel_top_k"]
+    shapes = Shapes(tokens=2, hidden=1, vocabulary=3, dtype="float32")
+    for one in describe(here(), names, shapes):
+        assert one.implementations[0].refused is None
