@@ -19,8 +19,10 @@ import pytest
 
 __all__ = ["TARGETS", "compile_for", "report", "results", "topology"]
 
-PACKAGES = {"h100": "jax_plugins.xla_cuda13", "v6e": "libtpu"}
-TARGETS = tuple(PACKAGES)
+GPUS = ("h100", "b200")
+PACKAGES = {"v6e": "libtpu"} | dict.fromkeys(GPUS, "jax_plugins.xla_cuda13")
+# For which everything is compiled; some kernels are for others too.
+TARGETS = ("h100", "v6e")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -62,13 +64,13 @@ def topology(target: str, slice_of_tpus: str = "v6e:2x2") -> tuple[str, list]:
     """Returns JAX's platform and abstract devices."""
     from jax.experimental import topologies
 
-    if target != "h100":
+    if target not in GPUS:
         return "tpu", topologies.get_topology_desc(slice_of_tpus, "tpu").devices
     found = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
         topology="1x1x4",
-        target_config=(FOLDER / "targets" / "h100.textproto").read_text(),
+        target_config=(FOLDER / "targets" / f"{target}.textproto").read_text(),
     )
     return "cuda", found.devices
 
