@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks import (
     report,
     softmax,
     trees,
+    watch,
     workloads,
 )
 from benchmarks.session import SCHEMA, Result, Session
@@ -56,10 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{path}: there is no folder {path.parent}")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'jaxsoft[bench]'")
+    if options.minutes is None and options.suites == [device.SUITE]:
+        options.minutes = device.DEFAULT_MINUTES
+    if _is_watched(options) and watch.CHILD not in os.environ:
+        given = sys.argv[1:] if arguments is None else arguments
+        command = [sys.executable, "-m", "benchmarks", *given]
+        return watch.supervise(command, options.minutes or 0.0, options.json)
     if options.load:
         document, failed = _load(parser, options.load), False
     else:
-        document, failed = _measure(options)
+        document, failed = _measure(parser, options)
         if not document["results"]:
             parser.error("none of the suites has a workload of that name")
     if options.markdown:
@@ -112,7 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         help="skip, and name, what does not fit; "
         f"{device.DEFAULT_MINUTES:g} for the device suite, else no limit",
     )
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write here")
+    parser.add_argument(
+        "--json",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="write here; the device suite goes on where the file ends",
+    )
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw here")
     parser.add_argument(
         "--from",
@@ -125,20 +138,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    suites = options.suites or [linear.SUITE, softmax.SUITE]
-    minutes = options.minutes
-    if minutes is None and suites == [device.SUITE]:
-        minutes = device.DEFAULT_MINUTES
+def _is_watched(options: argparse.Namespace) -> bool:
+    """Whether a run goes on where one that was ended stopped, or hung."""
+    return options.suites == [device.SUITE] and options.json and not options.load
+
+
+def _measure(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> tuple[dict[str, Any], bool]:
     session = Session(
         quick=options.quick,
         rounds=options.rounds,
-        minutes=minutes,
+        minutes=options.minutes,
         workloads=tuple(options.workload),
         path=options.json,
         show=_show,
     )
-    for suite in suites:
+    if _is_watched(options):
+        if options.json.exists():
+            try:
+                session.resume(_load(parser, options.json))
+            except ValueError as error:
+                parser.error(f"{options.json}: {error}")
+        session.guard(device.PATIENCE)
+    for suite in options.suites or [linear.SUITE, softmax.SUITE]:
         SUITES[suite](session)
     return session.finish(), session.failed
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from benchmarks import checks, machine, peers, timing
-from benchmarks.session import Result, Session, Work, floor_seconds
+from benchmarks.session import Result, Session, Work, floor_seconds, key_of
 
 # What compiling, checking and warming up one contender may take, for the budget.
 _SECONDS_PER_CONTENDER = 4.0
@@ -63,6 +63,11 @@ class Case:
     part: str = ""
     swept: str = ""
 
+    @property
+    def key(self) -> Any:
+        """What tells it from other cases."""
+        return key_of(self.suite, self.workload, self.shape, self.title)
+
     def result(self, contender: peers.Contender, status: str, **details: Any) -> Result:
         """A contender's result in this case."""
         return Result(
@@ -79,14 +84,19 @@ class Case:
 
 
 def run_case(case: Case, session: Session) -> None:
-    """Checks, times and records one case.
+    """Checks, times and records one case, unless an earlier run has done so.
 
     Args:
       case: what is asked.
       session: where the results go.
     """
+    if session.known(case.key).keys() >= {c.name for c in case.contenders}:
+        return
+    failures = session.forget(case.key)
     present = []
     for contender in case.contenders:
+        if contender.name in failures:
+            continue
         if contender.absent:
             result = case.result(contender, "not run", reason=contender.absent)
             session.add(result)
@@ -94,19 +104,56 @@ def run_case(case: Case, session: Session) -> None:
             present.append(contender)
     if reason := out_of_time(map(case.work, present), session):
         for contender in present:
-            session.add(case.result(contender, "not run", reason=reason))
+            session.add(case.result(contender, "skipped", reason=reason))
         return
+    session.step()
     truth = case.truth()
-    outcomes = {contender.name: _check(case, contender, truth) for contender in present}
+    outcomes = {}
+    for contender in present:
+        outcome = _check(case, contender, truth, session)
+        outcomes[contender.name] = outcome
+        if outcome.status == "failed" and session.guarded and not machine.healthy():
+            # What failed took the device's memory with it.
+            _record(case, session, contender, outcome, {})
+            session.restart()
     _compare_with_plain(case, outcomes, truth)
-    timings = {}
-    programs = [o.program for o in outcomes.values() if o.program and not o.status]
-    if case.timed and programs:
-        timings = timing.interleave(
-            programs, case.arguments, session.rounds, session.case_seconds
-        )
+    timings = _time(case, present, outcomes, session)
     for contender in present:
         _record(case, session, contender, outcomes[contender.name], timings)
+    session.step()
+
+
+def _time(
+    case: Case,
+    present: list[peers.Contender],
+    outcomes: dict[str, "_Outcome"],
+    session: Session,
+) -> dict[str, timing.Timing]:
+    """Times those that are right, for as long as there is time."""
+    able = [c for c in present if not outcomes[c.name].status]
+    if not case.timed or not able:
+        return {}
+    once = sum(outcomes[contender.name].seconds for contender in able)
+    least = once * (1 + min(session.rounds, timing.FEWEST_ROUNDS))
+    if least > session.seconds_left():
+        for contender in able:
+            outcomes[contender.name].status = "skipped"
+            outcomes[contender.name].reason = _needs(least)
+        return {}
+    named = {contender.name: case.result(contender, "running") for contender in able}
+    programs: list[timing.Program] = []
+    for contender in able:
+        program = outcomes[contender.name].program
+        assert program is not None
+        programs.append(program)
+    session.step(*named.values())
+    return timing.interleave(
+        programs,
+        case.arguments,
+        session.rounds,
+        min(session.case_seconds, max(session.seconds_left() - once, 0)),
+        before=lambda name: session.turn(named[name]),
+    )
 
 
 @dataclasses.dataclass
@@ -118,10 +165,18 @@ class _Outcome:
     reason: str = ""
     outputs: Mapping[str, Any] | None = None
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
 
 
-def _check(case: Case, contender: peers.Contender, truth: checks.Truth) -> _Outcome:
+def _check(
+    case: Case, contender: peers.Contender, truth: checks.Truth, session: Session
+) -> _Outcome:
+    """Compiles a contender, runs it once and compares what it returns."""
     outcome = _Outcome()
+    if reason := out_of_time([case.work(contender)], session):
+        outcome.status, outcome.reason = "skipped", reason
+        return outcome
+    session.step(case.result(contender, "running"))
     try:
         outcome.program = _program(case, contender, case.arguments, case.donated)
         if reason := _too_large(outcome.program):
@@ -131,10 +186,17 @@ def _check(case: Case, contender: peers.Contender, truth: checks.Truth) -> _Outc
         if case.check_arguments is not None:
             arguments = case.check_arguments
             checked = _program(case, contender, arguments)
-            timing.call(outcome.program, case.arguments)  # Fails here, if it must.
-        outputs, _ = timing.call(checked, arguments)
+            # Fails here, if it must.
+            outcome.seconds = timing.call(outcome.program, case.arguments)[1]
+        outputs, seconds = timing.call(checked, arguments)
+        outcome.seconds = outcome.seconds or seconds
         observe = contender.observe or case.observe
         observed = jax.device_get(dict(observe(outputs)))
+    except NotImplementedError as error:
+        # Whether our default is there for all, the tests of the library ask.
+        outcome.status = "failed" if contender.name == peers.OURS else "not run"
+        outcome.reason = str(error).strip()[:300]
+        return outcome
     except Exception as error:  # A contender's failure is a result, not ours to raise.
         outcome.status = "failed"
         outcome.reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
@@ -231,4 +293,8 @@ def out_of_time(works: Iterable[Work], session: Session) -> str:
         seconds += min(session.rounds * each, max(session.case_seconds, 5 * each))
     if seconds <= session.seconds_left():
         return ""
+    return _needs(seconds)
+
+
+def _needs(seconds: float) -> str:
     return f"needs about {seconds:.0f} s, more than is left"

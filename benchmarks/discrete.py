@@ -20,6 +20,7 @@ from benchmarks import (
     machine,
     peers,
     timing,
+    torch_peer,
     workloads,
 )
 from benchmarks.session import Finding, Session, Work
@@ -85,8 +86,8 @@ def run_workload(
 
 def _torch() -> tuple[ModuleType | None, str]:
     module, absent = peers.import_package("torch")
-    if module is not None and jax.default_backend() != "cpu":
-        return None, "takes part on a CPU only, where it can share memory with JAX"
+    if module is not None and (absent := torch_peer.absent(module)):
+        return None, absent
     return module, absent
 
 
@@ -98,7 +99,13 @@ def _torch_contender(torch: Any, run: Callable[..., Any]) -> peers.Contender:
 
     def program(arguments: tuple[Any, ...]) -> timing.Program:
         module.set_num_threads(machine.cores())
-        call = functools.partial(run, module)
+
+        def call(*arguments: Any) -> Any:
+            outputs = run(module, *arguments)
+            if jax.default_backend() == "gpu":
+                module.cuda.synchronize()
+            return outputs
+
         start = time.perf_counter()
         outputs = call(*arguments)
         seconds = time.perf_counter() - start

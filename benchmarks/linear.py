@@ -93,7 +93,7 @@ def _cases(
             shape=shape_of(workload),
             title=case.title,
             contenders=peers.linear_contenders(case),
-            prepare=functools.partial(_prepare, case=case),
+            prepare=functools.partial(prepare, case=case),
             arguments=arguments(case, workload.tokens),
             truth=functools.partial(known, dataclasses.replace(case, gradient=True)),
             observe=functools.partial(observe, case=case, subset=subset),
@@ -117,7 +117,7 @@ def shape_of(workload: LinearWorkload) -> dict[str, Any]:
     }
 
 
-def _prepare(loss: Callable[..., Any], case: LinearCase) -> Callable[..., Any]:
+def prepare(loss: Callable[..., Any], case: LinearCase) -> Callable[..., Any]:
     """Makes `f(hidden, kernel, labels, temperature, cotangent)` of a loss."""
 
     def value(hidden: Any, kernel: Any, labels: Any, temperature: Any, _: Any) -> Any:

@@ -21,6 +21,8 @@ import jaxsoft
 from benchmarks import timing
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What a run writes is no change of the source.
+_SOURCE = ("jaxsoft", "benchmarks", ":(exclude)benchmarks/results")
 # A load, over the cores, that leaves timings alone.
 _QUIET_LOAD = 0.25
 _PACKAGES = (
@@ -32,6 +34,11 @@ _PACKAGES = (
     "jax-cce",
     "tokamax",
     "torch",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "triton",
+    "absl-py",
     "jax-cuda13-plugin",
     "jax-cuda12-plugin",
     "libtpu",
@@ -46,7 +53,7 @@ def now() -> str:
 def describe() -> dict[str, Any]:
     """Names device, driver, versions and the state of the source."""
     device = jax.devices()[0]
-    changes = _output("git", "status", "--porcelain", "--", "jaxsoft", "benchmarks")
+    changes = _output("git", "status", "--porcelain", "--", *_SOURCE)
     return {
         "platform": device.platform,
         "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
@@ -109,6 +116,14 @@ def busy() -> str:
     if load < _QUIET_LOAD * count:
         return ""
     return f"Disturbed: before the run, the load was {load:.1f} on {count} CPU cores."
+
+
+def healthy() -> bool:
+    """Whether the device still computes: after some faults nothing does."""
+    try:
+        return float(jnp.sum(jnp.ones(8))) == 8
+    except Exception:
+        return False
 
 
 def available_bytes() -> int | None:

@@ -19,8 +19,17 @@ import optax
 import jaxsoft
 from benchmarks import timing, torch_peer
 from benchmarks.workloads import Layout, LinearCase
+from jaxsoft.implementation import Implementation
+from jaxsoft.linear.statistics import KERNELS
 
 OURS = "jaxsoft"
+_OF_PLATFORM: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+# PyTorch's packages that need a GPU: what is imported, called, and the reductions.
+_OF_TORCH: dict[str, tuple[str, torch_peer.Loss, tuple[str, ...]]] = {
+    "liger": ("liger_kernel.transformers", torch_peer.liger_loss, ("mean",)),
+    "cce": ("cut_cross_entropy", torch_peer.cce_loss, ("mean", "none")),
+    "quack": ("quack.linear_cross_entropy", torch_peer.quack_loss, ("mean",)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +55,15 @@ class Contender:
     gradient_matmuls: int = 3
     ours: bool = False
     observe: Callable[[Any], Mapping[str, Any]] | None = None
+
+
+def implementations() -> dict[str, Implementation | None]:
+    """Ours by name: the default, then each that could run on this platform."""
+    found: dict[str, Implementation | None] = {OURS: None, f"{OURS} xla": "xla"}
+    kernel = _OF_PLATFORM.get(jax.default_backend())
+    if kernel in KERNELS:
+        found[f"{OURS} {kernel}"] = kernel
+    return found
 
 
 def linear_contenders(case: LinearCase) -> list[Contender]:
@@ -80,7 +98,7 @@ def linear_contenders(case: LinearCase) -> list[Contender]:
         Contender("optax", stored),
         _jax_cce(case),
         _tokamax(case),
-        _torch(case),
+        *torch_contenders(case),
     ]
 
 
@@ -114,11 +132,33 @@ def _tokamax(case: LinearCase) -> Contender:
     return Contender("tokamax", loss)
 
 
+def torch_contenders(case: LinearCase) -> list[Contender]:
+    """PyTorch's own linear cross-entropy, and those of its packages."""
+    found = [_torch(case)]
+    for name, (package, loss, reductions) in _OF_TORCH.items():
+        torch, absent = import_package("torch")
+        if torch is None:
+            absent = f"needs torch: {absent}"
+        elif jax.default_backend() != "gpu":
+            absent = "takes part on a GPU only"
+        else:
+            absent = torch_peer.absent(torch) or import_package(package)[1]
+        absent = absent or _lacks(case, ("vh",), reductions)
+        if torch is None or absent:
+            found.append(Contender(name, absent=absent))
+            continue
+        program = functools.partial(
+            torch_peer.program, torch, case, name=name, loss=loss
+        )
+        found.append(Contender(name, program=program, gradient_matmuls=4))
+    return found
+
+
 def _torch(case: LinearCase) -> Contender:
     name = "nn.functional.linear_cross_entropy"
     module, absent = _package("torch", name, case, reductions=("mean", "none"))
-    if module is not None and jax.default_backend() != "cpu":
-        absent = "takes part on a CPU only, where it can share memory with JAX"
+    if module is not None:
+        absent = torch_peer.absent(module)
     if module is None or absent:
         return Contender("torch", absent=absent)
     # Gradients of the mean are made with the value; those per token, from logits that
@@ -152,19 +192,25 @@ def _package(
     module, absent = import_package(name.replace("-", "_"))
     if module is None:
         return None, absent
-    if case.layout not in layouts:
-        shape = {"hv": "an [H, V]", "vh": "a [V, H]"}[layouts[0]]
-        absent = f"takes {shape} kernel only"
-    elif case.reduction not in reductions:
-        absent = "has no loss per token"
-    elif case.temperature:
-        absent = "has no temperature"
-    else:
+    absent = _lacks(case, layouts, reductions)
+    if not absent:
         try:
             operator.attrgetter(function)(module)
         except AttributeError:
             absent = "this release has no linear cross-entropy"
     return (None, absent) if absent else (module, "")
+
+
+def _lacks(
+    case: LinearCase, layouts: tuple[Layout, ...], reductions: tuple[str, ...]
+) -> str:
+    """What a case asks for that a package lacks; empty where it has everything."""
+    if case.layout not in layouts:
+        shape = {"hv": "an [H, V]", "vh": "a [V, H]"}[layouts[0]]
+        return f"takes {shape} kernel only"
+    if case.reduction not in reductions:
+        return "has no loss per token"
+    return "has no temperature" if case.temperature else ""
 
 
 def import_package(name: str) -> tuple[ModuleType | None, str]:
@@ -179,7 +225,7 @@ def import_package(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except ModuleNotFoundError as error:
-        if error.name == name:
+        if error.name in (name, name.partition(".")[0]):
             return None, "not installed"
         return None, f"does not import: {error}"
     except Exception as error:  # What a peer does at import is its own affair.
@@ -200,6 +246,56 @@ def softmax_contenders(operation: str) -> list[Contender]:
         Contender(OURS, _OUR_SOFTMAX[operation]),
         Contender(plain, _PLAIN_SOFTMAX[operation]),
     ]
+
+
+def softmax_implementations(without: frozenset[str]) -> list[Contender]:
+    """Ours by every implementation, as `softmax_contenders` calls it.
+
+    Args:
+      without: names of those that were found faulty.
+    """
+
+    def ours(implementation: Implementation | None) -> Callable[..., jax.Array]:
+        return lambda x, y, t: jaxsoft.softmax(x, t, implementation=implementation)
+
+    return [
+        Contender(name, ours(implementation), ours=True)
+        for name, implementation in implementations().items()
+        if name not in without
+    ]
+
+
+def softmax_of_torch(
+    temperature: float, *, value: bool, gradient: bool
+) -> list[Contender]:
+    """PyTorch's softmax and QuACK's, which has no temperature: it divides first."""
+
+    def program(
+        torch: ModuleType, name: str, softmax: Callable[[Any], Any]
+    ) -> Contender:
+        return Contender(
+            name,
+            program=lambda arguments: torch_peer.softmax_program(
+                torch,
+                softmax,
+                arguments,
+                name,
+                temperature,
+                value=value,
+                gradient=gradient,
+            ),
+        )
+
+    torch, absent = import_package("torch")
+    if torch is not None and (absent := torch_peer.absent(torch)):
+        torch = None
+    if torch is None:
+        return [Contender(name, absent=absent) for name in ("torch", "quack")]
+    found = [program(torch, "torch", functools.partial(torch.softmax, dim=-1))]
+    quack, absent = import_package("quack.softmax")
+    if quack is None:
+        return [*found, Contender("quack", absent=absent)]
+    return [*found, program(torch, "quack", quack.softmax)]
 
 
 _OUR_SOFTMAX: dict[str, Callable[..., jax.Array]] = {

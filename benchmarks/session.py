@@ -6,12 +6,12 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import jax
 
-from benchmarks import machine
+from benchmarks import machine, watch
 from benchmarks.timing import Program, Timing
 
 SCHEMA = 1
@@ -20,6 +20,18 @@ SCHEMA = 1
 _CASE_SECONDS = 30.0
 # What a rate keeps from the start of an undisturbed run to its end.
 _STEADY = 0.85
+# What must be the same for a run to go on where another stopped.
+_SAME = (
+    "platform",
+    "device",
+    "device_count",
+    "runtime",
+    "driver",
+    "versions",
+    "commit",
+    "source_sha256",
+)
+_ENDED = "the process ended while it ran"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +60,8 @@ class Result:
       case: what was asked, in words.
       name: the contender's.
       status: `"timed"`; `"right"`, checked but not to be timed; `"wrong"`;
-        `"failed"`, it raised; `"not run"`.
+        `"failed"`, it raised; `"not run"`, it cannot take part; `"skipped"`, there was
+        no time; `"running"`, where the process was ended meanwhile.
       reason: why it was neither timed nor right.
       errors: by output, relative to that output's size.
       timing: seconds of a call.
@@ -83,6 +96,33 @@ class Result:
     swept: str = ""
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells its case from others."""
+        return key_of(self.suite, self.workload, self.shape, self.case)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Result":
+        """The result that a record was made of; its program is gone."""
+        given = dict(record)
+        given.pop("floor_seconds")
+        seconds, work = given.pop("seconds"), given["work"]
+        compiling, *sizes = (
+            given.pop(name)
+            for name in ("compile_seconds", "temporary_bytes", "output_bytes")
+        )
+        if seconds:
+            given["timing"] = Timing(**seconds | {"samples": tuple(seconds["samples"])})
+        if compiling is not None:
+            program = Program(given["name"], lambda: None, compiling, *sizes)
+            given["program"] = program.without_state()
+        given["work"] = Work(**work) if work else None
+        given["errors"] = {
+            output: math.inf if error is None else error
+            for output, error in given["errors"].items()
+        }
+        return cls(**given)
+
     def record(self, rates: dict[str, float]) -> dict[str, Any]:
         """The result as JSON takes it.
 
@@ -116,7 +156,14 @@ class Result:
             "output_bytes": program.output_bytes if program else None,
             "swept": self.swept,
             "figures": self.figures,
+            "ours": self.ours,
+            "work": dataclasses.asdict(self.work) if self.work else None,
         }
+
+
+def key_of(suite: str, workload: str, shape: dict[str, Any], case: str) -> Any:
+    """What tells a case from others."""
+    return suite, workload, json.dumps(shape, sort_keys=True), case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,13 +242,20 @@ class Session:
         self.results: list[Result] = []
         self.notes: list[str] = []
         self.findings: list[Finding] = []
+        # What is kept back of the time to measure the rates again.
+        self.reserve = 0.0
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._earlier: dict[Any, dict[str, Result]] = {}
+        self._watch: watch.Watch | None = None
+        self._running: list[Result] = []
         self._path = path
         self._show = show
         self._started = machine.now()
         self._finished: str | None = None
         self._machine = machine.describe()
         self._rates: dict[str, list[float]] = {}
+        self._measured: set[str] = set()
+        self._runs: list[str] = [self._started]
         if (busy := machine.busy()) and not quick:
             self.notes.append(busy)
 
@@ -229,21 +283,118 @@ class Session:
           *names: `"copy"` or `"matmul <dtype>"`.
         """
         for name in names:
-            if name not in self._rates:
-                self._rates[name] = [self._rate(name)]
+            if name not in self._measured:
+                rate = self._rate(name)
+                self._rates.setdefault(name, []).append(rate)
+                self._measured.add(name)
 
     def seconds_left(self) -> float:
         """Until the budget is spent; infinite where there is none."""
         if self._deadline is None:
             return float("inf")
-        return self._deadline - time.monotonic()
+        return self._deadline - self.reserve - time.monotonic()
 
     def add(self, result: Result) -> None:
         """Keeps a result, shows it and saves all of them."""
+        self._running = [r for r in self._running if not _alike(r, result)]
         self.results.append(result)
         if self._show:
             self._show(result)
         self.save()
+
+    def resume(self, document: Mapping[str, Any]) -> None:
+        """Takes over what an earlier run saved.
+
+        Args:
+          document: as `document` makes it.
+
+        Raises:
+          ValueError: if that run was of another device, version, commit or size.
+        """
+        was = document["machine"] | {"quick": document["quick"]}
+        now = json.loads(json.dumps(self._machine)) | {"quick": self.quick}
+        if other := [name for name in (*_SAME, "quick") if was[name] != now[name]]:
+            raise ValueError(
+                f"has results of another {' and '.join(other)}: name another file"
+            )
+        self.results = [Result.of(record) for record in document["results"]]
+        for place, result in enumerate(self.results):
+            if result.status == "running":
+                self.results[place] = dataclasses.replace(
+                    result, status="failed", reason=_ENDED
+                )
+        for result in self.results:
+            self._earlier.setdefault(result.key, {})[result.name] = result
+        self._rates = {n: list(v) for n, v in document["rates_per_second"].items()}
+        self._measured = set()
+        self.notes = [*document["notes"], *self.notes]
+        self._started = document["started"]
+        self._runs = [*document["runs"], *self._runs]
+
+    def known(self, key: Any) -> dict[str, Result]:
+        """The results of a case that an earlier run ended with, by contender."""
+        found = self._earlier.get(key, {})
+        return {name: r for name, r in found.items() if r.status != "skipped"}
+
+    def forget(self, key: Any) -> set[str]:
+        """Drops an earlier run's results of a case, but for failures.
+
+        Returns:
+          The names of the contenders that failed.
+        """
+        old = self._earlier.pop(key, {})
+        failures = {name for name, r in old.items() if r.status == "failed"}
+        drop = [r for name, r in old.items() if name not in failures]
+        self.results = [
+            result for result in self.results if not any(result is r for r in drop)
+        ]
+        return failures
+
+    def guard(self, seconds: float) -> None:
+        """Has this process end, to be started again, where a step takes longer.
+
+        Args:
+          seconds: that a step may take: to compile and run a contender, say.
+        """
+        end = math.inf if self._deadline is None else self._deadline
+        self._watch = watch.Watch(seconds, end, self._give_up)
+
+    def step(self, *results: Result) -> None:
+        """Says what runs from now on; a process that is ended leaves it in the file.
+
+        Args:
+          *results: what is known of it.
+        """
+        self._running = list(results)
+        if self._watch is not None:
+            self._watch.step()
+            self.save()
+
+    def turn(self, result: Result) -> None:
+        """Says which of those that run has its turn: it is who does not end."""
+        self._running = [result]
+
+    @property
+    def guarded(self) -> bool:
+        """Whether this process is started again when it ends itself."""
+        return self._watch is not None
+
+    def restart(self) -> NoReturn:
+        """Ends this process, to be started again where it stopped."""
+        self.save()
+        watch.leave()
+
+    def _give_up(self, spent: bool) -> int:
+        """Keeps what is known where a step has taken too long; the exit code."""
+        status = "skipped" if spent else "failed"
+        reason = "needs more time than is left" if spent else "did not end in time"
+        for result in self._running:
+            self.results.append(
+                dataclasses.replace(result, status=status, reason=reason)
+            )
+        self._running = []
+        self.save()
+        return int(self.failed) if spent else watch.AGAIN
 
     def finish(self) -> dict[str, Any]:
         """Measures the rates once more and saves.
@@ -251,14 +402,18 @@ class Session:
         Returns:
           The document that was saved.
         """
+        self._running = []
         for name, values in self._rates.items():
-            values.append(self._rate(name))
+            if name in self._measured:
+                values.append(self._rate(name))
             if min(values) < _STEADY * max(values) and not self.quick:
                 self.notes.append(
                     f"Disturbed: {name} ran at {min(values) / max(values):.0%} of its "
                     "rate at the other end of the run."
                 )
         self._finished = machine.now()
+        if self._watch is not None:
+            self._watch.stop()
         self.save()
         return self.document()
 
@@ -271,10 +426,13 @@ class Session:
             "rounds": self.rounds,
             "started": self._started,
             "finished": self._finished,
+            "runs": self._runs,
             "machine": self._machine,
             "notes": self.notes,
             "rates_per_second": self._rates,
-            "results": [result.record(rates) for result in self.results],
+            "results": [
+                result.record(rates) for result in (*self.results, *self._running)
+            ],
             "findings": [finding.record() for finding in self.findings],
         }
 
@@ -288,6 +446,11 @@ class Session:
         os.replace(partial, self._path)
 
     def _rate(self, name: str) -> float:
+        self.step()
         if name == "copy":
             return machine.measure_copy(quick=self.quick)
         return machine.measure_matmul(name.removeprefix("matmul "), quick=self.quick)
+
+
+def _alike(one: Result, other: Result) -> bool:
+    return one.name == other.name and one.key == other.key

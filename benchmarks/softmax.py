@@ -28,7 +28,8 @@ class SoftmaxCase:
       operation: `"softmax"`, `"log_softmax"` or `"cross_entropy"`.
       temperature: a Python float, a traced scalar, or one traced number per row,
         whose gradient is then wanted too.
-      gradient: whether the gradient of the logits is wanted beside the value.
+      gradient: whether the gradient of the logits is wanted.
+      value: whether the value is.
       donated: whether outputs may overwrite logits and cotangent.
     """
 
@@ -36,6 +37,7 @@ class SoftmaxCase:
     temperature: Temperature = "float"
     gradient: bool = False
     donated: bool = False
+    value: bool = True
 
     @property
     def title(self) -> str:
@@ -45,7 +47,7 @@ class SoftmaxCase:
             "traced": "traced T",
             "per row": "traced T per row",
         }[self.temperature]
-        wanted = "value and gradient" if self.gradient else "value"
+        wanted = " and ".join(["value"] * self.value + ["gradient"] * self.gradient)
         place = ", in place" if self.donated else ""
         return f"{self.operation}, {temperature}: {wanted}{place}"
 
@@ -54,7 +56,8 @@ class SoftmaxCase:
         """Arrays of the logits' size that must be read or written."""
         if self.operation == "cross_entropy":
             return 2 if self.gradient else 1
-        return 4 if self.gradient else 2
+        # The logits or the value; the cotangent and the gradient.
+        return 1 + self.value + 2 * self.gradient
 
 
 MAIN_CASES = (
@@ -94,6 +97,7 @@ def run_workload(
     suite: str = SUITE,
     *,
     timed: bool = True,
+    without: frozenset[str] | None = None,
 ) -> None:
     """Checks and times cases at one shape.
 
@@ -103,10 +107,12 @@ def run_workload(
       cases: what is asked.
       suite: the question that the results answer.
       timed: whether they are timed once checked.
+      without: who is left out of all implementations and peers; None takes our
+        default and the plain formula alone.
     """
     if timed:
         session.measure("copy")
-    for case in _cases(workload, cases, suite, timed):
+    for case in _cases(workload, cases, suite, timed, without):
         contest.run_case(case, session)
 
 
@@ -115,6 +121,7 @@ def _cases(
     cases: tuple[SoftmaxCase, ...],
     suite: str,
     timed: bool,
+    without: frozenset[str] | None,
 ) -> Iterator[contest.Case]:
     logits, labels, cotangent = workload.inputs()
     subset = checks.Subset.of(workload.rows, 1, _CHECKED_ROWS)
@@ -131,7 +138,7 @@ def _cases(
             workload=workload.name,
             shape={"N": workload.rows, "V": workload.classes, "dtype": workload.dtype},
             title=case.title,
-            contenders=peers.softmax_contenders(case.operation),
+            contenders=_contenders(case, without),
             prepare=functools.partial(_prepare, case=case),
             arguments=arguments,
             truth=functools.partial(_truth, case, arguments, subset),
@@ -143,6 +150,19 @@ def _cases(
             donated=_donated(case),
             timed=timed,
         )
+
+
+def _contenders(
+    case: SoftmaxCase, without: frozenset[str] | None
+) -> list[peers.Contender]:
+    usual = peers.softmax_contenders(case.operation)
+    if without is None:
+        return usual
+    return [
+        *peers.softmax_implementations(without),
+        *usual[1:],
+        *peers.softmax_of_torch(_TEMPERATURE, value=case.value, gradient=case.gradient),
+    ]
 
 
 def _donated(case: SoftmaxCase) -> tuple[int, ...]:
@@ -171,7 +191,7 @@ def _prepare(function: Callable[..., Any], case: SoftmaxCase) -> Callable[..., A
             )
         if case.operation == "cross_entropy":
             cotangent = jnp.ones_like(outputs)
-        return outputs, *pull(cotangent)
+        return (outputs,) * case.value + pull(cotangent)
 
     return value_and_gradient if case.gradient else value
 
@@ -190,9 +210,8 @@ def _truth(
 
 
 def _observe(outputs: Any, case: SoftmaxCase, subset: checks.Subset) -> dict[str, Any]:
-    values, *gradients = outputs if case.gradient else (outputs,)
-    observed = {case.operation: values[subset.rows]}
     names = ("d" + case.operation, "dtemperature")
-    for name, gradient in zip(names, gradients, strict=False):
-        observed[name] = gradient[subset.rows]
-    return observed
+    if case.value:
+        names = (case.operation, *names)
+    found = outputs if case.gradient else (outputs,)
+    return {n: a[subset.rows] for n, a in zip(names, found, strict=False)}

@@ -25,7 +25,7 @@ _SAMPLE_SECONDS = 0.005
 # A chain's samples are longer: what it works on differs from call to call.
 _CHAIN_SECONDS = 0.05
 _MAX_CALLS = 64
-_FEWEST_ROUNDS = 5
+FEWEST_ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +201,7 @@ def interleave(
     arguments: tuple[Any, ...],
     rounds: int,
     seconds: float = math.inf,
+    before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Times programs by turns.
 
@@ -211,12 +212,14 @@ def interleave(
       arguments: arrays.
       rounds: samples of each.
       seconds: after which no round begins, once there were five.
+      before: told whose turn it is.
 
     Returns:
       The timing of each, by name.
     """
     calls = {}
     for program in programs:
+        before(program.name)
         _, once = call(program, arguments)
         calls[program.name] = 1 if program.donated else _calls_per_sample(program, once)
     samples: dict[str, list[float]] = {program.name: [] for program in programs}
@@ -225,10 +228,11 @@ def interleave(
     start = time.perf_counter()
     try:
         for turn in range(rounds):
-            if turn >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            if turn >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
                 break
             first = turn % len(programs)
             for program in (*programs[first:], *programs[:first]):
+                before(program.name)
                 count = calls[program.name]
                 samples[program.name].append(_sample(program, arguments, count))
     finally:

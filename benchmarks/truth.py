@@ -59,6 +59,7 @@ def linear_truth(
 
     Returns:
       `loss` of the subset's rows, weighted but not reduced; `mean` over all rows;
+      `entropy` of the subset's rows, 0 where the weight is;
       `dhidden` of the subset's rows; `dkernel`, `[H, len(subset.classes)]`.
     """
     options = options or LinearOptions()
@@ -69,15 +70,16 @@ def linear_truth(
     upstream = np.full(count, 1 / total) if cotangent is None else _float64(cotangent)
     temperature = np.broadcast_to(_float64(options.temperature), (count,))
 
-    loss, dhidden = np.zeros(count), []
+    loss, entropy, dhidden = np.zeros(count), np.zeros(count), []
     dkernel = np.zeros((kernel.shape[0], len(subset.classes)))
     step = max(1, _BLOCK_BYTES // (8 * kernel.shape[1]))
     for start in range(0, count, step):
         rows = slice(start, start + step)
-        block_loss, dlogits = _linear_block(
+        block_loss, block_entropy, dlogits = _linear_block(
             hidden[rows] @ kernel, labels[rows], temperature[rows], options
         )
         loss[rows] = np.where(weights[rows] != 0, weights[rows] * block_loss, 0)
+        entropy[rows] = np.where(weights[rows] != 0, block_entropy, 0)
         scale = (weights * upstream)[rows, None]
         dkernel += hidden[rows].T @ (dlogits[:, subset.classes] * scale)
         inside = subset.rows[(subset.rows >= start) & (subset.rows < start + step)]
@@ -86,6 +88,7 @@ def linear_truth(
     return {
         "loss": loss[subset.rows],
         "mean": np.asarray(loss.sum() / total),
+        "entropy": entropy[subset.rows],
         "dhidden": np.concatenate(dhidden),
         "dkernel": dkernel,
     }
@@ -129,8 +132,8 @@ def softmax_truth(
 
 def _linear_block(
     logits: Array, labels: NDArray[Any], temperature: Array, options: LinearOptions
-) -> tuple[Array, Array]:
-    """The loss of each row, and its gradient with respect to the bare logits."""
+) -> tuple[Array, Array, Array]:
+    """The loss and the entropy of each row, and the loss's gradient, of bare logits."""
     slope: Any = 1.0
     kept = None if options.class_mask is None else np.asarray(options.class_mask)
     if options.bias is not None:
@@ -145,6 +148,7 @@ def _linear_block(
     sums = probs.sum(axis=1)
     probs /= sums[:, None]
     lse = largest + np.log(sums)
+    entropy = lse - (probs * scaled).sum(axis=1)
 
     rows = np.arange(len(labels))
     inside = (labels >= 0) & (labels < logits.shape[1])
@@ -158,7 +162,7 @@ def _linear_block(
         spread *= smoothing / spread.sum()
         loss -= scaled @ spread
         dlogits -= spread
-    return loss, dlogits * (slope / temperature[:, None])
+    return loss, entropy, dlogits * (slope / temperature[:, None])
 
 
 def _weights(labels: NDArray[Any], options: LinearOptions) -> Array:

@@ -9,13 +9,14 @@ Not yet measured on any GPU, hence no function's default.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxsoft import varying
 from jaxsoft.implementation import gpus
+from jaxsoft.linear import mosaic_gpu_blackwell as blackwell
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear import running, sharding, tiling, xla
@@ -25,12 +26,28 @@ from jaxsoft.temperature import Temperature
 
 __all__ = ["forward"]
 
+
+class _Chip(NamedTuple):
+    """What the program is for.
+
+    Attributes:
+      capability: its compute capability.
+      multiprocessors: how many it has.
+    """
+
+    capability: str
+    multiprocessors: int
+
+
 _LOG2_E = math.log2(math.e)
-# wgmma takes rows of shared memory of 64 elements of 2 bytes.
+# The kernels, by compute capability. Blackwell's consumer cards, 12.0, have no tensor
+# memory.
+_KERNELS = {"9.0": hopper, "10.0": blackwell}
+# wgmma and tcgen05 take rows of shared memory of 64 elements of 2 bytes.
 _FEATURES = 64
 # TMA copies multiples of 16 bytes: 8 rows of hidden states, or of a kernel [V, H].
 _ROWS = 8
-# The narrowest rows of shared memory that wgmma can read, in elements.
+# The narrowest rows of shared memory that they can read, in elements.
 _CLASSES = 16
 
 
@@ -49,13 +66,13 @@ def forward(config: Config, operands: Operands) -> Saved:
       ImportError: without absl-py, which Pallas imports.
     """
     local = sharding.local_classes(config, operands)
-    multiprocessors = _check(config, local)
+    chip = _check(config, local)
     tau, classes = local.temperature(config), local.num_classes(config)
     aligned = classes if config.class_axis == 1 else classes // _ROWS * _ROWS
     parts = []
     if aligned:
         of_kernel = local if aligned == classes else _classes(config, local, 0, aligned)
-        parts.append(_of_kernel(config, of_kernel, multiprocessors))
+        parts.append(_of_kernel(config, of_kernel, chip))
     if aligned < classes:
         tail = _of_tail(config, _classes(config, local, aligned, classes), aligned)
         parts.append(jax.tree.map(lambda a: a[None], tail))
@@ -63,8 +80,8 @@ def forward(config: Config, operands: Operands) -> Saved:
     return running.finish(config, local, running.join(tau, merged))
 
 
-def _check(config: Config, operands: Operands) -> int:
-    """Requires what the kernel can do; returns the device's multiprocessors."""
+def _check(config: Config, operands: Operands) -> _Chip:
+    """Requires what the kernel can do; returns the device."""
     hidden, kernel = operands.hidden, operands.kernel
 
     def must(rule, got, fix):
@@ -101,25 +118,26 @@ def _check(config: Config, operands: Operands) -> int:
             "pip install absl-py",
             name=error.name,
         ) from error
-    return _multiprocessors()
+    return _chip()
 
 
-def _multiprocessors() -> int:
-    """Returns the multiprocessors of this process's GPUs, which must be Hopper's.
+def _chip() -> _Chip:
+    """Returns what this process's GPUs are, which must be alike.
 
     Without a GPU, as where a program is compiled for one that is elsewhere, it is an
-    H100's.
+    H100.
     """
     devices = gpus()
-    for device in devices:
-        if device.compute_capability != "9.0":
-            raise NotImplementedError(
-                "Every GPU must have compute capability 9.0 (Hopper) for "
-                'implementation "mosaic_gpu", got '
-                f'{device.compute_capability}. Take "xla".'
-            )
-    counts = (device.core_count for device in devices)
-    return min(counts, default=planning.MULTIPROCESSORS)
+    if not devices:
+        return _Chip("9.0", planning.MULTIPROCESSORS)
+    found = {device.compute_capability for device in devices}
+    if len(found) > 1 or not found <= _KERNELS.keys():
+        raise NotImplementedError(
+            "Every GPU must have compute capability 9.0 (Hopper), or every one 10.0 "
+            '(Blackwell), for implementation "mosaic_gpu", got '
+            f'{" and ".join(sorted(found))}. Take "xla".'
+        )
+    return _Chip(found.pop(), min(device.core_count for device in devices))
 
 
 def _classes(config: Config, operands: Operands, start: int, stop: int) -> Operands:
@@ -154,14 +172,17 @@ def _of_tail(config: Config, operands: Operands, first: int) -> Running:
     return found
 
 
-def _of_kernel(config: Config, operands: Operands, multiprocessors: int) -> Running:
+def _of_kernel(config: Config, operands: Operands, chip: _Chip) -> Running:
     """Returns the statistics of rows in every split: [splits, N, 1] each."""
     rows, classes = operands.hidden.shape[0], operands.num_classes(config)
     swizzle = 128
     if config.class_axis == 1:
         # The widest that divides the kernel's rows.
         swizzle = next(s for s in (128, 64, 32) if classes % (s // 2) == 0)
-    blocks, splits = planning.choose(rows, classes, swizzle, multiprocessors)
+    kernel = _KERNELS[chip.capability]
+    blocks, splits = planning.choose(
+        rows, classes, swizzle, chip.multiprocessors, kernel is blackwell
+    )
     scale, factor = _static_temper(config.static_tau)
     plan = planning.Plan(
         rows=_up(rows, blocks.block_rows * blocks.cluster),
@@ -189,7 +210,7 @@ def _of_kernel(config: Config, operands: Operands, multiprocessors: int) -> Runn
     inputs = planning.Inputs(
         hidden, operands.kernel, _bias(plan, operands), labels, temper
     )
-    found = varying.like(hopper.run(plan, inputs), operands)
+    found = varying.like(kernel.run(plan, inputs), operands)
     return _running(plan, rows, found)
 
 

@@ -1,8 +1,8 @@
 """Tiles of logits merged into running statistics, inside a Mosaic GPU kernel.
 
 As `running.merge`, but in the registers of a warpgroup, whose threads share the rows
-of an accumulator as wgmma leaves them: the columns of a tile are first folded into a
-few that need nothing of other threads, which then meet once a tile.
+of an accumulator as the matrix unit leaves them: the columns of a tile are first folded
+into a few that need nothing of other threads, which then meet once a tile.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxsoft.linear.running import Running
 
 __all__ = ["CHUNK", "Row", "columns", "iota", "layout", "merge", "start", "tanh"]
 
-# Columns that are folded at a time: 4 registers a thread for 64 rows.
+# Columns that are folded at a time: 4 registers a thread for 64 rows, 8 for 128.
 CHUNK = 8
 # Stands for -inf in products with 0; 2 to it is 0.
 _LOWEST = -1e4
@@ -35,10 +35,12 @@ class Row(NamedTuple):
     Attributes:
       label: [R] int32.
       temper: a, b and c of `Inputs`, [R] or floats each.
+      layout: the name of how threads share the accumulator.
     """
 
     label: Any
     temper: tuple[Any, Any, Any]
+    layout: str
 
     def centred(self, u: jax.Array, peak: jax.Array) -> jax.Array:
         """Returns (u - peak) / τ in base 2, of [R, B] or of [R]."""
@@ -56,7 +58,8 @@ def start(plan: Plan) -> Running:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         shape = (plan.blocks.rows,)
-        return plgpu.layout_cast(jnp.full(shape, value, dtype), layout(1))
+        own = layout(plan.blocks.layout, 1)
+        return plgpu.layout_cast(jnp.full(shape, value, dtype), own)
 
     return Running(
         max=full(-jnp.inf),
@@ -90,10 +93,10 @@ def merge(first, chunks, running: Running, row: Row) -> Running:
     rescale = jnp.exp2(back)
     _, total, label, gap, number, weighted, argmax, _ = running
     if argmax is not None:
-        lowest = _lowest(chunks, tile_max) + first
+        lowest = _lowest(chunks, tile_max, row.layout) + first
         argmax = jnp.where(tile_max > running.max, lowest, argmax)
     if label is not None:
-        label = jnp.maximum(label, _pick(chunks, row.label - first))
+        label = jnp.maximum(label, _pick(chunks, row.label - first, row.layout))
     if gap is not None and number is not None:
         moved = jnp.where(number == 0, 0.0, running.max - peak)
         gap = gap + number.astype(jnp.float32) * moved
@@ -120,12 +123,12 @@ def _sums_of_exponentials(chunks, peak, row: Row, expected: bool) -> tuple[Any, 
     return sums, terms
 
 
-def _pick(chunks, column) -> jax.Array:
+def _pick(chunks, column, name: str) -> jax.Array:
     """Returns the logits [R] in the given columns of a tile; -inf outside it."""
     picked = None
     for index, u in enumerate(chunks):
         # Not iota + constant: all those columns would be kept in registers.
-        here = iota(u.shape) == columns(column - index * CHUNK, u.shape)
+        here = iota(u.shape, name) == columns(column - index * CHUNK, u.shape)
         u = jnp.where(here, u, -jnp.inf)
         picked = u if picked is None else jnp.maximum(picked, u)
     assert picked is not None
@@ -143,7 +146,7 @@ def _gaps(chunks, peak) -> tuple[jax.Array, jax.Array]:
     return gaps.sum(axis=1), counts.sum(axis=1).astype(jnp.int32)
 
 
-def _lowest(chunks, tile_max) -> jax.Array:
+def _lowest(chunks, tile_max, name: str) -> jax.Array:
     """Returns the lowest column of a tile that reaches its maximum."""
     first = None
     for index, u in enumerate(chunks):
@@ -151,7 +154,7 @@ def _lowest(chunks, tile_max) -> jax.Array:
         found = jnp.where(best, index * CHUNK, _NO_COLUMN)
         first = found if first is None else jnp.minimum(first, found)
     assert first is not None
-    return (first + iota(first.shape)).min(axis=1)
+    return (first + iota(first.shape, name)).min(axis=1)
 
 
 def tanh(x: jax.Array) -> jax.Array:
@@ -175,16 +178,16 @@ def columns(row: Any, shape: tuple[int, ...]) -> Any:
     return lax.broadcast_in_dim(row, shape, [0])
 
 
-def layout(without: int | None = None) -> Any:
+def layout(name: str, without: int | None = None) -> Any:
     """Returns how threads share an accumulator, or what is left without an axis."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    layout = plgpu.Layout.WGMMA
+    layout = getattr(plgpu.Layout, name)
     return layout if without is None else layout.reduce(without)
 
 
-def iota(shape: tuple[int, ...]) -> jax.Array:
+def iota(shape: tuple[int, ...], name: str) -> jax.Array:
     """Returns the column of every element."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout())
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout(name))

@@ -17,11 +17,11 @@ __all__ = [
     "choose",
 ]
 
-# An H100 and an H200 have as many multiprocessors, and a block may take so much of
-# their shared memory.
+# An H100 and an H200 have as many multiprocessors. A block may take so much of their
+# shared memory, and of a B200's.
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 232448
-# Warpgroups that multiply; one more copies.
+# Hopper's warpgroups that multiply; one more copies.
 COMPUTING = 2
 
 
@@ -30,12 +30,15 @@ class Blocks:
     """The tiles of the kernel.
 
     Attributes:
-      rows: rows of a computing warpgroup; a block of threads has twice as many.
+      rows: rows of a warpgroup that merges; a block of threads has twice as many on
+        Hopper, and as many on Blackwell.
       classes: classes of a tile of logits.
       features: features that one step multiplies.
       stages: tiles in flight.
       cluster: how many row tiles share each tile of the kernel, by TMA multicast.
       swizzle: bytes of a row of shared memory that are permuted together.
+      tensor_memory: whether products are accumulated there, as on Blackwell, and not
+        in registers.
     """
 
     rows: int = 64
@@ -44,15 +47,20 @@ class Blocks:
     stages: int = 4
     cluster: int = 1
     swizzle: int = 128
+    tensor_memory: bool = False
 
     def __post_init__(self):
-        """Requires what wgmma, the registers and the shared memory can hold."""
+        """Requires what the matrix unit, its accumulators and the ring can hold."""
         if self.rows % 64 or self.classes % 64 or not 64 <= self.classes <= 256:
             raise ValueError(
                 "`rows` must be a multiple of 64, and `classes` one up to 256, got "
                 f"{self}."
             )
-        if self.rows * self.classes > 64 * 256:
+        if self.tensor_memory and (self.rows != 128 or self.cluster != 1):
+            raise ValueError(
+                f"`rows` must be 128 and `cluster` 1 with tensor memory, got {self}."
+            )
+        if not self.tensor_memory and self.rows * self.classes > 64 * 256:
             raise ValueError(
                 f"`rows · classes` must be at most 64 · 256 registers, got {self}."
             )
@@ -72,9 +80,19 @@ class Blocks:
             )
 
     @property
+    def warpgroups(self) -> int:
+        """The warpgroups of a block that merge logits, each those of its rows."""
+        return 1 if self.tensor_memory else COMPUTING
+
+    @property
+    def layout(self) -> str:
+        """The name, in Pallas, of how their threads share an accumulator."""
+        return "TCGEN05_TMEM_NATIVE" if self.tensor_memory else "WGMMA"
+
+    @property
     def block_rows(self) -> int:
         """The rows of a block of threads."""
-        return COMPUTING * self.rows
+        return self.warpgroups * self.rows
 
     @property
     def ring_bytes(self) -> int:
@@ -174,7 +192,11 @@ class Partials(NamedTuple):
 
 
 def choose(
-    rows: int, classes: int, swizzle: int, multiprocessors: int = MULTIPROCESSORS
+    rows: int,
+    classes: int,
+    swizzle: int,
+    multiprocessors: int = MULTIPROCESSORS,
+    tensor_memory: bool = False,
 ) -> tuple[Blocks, int]:
     """Returns the tiles of a problem, and into how many parts its classes are split.
 
@@ -183,6 +205,7 @@ def choose(
       classes: V >= 1.
       swizzle: what the alignment of the kernel allows.
       multiprocessors: of the device.
+      tensor_memory: whether it has some.
 
     Returns:
       The blocks, and the smallest number of splits that takes the least time, by the
@@ -190,8 +213,10 @@ def choose(
     """
     width = 256 if classes > 256 * multiprocessors // 2 else 128
     blocks = Blocks(classes=width, swizzle=swizzle)
+    if tensor_memory:
+        blocks = dataclasses.replace(blocks, rows=128, tensor_memory=True)
     row_tiles = math.ceil(rows / blocks.block_rows)
-    if row_tiles % 2 == 0:
+    if row_tiles % 2 == 0 and not tensor_memory:
         blocks = dataclasses.replace(blocks, cluster=2)
     tiles = math.ceil(classes / width)
 

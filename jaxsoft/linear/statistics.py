@@ -166,8 +166,9 @@ def linear_statistics(
         `hidden`.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         a kernel, not yet measured: "mosaic_tpu" for TPUs, float32 or bfloat16;
-        "mosaic_gpu" for Hopper GPUs, bfloat16 or float16, H a multiple of 64, V of 16
-        in the layout "hv" (needs absl-py).
+        "mosaic_gpu" for GPUs of compute capability 9.0 (Hopper) or 10.0 (Blackwell),
+        bfloat16 or float16, H a multiple of 64, V of 16 in the layout "hv" (needs
+        absl-py).
 
     Returns:
       A `LogitStatistics` with arrays of shape [...], in float32 (float64 if an

@@ -1,8 +1,8 @@
 """The Mosaic GPU kernels at the heads of real models, to compile for a GPU elsewhere.
 
 Modes: `heads` (three models, many tokens and few), `options` (all options of the
-statistics, numbers of classes that fit nothing, the gradient) and
-`mesh` (four GPUs). Reports temporaries, and what PTX and its assembler say.
+statistics, numbers of classes that fit nothing, the gradient), `both` (some of either)
+and `mesh` (four GPUs). Reports temporaries, and what PTX and its assembler say.
 """
 
 import contextlib
@@ -19,6 +19,9 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
+from jaxsoft.devices.target import TARGETS
+from jaxsoft.implementation import compiling_for
+from jaxsoft.linear import mosaic_gpu_blackwell as blackwell
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from tests.accelerators.compiling import compile_for, report, topology
 
@@ -28,11 +31,13 @@ LLAMA3, QWEN3, GEMMA3 = (4096, 128256), (4096, 151936), (2560, 262144)
 def cases(mode):
     """Yields names, functions, N, H, V, and options."""
     statistics, loss = jaxsoft.linear_statistics, jaxsoft.linear_cross_entropy
-    if mode == "heads":
-        for name, head in {"llama3": LLAMA3, "qwen3": QWEN3, "gemma3": GEMMA3}.items():
+    heads = {"llama3": LLAMA3, "qwen3": QWEN3, "gemma3": GEMMA3}
+    if mode in ("heads", "both"):
+        for name, head in list(heads.items())[: 1 if mode == "both" else 3]:
             yield f"{name} 4096", statistics, 4096, *head, {}
             yield f"{name} 8", loss, 8, *head, {}
-        return
+        if mode == "heads":
+            return
     every = {
         "bias": True,
         "class_mask": True,
@@ -44,6 +49,8 @@ def cases(mode):
     yield "every option", statistics, 1000, *GEMMA3, every
     yield "vh 50257", loss, 4096, 768, 50257, {"kernel_layout": "vh"}
     yield "hv 50288", loss, 100, 768, 50288, {}
+    if mode == "both":
+        return
     yield "gradient", jax.grad(of_arrays(loss), allow_int=True), 2048, *LLAMA3, {}
 
 
@@ -56,13 +63,14 @@ def main(target, mode):
     """Compiles the cases of a mode, and reports each."""
     platform, devices = topology(target)
     os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    if mode == "mesh":
-        return mesh(platform, devices)
-    place = SingleDeviceSharding(devices[0])
-    for name, function, rows, features, classes, options in cases(mode):
-        args, flags = arguments(rows, features, classes, options, place)
-        call = function if name == "gradient" else of_arrays(function)
-        show(name, platform, functools.partial(call, **flags), args)
+    with compiling_for(TARGETS[target].gpu):
+        if mode == "mesh":
+            return mesh(platform, devices)
+        place = SingleDeviceSharding(devices[0])
+        for name, function, rows, features, classes, options in cases(mode):
+            args, flags = arguments(rows, features, classes, options, place)
+            call = function if name == "gradient" else of_arrays(function)
+            show(name, platform, functools.partial(call, **flags), args)
 
 
 def arguments(rows, features, classes, options, place):
@@ -107,7 +115,8 @@ def show(name, platform, function, args):
         _, compiled = compile_for(platform, function, (args,))
     text = compiled.as_text() or ""
     collectives = re.findall(r"(all-reduce|all-gather|all-to-all)(?:-start)?\(", text)
-    calls = len(re.findall(rf"custom-call\(.*{hopper.KERNEL_NAME}", text))
+    names = f"{hopper.KERNEL_NAME}|{blackwell.KERNEL_NAME}"
+    calls = re.findall(rf"custom-call\(.*({names})", text)
     report(
         name,
         "value",
@@ -116,6 +125,7 @@ def show(name, platform, function, args):
         collectives=collectives,
         targets=re.findall(r"^\.target (\S+)", said[0], re.MULTILINE),
         wgmma=said[0].count("wgmma.mma_async"),
+        tcgen05=said[0].count("tcgen05.mma"),
         registers=re.findall(r"Used (\d+) registers", said[0]),
         # Stack frames, spills, and wgmma that have to wait for each other.
         spills=re.findall(r"([1-9]\d*) bytes (?:stack|spill)|C7511", said[0]),

@@ -5,15 +5,17 @@ Needs the extra `aot`; without it these tests skip, each with the reason.
 
 import jax
 
+from jaxsoft.linear import mosaic_gpu_blackwell as blackwell
+from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from jaxsoft.linear import mosaic_gpu_plan as planning
 from tests.accelerators.compiling import MIB, results
 
 HEADS = {"llama3": (4096, 128256), "qwen3": (4096, 151936), "gemma3": (2560, 262144)}
 
 
-def partials(rows, classes, floats=5, integers=1):
+def partials(rows, classes, floats=5, integers=1, chip=(132, False)):
     """Returns the MiB of the statistics of every split, and of their merge."""
-    blocks, splits = planning.choose(rows, classes, 128)
+    blocks, splits = planning.choose(rows, classes, 128, *chip)
     tile = blocks.block_rows * blocks.cluster
     padded = -(-rows // tile) * tile
     # Joining the splits may take as much again, beside a MiB of small change.
@@ -22,7 +24,7 @@ def partials(rows, classes, floats=5, integers=1):
 
 def check(result, spills=False):
     """Requires one call of our kernel, in Hopper's own code, without spills."""
-    assert result["calls"] == 1, result
+    assert result["calls"] == [hopper.KERNEL_NAME], result
     # Empty where the same kernel was compiled before.
     assert set(result["targets"]) <= {"sm_90a"}, result
     assert not result["targets"] or result["wgmma"] > 0, result
@@ -65,3 +67,26 @@ def test_shards_of_tokens_and_classes():
         # One maximum, one sum of a token's numbers, and the mean; nothing is gathered.
         assert result["collectives"] == ["all-reduce"] * 3, result
         assert result["mib"] <= partials(2048, 64128), result
+
+
+def test_blackwell():
+    """Its kernel has tcgen05's instructions, for its own architecture, and no spill."""
+    found = {r["name"]: r for r in results("mosaic_gpu", "b200", "both")}
+    chip = (148, True)
+    bounds = {
+        "llama3 4096": partials(4096, 128256, chip=chip),
+        "llama3 8": partials(8, 128256, chip=chip),
+        "every option": partials(1000, 262144, 5, 2, chip) + 1,
+        "vh 50257": partials(4096, 50257, 3, 0, chip),
+        "hv 50288": partials(100, 50288, 3, 0, chip),
+    }
+    for name, bound in bounds.items():
+        result = found[name]
+        assert result["calls"] == [blackwell.KERNEL_NAME], result
+        assert set(result["targets"]) <= {"sm_100a"}, result
+        assert not result["targets"] or result["tcgen05"] > 0, result
+        assert result["wgmma"] == 0 and result["spills"] == [], result
+        if name == "vh 50257" and jax.__version_info__ < (0, 11):
+            bound += 50256 * 768 * 2 / MIB
+        assert result["mib"] <= bound, result
+    assert found["llama3 4096"]["targets"] == ["sm_100a"]

@@ -17,6 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import checks, contest, linear, peers, timing, workloads
 from benchmarks.session import Session, Work, floor_seconds
 
+PEERS = ("jax-cce", "tokamax", "torch", "liger", "cce", "quack")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -41,7 +42,7 @@ def reject_constant(name):
         ("softmax", {"optax", "jax.nn"}),
         ("discrete", {"jax.nn", "jax.random", "one read"}),
         ("heads", {"jax.nn", "jax.random", "matmul", "jax.lax"}),
-        ("device", {"optax", "jax.nn", "reference"}),
+        ("device", {"optax", "jax.nn", "reference", "one read", "matmul"}),
     ],
 )
 def test_quick_run_of_a_suite_writes_its_results(tmp_path, suite, baselines):
@@ -61,15 +62,18 @@ def test_quick_run_of_a_suite_writes_its_results(tmp_path, suite, baselines):
     assert {r["name"] for r in results} >= {"jaxsoft", *baselines}
     for result in results:
         if result["status"] == "not run":
-            assert result["name"] in ("jax-cce", "tokamax", "torch")
+            assert result["name"] in PEERS
             assert result["reason"]
             continue
-        if result["name"] != "jaxsoft" and result["shape"]["dtype"] == "bfloat16":
+        if (
+            not result["name"].startswith("jaxsoft")
+            and result["shape"]["dtype"] == "bfloat16"
+        ):
             continue  # The plain formula may be wrong: it is then not the measure.
         assert result["status"] in ("timed", "right"), result
-        # What is said of samples is statistical, with 3/√67 as its limit.
+        # What is said of samples is statistical, with 3/√N as its limit.
         statistical = result["case"].startswith(("sample", "gumbel"))
-        limit = 0.4 if statistical else 0.05
+        limit = 3 / result["shape"]["N"] ** 0.5 + 0.05 if statistical else 0.05
         assert result["errors"] and max(result["errors"].values()) < limit
         assert result["temporary_bytes"] >= 0 and result["compile_seconds"] > 0
         if result["status"] == "timed":
@@ -87,7 +91,7 @@ def test_peers_are_reported_even_where_they_cannot_take_part():
             "optax",
             "jax-cce",
             "tokamax",
-            "torch",
+            *PEERS[2:],
         ]
         for contender in contenders:
             called = contender.function or contender.program
@@ -215,7 +219,10 @@ def test_spent_budget_skips_and_names_what_is_left():
     session = Session(quick=True, rounds=1, minutes=1e-9)
     linear.run_workload(session, workloads.LINEAR[0].quick(), linear.MAIN_CASES)
     assert {r.name for r in session.results} >= {"jaxsoft", "optax"}
-    assert all(result.status == "not run" for result in session.results)
+    absent = {result.name for result in session.results if result.status == "not run"}
+    assert absent <= set(PEERS)
+    left = [result for result in session.results if result.name not in absent]
+    assert all(result.status == "skipped" for result in left)
     assert any("more than is left" in result.reason for result in session.results)
     assert not session.failed
 

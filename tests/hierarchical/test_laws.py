@@ -28,7 +28,10 @@ OFFSETS = (2.0**14, 1e6, 1e7)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_probabilities_add_up_whatever_the_number_of_classes(kind, dtype, x64):
-    trees = [cases.tree(kind, number) for number in [*range(1, 14), 15, 16, 17, 31, 32, 33, 40, 1000]]
+    trees = [
+        cases.tree(kind, number)
+        for number in [*range(1, 14), 15, 16, 17, 31, 32, 33, 40, 1000]
+    ]
     layers = [cases.layer(tree, rows=3, dtype=dtype, scale=2.0) for tree in trees]
 
     @jax.jit

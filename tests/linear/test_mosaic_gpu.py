@@ -43,10 +43,15 @@ def small_tiles(monkeypatch):
     """Makes few blocks of small tiles: the interpreter compiles each block anew."""
 
     def shrink(splits=2, cluster=1, stages=2):
-        def choose(rows, classes, swizzle, multiprocessors=132):
+        def choose(rows, classes, swizzle, multiprocessors=132, tensor_memory=False):
             del rows, multiprocessors
             blocks = planning.Blocks(
-                classes=64, stages=stages, cluster=cluster, swizzle=swizzle
+                classes=64,
+                stages=stages,
+                cluster=cluster,
+                swizzle=swizzle,
+                rows=128 if tensor_memory else 64,
+                tensor_memory=tensor_memory,
             )
             return blocks, min(splits, -(-classes // 64))
 
@@ -54,6 +59,13 @@ def small_tiles(monkeypatch):
 
     shrink()
     return shrink
+
+
+@pytest.fixture(params=["9.0", "10.0"])
+def chip(request, monkeypatch):
+    """Takes the kernel for each chip."""
+    own = mosaic_gpu._Chip(request.param, 132)
+    monkeypatch.setattr(mosaic_gpu, "_chip", lambda: own)
 
 
 def layer(rows, features, classes, layout, dtype="bfloat16"):
@@ -100,7 +112,7 @@ def check(hidden, kernel, labels, options):
     return got
 
 
-def test_unaligned_classes_in_both_halves_of_the_layout_vh(small_tiles):
+def test_unaligned_classes_in_both_halves_of_the_layout_vh(small_tiles, chip):
     """V = 211: 208 in four tiles of which the last is cut, 3 in the tail."""
     small_tiles()
     hidden, kernel, labels = layer(5, 128, 211, "vh")
@@ -111,7 +123,7 @@ def test_unaligned_classes_in_both_halves_of_the_layout_vh(small_tiles):
     assert (np.asarray(got.log_prob)[[0, 1, 4]] <= 0).all()
 
 
-def test_every_option_at_every_temperature(small_tiles):
+def test_every_option_at_every_temperature(small_tiles, chip):
     """V = 176 needs the narrowest swizzle; N = 13 is padded to 16."""
     small_tiles(splits=1)
     hidden, kernel, labels = layer(13, 64, 176, "hv")
@@ -137,7 +149,7 @@ def test_blocks_share_the_kernel_by_multicast(small_tiles):
         check(hidden, kernel, labels, {"temperature": 3.0})
 
 
-def test_rows_without_classes_and_temperature_zero(small_tiles):
+def test_rows_without_classes_and_temperature_zero(small_tiles, chip):
     small_tiles(splits=1)
     hidden, kernel, labels = layer(3, 64, 128, "hv")
     options = {"class_mask": jnp.zeros(128, bool), "temperature": 0.0}
@@ -328,6 +340,7 @@ def test_blocks_and_splits_are_chosen_from_the_shape_alone():
         ({"features": 32}, "`swizzle` must be 32, 64 or 128 bytes"),
         ({"cluster": 4}, "`cluster` must be 1 or 2"),
         ({"stages": 5}, "bytes of shared memory"),
+        ({"tensor_memory": True}, "`rows` must be 128 and `cluster` 1"),
     ],
 )
 def test_blocks_validate_themselves(options, message):
@@ -361,19 +374,30 @@ def test_messages(hidden, kernel, layout, message):
 
 
 def test_other_devices_and_a_missing_package(monkeypatch):
-    device = types.SimpleNamespace(compute_capability="10.0", core_count=148)
     local = jax.local_devices
+    found = ["8.0"]
 
     def devices(*, backend=None):
-        return [device] if backend == "cuda" else local(backend=backend)
+        if backend != "cuda":
+            return local(backend=backend)
+        return [
+            types.SimpleNamespace(compute_capability=c, core_count=140 + i)
+            for i, c in enumerate(found)
+        ]
 
     def run():
         hidden = jnp.zeros((16, 64), B)
         return linear_statistics(hidden, hidden.T, implementation="mosaic_gpu")
 
     monkeypatch.setattr(jax, "local_devices", devices)
-    with pytest.raises(NotImplementedError, match="compute capability 9.0 .* got 10.0"):
+    with pytest.raises(NotImplementedError, match="compute capability 9.0 .* got 8.0"):
         run()
+    found[:] = ["9.0", "10.0"]
+    with pytest.raises(NotImplementedError, match="got 10.0 and 9.0. Take"):
+        run()
+    for capability in ("9.0", "10.0"):
+        found[:] = [capability] * 2
+        assert mosaic_gpu._chip() == (capability, 140)
     plain = builtins.__import__
 
     def without_absl(name, *args, **options):
