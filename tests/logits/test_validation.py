@@ -40,7 +40,7 @@ CALLS = [
         (X,),
         {"implementation": "mosaic_gpu"},
         NotImplementedError,
-        "must be 'xla' for softmax, got 'mosaic_gpu'",
+        "must be 'xla' or 'mosaic_tpu' for softmax, got 'mosaic_gpu'",
     ),
     (jaxsoft.softmax_cross_entropy, (X,), {}, ValueError, "not both be given, nor bo"),
     (
