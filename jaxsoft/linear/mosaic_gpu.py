@@ -14,17 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoft import varying
+from jaxsoft import nvidia, varying
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear import running, sharding, tiling, xla
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.running import Running, Saved
-from jaxsoft.temperature import Temperature
 
 __all__ = ["forward"]
 
-_LOG2_E = math.log2(math.e)
 # wgmma takes rows of shared memory of 64 elements of 2 bytes.
 _FEATURES = 64
 # TMA copies multiples of 16 bytes: 8 rows of hidden states, or of a kernel [V, H].
@@ -90,37 +88,8 @@ def _check(config: Config, operands: Operands) -> int:
             'Store the kernel as [V, H] with kernel_layout="vh", which takes any V, '
             "pad it once and mask the new classes",
         )
-    try:
-        import jax.experimental.pallas.mosaic_gpu  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("absl"):
-            raise
-        raise ModuleNotFoundError(
-            'implementation "mosaic_gpu" needs absl-py, which JAX does not install: '
-            "pip install absl-py",
-            name=error.name,
-        ) from error
-    return _multiprocessors()
-
-
-def _multiprocessors() -> int:
-    """Returns the multiprocessors of this process's GPUs, which must be Hopper's.
-
-    Without a GPU, as where a program is compiled for one that is elsewhere, it is an
-    H100's.
-    """
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return planning.MULTIPROCESSORS
-    for device in devices:
-        if device.compute_capability != "9.0":
-            raise NotImplementedError(
-                "Every GPU must have compute capability 9.0 (Hopper) for "
-                'implementation "mosaic_gpu", got '
-                f'{device.compute_capability}. Take "xla".'
-            )
-    return min(device.core_count for device in devices)
+    nvidia.check_pallas()
+    return nvidia.multiprocessors()
 
 
 def _classes(config: Config, operands: Operands, start: int, stop: int) -> Operands:
@@ -163,7 +132,7 @@ def _of_kernel(config: Config, operands: Operands, multiprocessors: int) -> Runn
         # The widest that divides the kernel's rows.
         swizzle = next(s for s in (128, 64, 32) if classes % (s // 2) == 0)
     blocks, splits = planning.choose(rows, classes, swizzle, multiprocessors)
-    scale, factor = _static_temper(config.static_tau)
+    scale, factor = nvidia.static_temper(config.static_tau)
     plan = planning.Plan(
         rows=_up(rows, blocks.block_rows * blocks.cluster),
         classes=classes,
@@ -184,7 +153,7 @@ def _of_kernel(config: Config, operands: Operands, multiprocessors: int) -> Runn
         labels = _pad(labels[:, 0], plan.rows, -1)
     temper = None
     if factor is None:
-        temper = _temper(operands.temperature(config), rows)
+        temper = nvidia.temper(operands.temperature(config), rows)
         temper = _pad(temper, plan.rows, 0.0)
     hidden = _pad(operands.hidden, _up(rows, _ROWS), 0.0, axis=0)
     inputs = planning.Inputs(
@@ -204,36 +173,6 @@ def _running(plan: planning.Plan, rows: int, found: planning.Partials) -> Runnin
         # c was in base 2.
         fields["weighted"] *= math.log(2)
     return jax.tree.map(lambda a: a[:, :rows, None], Running(**fields))
-
-
-def _static_temper(tau: float | None) -> tuple[float, float | None]:
-    """Returns the scale and the factor of `planning.Plan`; no factor for limits."""
-    info = jnp.finfo(jnp.float32)
-    if tau is None or not float(info.tiny) <= tau <= float(info.max):
-        return 1.0, None
-    # As in temperature.py: a difference of logits must not overflow before τ divides.
-    scale = 0.25 if tau > 1 else 1.0
-    return scale, _LOG2_E / (tau * scale)
-
-
-def _temper(tau: float | jax.Array, rows: int) -> jax.Array:
-    """Returns what each row's logits are multiplied by, [3, N]; see `planning.Inputs`.
-
-    At τ = 0 and τ = ∞ the two factors overflow or vanish for every difference but 0 and
-    -inf, which stay what they are: no case of its own in the kernel.
-    """
-    info = jnp.finfo(jnp.float32)
-    if isinstance(tau, float):
-        tau = jnp.full((rows, 1), tau, jnp.float32)
-    parts = Temperature.prepare(tau, jnp.dtype(jnp.float32))
-    hot = jnp.isinf(parts.value)
-    limit = jnp.where(parts.is_zero, info.max, info.tiny)
-    limited = parts.is_zero | hot
-    factor = jnp.where(limited, limit, _LOG2_E / jnp.where(hot, 1, parts.divisor))
-    # A negative τ is NaN, and so is all that comes of it.
-    factor = jnp.where(jnp.isnan(parts.value), jnp.nan, factor)
-    again = jnp.where(limited, limit, 1)
-    return jnp.stack([parts.scale[:, 0], factor[:, 0], again[:, 0]])
 
 
 def _bias(plan: planning.Plan, operands: Operands) -> jax.Array | None:

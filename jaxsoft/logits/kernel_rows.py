@@ -23,10 +23,11 @@ from jaxsoft.implementation import Implementation
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.temperature import inverse
 
-__all__ = ["KERNELS", "Plan", "output", "softmax"]
+__all__ = ["GUMBEL_KERNELS", "KERNELS", "Plan", "gumbel_softmax", "output", "softmax"]
 
 # No kernel is a default before it was measured.
-KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu")
+KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu", "mosaic_gpu")
+GUMBEL_KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu")
 
 _PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 _DTYPES = {
@@ -44,11 +45,13 @@ class Plan:
       static_tau: the temperature if it is an ordinary static number, else None and
         an array has it.
       generator: of the noise, or None without noise.
+      hard: whether the result is one-hot, the class of the largest perturbed logit.
     """
 
     implementation: str
     static_tau: float | None
     generator: noise.Generator | None = None
+    hard: bool = False
 
 
 def softmax(
@@ -66,6 +69,29 @@ def softmax(
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
     check_dtype(implementation, rows.logits)
     return back(_compiled(Plan(implementation, static_tau), None, rows))
+
+
+def gumbel_softmax(
+    implementation: str,
+    key: jax.Array,
+    logits: ArrayLike,
+    temperature: ArrayLike,
+    axis: int,
+    where: ArrayLike | None,
+    hard: bool,
+    generator: noise.Generator,
+) -> jax.Array:
+    """Returns samples by a kernel; the arguments are those of `gumbel_softmax`.
+
+    Raises:
+      NotImplementedError: for a dtype that the kernels do not have, or rows that are
+        too long for them.
+    """
+    static_tau, rows, back = to_rows(logits, temperature, axis, where)
+    check_dtype(implementation, rows.logits)
+    words = noise.row_words(key, rows.logits.shape[0])
+    plan = Plan(implementation, static_tau, generator, hard)
+    return back(_compiled(plan, words, rows))
 
 
 def check_dtype(implementation: str, logits: jax.Array) -> None:
@@ -95,7 +121,7 @@ def _compiled(plan: Plan, words: jax.Array | None, rows: Rows) -> jax.Array:
     if tau is not None:
         tau = jnp.broadcast_to(tau.astype(jnp.float32), (x.shape[0], 1))
     x, tau, words = varying.like((x, tau, words), (x, tau, words))
-    return _relaxed(plan, x, tau, words)
+    return (_straight_through if plan.hard else _relaxed)(plan, x, tau, words)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -103,19 +129,39 @@ def _relaxed(plan, x, tau, words):
     return _bind(_softmax_primitive, plan, x, tau, words)
 
 
-@functools.partial(_relaxed.defjvp, symbolic_zeros=True)
 def _relaxed_jvp(plan, primals, tangents):
-    """Returns y and y (u - Σ y u / Σ y) / τ, with u = dx - log y dτ."""
-    x, tau, words = primals
-    dx, dtau, _ = tangents
-    y = _relaxed(plan, x, tau, words)
+    y = _relaxed(plan, *primals)
+    return y, _tangent(plan, y, primals, tangents)
+
+
+_relaxed.defjvp(_relaxed_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _straight_through(plan, x, tau, words):
+    return _bind(_softmax_primitive, plan, x, tau, words)
+
+
+def _straight_through_jvp(plan, primals, tangents):
+    """Draws the same noise again for y, of which the derivative is."""
+    soft = dataclasses.replace(plan, hard=False)
+    tangent = _tangent(soft, _relaxed(soft, *primals), primals, tangents)
+    return _straight_through(plan, *primals), tangent
+
+
+_straight_through.defjvp(_straight_through_jvp, symbolic_zeros=True)
+
+
+def _tangent(plan: Plan, y: jax.Array, primals: Any, tangents: Any) -> jax.Array:
+    """Returns y (u - Σ y u / Σ y) / τ, with u = dx - log y dτ."""
+    tau, (dx, dtau, _) = primals[1], tangents
     scale = None if tau is None else inverse(tau, jnp.dtype(jnp.float32))
     terms = [] if _is_zero(dx) else [_slope(plan, y, dx, scale)]
     if not _is_zero(dtau):
         wide = y.astype(jnp.float32)
         log_y = jnp.log(jnp.where(wide == 0, 1, wide))
         terms.append((_formula(wide, -log_y, scale) * dtau).astype(y.dtype))
-    return y, sum(terms) if terms else jnp.zeros_like(y)
+    return sum(terms) if terms else jnp.zeros_like(y)
 
 
 def _is_zero(tangent: Any) -> bool:

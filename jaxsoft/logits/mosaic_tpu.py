@@ -23,8 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxsoft import noise
 from jaxsoft.logits.kernel_rows import Plan, output
-from jaxsoft.temperature import divide_by_temperature
+from jaxsoft.temperature import divide_by_temperature, is_zero
 
 __all__ = ["Blocks", "backward", "choose", "forward"]
 
@@ -59,7 +60,9 @@ class Blocks:
     vmem_bytes: int
 
 
-def choose(rows: int, classes: int, itemsizes: tuple[int, ...], vmem: int) -> Blocks:
+def choose(
+    rows: int, classes: int, itemsizes: tuple[int, ...], vmem: int, noisy: bool = False
+) -> Blocks:
     """Chooses the blocks of a kernel.
 
     Args:
@@ -67,18 +70,28 @@ def choose(rows: int, classes: int, itemsizes: tuple[int, ...], vmem: int) -> Bl
       classes: V.
       itemsizes: the bytes of a number of each array [R, V] that is read or written.
       vmem: the bytes of VMEM of a core.
+      noisy: whether perturbed logits stay beside the blocks, in float32.
 
     Returns:
       The blocks: whole rows where the fewest that registers hold fit.
+
+    Raises:
+      NotImplementedError: for perturbed rows that do not fit.
     """
     budget = int(vmem * _SHARE)
     least = max(_SUBLANES[size] for size in itemsizes)
     width = _up(classes, _LANES)
     # Two of each block in turn.
-    a_class = 2 * sum(itemsizes)
+    a_class = 2 * sum(itemsizes) + 4 * noisy
     # Temperatures and what is kept of rows, padded to lanes; strips in registers.
     spare = 8 * least * _LANES * 4 + 2**20
     if least * width * a_class + spare > budget:
+        if noisy:
+            most = (budget - spare) // (least * a_class)
+            raise NotImplementedError(
+                f"`logits` must have at most {most} classes for gumbel_softmax with "
+                f'implementation "mosaic_tpu", got {classes}. Use "xla".'
+            )
         fitting = (budget - spare) // (least * a_class)
         fitting = min(fitting, _BLOCK_BYTES // (least * max(itemsizes)))
         return Blocks(least, fitting // _CHUNK * _CHUNK, least, budget)
@@ -89,20 +102,25 @@ def choose(rows: int, classes: int, itemsizes: tuple[int, ...], vmem: int) -> Bl
 
 
 def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
-    """Returns softmax(x / τ).
+    """Returns softmax(x / τ), or the same of perturbed logits.
 
     Args:
       plan: what is known of the call.
       x: [R, V] float32 or bfloat16.
       tau: [R, 1] float32, or None where it is static.
-      words: None.
+      words: [R, 2] uint32, the keys of the rows' noise; None without noise.
 
     Returns:
       [R, V] in the dtype of `x`.
+
+    Raises:
+      NotImplementedError: for perturbed rows that VMEM does not hold.
     """
-    del words
-    body = functools.partial(_softmax_kernel, plan)
-    return _call("jaxsoft_softmax_forward", body, (x,), tau)
+    if words is None:
+        body = functools.partial(_softmax_kernel, plan)
+        return _call("jaxsoft_softmax_forward", body, (x,), tau)
+    body = functools.partial(_gumbel_kernel, plan)
+    return _call("jaxsoft_gumbel_softmax_forward", body, (x,), tau, words)
 
 
 def backward(plan: Plan, y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
@@ -129,16 +147,31 @@ def vmem_bytes() -> int:
         return _SMALLEST_VMEM
 
 
-def _call(name: str, body: Any, wide: tuple[jax.Array, ...], column: Any) -> jax.Array:
-    """Calls a kernel that reads arrays [R, V] and a column [R, 1], and writes [R, V].
+def _call(
+    name: str,
+    body: Any,
+    wide: tuple[jax.Array, ...],
+    column: Any,
+    words: Any = None,
+) -> jax.Array:
+    """Calls a kernel that reads arrays [R, V] and a few columns, and writes [R, V].
 
-    Its body is a function of the stage (see `_each_stage`), references to blocks of the
-    arrays, of the column or None, of the result, and two columns of scratch.
+    Args:
+      name: of the kernel.
+      body: a function of the pass, 0 or 1; of whether the first pass begins; of the
+        strip; and of what folds over the chunks of its classes.
+      wide: the arrays.
+      column: [R, 1] float32, or None.
+      words: [R, 2] uint32, or None.
+
+    Returns:
+      [R, V] in the dtype of the arrays.
     """
     rows, classes = wide[0].shape
     itemsize = wide[0].dtype.itemsize
     sizes = (itemsize,) * (len(wide) + 1)
-    blocks = choose(rows, classes, sizes, vmem_bytes())
+    noisy = words is not None
+    blocks = choose(rows, classes, sizes, vmem_bytes(), noisy)
     steps = pl.cdiv(classes, blocks.classes)
     # In the second pass blocks come backwards; what is written waits for it.
     if steps == 1:
@@ -150,11 +183,15 @@ def _call(name: str, body: Any, wide: tuple[jax.Array, ...], column: Any) -> jax
         written = lambda r, second, c: (r, last - second * c)  # noqa: E731
     shape = (blocks.rows, blocks.classes)
     specs = [pl.BlockSpec(shape, place) for _ in wide]
-    arguments = list(wide)
-    if column is not None:
-        specs.append(pl.BlockSpec((blocks.rows, 1), lambda r, *_: (r, 0)))
-        arguments.append(column)
-    kernel = functools.partial(_kernel, body, blocks, classes, column is not None)
+    given = [a for a in (column, words) if a is not None]
+    for array in given:
+        width = (blocks.rows, array.shape[1])
+        specs.append(pl.BlockSpec(width, lambda r, *_: (r, 0)))
+    scratch = [pltpu.VMEM((blocks.rows, 1), jnp.float32)] * 2
+    if noisy:
+        scratch.append(pltpu.VMEM(shape, jnp.float32))
+    has = (column is not None, noisy)
+    kernel = functools.partial(_kernel, body, blocks, classes, len(wide), has)
     reads = len(wide) * (2 if steps > 1 else 1)
     return pl.pallas_call(
         kernel,
@@ -162,7 +199,7 @@ def _call(name: str, body: Any, wide: tuple[jax.Array, ...], column: Any) -> jax
         in_specs=specs,
         out_specs=pl.BlockSpec(shape, written),
         out_shape=output(wide[0]),
-        scratch_shapes=[pltpu.VMEM((blocks.rows, 1), jnp.float32)] * 2,
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", *["arbitrary" for _ in grid]),
             vmem_limit_bytes=blocks.vmem_bytes,
@@ -173,13 +210,15 @@ def _call(name: str, body: Any, wide: tuple[jax.Array, ...], column: Any) -> jax
             bytes_accessed=(reads + 1) * rows * classes * itemsize,
         ),
         name=name,
-    )(*arguments)
+    )(*wide, *given)
 
 
-def _kernel(body, blocks: Blocks, classes: int, has_column: bool, *refs) -> None:
+def _kernel(body, blocks: Blocks, classes: int, arrays: int, has, *refs) -> None:
     """Runs the two passes over each strip of a block's rows."""
-    *wide, out, first, second = refs
-    column = wide.pop() if has_column else None
+    rest = iter(refs)
+    wide = [next(rest) for _ in range(arrays)]
+    column, words = (next(rest) if h else None for h in has)
+    out, *scratch = rest
     steps = pl.cdiv(classes, blocks.classes)
 
     def run(passes: tuple[int, ...], block: Any, begins: Any) -> None:
@@ -187,8 +226,8 @@ def _kernel(body, blocks: Blocks, classes: int, has_column: bool, *refs) -> None
             rows = pl.ds(
                 pl.multiple_of(index * blocks.strip, blocks.strip), blocks.strip
             )
-            values = None if column is None else column[rows, :]
-            state = _Strip(wide, out, (first, second), rows, values)
+            values = [None if a is None else a[rows, :] for a in (column, words)]
+            state = _Strip(wide, out, scratch[:2], rows, *values, *scratch[2:])
             valid = None if steps == 1 else classes - block * blocks.classes
             for number in passes:
                 body(number, begins, state, functools.partial(_chunks, blocks, valid))
@@ -217,6 +256,8 @@ class _Strip:
       kept: two columns [R, 1] of scratch, which the first pass fills.
       rows: the slice.
       column: the strip's rows of the column [R, 1], or None.
+      words: the strip's keys [R, 2], or None.
+      noisy: of perturbed logits, or None.
     """
 
     wide: Any
@@ -224,6 +265,8 @@ class _Strip:
     kept: Any
     rows: Any
     column: Any
+    words: Any = None
+    noisy: Any = None
 
     def load(self, number: int, columns: Any, valid: Any, fill: float) -> jax.Array:
         """Returns a chunk of an array in float32, with `fill` beyond its classes."""
@@ -268,12 +311,7 @@ def _softmax_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> N
     lowest = float(jnp.finfo(jnp.float32).min)
 
     def fold(columns, valid, carry):
-        peak, total = carry
-        x = strip.load(0, columns, valid, -jnp.inf)
-        top = jnp.maximum(peak, jnp.max(x, axis=1, keepdims=True))
-        weights = jnp.exp(divide_by_temperature(x, top, tau))
-        total = total * jnp.exp(divide_by_temperature(peak, top, tau))
-        return top, total + jnp.sum(weights, axis=1, keepdims=True)
+        return _merge(strip.load(0, columns, valid, -jnp.inf), tau, carry)
 
     def write(columns, valid, carry):
         del valid
@@ -288,6 +326,80 @@ def _softmax_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> N
         return
     peak, total = (ref[strip.rows, :] for ref in strip.kept)
     chunks(write, (peak, jnp.where(total == 0, 1, total)))
+
+
+def _merge(x: jax.Array, tau: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
+    """Merges logits into the largest of a row and its sum, [R, 1] each."""
+    peak, total = carry
+    top = jnp.maximum(peak, jnp.max(x, axis=1, keepdims=True))
+    weights = jnp.exp(divide_by_temperature(x, top, tau))
+    total = total * jnp.exp(divide_by_temperature(peak, top, tau))
+    return top, total + jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _gumbel_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:
+    """The softmax of perturbed logits, which stay in VMEM between the passes."""
+    del begins
+    tau: Any = plan.static_tau if strip.column is None else strip.column
+    lowest = float(jnp.finfo(jnp.float32).min)
+    start = strip.restore(True, (lowest, 0.0))
+    assert plan.generator is not None
+
+    def highest(columns, valid, peak):
+        del valid
+        x = strip.load(0, columns, None, 0)
+        return jnp.maximum(peak, jnp.max(x, axis=1, keepdims=True))
+
+    def perturb(peak, columns, valid, carry):
+        del valid
+        x = strip.load(0, columns, None, 0)
+        words = [strip.words[:, i : i + 1] for i in range(2)]
+        drawn = noise.span_gumbel(
+            words, noise.CLASSES, columns.start, columns.size, plan.generator
+        )
+        x = x - peak + drawn
+        strip.noisy[strip.rows, columns] = x
+        return _merge(x, tau, carry)
+
+    if number == 0:
+        peak = chunks(highest, start[0])
+        strip.keep(chunks(functools.partial(perturb, peak), start))
+        return
+    peak, total = (ref[strip.rows, :] for ref in strip.kept)
+    total = jnp.where(total == 0, 1, total)
+    best = None
+    if plan.hard or plan.static_tau is None:
+        best = _lowest_best(strip, peak, chunks)
+
+    def write(columns, valid, carry):
+        del valid
+        x = strip.noisy[strip.rows, columns]
+        p = None
+        if not plan.hard:
+            p = jnp.exp(divide_by_temperature(x, peak, tau)) / total
+        if best is not None:
+            ids = lax.broadcasted_iota(jnp.int32, x.shape, 1) + columns.start
+            # In a row with NaN the sum is NaN, and all that it divides.
+            hard = jnp.where(ids == best, 1.0, 0.0) * (total / total)
+            p = hard if p is None else jnp.where(is_zero(tau, p.dtype), hard, p)
+        strip.out[strip.rows, columns] = p.astype(strip.out.dtype)
+        return carry
+
+    chunks(write, 0)
+
+
+def _lowest_best(strip: _Strip, peak: jax.Array, chunks: Any) -> jax.Array:
+    """Returns the lowest class with the largest perturbed logit, [R, 1]."""
+    beyond = jnp.iinfo(jnp.int32).max
+
+    def find(columns, valid, best):
+        del valid
+        x = strip.noisy[strip.rows, columns]
+        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1) + columns.start
+        ids = jnp.where(x == peak, ids, beyond)
+        return jnp.minimum(best, jnp.min(ids, axis=1, keepdims=True))
+
+    return chunks(find, jnp.full(peak.shape, beyond, jnp.int32))
 
 
 def _slope_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:

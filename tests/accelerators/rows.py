@@ -25,7 +25,11 @@ SHAPES = {
     "short": (2048, 32768, "float32"),
     "unaligned": (1003, 50257, "bfloat16"),
 }
-KERNELS = ("jaxsoft_softmax_forward", "jaxsoft_softmax_backward")
+KERNELS = (
+    "jaxsoft_softmax_forward",
+    "jaxsoft_softmax_backward",
+    "jaxsoft_gumbel_softmax_forward",
+)
 
 
 def main(target, chip):
@@ -43,6 +47,11 @@ def main(target, chip):
         _report(platform, name, "gradient", functools.partial(_vjp, value), (x, x))
         if name == "unaligned":
             _report(platform, name, "temperatures", value, (x, tau))
+        if target != "h100":
+            draw = functools.partial(
+                jaxsoft.gumbel_softmax, jax.random.key(0), implementation=implementation
+            )
+            _report(platform, name, "noise", draw, (x, 0.7))
 
 
 def limited(chip, rows):
