@@ -29,9 +29,10 @@ __all__ = [
     "Generator",
     "first_gumbel",
     "gumbel",
+    "gumbel_of_bits",
     "paired_gumbel",
     "row_words",
-    "span_gumbel",
+    "span_bits",
     "uniform",
 ]
 
@@ -238,14 +239,14 @@ def first_gumbel(
     return noise(fused, words)
 
 
-def span_gumbel(
+def span_bits(
     words: Sequence[jax.Array],
     stream: int,
     start: jax.Array | int,
     count: int,
     generator: Generator = "threefry",
 ) -> jax.Array:
-    """Returns standard Gumbel noise of rows and a span, as a kernel can compute it.
+    """Returns uniform bits of rows and a span, as a kernel can compute them.
 
     Args:
       words: the two columns of `row_words`, [R, 1] each.
@@ -255,7 +256,7 @@ def span_gumbel(
       generator: "threefry" or "threefry13".
 
     Returns:
-      [R, n] float32 noise, from the bits of `first_gumbel`.
+      [R, n] uint32, the bits that `first_gumbel` turns into noise.
     """
     groups = -(-count // (2 * _LANES))
     shape = (words[0].shape[0], groups * _LANES)
@@ -268,7 +269,18 @@ def span_gumbel(
         for first in range(0, shape[1], _LANES)
         for word in pair
     ]
-    bits = jnp.concatenate(lanes, axis=1)[:, :count]
+    return jnp.concatenate(lanes, axis=1)[:, :count]
+
+
+def gumbel_of_bits(bits: jax.Array) -> jax.Array:
+    """Returns standard Gumbel noise from uniform bits, as a kernel can compute it.
+
+    Args:
+      bits: uint32 of any shape.
+
+    Returns:
+      float32 noise, that of `first_gumbel` up to the rounding of logarithms.
+    """
     # TPUs convert signed numbers alone. Both halves are exact, and the sum rounds once.
     high = lax.shift_right_logical(bits, jnp.full_like(bits, 16))
     low = bits & jnp.uint32(0xFFFF)

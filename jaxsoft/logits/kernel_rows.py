@@ -186,8 +186,9 @@ def _kernels(plan: Plan) -> Any:
     return importlib.import_module(f"jaxsoft.logits.{plan.implementation}")
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _bind(primitive: Primitive, plan: Plan, *args: Any) -> jax.Array:
-    """Calls a primitive with those arguments that are not None."""
+    """Calls a primitive with those arguments that are not None; compiled once."""
     given = tuple(a is not None for a in args)
     args = tuple(a for a in args if a is not None)
     run = functools.partial(_run, primitive, plan, given)
@@ -288,7 +289,7 @@ def output(array: jax.Array) -> Any:
 def _primitive(name: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(_evaluate, static_argnames=("plan", "given", "jaxpr")))
+    primitive.def_impl(_evaluate)
     primitive.def_effectful_abstract_eval(
         lambda *args, plan, given, jaxpr: (jaxpr.out_avals, jaxpr.effects)
     )

@@ -439,7 +439,7 @@ class _Stream:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        ring, (stage, *_) = self.ring, self.stages
+        ring, stage = self.ring, self.stages[0]
         held = ring.lines - (ring.chunks - 1) * ring.chunk
         if held == ring.chunk or self.task.fill == 0:
             return

@@ -343,7 +343,8 @@ def _gumbel_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> No
     tau: Any = plan.static_tau if strip.column is None else strip.column
     lowest = float(jnp.finfo(jnp.float32).min)
     start = strip.restore(True, (lowest, 0.0))
-    assert plan.generator is not None
+    generator = plan.generator
+    assert generator is not None
 
     def highest(columns, valid, peak):
         del valid
@@ -354,10 +355,10 @@ def _gumbel_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> No
         del valid
         x = strip.load(0, columns, None, 0)
         words = [strip.words[:, i : i + 1] for i in range(2)]
-        drawn = noise.span_gumbel(
-            words, noise.CLASSES, columns.start, columns.size, plan.generator
+        bits = noise.span_bits(
+            words, noise.CLASSES, columns.start, columns.size, generator
         )
-        x = x - peak + drawn
+        x = x - peak + noise.gumbel_of_bits(bits)
         strip.noisy[strip.rows, columns] = x
         return _merge(x, tau, carry)
 
@@ -374,7 +375,7 @@ def _gumbel_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> No
     def write(columns, valid, carry):
         del valid
         x = strip.noisy[strip.rows, columns]
-        p = None
+        p: Any = None
         if not plan.hard:
             p = jnp.exp(divide_by_temperature(x, peak, tau)) / total
         if best is not None:

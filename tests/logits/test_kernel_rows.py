@@ -48,8 +48,8 @@ def interpreted(kernel):
 def short_blocks(monkeypatch):
     """Makes TPUs take a row in pieces, read twice, of which the last sticks out."""
 
-    def blocks(rows, classes, itemsizes, vmem):
-        del rows, classes, vmem
+    def blocks(rows, classes, itemsizes, vmem, noisy):
+        del rows, classes, vmem, noisy
         least = 16 if 2 in itemsizes else 8
         return mosaic_tpu.Blocks(least, 128, least, 2**20)
 
@@ -220,11 +220,16 @@ def apart(monkeypatch):
 
 def test_spans_of_noise_have_the_bits_of_each_class(apart):
     words = noise.row_words(jax.random.key(3), 5)
-    drawn = noise.first_gumbel(words, noise.CLASSES, 900, jnp.float32, "threefry13")
-    span = jax.jit(noise.span_gumbel, static_argnums=(1, 3, 4))(
+    of_all = jax.jit(noise._first_bits, static_argnums=(1, 2, 3, 4))
+    bits = of_all(words, noise.CLASSES, 900, 13, False)
+    span = jax.jit(noise.span_bits, static_argnums=(1, 3, 4))(
         (words[:, :1], words[:, 1:]), noise.CLASSES, 512, 388, "threefry13"
     )
-    np.testing.assert_array_equal(span, drawn[:, 512:])
+    np.testing.assert_array_equal(span, bits[:, 512:])
+    edges = jnp.asarray([0, 1, 2**16 - 1, 2**24 + 1, 2**31, 2**32 - 1], jnp.uint32)
+    for some in (bits, edges):
+        drawn = noise._to_gumbel(some, jnp.dtype("float32"))
+        np.testing.assert_allclose(noise.gumbel_of_bits(some), drawn, 1e-6, 1e-7)
 
 
 def test_gumbel_softmax_draws_what_xla_draws(apart):
