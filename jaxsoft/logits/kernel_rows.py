@@ -5,6 +5,10 @@ logits; the other the product of its derivative with rows,
 `y (g - Σ y g / Σ y) / τ`, which is what both modes of differentiation need, since that
 matrix is symmetric: from y alone, one read of y, one of g, one write. What a derivative
 of that needs, and τ's, is plain XLA. Under `jax.vmap` a batch becomes rows.
+
+XLA copies the logits before a kernel reads them where there is a mask, where classes
+are not on the last axis and, for GPUs, where V is no multiple of 128. On several
+devices kernels belong inside `jax.shard_map`: no compiler cuts them.
 """
 
 import dataclasses
@@ -161,7 +165,7 @@ def _tangent(plan: Plan, y: jax.Array, primals: Any, tangents: Any) -> jax.Array
         wide = y.astype(jnp.float32)
         log_y = jnp.log(jnp.where(wide == 0, 1, wide))
         terms.append((_formula(wide, -log_y, scale) * dtau).astype(y.dtype))
-    return sum(terms) if terms else jnp.zeros_like(y)
+    return sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
 def _is_zero(tangent: Any) -> bool:

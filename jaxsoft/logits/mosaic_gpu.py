@@ -4,7 +4,7 @@ A block of 128 threads works on one row after another. Chunks of a row arrive in
 memory (TMA), and each is folded as it arrives into a largest logit and a sum for every
 thread, which meet once a row. Then the chunks are overwritten by their probabilities
 and copied out, from the last to the first: those that shared memory still holds are not
-read again, which is all of a row of up to some 54,000 float32 numbers; of a longer row
+read again, which is all of a row of up to some 57,000 float32 numbers; of a longer row
 the rest is read twice (a cluster of multiprocessors could hold it; a later step). While
 they are copied out, chunks of the next row come into their places. Backward, from
 chunks of y and g, likewise.
