@@ -29,8 +29,10 @@ __all__ = [
     "Generator",
     "first_gumbel",
     "gumbel",
+    "gumbel_of_bits",
     "paired_gumbel",
     "row_words",
+    "span_bits",
     "uniform",
 ]
 
@@ -137,7 +139,12 @@ def _to_gumbel(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
     `-log(E)` with `E = -log(1 - u)`, an exponential whose small values, those of large
     noise, keep all 32 bits: the noise lies in [-2.9, 22.9] and is always finite.
     """
-    u = jnp.minimum(_unit(bits, dtype), dtype.type(1 - 2.0**-24))
+    return _of_unit(_unit(bits, dtype))
+
+
+def _of_unit(u: jax.Array) -> jax.Array:
+    """Returns standard Gumbel noise from uniform numbers."""
+    u = jnp.minimum(u, u.dtype.type(1 - 2.0**-24))
     return -jnp.log(-jnp.log1p(-u))
 
 
@@ -230,3 +237,52 @@ def first_gumbel(
         apart, whole = (functools.partial(noise, fused) for fused in (False, True))
         return lax.platform_dependent(words, cpu=apart, default=whole)
     return noise(fused, words)
+
+
+def span_bits(
+    words: Sequence[jax.Array],
+    stream: int,
+    start: jax.Array | int,
+    count: int,
+    generator: Generator = "threefry",
+) -> jax.Array:
+    """Returns uniform bits of rows and a span, as a kernel can compute them.
+
+    Args:
+      words: the two columns of `row_words`, [R, 1] each.
+      stream: `CLASSES` or `BLOCKS`.
+      start: the first number, a multiple of 256.
+      count: n.
+      generator: "threefry" or "threefry13".
+
+    Returns:
+      [R, n] uint32, the bits that `first_gumbel` turns into noise.
+    """
+    groups = -(-count // (2 * _LANES))
+    shape = (words[0].shape[0], groups * _LANES)
+    counters = lax.broadcasted_iota(jnp.int32, shape, 1) + (start >> 1)
+    counters = counters.astype(jnp.uint32)
+    streams = jnp.full_like(counters, stream)
+    pair = _threefry(words, (streams, counters), _ROUNDS[generator], True)
+    lanes = [
+        word[:, first : first + _LANES]
+        for first in range(0, shape[1], _LANES)
+        for word in pair
+    ]
+    return jnp.concatenate(lanes, axis=1)[:, :count]
+
+
+def gumbel_of_bits(bits: jax.Array) -> jax.Array:
+    """Returns standard Gumbel noise from uniform bits, as a kernel can compute it.
+
+    Args:
+      bits: uint32 of any shape.
+
+    Returns:
+      float32 noise, that of `first_gumbel` up to the rounding of logarithms.
+    """
+    # TPUs convert signed numbers alone. Both halves are exact, and the sum rounds once.
+    high = lax.shift_right_logical(bits, jnp.full_like(bits, 16))
+    low = bits & jnp.uint32(0xFFFF)
+    high, low = (half.astype(jnp.int32).astype(jnp.float32) for half in (high, low))
+    return _of_unit((high * 65536 + low + 0.5) * 2.0**-32)

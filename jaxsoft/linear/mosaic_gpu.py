@@ -9,37 +9,22 @@ Not yet measured on any GPU, hence no function's default.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxsoft import varying
-from jaxsoft.implementation import gpus
+from jaxsoft import nvidia, varying
+from jaxsoft.implementation import Gpu
 from jaxsoft.linear import mosaic_gpu_blackwell as blackwell
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear import running, sharding, tiling, xla
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.running import Running, Saved
-from jaxsoft.temperature import Temperature
 
 __all__ = ["forward"]
 
-
-class _Chip(NamedTuple):
-    """What the program is for.
-
-    Attributes:
-      capability: its compute capability.
-      multiprocessors: how many it has.
-    """
-
-    capability: str
-    multiprocessors: int
-
-
-_LOG2_E = math.log2(math.e)
 # The kernels, by compute capability. Blackwell's consumer cards, 12.0, have no tensor
 # memory.
 _KERNELS = {"9.0": hopper, "10.0": blackwell}
@@ -80,7 +65,7 @@ def forward(config: Config, operands: Operands) -> Saved:
     return running.finish(config, local, running.join(tau, merged))
 
 
-def _check(config: Config, operands: Operands) -> _Chip:
+def _check(config: Config, operands: Operands) -> Gpu:
     """Requires what the kernel can do; returns the device."""
     hidden, kernel = operands.hidden, operands.kernel
 
@@ -108,36 +93,8 @@ def _check(config: Config, operands: Operands) -> _Chip:
             'Store the kernel as [V, H] with kernel_layout="vh", which takes any V, '
             "pad it once and mask the new classes",
         )
-    try:
-        import jax.experimental.pallas.mosaic_gpu  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("absl"):
-            raise
-        raise ModuleNotFoundError(
-            'implementation "mosaic_gpu" needs absl-py, which JAX does not install: '
-            "pip install absl-py",
-            name=error.name,
-        ) from error
-    return _chip()
-
-
-def _chip() -> _Chip:
-    """Returns what this process's GPUs are, which must be alike.
-
-    Without a GPU, as where a program is compiled for one that is elsewhere, it is an
-    H100.
-    """
-    devices = gpus()
-    if not devices:
-        return _Chip("9.0", planning.MULTIPROCESSORS)
-    found = {device.compute_capability for device in devices}
-    if len(found) > 1 or not found <= _KERNELS.keys():
-        raise NotImplementedError(
-            "Every GPU must have compute capability 9.0 (Hopper), or every one 10.0 "
-            '(Blackwell), for implementation "mosaic_gpu", got '
-            f'{" and ".join(sorted(found))}. Take "xla".'
-        )
-    return _Chip(found.pop(), min(device.core_count for device in devices))
+    nvidia.check_pallas()
+    return nvidia.chip(_KERNELS)
 
 
 def _classes(config: Config, operands: Operands, start: int, stop: int) -> Operands:
@@ -172,18 +129,18 @@ def _of_tail(config: Config, operands: Operands, first: int) -> Running:
     return found
 
 
-def _of_kernel(config: Config, operands: Operands, chip: _Chip) -> Running:
+def _of_kernel(config: Config, operands: Operands, chip: Gpu) -> Running:
     """Returns the statistics of rows in every split: [splits, N, 1] each."""
     rows, classes = operands.hidden.shape[0], operands.num_classes(config)
     swizzle = 128
     if config.class_axis == 1:
         # The widest that divides the kernel's rows.
         swizzle = next(s for s in (128, 64, 32) if classes % (s // 2) == 0)
-    kernel = _KERNELS[chip.capability]
+    kernel = _KERNELS[chip.compute_capability]
     blocks, splits = planning.choose(
-        rows, classes, swizzle, chip.multiprocessors, kernel is blackwell
+        rows, classes, swizzle, chip.core_count, kernel is blackwell
     )
-    scale, factor = _static_temper(config.static_tau)
+    scale, factor = nvidia.static_temper(config.static_tau)
     plan = planning.Plan(
         rows=_up(rows, blocks.block_rows * blocks.cluster),
         classes=classes,
@@ -204,7 +161,7 @@ def _of_kernel(config: Config, operands: Operands, chip: _Chip) -> Running:
         labels = _pad(labels[:, 0], plan.rows, -1)
     temper = None
     if factor is None:
-        temper = _temper(operands.temperature(config), rows)
+        temper = nvidia.temper(operands.temperature(config), rows)
         temper = _pad(temper, plan.rows, 0.0)
     hidden = _pad(operands.hidden, _up(rows, _ROWS), 0.0, axis=0)
     inputs = planning.Inputs(
@@ -224,36 +181,6 @@ def _running(plan: planning.Plan, rows: int, found: planning.Partials) -> Runnin
         # c was in base 2.
         fields["weighted"] *= math.log(2)
     return jax.tree.map(lambda a: a[:, :rows, None], Running(**fields))
-
-
-def _static_temper(tau: float | None) -> tuple[float, float | None]:
-    """Returns the scale and the factor of `planning.Plan`; no factor for limits."""
-    info = jnp.finfo(jnp.float32)
-    if tau is None or not float(info.tiny) <= tau <= float(info.max):
-        return 1.0, None
-    # As in temperature.py: a difference of logits must not overflow before τ divides.
-    scale = 0.25 if tau > 1 else 1.0
-    return scale, _LOG2_E / (tau * scale)
-
-
-def _temper(tau: float | jax.Array, rows: int) -> jax.Array:
-    """Returns what each row's logits are multiplied by, [3, N]; see `planning.Inputs`.
-
-    At τ = 0 and τ = ∞ the two factors overflow or vanish for every difference but 0 and
-    -inf, which stay what they are: no case of its own in the kernel.
-    """
-    info = jnp.finfo(jnp.float32)
-    if isinstance(tau, float):
-        tau = jnp.full((rows, 1), tau, jnp.float32)
-    parts = Temperature.prepare(tau, jnp.dtype(jnp.float32))
-    hot = jnp.isinf(parts.value)
-    limit = jnp.where(parts.is_zero, info.max, info.tiny)
-    limited = parts.is_zero | hot
-    factor = jnp.where(limited, limit, _LOG2_E / jnp.where(hot, 1, parts.divisor))
-    # A negative τ is NaN, and so is all that comes of it.
-    factor = jnp.where(jnp.isnan(parts.value), jnp.nan, factor)
-    again = jnp.where(limited, limit, 1)
-    return jnp.stack([parts.scale[:, 0], factor[:, 0], again[:, 0]])
 
 
 def _bias(plan: planning.Plan, operands: Operands) -> jax.Array | None:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import jax
 
+from jaxsoft.nvidia import MULTIPROCESSORS
+
 __all__ = [
     "COMPUTING",
-    "MULTIPROCESSORS",
     "SHARED_MEMORY",
     "Blocks",
     "Inputs",
@@ -17,9 +18,7 @@ __all__ = [
     "choose",
 ]
 
-# An H100 and an H200 have as many multiprocessors. A block may take so much of their
-# shared memory, and of a B200's.
-MULTIPROCESSORS = 132
+# A block may take so much of the shared memory of an H100 or an H200, and of a B200's.
 SHARED_MEMORY = 232448
 # Hopper's warpgroups that multiply; one more copies.
 COMPUTING = 2

@@ -8,7 +8,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft import checks, noise
-from jaxsoft.logits import perturbation
+from jaxsoft.implementation import Implementation, resolve
+from jaxsoft.logits import kernel_rows, perturbation
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.softmax import is_zero, pick_temperature
 from jaxsoft.temperature import inverse
@@ -25,6 +26,7 @@ def gumbel_softmax(
     where: ArrayLike | None = None,
     hard: bool = False,
     generator: noise.Generator = "threefry",
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """A relaxed one-hot sample of a softmax, differentiable in the logits.
 
@@ -44,6 +46,9 @@ def gumbel_softmax(
       generator: where random bits come from: "threefry", the cipher of `jax.random`
         with its 20 rounds, or "threefry13" with 13, the fewest without a known
         statistical flaw, which is faster.
+      implementation: None, "xla" or a kernel, not yet measured: "mosaic_tpu" for TPUs,
+        float32 or bfloat16, which draws the same noise on chip, of rows that its VMEM
+        holds: some 250,000 classes or more.
 
     Returns:
       An array of the shape and dtype of `logits`. Dropped classes, and those with
@@ -53,6 +58,7 @@ def gumbel_softmax(
       TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
       ValueError: if a shape or `generator` does not fit, or a known temperature is
         negative or NaN.
+      NotImplementedError: for an implementation that gumbel_softmax does not have.
 
     Notes:
       Noise is float32 whatever the dtype of the logits (float64 for float64), with
@@ -76,6 +82,11 @@ def gumbel_softmax(
       arXiv:1611.00712.
     """
     checks.one_of("generator", generator, noise.GENERATORS)
+    chosen = resolve("gumbel_softmax", implementation, kernel_rows.GUMBEL_KERNELS)
+    if chosen != "xla":
+        return kernel_rows.gumbel_softmax(
+            chosen, key, logits, temperature, axis, where, bool(hard), generator
+        )
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
     return back(_compiled(static_tau, bool(hard), generator, key, rows))
 

@@ -44,7 +44,8 @@ def softmax(
         logits, with zero gradients. τ = ∞ is uniform over the kept classes.
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
-      implementation: None or "xla".
+      implementation: None, "xla" or a kernel, not yet measured: "mosaic_tpu" for TPUs,
+        float32 or bfloat16; "mosaic_gpu" for Hopper GPUs, float16 too (needs absl-py).
 
     Returns:
       An array of the shape and dtype of `logits`. Dropped classes, and those with
@@ -74,7 +75,13 @@ def softmax(
       Outputs, 1990; Hinton et al., Distilling the Knowledge in a Neural Network,
       arXiv:1503.02531 (the temperature).
     """
-    return _call(_softmax, logits, temperature, axis, where, implementation)
+    # Pallas is imported by those who use it, and rows are made by this module's checks.
+    from jaxsoft.logits import kernel_rows
+
+    chosen = resolve("softmax", implementation, kernel_rows.KERNELS)
+    if chosen != "xla":
+        return kernel_rows.softmax(chosen, logits, temperature, axis, where)
+    return _run(_softmax, logits, temperature, axis, where)
 
 
 def log_softmax(
@@ -225,8 +232,19 @@ def _call(
     where: ArrayLike | None,
     implementation: Implementation | None,
 ) -> jax.Array:
-    """Checks the arguments, then runs one of the derivatives below under jit."""
+    """Runs a function that XLA alone computes."""
     resolve(function.__name__.lstrip("_"), implementation, ("xla",))
+    return _run(function, logits, temperature, axis, where)
+
+
+def _run(
+    function: Any,
+    logits: ArrayLike,
+    temperature: ArrayLike,
+    axis: int,
+    where: ArrayLike | None,
+) -> jax.Array:
+    """Checks the arguments, then runs one of the derivatives below under jit."""
     logits = checks.floating("logits", logits)
     axis = checks.class_axis(axis, logits)
     where = check_where(where, logits)

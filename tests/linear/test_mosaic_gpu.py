@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoft import linear_cross_entropy, linear_log_prob, linear_statistics
+from jaxsoft import (
+    linear_cross_entropy,
+    linear_log_prob,
+    linear_statistics,
+    nvidia,
+)
+from jaxsoft.implementation import Gpu
 from jaxsoft.linear import mosaic_gpu, running, tiling, xla
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from jaxsoft.linear import mosaic_gpu_plan as planning
@@ -64,8 +70,7 @@ def small_tiles(monkeypatch):
 @pytest.fixture(params=["9.0", "10.0"])
 def chip(request, monkeypatch):
     """Takes the kernel for each chip."""
-    own = mosaic_gpu._Chip(request.param, 132)
-    monkeypatch.setattr(mosaic_gpu, "_chip", lambda: own)
+    monkeypatch.setattr(nvidia, "gpus", lambda: [Gpu(request.param, 132)])
 
 
 def layer(rows, features, classes, layout, dtype="bfloat16"):
@@ -397,7 +402,7 @@ def test_other_devices_and_a_missing_package(monkeypatch):
         run()
     for capability in ("9.0", "10.0"):
         found[:] = [capability] * 2
-        assert mosaic_gpu._chip() == (capability, 140)
+        assert nvidia.chip(("9.0", "10.0")) == (capability, 140)
     plain = builtins.__import__
 
     def without_absl(name, *args, **options):

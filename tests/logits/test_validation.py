@@ -38,9 +38,9 @@ CALLS = [
     (
         jaxsoft.softmax,
         (X,),
-        {"implementation": "mosaic_gpu"},
+        {"implementation": "reference"},
         NotImplementedError,
-        "must be 'xla' for softmax, got 'mosaic_gpu'",
+        "must be 'xla' or 'mosaic_tpu' or 'mosaic_gpu' for softmax, got 'reference'",
     ),
     (jaxsoft.softmax_cross_entropy, (X,), {}, ValueError, "not both be given, nor bo"),
     (

@@ -1,0 +1,435 @@
+"""Softmaxes of rows in Mosaic TPU kernels: one read of HBM and one write.
+
+A block has some rows and, where they fit VMEM, all of their classes: their largest
+logit and their sum come from one pass over the block, online, their probabilities from
+another. Where eight rows do not fit, blocks of classes stream past twice, and what the
+first pass keeps is two numbers a row; the second runs backwards, so that the block
+between them is not read again. Backward, from y and g, likewise.
+
+Where the last block of classes sticks out its logits are -inf (y and g are 0); rows
+that stick out are computed from arbitrary numbers and not written.
+
+Not yet measured on any TPU, hence no function's default.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxsoft import noise
+from jaxsoft.logits.kernel_rows import Plan, output
+from jaxsoft.temperature import divide_by_temperature, is_zero
+
+__all__ = ["Blocks", "backward", "choose", "forward"]
+
+# A register has 8 sublanes of 128 lanes; bfloat16 packs two rows in a sublane.
+_LANES = 128
+_SUBLANES = {2: 16, 4: 8}
+# The smallest VMEM of a core since v5e, and what a kernel may take of it: the compiler
+# keeps some for itself.
+_SMALLEST_VMEM = 64 * 2**20
+_SHARE = 3 / 4
+# Classes that are worked on at a time, and the registers that hold them.
+_CHUNK = 2048
+_REGISTERS = 16
+# The most bytes of a block: copies are long enough, and steps many enough to overlap.
+_BLOCK_BYTES = 2 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The sizes of the blocks of a kernel.
+
+    Attributes:
+      rows: of a block, a multiple of a strip.
+      classes: of a block: all of them, or a multiple of 128.
+      strip: rows that are worked on at a time.
+      vmem_bytes: the most bytes of VMEM that the kernel may take.
+    """
+
+    rows: int
+    classes: int
+    strip: int
+    vmem_bytes: int
+
+
+def choose(
+    rows: int, classes: int, itemsizes: tuple[int, ...], vmem: int, noisy: bool = False
+) -> Blocks:
+    """Chooses the blocks of a kernel.
+
+    Args:
+      rows: R.
+      classes: V.
+      itemsizes: the bytes of a number of each array [R, V] that is read or written.
+      vmem: the bytes of VMEM of a core.
+      noisy: whether perturbed logits stay beside the blocks, in float32.
+
+    Returns:
+      The blocks: whole rows where the fewest that registers hold fit.
+
+    Raises:
+      NotImplementedError: for perturbed rows that do not fit.
+    """
+    budget = int(vmem * _SHARE)
+    least = max(_SUBLANES[size] for size in itemsizes)
+    width = _up(classes, _LANES)
+    # Two of each block in turn.
+    a_class = 2 * sum(itemsizes) + 4 * noisy
+    # Temperatures and what is kept of rows, padded to lanes; strips in registers.
+    spare = 8 * least * _LANES * 4 + 2**20
+    if least * width * a_class + spare > budget:
+        if noisy:
+            most = (budget - spare) // (least * a_class)
+            raise NotImplementedError(
+                f"`logits` must have at most {most} classes for gumbel_softmax with "
+                f'implementation "mosaic_tpu", got {classes}. Use "xla".'
+            )
+        fitting = (budget - spare) // (least * a_class)
+        fitting = min(fitting, _BLOCK_BYTES // (least * max(itemsizes)))
+        return Blocks(least, fitting // _CHUNK * _CHUNK, least, budget)
+    strip = least * max(1, min(8, _REGISTERS * _LANES // min(width, _CHUNK)))
+    strip = min(strip, _up(rows, least))
+    most = max(1, _BLOCK_BYTES // (strip * width * max(itemsizes)))
+    return Blocks(strip * min(most, math.ceil(rows / strip)), classes, strip, budget)
+
+
+def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
+    """Returns softmax(x / τ), or the same of perturbed logits.
+
+    Args:
+      plan: what is known of the call.
+      x: [R, V] float32 or bfloat16.
+      tau: [R, 1] float32, or None where it is static.
+      words: [R, 2] uint32, the keys of the rows' noise; None without noise.
+
+    Returns:
+      [R, V] in the dtype of `x`.
+
+    Raises:
+      NotImplementedError: for perturbed rows that VMEM does not hold.
+    """
+    if words is None:
+        body = functools.partial(_softmax_kernel, plan)
+        return _call("jaxsoft_softmax_forward", body, (x,), tau)
+    body = functools.partial(_gumbel_kernel, plan)
+    return _call("jaxsoft_gumbel_softmax_forward", body, (x,), tau, words)
+
+
+def backward(plan: Plan, y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
+    """Returns y (g - Σ y g / Σ y) / τ.
+
+    Args:
+      plan: what is known of the call.
+      y: [R, V] float32 or bfloat16, a softmax.
+      g: [R, V] in the same dtype.
+      scale: 1/τ [R, 1] float32, or None where τ is static.
+
+    Returns:
+      [R, V] in the dtype of `y`.
+    """
+    body = functools.partial(_slope_kernel, plan)
+    return _call("jaxsoft_softmax_backward", body, (y, g), scale)
+
+
+def vmem_bytes() -> int:
+    """Returns the VMEM of a core of the default TPU; of the smallest without a TPU."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return _SMALLEST_VMEM
+
+
+def _call(
+    name: str,
+    body: Any,
+    wide: tuple[jax.Array, ...],
+    column: Any,
+    words: Any = None,
+) -> jax.Array:
+    """Calls a kernel that reads arrays [R, V] and a few columns, and writes [R, V].
+
+    Args:
+      name: of the kernel.
+      body: a function of the pass, 0 or 1; of whether the first pass begins; of the
+        strip; and of what folds over the chunks of its classes.
+      wide: the arrays.
+      column: [R, 1] float32, or None.
+      words: [R, 2] uint32, or None.
+
+    Returns:
+      [R, V] in the dtype of the arrays.
+    """
+    rows, classes = wide[0].shape
+    itemsize = wide[0].dtype.itemsize
+    sizes = (itemsize,) * (len(wide) + 1)
+    noisy = words is not None
+    blocks = choose(rows, classes, sizes, vmem_bytes(), noisy)
+    steps = pl.cdiv(classes, blocks.classes)
+    # In the second pass blocks come backwards; what is written waits for it.
+    if steps == 1:
+        grid, place, written = (), lambda r: (r, 0), lambda r: (r, 0)
+    else:
+        last = steps - 1
+        grid = (2, steps)
+        place = lambda r, second, c: (r, c + second * (last - 2 * c))  # noqa: E731
+        written = lambda r, second, c: (r, last - second * c)  # noqa: E731
+    shape = (blocks.rows, blocks.classes)
+    specs = [pl.BlockSpec(shape, place) for _ in wide]
+    given = [a for a in (column, words) if a is not None]
+    for array in given:
+        width = (blocks.rows, array.shape[1])
+        specs.append(pl.BlockSpec(width, lambda r, *_: (r, 0)))
+    scratch = [pltpu.VMEM((blocks.rows, 1), jnp.float32)] * 2
+    if noisy:
+        scratch.append(pltpu.VMEM(shape, jnp.float32))
+    has = (column is not None, noisy)
+    kernel = functools.partial(_kernel, body, blocks, classes, len(wide), has)
+    reads = len(wide) * (2 if steps > 1 else 1)
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(rows, blocks.rows), *grid),
+        in_specs=specs,
+        out_specs=pl.BlockSpec(shape, written),
+        out_shape=output(wide[0]),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", *["arbitrary" for _ in grid]),
+            vmem_limit_bytes=blocks.vmem_bytes,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=8 * rows * classes,
+            transcendentals=rows * classes * (2 if len(wide) == 1 else 0),
+            bytes_accessed=(reads + 1) * rows * classes * itemsize,
+        ),
+        name=name,
+    )(*wide, *given)
+
+
+def _kernel(body, blocks: Blocks, classes: int, arrays: int, has, *refs) -> None:
+    """Runs the two passes over each strip of a block's rows."""
+    rest = iter(refs)
+    wide = [next(rest) for _ in range(arrays)]
+    column, words = (next(rest) if h else None for h in has)
+    out, *scratch = rest
+    steps = pl.cdiv(classes, blocks.classes)
+
+    def run(passes: tuple[int, ...], block: Any, begins: Any) -> None:
+        def strip(index):
+            rows = pl.ds(
+                pl.multiple_of(index * blocks.strip, blocks.strip), blocks.strip
+            )
+            values = [None if a is None else a[rows, :] for a in (column, words)]
+            state = _Strip(wide, out, scratch[:2], rows, *values, *scratch[2:])
+            valid = None if steps == 1 else classes - block * blocks.classes
+            for number in passes:
+                body(number, begins, state, functools.partial(_chunks, blocks, valid))
+
+        number = blocks.rows // blocks.strip
+        if number == 1:
+            strip(0)
+        else:
+            pl.loop(0, number)(strip)
+
+    if steps == 1:
+        run((0, 1), 0, True)
+        return
+    index = pl.program_id(2)
+    pl.when(pl.program_id(1) == 0)(lambda: run((0,), index, index == 0))
+    pl.when(pl.program_id(1) == 1)(lambda: run((1,), steps - 1 - index, False))
+
+
+@dataclasses.dataclass
+class _Strip:
+    """References to blocks, and which of their rows are worked on.
+
+    Attributes:
+      wide: of the arrays.
+      out: of the result.
+      kept: two columns [R, 1] of scratch, which the first pass fills.
+      rows: the slice.
+      column: the strip's rows of the column [R, 1], or None.
+      words: the strip's keys [R, 2], or None.
+      noisy: of perturbed logits, or None.
+    """
+
+    wide: Any
+    out: Any
+    kept: Any
+    rows: Any
+    column: Any
+    words: Any = None
+    noisy: Any = None
+
+    def load(self, number: int, columns: Any, valid: Any, fill: float) -> jax.Array:
+        """Returns a chunk of an array in float32, with `fill` beyond its classes."""
+        x = self.wide[number][self.rows, columns].astype(jnp.float32)
+        if valid is None:
+            return x
+        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where(ids < valid - columns.start, x, fill)
+
+    def restore(self, begins: Any, starts: tuple[float, float]) -> Any:
+        """Returns what was kept of the rows before, or where they start."""
+        start = tuple(jnp.full((self.rows.size, 1), s, jnp.float32) for s in starts)
+        if begins is True:
+            return start
+        return tuple(
+            jnp.where(begins, s, ref[self.rows, :])
+            for s, ref in zip(start, self.kept, strict=True)
+        )
+
+    def keep(self, columns: Any) -> None:
+        """Keeps two columns of the rows."""
+        for ref, value in zip(self.kept, columns, strict=True):
+            ref[self.rows, :] = value
+
+
+def _chunks(blocks: Blocks, valid: Any, function: Any, carry: Any) -> Any:
+    """Folds a function over the chunks of a block's classes."""
+    whole = blocks.classes // _CHUNK
+
+    def step(index, carry):
+        start = pl.multiple_of(index * _CHUNK, _CHUNK)
+        return function(pl.ds(start, _CHUNK), valid, carry)
+
+    carry = lax.fori_loop(0, whole, step, carry)
+    rest = blocks.classes - whole * _CHUNK
+    return function(pl.ds(whole * _CHUNK, rest), valid, carry) if rest else carry
+
+
+def _softmax_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:
+    """The largest logit and the sum of a strip, then its probabilities."""
+    tau: Any = plan.static_tau if strip.column is None else strip.column
+    lowest = float(jnp.finfo(jnp.float32).min)
+
+    def fold(columns, valid, carry):
+        return _merge(strip.load(0, columns, valid, -jnp.inf), tau, carry)
+
+    def write(columns, valid, carry):
+        del valid
+        x = strip.load(0, columns, None, 0)
+        peak, total = carry
+        p = jnp.exp(divide_by_temperature(x, peak, tau)) / total
+        strip.out[strip.rows, columns] = p.astype(strip.out.dtype)
+        return carry
+
+    if number == 0:
+        strip.keep(chunks(fold, strip.restore(begins, (lowest, 0.0))))
+        return
+    peak, total = (ref[strip.rows, :] for ref in strip.kept)
+    chunks(write, (peak, jnp.where(total == 0, 1, total)))
+
+
+def _merge(x: jax.Array, tau: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
+    """Merges logits into the largest of a row and its sum, [R, 1] each."""
+    peak, total = carry
+    top = jnp.maximum(peak, jnp.max(x, axis=1, keepdims=True))
+    weights = jnp.exp(divide_by_temperature(x, top, tau))
+    total = total * jnp.exp(divide_by_temperature(peak, top, tau))
+    return top, total + jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _gumbel_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:
+    """The softmax of perturbed logits, which stay in VMEM between the passes."""
+    del begins
+    tau: Any = plan.static_tau if strip.column is None else strip.column
+    lowest = float(jnp.finfo(jnp.float32).min)
+    start = strip.restore(True, (lowest, 0.0))
+    generator = plan.generator
+    assert generator is not None
+
+    def highest(columns, valid, peak):
+        del valid
+        x = strip.load(0, columns, None, 0)
+        return jnp.maximum(peak, jnp.max(x, axis=1, keepdims=True))
+
+    def perturb(peak, columns, valid, carry):
+        del valid
+        x = strip.load(0, columns, None, 0)
+        words = [strip.words[:, i : i + 1] for i in range(2)]
+        bits = noise.span_bits(
+            words, noise.CLASSES, columns.start, columns.size, generator
+        )
+        x = x - peak + noise.gumbel_of_bits(bits)
+        strip.noisy[strip.rows, columns] = x
+        return _merge(x, tau, carry)
+
+    if number == 0:
+        peak = chunks(highest, start[0])
+        strip.keep(chunks(functools.partial(perturb, peak), start))
+        return
+    peak, total = (ref[strip.rows, :] for ref in strip.kept)
+    total = jnp.where(total == 0, 1, total)
+    best = None
+    if plan.hard or plan.static_tau is None:
+        best = _lowest_best(strip, peak, chunks)
+
+    def write(columns, valid, carry):
+        del valid
+        x = strip.noisy[strip.rows, columns]
+        p: Any = None
+        if not plan.hard:
+            p = jnp.exp(divide_by_temperature(x, peak, tau)) / total
+        if best is not None:
+            ids = lax.broadcasted_iota(jnp.int32, x.shape, 1) + columns.start
+            # In a row with NaN the sum is NaN, and all that it divides.
+            hard = jnp.where(ids == best, 1.0, 0.0) * (total / total)
+            p = hard if p is None else jnp.where(is_zero(tau, p.dtype), hard, p)
+        strip.out[strip.rows, columns] = p.astype(strip.out.dtype)
+        return carry
+
+    chunks(write, 0)
+
+
+def _lowest_best(strip: _Strip, peak: jax.Array, chunks: Any) -> jax.Array:
+    """Returns the lowest class with the largest perturbed logit, [R, 1]."""
+    beyond = jnp.iinfo(jnp.int32).max
+
+    def find(columns, valid, best):
+        del valid
+        x = strip.noisy[strip.rows, columns]
+        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1) + columns.start
+        ids = jnp.where(x == peak, ids, beyond)
+        return jnp.minimum(best, jnp.min(ids, axis=1, keepdims=True))
+
+    return chunks(find, jnp.full(peak.shape, beyond, jnp.int32))
+
+
+def _slope_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:
+    """Σ y g and Σ y of a strip, then y (g - Σ y g / Σ y) / τ."""
+    scale: Any = strip.column
+    if scale is None:
+        assert plan.static_tau is not None
+        scale = 1 / plan.static_tau
+
+    def fold(columns, valid, carry):
+        y, g = (strip.load(i, columns, valid, 0) for i in range(2))
+        return (
+            carry[0] + jnp.sum(y * g, axis=1, keepdims=True),
+            carry[1] + jnp.sum(y, axis=1, keepdims=True),
+        )
+
+    def write(columns, valid, mean):
+        del valid
+        y, g = (strip.load(i, columns, None, 0) for i in range(2))
+        dx = y * (g - mean) * scale
+        strip.out[strip.rows, columns] = dx.astype(strip.out.dtype)
+        return mean
+
+    if number == 0:
+        strip.keep(chunks(fold, strip.restore(begins, (0.0, 0.0))))
+        return
+    weighted, total = (ref[strip.rows, :] for ref in strip.kept)
+    chunks(write, weighted / jnp.where(total == 0, 1, total))
+
+
+def _up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple

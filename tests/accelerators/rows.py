@@ -1,0 +1,85 @@
+"""The kernels for softmaxes of rows, to compile for chips that are not here.
+
+The argument is the slice of TPUs, v5e:2x2, v6e:2x2 or tpu7x:2x2x1, or h100. By hand:
+
+    python -m tests.accelerators.compiling rows v6e v5e:2x2
+"""
+
+import functools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+import jaxsoft
+from tests.accelerators.compiling import compile_for, report, topology
+from tests.accelerators.mosaic_gpu import captured
+
+__all__ = ["KERNELS", "SHAPES", "limited", "main"]
+
+# Rows, classes, dtype. The first is too long for a multiprocessor of a GPU.
+SHAPES = {
+    "long": (16384, 131072, "float32"),
+    "short": (2048, 32768, "float32"),
+    "unaligned": (1003, 50257, "bfloat16"),
+}
+KERNELS = (
+    "jaxsoft_softmax_forward",
+    "jaxsoft_softmax_backward",
+    "jaxsoft_gumbel_softmax_forward",
+)
+
+
+def main(target, chip):
+    """Compiles the softmax of rows and its derivative, each alone, and reports them."""
+    platform, devices = topology(target, chip)
+    implementation = "mosaic_gpu" if target == "h100" else "mosaic_tpu"
+    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    place = SingleDeviceSharding(devices[0])
+    for name, (rows, classes, dtype) in SHAPES.items():
+        rows = limited(chip, rows)
+        x = jax.ShapeDtypeStruct((rows, classes), dtype, sharding=place)
+        tau = jax.ShapeDtypeStruct((rows, 1), jnp.float32, sharding=place)
+        value = functools.partial(jaxsoft.softmax, implementation=implementation)
+        _report(platform, name, "value", value, (x, 0.7))
+        _report(platform, name, "gradient", functools.partial(_vjp, value), (x, x))
+        if name == "unaligned":
+            _report(platform, name, "temperatures", value, (x, tau))
+        if target != "h100":
+            draw = functools.partial(
+                jaxsoft.gumbel_softmax, jax.random.key(0), implementation=implementation
+            )
+            _report(platform, name, "noise", draw, (x, 0.7))
+
+
+def limited(chip, rows):
+    """Returns rows that a chip has memory for, with y and the gradients."""
+    most = {"v5e:2x2": 4096, "v6e:2x2": 8192}
+    return min(rows, most[chip]) if chip in most else rows
+
+
+def _vjp(function, x, cotangent):
+    return jax.vjp(function, x)[1](cotangent)
+
+
+def _report(platform, name, what, call, args):
+    """Compiles a program; reports its kernels, bytes, and what its assembler said."""
+    arrays = tuple(a for a in args if not isinstance(a, float))
+    rest = args[len(arrays) :]
+    with captured() as said:
+        _, compiled = compile_for(platform, lambda *a: call(*a, *rest), arrays)
+    text = compiled.as_text() or ""
+    size = arrays[0].size * arrays[0].dtype.itemsize
+    cost = compiled.cost_analysis() or {}
+    report(
+        name,
+        what,
+        compiled,
+        kernels=[k for k in KERNELS if k in text],
+        accesses=cost.get("bytes accessed", 0) / size,
+        targets=re.findall(r"^\.target (\S+)", said[0], re.MULTILINE),
+        registers=re.findall(r"Used (\d+) registers", said[0]),
+        spills=re.findall(r"([1-9]\d*) bytes (?:stack|spill)", said[0]),
+    )

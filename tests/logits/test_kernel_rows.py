@@ -1,0 +1,330 @@
+"""The kernels for rows in JAX's interpreters, which have races and garbage."""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxsoft
+from jaxsoft import noise, nvidia
+from jaxsoft.implementation import Gpu
+from jaxsoft.logits import mosaic_gpu, mosaic_tpu
+from tests import truth
+
+ROWS, CLASSES = 13, 300
+KERNELS = ("mosaic_tpu", "mosaic_gpu")
+
+
+@contextlib.contextmanager
+def interpreted(kernel):
+    """Runs kernels in Pallas's interpreters, which must find no race."""
+    if kernel == "mosaic_tpu":
+        from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpret
+
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+            yield
+        assert interpret.races is not None, "nothing was interpreted"
+        assert not interpret.races.races_found
+        return
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("JAX 0.10 has no interpreter of what these kernels need")
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as state
+    from jax.experimental.pallas import mosaic_gpu as pallas
+
+    plgpu: Any = pallas
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    with plgpu.force_gpu_interpret_mode(params):
+        yield
+    assert not state.get_races().races_found
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """Makes TPUs take a row in pieces, read twice, of which the last sticks out."""
+
+    def blocks(rows, classes, itemsizes, vmem, noisy):
+        del rows, classes, vmem, noisy
+        least = 16 if 2 in itemsizes else 8
+        return mosaic_tpu.Blocks(least, 128, least, 2**20)
+
+    monkeypatch.setattr(mosaic_tpu, "choose", blocks)
+    monkeypatch.setattr(mosaic_tpu, "_CHUNK", 128)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def logits(dtype="float32", rows=ROWS, classes=CLASSES):
+    """Rows of many kinds: dropped classes, no class left, NaN, infinite, an offset."""
+    x = np.random.default_rng(0).standard_normal((rows, classes)) * 3
+    x[1, ::3] = -np.inf
+    x[2] = -np.inf
+    x[3, classes // 2] = np.nan
+    x[4, -1] = np.inf
+    x[5] += 1e4
+    x[6, 1:] = -3e38
+    x[7] = np.round(x[7])
+    return jnp.asarray(x, dtype)
+
+
+def both(function, *args, kernel="mosaic_tpu"):
+    """Returns what XLA and what a kernel gives, jitted as users do."""
+    run = jax.jit(function, static_argnums=0)
+    theirs = jax.block_until_ready(run("xla", *args))
+    with interpreted(kernel):
+        return theirs, jax.block_until_ready(run(kernel, *args))
+
+
+def value_and_gradients(implementation, x, cotangent, tau, **options):
+    """Returns probabilities, and the gradients by logits and temperature."""
+    function = functools.partial(
+        jaxsoft.softmax, implementation=implementation, **options
+    )
+    y, back = jax.vjp(function, x, tau)
+    return y, back(cotangent)
+
+
+def close(theirs, mine, dtype):
+    """Compares trees, up to the rounding of their dtype; NaN where the other has it."""
+    slack = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    for a, b in zip(*map(jax.tree.leaves, (theirs, mine)), strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(v, "float64") for v in (a, b))
+        scale = np.nanmax(np.abs(a), initial=0, where=np.isfinite(a))
+        np.testing.assert_allclose(b, a, rtol=slack, atol=slack * scale)
+        assert scale > 0
+
+
+@pytest.mark.parametrize("blocks", ["whole", "short"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_and_gradients_are_those_of_xla(dtype, blocks, request):
+    if blocks == "short":
+        request.getfixturevalue("short_blocks")
+    tau = np.resize([0.3, 1, 2, 5, 0, np.inf, 3e38, 1e-40, 1.2e-38, 0.7], (ROWS, 1))
+    cotangent = np.random.default_rng(1).standard_normal((ROWS, CLASSES))
+    args = logits(dtype), jnp.asarray(cotangent, dtype), jnp.asarray(tau, "float32")
+    theirs, mine = both(value_and_gradients, *args)
+    close(theirs, mine, dtype)
+    assert np.isnan(np.asarray(mine[0][3:5], "f")).all() and (mine[0][2] == 0).all()
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.7, 3.0, 0.0])
+def test_static_temperatures_masks_axes_and_batches(tau):
+    """A mask of each row, classes in the middle, and a batch that becomes rows."""
+    x = logits(rows=9, classes=130)[3:].reshape(3, 2, 130).swapaxes(1, 2)
+    x = jnp.where(jnp.isnan(x), 0, x)
+    mask = np.random.default_rng(2).uniform(size=x.shape) < 0.7
+    mask[0, :, 1] = False
+
+    def function(implementation, x, mask):
+        each = functools.partial(
+            jaxsoft.softmax, temperature=tau, axis=0, implementation=implementation
+        )
+        y, back = jax.vjp(lambda x: jax.vmap(each)(x, where=mask), x)
+        return y, back(jnp.sin(jnp.clip(x, -9, 9)))
+
+    theirs, mine = both(function, x.at[1, :, 1].set(0), jnp.asarray(mask))
+    for a, b in zip(*map(jax.tree.leaves, (theirs, mine)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-6, atol=1e-6)
+    assert (np.asarray(mine[0])[0, :, 1] == 0).all()
+
+
+def test_both_modes_and_second_derivatives():
+    x = logits(rows=9, classes=130)[7:]
+    tau = jnp.full((2, 1), 0.8)
+    directions = jnp.sin(x), jnp.full_like(tau, 0.3)
+
+    def function(implementation, x, tau):
+        def loss(x, tau):
+            y = jaxsoft.softmax(x, tau, implementation=implementation)
+            return (y * jnp.cos(x)).sum()
+
+        gradient = jax.grad(loss, (0, 1))
+        return jax.jvp(loss, (x, tau), directions), jax.jvp(
+            gradient, (x, tau), directions
+        )
+
+    theirs, mine = both(function, x, tau)
+    for a, b in zip(*map(jax.tree.leaves, (theirs, mine)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_over_a_mesh():
+    x = logits()[:8]
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def function(implementation, x):
+        run = functools.partial(
+            jaxsoft.softmax, temperature=0.5, implementation=implementation
+        )
+
+        def gradient(x):
+            y, back = jax.vjp(run, x)
+            return y, back(jnp.sin(x))
+
+        spec = P("data")
+        return jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+    x = jnp.where(jnp.isfinite(x), x, 0)
+    close(*both(function, x), "float32")
+
+
+def test_values_against_float64():
+    """A single row of one class, and classes that a block does not divide."""
+    for shape in ((1, 1), (3, 139)):
+        x = truth.logits("range", shape)
+        with interpreted("mosaic_tpu"):
+            y = jaxsoft.softmax(x, 0.7, implementation="mosaic_tpu")
+        np.testing.assert_allclose(y, truth.softmax(x, np.float32(0.7)), 4e-6, 1e-9)
+
+
+# The first reads again what its two slots do not hold; 5 lines end in half a chunk. The
+# second keeps rows, padded to whole lines.
+RINGS = {
+    "float32": (600, mosaic_gpu.Ring(lines=5, chunk=2, slots=2, blocks=1)),
+    "float16": (300, mosaic_gpu.Ring(lines=3, chunk=3, slots=1, blocks=1)),
+}
+
+
+@pytest.mark.parametrize("dtype", RINGS)
+def test_gpus_take_row_after_row(dtype, monkeypatch):
+    """Three rows in one block of threads: what is interpreted takes its time."""
+    classes, ring = RINGS[dtype]
+    monkeypatch.setattr(nvidia, "gpus", lambda: [Gpu("9.0", 1)])
+    monkeypatch.setattr(mosaic_gpu, "choose", lambda *_: ring)
+    x = logits("float32", classes=classes)[jnp.array([0, 1, 7])].astype(dtype)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), dtype)
+    tau = jnp.asarray([[0.3], [2.0], [0.0]], "float32")
+    if dtype == "float16":
+        x, tau = x.at[1].set(-jnp.inf), 0.7
+    args = x, cotangent, tau
+    close(*both(value_and_gradients, *args, kernel="mosaic_gpu"), dtype)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Computes ciphers in parts: XLA's CPU compiler takes long for one piece."""
+    whole = noise._threefry
+    monkeypatch.setattr(
+        noise,
+        "_threefry",
+        lambda keys, counters, rounds, _: whole(keys, counters, rounds, False),
+    )
+
+
+def test_spans_of_noise_have_the_bits_of_each_class(apart):
+    words = noise.row_words(jax.random.key(3), 5)
+    of_all = jax.jit(noise._first_bits, static_argnums=(1, 2, 3, 4))
+    bits = of_all(words, noise.CLASSES, 900, 13, False)
+    span = jax.jit(noise.span_bits, static_argnums=(1, 3, 4))(
+        (words[:, :1], words[:, 1:]), noise.CLASSES, 512, 388, "threefry13"
+    )
+    np.testing.assert_array_equal(span, bits[:, 512:])
+    edges = jnp.asarray([0, 1, 2**16 - 1, 2**24 + 1, 2**31, 2**32 - 1], jnp.uint32)
+    for some in (bits, edges):
+        drawn = noise._to_gumbel(some, jnp.dtype("float32"))
+        np.testing.assert_allclose(noise.gumbel_of_bits(some), drawn, 1e-6, 1e-7)
+
+
+def test_gumbel_softmax_draws_what_xla_draws(apart):
+    """Values and gradients at the limits too, and of rows with NaN or no class."""
+    x = logits()
+    tau = jnp.asarray(np.resize([0.3, 1, 2, 0, np.inf], (ROWS, 1)), "float32")
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), "f")
+
+    def function(implementation, x, tau):
+        def draw(hard, x, tau):
+            return jaxsoft.gumbel_softmax(
+                jax.random.key(7), x, tau, hard=hard, implementation=implementation
+            )
+
+        hard, back = jax.vjp(functools.partial(draw, True), x, tau)
+        return hard, draw(False, x, tau), back(cotangent)
+
+    theirs, mine = both(function, x, tau)
+    close(theirs, mine, "float32")
+    np.testing.assert_array_equal(theirs[0], mine[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_empty_arrays_and_errors(kernel):
+    for shape in ((0, 5), (3, 0)):
+        if shape[1]:
+            y = jaxsoft.softmax(jnp.zeros(shape), implementation=kernel)
+            assert y.shape == shape
+    with pytest.raises(NotImplementedError, match='must be None or "xla" on cpu'):
+        jaxsoft.softmax(jnp.zeros((2, 128)), implementation=kernel)
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="got float64"):
+        jaxsoft.softmax(jnp.zeros((2, 128), "float64"), implementation=kernel)
+
+
+def test_none_never_picks_a_kernel():
+    """Not before one was measured: neither here nor compiled for where it could run."""
+    x = jax.ShapeDtypeStruct((16, 1024), "float32")
+    for platform in ("cpu", "tpu", "cuda"):
+        text = _lowered(platform, jaxsoft.softmax, x)
+        assert "custom_call" not in text and "jaxsoft_softmax" not in text
+    forced = functools.partial(jaxsoft.softmax, implementation="mosaic_tpu")
+    assert "tpu_custom_call" in _lowered("tpu", forced, x)
+
+
+def _lowered(platform: str, function: Any, *args: Any) -> str:
+    return (
+        jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    )
+
+
+def test_rows_that_fit_are_read_once():
+    """At each chip's smallest VMEM; longer ones take blocks that are read twice."""
+    for vmem in (64 * 2**20, 128 * 2**20):
+        for classes in (1, 1000, 32768, 131072, 151936, 262144):
+            for sizes in ((4, 4), (2, 2), (4, 4, 4), (2, 2, 2)):
+                blocks = mosaic_tpu.choose(16384, classes, sizes, vmem)
+                width = -(-classes // 128) * 128
+                held = 2 * sum(sizes) * blocks.rows * min(width, blocks.classes + 127)
+                assert held < blocks.vmem_bytes < vmem
+                assert blocks.rows % blocks.strip == 0
+                if classes <= 151936:
+                    assert blocks.classes == classes
+    long = mosaic_tpu.choose(100, 2**20 + 1, (4, 4), 64 * 2**20)
+    assert long.classes % 2048 == 0 and 0 < long.classes < 2**20
+
+
+def test_rows_that_fit_shared_memory_are_read_once():
+    for itemsize in (2, 4):
+        for arrays in (1, 2):
+            for classes in (1, 128, 1000, 32768, 50257, 131072, 262144, 10**7):
+                ring = mosaic_gpu.choose(classes, itemsize, arrays)
+                held = ring.slots * ring.chunk * 128 * itemsize * arrays
+                assert ring.blocks >= 1 and ring.chunk <= 256
+                assert ring.blocks * (held + 2**10) <= 227 * 2**10
+                fits = classes * itemsize * arrays <= 208 * 2**10
+                assert (ring.reads == 1) or not fits
+                assert (ring.chunks - 1) * ring.chunk < ring.lines
+    assert mosaic_gpu.choose(48 * 1024, 4, 1).reads == 1
+    for slots, chunk, message in ((1, 8, "`slots` must be"), (2, 9, "`chunk` must be")):
+        with pytest.raises(ValueError, match=message):
+            mosaic_gpu.Ring(lines=100, chunk=chunk, slots=slots, blocks=1)
+
+
+def test_gumbel_softmax_errors():
+    key, x = jax.random.key(0), jnp.zeros((2, 128))
+    with pytest.raises(
+        NotImplementedError, match="for gumbel_softmax, got 'mosaic_gpu"
+    ):
+        jaxsoft.gumbel_softmax(key, x, implementation="mosaic_gpu")
+    with pytest.raises(
+        NotImplementedError, match="must have dtype float32 or bfloat16"
+    ):
+        jaxsoft.gumbel_softmax(key, x.astype("float16"), implementation="mosaic_tpu")
+    wide = jax.ShapeDtypeStruct((8, 10**6), "float32")
+    draw = functools.partial(jaxsoft.gumbel_softmax, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="must have at most .* got 1000000"):
+        jax.eval_shape(draw, key, wide)
