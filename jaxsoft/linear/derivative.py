@@ -15,9 +15,9 @@ from jaxsoft.linear.running import Saved
 from jaxsoft.linear.statistics_backward import Cotangents
 from jaxsoft.linear.xla_backward import Gradients, Wanted
 
-__all__ = ["nonzero", "statistics", "values"]
+__all__ = ["PLATFORMS", "nonzero", "statistics", "values"]
 
-_PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
+PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _forward(config: Config, operands: Operands) -> Saved:
 
 def _platform(config: Config) -> str | None:
     """Returns the one platform that an implementation runs on; None for any."""
-    return _PLATFORMS.get(config.implementation)
+    return PLATFORMS.get(config.implementation)
 
 
 def _of_loops(config: Config) -> Config:
