@@ -1,7 +1,6 @@
 """The Mosaic GPU kernels, interpreted, and what surrounds them."""
 
 import builtins
-import contextlib
 import dataclasses
 import types
 from typing import Any
@@ -22,26 +21,12 @@ from jaxsoft.linear import mosaic_gpu, running, tiling, xla
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
 from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear.operands import Config, Operands
+from tests.interpreters import gpu_interpreter
 from tests.linear import cases
 
 FIELDS = ("max", "log_sum", "label", "mean", "expected")
 # One of each kind: limits, both sides of 1, where a difference overflows, NaN.
 TAUS = [0.0, np.inf, 1e-40, 1.2e-38, 1e-3, 0.7, 1.0, 3.0, 1e38, -1.0, 0.3, 2.0, 5.0]
-
-
-@contextlib.contextmanager
-def interpreted():
-    """Runs kernels in Pallas's interpreter, which must find no race."""
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("JAX 0.10 interprets no plgpu.load and no out-of-bounds copies")
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as state
-    from jax.experimental.pallas import mosaic_gpu
-
-    plgpu: Any = mosaic_gpu
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    with plgpu.force_gpu_interpret_mode(params):
-        yield
-    assert not state.get_races().races_found
 
 
 @pytest.fixture
@@ -122,7 +107,7 @@ def test_unaligned_classes_in_both_halves_of_the_layout_vh(small_tiles, chip):
     small_tiles()
     hidden, kernel, labels = layer(5, 128, 211, "vh")
     labels = labels.at[2].set(-1).at[3].set(211).at[4].set(210)
-    with interpreted():
+    with gpu_interpreter():
         got = check(hidden, kernel, labels, {"kernel_layout": "vh"})
     assert np.isnan(np.asarray(got.log_prob)[[2, 3]]).all()
     assert (np.asarray(got.log_prob)[[0, 1, 4]] <= 0).all()
@@ -141,7 +126,7 @@ def test_every_option_at_every_temperature(small_tiles, chip):
         "logit_softcap": 1.5,
         "temperature": jnp.asarray(TAUS, jnp.float32),
     }
-    with interpreted():
+    with gpu_interpreter():
         got = check(hidden * 3, kernel, labels, options)
     assert np.isnan(np.asarray(got.entropy)).sum() == 1
 
@@ -150,7 +135,7 @@ def test_blocks_share_the_kernel_by_multicast(small_tiles):
     """N = 140 takes two blocks of rows, V = 224 a swizzle of 64 bytes, float16."""
     small_tiles(cluster=2, splits=1, stages=3)
     hidden, kernel, labels = layer(140, 128, 224, "hv", "float16")
-    with interpreted():
+    with gpu_interpreter():
         check(hidden, kernel, labels, {"temperature": 3.0})
 
 
@@ -158,7 +143,7 @@ def test_rows_without_classes_and_temperature_zero(small_tiles, chip):
     small_tiles(splits=1)
     hidden, kernel, labels = layer(3, 64, 128, "hv")
     options = {"class_mask": jnp.zeros(128, bool), "temperature": 0.0}
-    with interpreted():
+    with gpu_interpreter():
         got = check(hidden, kernel, labels, options)
         loss = linear_cross_entropy(
             hidden, kernel, labels, implementation="mosaic_gpu", **options
@@ -194,7 +179,7 @@ def test_gradients_batches_and_forward_over_reverse(small_tiles):
         return jax.jvp(grad, (hidden,), (hidden,))
 
     theirs = both("xla")
-    with interpreted():
+    with gpu_interpreter():
         ours = both("mosaic_gpu")
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         # Gradients are rounded to bfloat16 once.

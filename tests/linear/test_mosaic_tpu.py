@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +19,7 @@ from jaxsoft import linear_cross_entropy, linear_log_prob, linear_statistics
 from jaxsoft.linear import mosaic_tpu, mosaic_tpu_backward, mosaic_tpu_blocks
 from jaxsoft.linear.mosaic_tpu_blocks import Blocks, Layer
 from tests import truth
+from tests.interpreters import tpu_interpreter
 from tests.linear import cases
 
 ROWS, FEATURES, CLASSES = 37, 23, 293
@@ -50,12 +50,8 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def interpreter():
     """Interprets kernels, and fails where two accesses race."""
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    with tpu_interpreter():
         yield
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpret
-
-    assert interpret.races is not None, "nothing was interpreted"
-    assert not interpret.races.races_found
 
 
 def _wide(tree):

@@ -1,6 +1,5 @@
 """The kernels for rows in JAX's interpreters, which have races and garbage."""
 
-import contextlib
 import functools
 from typing import Any
 
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,32 +15,15 @@ from jaxsoft import noise, nvidia
 from jaxsoft.implementation import Gpu
 from jaxsoft.logits import mosaic_gpu, mosaic_tpu
 from tests import truth
+from tests.interpreters import gpu_interpreter, tpu_interpreter
 
 ROWS, CLASSES = 13, 300
 KERNELS = ("mosaic_tpu", "mosaic_gpu")
 
 
-@contextlib.contextmanager
 def interpreted(kernel):
-    """Runs kernels in Pallas's interpreters, which must find no race."""
-    if kernel == "mosaic_tpu":
-        from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpret
-
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-            yield
-        assert interpret.races is not None, "nothing was interpreted"
-        assert not interpret.races.races_found
-        return
-    if jax.__version_info__ < (0, 11):
-        pytest.skip("JAX 0.10 has no interpreter of what these kernels need")
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as state
-    from jax.experimental.pallas import mosaic_gpu as pallas
-
-    plgpu: Any = pallas
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    with plgpu.force_gpu_interpret_mode(params):
-        yield
-    assert not state.get_races().races_found
+    """Runs kernels in the interpreter for their device."""
+    return {"mosaic_tpu": tpu_interpreter, "mosaic_gpu": gpu_interpreter}[kernel]()
 
 
 @pytest.fixture
