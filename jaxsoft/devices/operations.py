@@ -178,11 +178,19 @@ def _of_bands(shapes: Shapes) -> Iterator[tuple[str, Program]]:
 
 
 @functools.cache
+def _programs(
+    room: Callable[[Shapes], Iterator[tuple[str, Program]]], shapes: Shapes
+) -> dict[str, Program]:
+    """Returns a room's functions: its trees and states are made once."""
+    return dict(room(shapes))
+
+
+@functools.cache
 def operations() -> dict[str, Operation]:
     """Returns the table, functions of stored logits first."""
 
     def program(room: Callable[..., Any], name: str, shapes: Shapes) -> Program:
-        return dict(room(shapes))[name]
+        return _programs(room, shapes)[name]
 
     return {
         name: Operation(
@@ -191,5 +199,5 @@ def operations() -> dict[str, Operation]:
             "implementation" in inspect.signature(getattr(jaxsoft, name)).parameters,
         )
         for room in (_of_logits, _of_layers, _of_trees)
-        for name, _ in room(Shapes())
+        for name in _programs(room, Shapes())
     }
