@@ -18,6 +18,7 @@ __all__ = [
     "Choice",
     "Gpu",
     "Implementation",
+    "check_platforms",
     "compiling_for",
     "gpus",
     "platform_of",
@@ -138,6 +139,24 @@ def recorded() -> Iterator[list[Choice]]:
 def platform_of(implementation: str) -> str | None:
     """Returns the one platform that an implementation runs on; None for any."""
     return _PLATFORMS.get(implementation)
+
+
+def check_platforms(implementation: str, platforms: Sequence[str]) -> None:
+    """Requires the one platform of a kernel.
+
+    Args:
+      implementation: what runs.
+      platforms: those that a program is lowered for.
+
+    Raises:
+      NotImplementedError: if one of them is another.
+    """
+    only = platform_of(implementation)
+    if only is not None and set(platforms) != {only}:
+        raise NotImplementedError(
+            f'`implementation` must be None or "xla" on {", ".join(platforms)}, '
+            f"got {implementation!r}, which is for {only}."
+        )
 
 
 @contextlib.contextmanager

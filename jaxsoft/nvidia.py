@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft.implementation import Gpu, gpus
-from jaxsoft.temperature import Temperature
+from jaxsoft.temperature import Temperature, is_ordinary
 
 __all__ = [
     "MULTIPROCESSORS",
@@ -72,8 +72,7 @@ def static_temper(tau: float | None) -> tuple[float, float | None]:
     Returns:
       Both for an ordinary temperature, for which c is 1; 1 and None otherwise.
     """
-    info = jnp.finfo(jnp.float32)
-    if tau is None or not float(info.tiny) <= tau <= float(info.max):
+    if tau is None or not is_ordinary(tau):
         return 1.0, None
     # As in temperature.py: a difference of logits must not overflow before τ divides.
     scale = 0.25 if tau > 1 else 1.0

@@ -15,6 +15,7 @@ __all__ = [
     "divide_by_temperature",
     "finite",
     "inverse",
+    "is_ordinary",
     "is_zero",
     "over_temperature",
     "times",
@@ -69,6 +70,12 @@ def divide_by_temperature(
     x = jnp.where(lowest, peak, x)
     quotient = (x * tau.scale - peak * tau.scale) / tau.divisor
     return jnp.where(dropped, -jnp.inf, quotient)
+
+
+def is_ordinary(temperature: float) -> bool:
+    """Tells whether a static temperature only divides, in float32: no limit, no NaN."""
+    info = jnp.finfo(jnp.float32)
+    return float(info.tiny) <= temperature <= float(info.max)
 
 
 def is_zero(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:

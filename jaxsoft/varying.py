@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax import lax
 
-__all__ = ["axes", "like"]
+__all__ = ["axes", "like", "type_of"]
 
 
 def axes(array: jax.Array) -> frozenset[str]:
@@ -35,3 +35,11 @@ def like(tree: Any, reference: Any) -> Any:
         return lax.pcast(array, missing, to="varying") if missing else array
 
     return jax.tree.map(vary, tree)
+
+
+def type_of(
+    reference: jax.Array, shape: tuple[int, ...], dtype: Any
+) -> jax.ShapeDtypeStruct:
+    """Returns the type of a result that varies over the mesh axes of an array."""
+    axes = jax.typeof(reference).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)

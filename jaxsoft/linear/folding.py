@@ -20,6 +20,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from jaxsoft import varying
+from jaxsoft.implementation import check_platforms
 from jaxsoft.linear import partitioning
 
 __all__ = ["Foldable"]
@@ -180,13 +181,10 @@ def _lowering(function):
     lower = mlir.lower_fun(function, multiple_results=True)
 
     def rule(ctx, *args, jaxpr, foldable, tree):
-        only, platforms = foldable.platform, ctx.module_context.platforms
         # A kernel in an interpreter has effects, and runs anywhere.
-        if only is not None and not jaxpr.effects and set(platforms) != {only}:
-            raise NotImplementedError(
-                f'`implementation` must be None or "xla" on {", ".join(platforms)}, '
-                f"got {foldable.config.implementation!r}, which is for {only}."
-            )
+        if foldable.platform is not None and not jaxpr.effects:
+            platforms = ctx.module_context.platforms
+            check_platforms(foldable.config.implementation, platforms)
         return lower(ctx, *args, jaxpr=jaxpr, foldable=foldable, tree=tree)
 
     return rule

@@ -22,6 +22,7 @@ from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear import running, sharding, tiling, xla
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.running import Running, Saved
+from jaxsoft.padding import round_up
 
 __all__ = ["forward"]
 
@@ -142,7 +143,7 @@ def _of_kernel(config: Config, operands: Operands, chip: Gpu) -> Running:
     )
     scale, factor = nvidia.static_temper(config.static_tau)
     plan = planning.Plan(
-        rows=_up(rows, blocks.block_rows * blocks.cluster),
+        rows=round_up(rows, blocks.block_rows * blocks.cluster),
         classes=classes,
         features=operands.hidden.shape[1],
         transposed=config.class_axis == 0,
@@ -163,7 +164,7 @@ def _of_kernel(config: Config, operands: Operands, chip: Gpu) -> Running:
     if factor is None:
         temper = nvidia.temper(operands.temperature(config), rows)
         temper = _pad(temper, plan.rows, 0.0)
-    hidden = _pad(operands.hidden, _up(rows, _ROWS), 0.0, axis=0)
+    hidden = _pad(operands.hidden, round_up(rows, _ROWS), 0.0, axis=0)
     inputs = planning.Inputs(
         hidden, operands.kernel, _bias(plan, operands), labels, temper
     )
@@ -203,8 +204,3 @@ def _pad(array: jax.Array, size: int, value: float, axis: int = -1) -> jax.Array
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
     return jnp.pad(array, widths, constant_values=value)
-
-
-def _up(size: int, multiple: int) -> int:
-    """Returns the smallest multiple that is at least `size`."""
-    return -(-size // multiple) * multiple

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsoft import varying
+from jaxsoft import tpu, varying
 from jaxsoft.linear import mosaic_tpu_tile as kernels
 from jaxsoft.linear import running, sharding
 from jaxsoft.linear.mosaic_tpu_blocks import LANES, Blocks, choose_forward
@@ -52,13 +52,13 @@ def _run(config: Config, operands: Operands) -> Running:
     problem, inputs = kernels.prepare(config, operands)
     inputs = varying.like(inputs, inputs)
     layer = problem.layer
-    blocks = choose_forward(layer, kernels.vmem_bytes())
+    blocks = choose_forward(layer, tpu.vmem_bytes())
     floats, integers = _names(_start(problem.config, inputs, 1))
     rows = pl.BlockSpec((blocks.rows, LANES), lambda row, _: (row, 0))
     shape = (layer.rows, LANES)
-    outputs = [kernels.output(inputs, shape, jnp.float32)]
+    outputs = [varying.type_of(inputs.hidden, shape, jnp.float32)]
     if integers:
-        outputs.append(kernels.output(inputs, shape, jnp.int32))
+        outputs.append(varying.type_of(inputs.hidden, shape, jnp.int32))
     body = functools.partial(_statistics_kernel, problem=problem, blocks=blocks)
     row_blocks = pl.cdiv(layer.rows, blocks.rows)
     found = pl.pallas_call(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsoft import varying
+from jaxsoft import tpu, varying
 from jaxsoft.dtypes import operand_dtype
 from jaxsoft.linear import mosaic_tpu_tile as kernels
 from jaxsoft.linear.mosaic_tpu_blocks import CHUNK, LANES, Blocks, choose_backward
@@ -68,18 +68,18 @@ def accumulate(
     problem, inputs = kernels.prepare(config, operands)
     layer = problem.layer
     wanted = wanted._replace(bias=wanted.bias and operands.bias is not None)
-    blocks = choose_backward(layer, wanted.hidden, wanted.kernel, kernels.vmem_bytes())
+    blocks = choose_backward(layer, wanted.hidden, wanted.kernel, tpu.vmem_bytes())
     missing = -layer.rows % blocks.rows
     inputs, rows = _padded(inputs, rows.columns(), missing)
     inputs, rows = varying.like((inputs, rows), (inputs, rows))
     width = layer.width if wanted.hidden else 0
     shape = (layer.rows + missing, width + (LANES if wanted.tau else 0))
     results = _Results(
-        kernels.output(inputs, shape, jnp.float32) if shape[1] else None,
-        kernels.output(inputs, inputs.kernel.shape, inputs.kernel.dtype)
+        varying.type_of(inputs.hidden, shape, jnp.float32) if shape[1] else None,
+        varying.type_of(inputs.hidden, inputs.kernel.shape, inputs.kernel.dtype)
         if wanted.kernel
         else None,
-        kernels.output(inputs, (1, layer.classes), jnp.float32)
+        varying.type_of(inputs.hidden, (1, layer.classes), jnp.float32)
         if wanted.bias
         else None,
     )

@@ -4,6 +4,9 @@ import dataclasses
 import itertools
 import math
 
+from jaxsoft.padding import round_up
+from jaxsoft.tpu import SMALLEST_VMEM, VMEM_SHARE
+
 __all__ = ["LANES", "Blocks", "Layer", "choose_backward", "choose_forward"]
 
 # A vector register has 8 sublanes of 128 lanes; bfloat16 packs two rows in a sublane.
@@ -22,11 +25,6 @@ _CLASSES = (1024, 768, 512, 384, 256, 128)
 # matrix unit wants 128 rows or more for each of its loads.
 _KEPT = 400
 _STREAMED = 128
-
-# The smallest VMEM of a core since v5e (v5e and v6e have 128 MiB, v5p and 7x this), and
-# what a kernel may take of it: the compiler keeps some for itself.
-SMALLEST_VMEM = 64 * 2**20
-_SHARE = 3 / 4
 
 # How many float32 tiles of logits a step holds at once, beside its operands.
 _TILES = 6
@@ -91,7 +89,7 @@ class Layer:
     @property
     def width(self) -> int:
         """H as registers hold it, a multiple of 128."""
-        return _up(self.features, LANES)
+        return round_up(self.features, LANES)
 
     def operand_bytes(self, rows: int, classes: int) -> int:
         """The bytes of a block of `hidden` and one of the kernel: two of each in turn.
@@ -169,11 +167,11 @@ def choose_backward(
 
 def _choose(layer: Layer, vmem: int, used, cost, all_rows) -> Blocks:
     """Returns the blocks of the least cost among those that fit."""
-    budget = int(vmem * _SHARE)
+    budget = int(vmem * VMEM_SHARE)
     pairs = itertools.product(all_rows, _CLASSES)
     for rows, classes in sorted(pairs, key=lambda pair: cost(*pair)):
         rows = _balanced(layer.rows, rows, _ROW_MULTIPLE)
-        rows = _up(rows, _row_multiple(rows))
+        rows = round_up(rows, _row_multiple(rows))
         classes = _balanced(layer.classes, classes, LANES)
         if used(rows, classes) <= budget:
             return Blocks(rows, classes, budget)
@@ -191,8 +189,4 @@ def _row_multiple(rows: int) -> int:
 
 def _balanced(size: int, block: int, multiple: int) -> int:
     """Returns the smallest block that covers `size` in as many blocks."""
-    return _up(math.ceil(size / math.ceil(size / block)), multiple)
-
-
-def _up(size: int, multiple: int) -> int:
-    return math.ceil(size / multiple) * multiple
+    return round_up(math.ceil(size / math.ceil(size / block)), multiple)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxsoft.dtypes import operand_dtype
-from jaxsoft.linear.mosaic_tpu_blocks import SMALLEST_VMEM, Blocks, Layer
+from jaxsoft.linear.mosaic_tpu_blocks import Blocks, Layer
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.tile import Tile, capped, columns_of
 from jaxsoft.linear.xla import dot
+from jaxsoft.temperature import is_ordinary
 
 __all__ = [
     "Inputs",
@@ -24,9 +24,7 @@ __all__ = [
     "each_strip",
     "input_specs",
     "inside",
-    "output",
     "prepare",
-    "vmem_bytes",
 ]
 
 
@@ -80,12 +78,10 @@ def prepare(config: Config, operands: Operands) -> tuple[Problem, Inputs]:
     rows, features = hidden.shape
     assert labels is None or labels.shape[1] == 1
     static = config.static_tau
-    if static is not None:
-        bounds = jnp.finfo(jnp.float32)
-        if not float(bounds.tiny) <= static <= float(bounds.max):
-            # The limits take more than a division, and that is written for arrays.
-            tau = jnp.full(rows, static, jnp.float32)
-            config = dataclasses.replace(config, static_tau=None)
+    if static is not None and not is_ordinary(static):
+        # The limits take more than a division, and that is written for arrays.
+        tau = jnp.full(rows, static, jnp.float32)
+        config = dataclasses.replace(config, static_tau=None)
     offsets = None if bias is None else bias.astype(jnp.float32)
     if mask is not None:
         offsets = jnp.where(mask, 0.0 if offsets is None else offsets, -jnp.inf)
@@ -105,14 +101,6 @@ def prepare(config: Config, operands: Operands) -> tuple[Problem, Inputs]:
         labels,
     )
     return Problem(config, layer, bias is not None, mask is not None), inputs
-
-
-def vmem_bytes() -> int:
-    """Returns the VMEM of a core of the default TPU; of the smallest without a TPU."""
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError:
-        return SMALLEST_VMEM
 
 
 def input_specs(problem: Problem, inputs: Inputs, blocks: Blocks, row_axis: int):
@@ -146,13 +134,6 @@ def input_specs(problem: Problem, inputs: Inputs, blocks: Blocks, row_axis: int)
             None if array is None else spec
             for spec, array in zip(specs, inputs, strict=True)
         )
-    )
-
-
-def output(inputs: Inputs, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """Returns the type of a result, which varies over the mesh axes of the inputs."""
-    return jax.ShapeDtypeStruct(
-        shape, dtype, manual_axis_type=jax.typeof(inputs.hidden).manual_axis_type
     )
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from jaxsoft.padding import round_up
+
 __all__ = ["Tiling", "choose", "default_tile_bytes"]
 
 # A tile may take this share of the bytes of hidden and kernel, within these bounds:
@@ -97,7 +99,7 @@ def choose(
     """
     multiple = math.lcm(multiple, _CLASS_MULTIPLE)
     elements = max(tile_bytes // itemsize, multiple * _ROW_MULTIPLE)
-    thin = min(max(_THIN, multiple), _ceil(classes, multiple))
+    thin = min(max(_THIN, multiple), round_up(classes, multiple))
     block_rows = max(_ROW_MULTIPLE, elements // thin // _ROW_MULTIPLE * _ROW_MULTIPLE)
     block_rows = min(rows, block_rows)
     block_rows = _balance(rows, block_rows, _ROW_MULTIPLE)
@@ -107,11 +109,7 @@ def choose(
     return Tiling(rows, classes, block_rows, block_classes)
 
 
-def _ceil(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 def _balance(size: int, block: int, multiple: int) -> int:
     """Returns the smallest multiple that covers `size` in as many blocks."""
     blocks = math.ceil(size / block)
-    return min(size, _ceil(math.ceil(size / blocks), multiple))
+    return min(size, round_up(math.ceil(size / blocks), multiple))

@@ -23,17 +23,16 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from jaxsoft import noise, varying
-from jaxsoft.implementation import Implementation
+from jaxsoft.implementation import Implementation, check_platforms
 from jaxsoft.logits.rows import Rows, to_rows
-from jaxsoft.temperature import inverse
+from jaxsoft.temperature import inverse, is_ordinary
 
-__all__ = ["GUMBEL_KERNELS", "KERNELS", "Plan", "gumbel_softmax", "output", "softmax"]
+__all__ = ["GUMBEL_KERNELS", "KERNELS", "Plan", "gumbel_softmax", "softmax"]
 
 # No kernel is a default before it was measured.
 KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu", "mosaic_gpu")
 GUMBEL_KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu")
 
-_PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}
 _DTYPES = {
     "mosaic_tpu": ("float32", "bfloat16"),
     "mosaic_gpu": ("float32", "bfloat16", "float16"),
@@ -117,8 +116,7 @@ def _compiled(plan: Plan, words: jax.Array | None, rows: Rows) -> jax.Array:
     if where is not None:
         x = jnp.where(where, x, jnp.asarray(-jnp.inf, x.dtype))
     static = plan.static_tau
-    bounds = jnp.finfo(jnp.float32)
-    if static is not None and not float(bounds.tiny) <= static <= float(bounds.max):
+    if static is not None and not is_ordinary(static):
         # The limits take more than a division, and that is written for arrays.
         tau = jnp.full((1, 1), static, jnp.float32)
         plan = dataclasses.replace(plan, static_tau=None)
@@ -266,28 +264,17 @@ def _slope_transpose(cotangents, y, g, *scale, plan, given, jaxpr):
     return [None, out, *[None for _ in scale]]
 
 
-def _lowering(primitive: Primitive):
+def _lowering():
     """Returns how a primitive lowers where its kernel can run."""
-    del primitive
     lower = mlir.lower_fun(_evaluate, multiple_results=True)
 
     def rule(ctx, *args, plan, given, jaxpr):
-        platforms, only = ctx.module_context.platforms, _PLATFORMS[plan.implementation]
         # A kernel in an interpreter has effects, and runs anywhere.
-        if not jaxpr.effects and set(platforms) != {only}:
-            raise NotImplementedError(
-                f'`implementation` must be None or "xla" on {", ".join(platforms)}, '
-                f"got {plan.implementation!r}, which is for {only}."
-            )
+        if not jaxpr.effects:
+            check_platforms(plan.implementation, ctx.module_context.platforms)
         return lower(ctx, *args, plan=plan, given=given, jaxpr=jaxpr)
 
     return rule
-
-
-def output(array: jax.Array) -> Any:
-    """Returns the type of a result like an array, over the same mesh axes."""
-    axes = jax.typeof(array).manual_axis_type
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, manual_axis_type=axes)
 
 
 def _primitive(name: str) -> Primitive:
@@ -297,7 +284,7 @@ def _primitive(name: str) -> Primitive:
     primitive.def_effectful_abstract_eval(
         lambda *args, plan, given, jaxpr: (jaxpr.out_avals, jaxpr.effects)
     )
-    mlir.register_lowering(primitive, _lowering(primitive))
+    mlir.register_lowering(primitive, _lowering())
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     return primitive
 

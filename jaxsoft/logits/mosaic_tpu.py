@@ -23,8 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsoft import noise
-from jaxsoft.logits.kernel_rows import Plan, output
+from jaxsoft import noise, tpu, varying
+from jaxsoft.logits.kernel_rows import Plan
+from jaxsoft.padding import round_up
 from jaxsoft.temperature import divide_by_temperature, is_zero
 
 __all__ = ["Blocks", "backward", "choose", "forward"]
@@ -32,10 +33,6 @@ __all__ = ["Blocks", "backward", "choose", "forward"]
 # A register has 8 sublanes of 128 lanes; bfloat16 packs two rows in a sublane.
 _LANES = 128
 _SUBLANES = {2: 16, 4: 8}
-# The smallest VMEM of a core since v5e, and what a kernel may take of it: the compiler
-# keeps some for itself.
-_SMALLEST_VMEM = 64 * 2**20
-_SHARE = 3 / 4
 # Classes that are worked on at a time, and the registers that hold them.
 _CHUNK = 2048
 _REGISTERS = 16
@@ -78,9 +75,9 @@ def choose(
     Raises:
       NotImplementedError: for perturbed rows that do not fit.
     """
-    budget = int(vmem * _SHARE)
+    budget = int(vmem * tpu.VMEM_SHARE)
     least = max(_SUBLANES[size] for size in itemsizes)
-    width = _up(classes, _LANES)
+    width = round_up(classes, _LANES)
     # Two of each block in turn.
     a_class = 2 * sum(itemsizes) + 4 * noisy
     # Temperatures and what is kept of rows, padded to lanes; strips in registers.
@@ -96,7 +93,7 @@ def choose(
         fitting = min(fitting, _BLOCK_BYTES // (least * max(itemsizes)))
         return Blocks(least, fitting // _CHUNK * _CHUNK, least, budget)
     strip = least * max(1, min(8, _REGISTERS * _LANES // min(width, _CHUNK)))
-    strip = min(strip, _up(rows, least))
+    strip = min(strip, round_up(rows, least))
     most = max(1, _BLOCK_BYTES // (strip * width * max(itemsizes)))
     return Blocks(strip * min(most, math.ceil(rows / strip)), classes, strip, budget)
 
@@ -139,14 +136,6 @@ def backward(plan: Plan, y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
     return _call("jaxsoft_softmax_backward", body, (y, g), scale)
 
 
-def vmem_bytes() -> int:
-    """Returns the VMEM of a core of the default TPU; of the smallest without a TPU."""
-    try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
-    except ValueError:
-        return _SMALLEST_VMEM
-
-
 def _call(
     name: str,
     body: Any,
@@ -171,7 +160,7 @@ def _call(
     itemsize = wide[0].dtype.itemsize
     sizes = (itemsize,) * (len(wide) + 1)
     noisy = words is not None
-    blocks = choose(rows, classes, sizes, vmem_bytes(), noisy)
+    blocks = choose(rows, classes, sizes, tpu.vmem_bytes(), noisy)
     steps = pl.cdiv(classes, blocks.classes)
     # In the second pass blocks come backwards; what is written waits for it.
     if steps == 1:
@@ -198,7 +187,7 @@ def _call(
         grid=(pl.cdiv(rows, blocks.rows), *grid),
         in_specs=specs,
         out_specs=pl.BlockSpec(shape, written),
-        out_shape=output(wide[0]),
+        out_shape=varying.type_of(wide[0], wide[0].shape, wide[0].dtype),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", *["arbitrary" for _ in grid]),
@@ -429,7 +418,3 @@ def _slope_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> Non
         return
     weighted, total = (ref[strip.rows, :] for ref in strip.kept)
     chunks(write, weighted / jnp.where(total == 0, 1, total))
-
-
-def _up(size: int, multiple: int) -> int:
-    return math.ceil(size / multiple) * multiple
