@@ -30,10 +30,12 @@ __all__ = [
     "first_gumbel",
     "gumbel",
     "gumbel_of_bits",
+    "pair_bits",
     "paired_gumbel",
     "row_words",
     "span_bits",
     "uniform",
+    "unit_of_bits",
 ]
 
 # Streams: what the bits are for.
@@ -261,15 +263,34 @@ def span_bits(
     groups = -(-count // (2 * _LANES))
     shape = (words[0].shape[0], groups * _LANES)
     counters = lax.broadcasted_iota(jnp.int32, shape, 1) + (start >> 1)
-    counters = counters.astype(jnp.uint32)
-    streams = jnp.full_like(counters, stream)
-    pair = _threefry(words, (streams, counters), _ROUNDS[generator], True)
+    pair = pair_bits(words, stream, counters.astype(jnp.uint32), generator)
     lanes = [
         word[:, first : first + _LANES]
         for first in range(0, shape[1], _LANES)
         for word in pair
     ]
     return jnp.concatenate(lanes, axis=1)[:, :count]
+
+
+def pair_bits(
+    words: Sequence[jax.Array],
+    stream: int,
+    counters: jax.Array,
+    generator: Generator = "threefry",
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the two words of each counter, as a kernel can compute them.
+
+    Args:
+      words: the two columns of `row_words`, which broadcast against the counters.
+      stream: `CLASSES` or `BLOCKS`.
+      counters: uint32, 128 q + r for the numbers 256 q + r and 256 q + 128 + r.
+      generator: "threefry" or "threefry13".
+
+    Returns:
+      uint32 of both numbers, in the shape of the counters.
+    """
+    streams = jnp.full_like(counters, stream)
+    return _threefry(words, (streams, counters), _ROUNDS[generator], True)
 
 
 def gumbel_of_bits(bits: jax.Array) -> jax.Array:
@@ -281,8 +302,13 @@ def gumbel_of_bits(bits: jax.Array) -> jax.Array:
     Returns:
       float32 noise, that of `first_gumbel` up to the rounding of logarithms.
     """
+    return _of_unit(unit_of_bits(bits))
+
+
+def unit_of_bits(bits: jax.Array) -> jax.Array:
+    """Returns float32 numbers in (0, 1] from uint32 bits, as a kernel can compute it."""
     # TPUs convert signed numbers alone. Both halves are exact, and the sum rounds once.
     high = lax.shift_right_logical(bits, jnp.full_like(bits, 16))
     low = bits & jnp.uint32(0xFFFF)
     high, low = (half.astype(jnp.int32).astype(jnp.float32) for half in (high, low))
-    return _of_unit((high * 65536 + low + 0.5) * 2.0**-32)
+    return (high * 65536 + low + 0.5) * 2.0**-32

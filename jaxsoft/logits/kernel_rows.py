@@ -31,7 +31,7 @@ __all__ = ["GUMBEL_KERNELS", "KERNELS", "Plan", "gumbel_softmax", "softmax"]
 
 # No kernel is a default before it was measured.
 KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu", "mosaic_gpu")
-GUMBEL_KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu")
+GUMBEL_KERNELS = KERNELS
 
 _DTYPES = {
     "mosaic_tpu": ("float32", "bfloat16"),

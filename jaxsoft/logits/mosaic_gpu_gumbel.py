@@ -1,0 +1,255 @@
+"""Gumbel-softmax of rows as Hopper's kernels compute it, noise included.
+
+Noise comes from the row's key and the class, the bits of `jaxsoft.noise`. Two
+neighbouring lines share a cipher, which is computed once for both: threads hold one
+number of each of 8 lines. A perturbed logit is the exact sum of a logit and its noise,
+as a float32 and its rounding error: no other centring is needed beside an offset, and
+both passes find the same, whatever comes in between.
+
+A cipher of 20 rounds takes some 80 integer instructions, and the noise of its two
+classes as many again: more time than copying the classes through the device's memory.
+So the noise of a row that fits shared memory together with its noise is drawn once and
+kept, 4 bytes a class (of up to some 28,000 float32 classes, 37,000 of 16 bits); that of
+longer rows is drawn again in the second pass.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft import noise
+from jaxsoft.logits.mosaic_gpu_tasks import LINE, Chunk, full
+
+__all__ = ["Gumbel", "gumbel"]
+
+# Where rows start: below every perturbed logit but those that are dropped.
+_LOWEST = (float(jnp.finfo(jnp.float32).min), -1e38)
+_BEYOND = 2**30
+# -log(1 - u) = u P(u) below _SMALL; from a least-squares fit of relative errors.
+_SMALL = 0.25
+_LOG = (1.0, 0.499999106, 0.33338955, 0.248693898, 0.214223862, 0.0896221027, 0.33377340)
+
+
+def gumbel(bits: jax.Array) -> jax.Array:
+    """Returns noise from bits; the hardware's logarithm is coarse beside 1.
+
+    Args:
+      bits: uint32 of any shape.
+
+    Returns:
+      float32, that of `noise.gumbel_of_bits` to some 5e-7.
+    """
+    u = jnp.minimum(noise.unit_of_bits(bits), 1 - 2.0**-24)
+    series = jnp.full(u.shape, _LOG[-1], u.dtype)
+    for coefficient in _LOG[-2::-1]:
+        series = series * u + coefficient
+    found = -jnp.log(jnp.where(u < _SMALL, u * series, -jnp.log(1 - u)))
+    # Of a logarithm in base 2 this is a product, and without a sum of its own compilers
+    # fuse it with the next: unrounded noise in one pass, rounded noise in the other.
+    return found + 0.0
+
+
+class _Best(NamedTuple):
+    """What was found, by each thread or of a row.
+
+    Attributes:
+      top: the largest perturbed logit, rounded.
+      rest: what rounding has taken of it.
+      total: Σ exp((x - top) / τ).
+      best: its lowest class, or None.
+    """
+
+    top: Any
+    rest: Any
+    total: Any
+    best: Any
+
+
+class _Result(NamedTuple):
+    """What probabilities are made of.
+
+    Attributes:
+      top: the largest perturbed logit, rounded.
+      rest: what rounding has taken of it.
+      best: its lowest class, or None.
+      best_weight: what exp((x - top) / τ) is multiplied by for the best class.
+      weight: and for the others.
+    """
+
+    top: Any
+    rest: Any
+    best: Any
+    best_weight: Any
+    weight: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Gumbel:
+    """The largest perturbed logit and the sum of a row, then its probabilities.
+
+    Attributes:
+      static: the factors of `nvidia.temper`, None for 1, if they are static.
+      generator: of the bits.
+      hard: whether the result is one-hot.
+    """
+
+    static: Any
+    generator: noise.Generator
+    hard: bool
+
+    # What columns beyond a row are; those of TMA are 0.
+    fill = -math.inf
+    # A thread reads of shared memory what copies or it itself has written: there is
+    # nothing to wait for before and after each line.
+    private = True
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether the best class counts: a temperature that is not known may be 0."""
+        return self.hard or self.static is None
+
+    def start(self, lines: int, itemsize: int) -> _Best:
+        """Returns what each thread has found before the first chunk."""
+        del lines
+
+        def line(value):
+            return full((LINE,), value, itemsize)
+
+        best = line(jnp.int32(_BEYOND)) if self._chooses else None
+        top, rest, total = (line(jnp.float32(v)) for v in (*_LOWEST, 0.0))
+        return _Best(top, rest, total, best)
+
+    def fold(self, chunk: Chunk, found: _Best) -> _Best:
+        """Merges a chunk into what was found; keeps its noise if there is room."""
+
+        def merge(first, found):
+            lines = list(self._lines(chunk, first, draws=True))
+            new = found
+            for line, top, rest in lines:
+                above = (top > new.top) | ((top == new.top) & (rest > new.rest))
+                best = new.best
+                if best is not None:
+                    best = jnp.where(above, self._ids(chunk, line), best)
+                top = jnp.where(above, top, new.top)
+                new = _Best(top, jnp.where(above, rest, new.rest), new.total, best)
+            total = found.total * _weight(chunk.temper, found.top, found.rest, new)
+            for _, top, rest in lines:
+                total = total + _weight(chunk.temper, top, rest, new)
+            return new._replace(total=total)
+
+        return _each_piece(chunk, merge, found)
+
+    def finish(self, temper: Any, found: _Best) -> _Result:
+        """Returns what the row's probabilities are made of."""
+        top = jnp.max(found.top)
+        rest = jnp.max(jnp.where(found.top == top, found.rest, _LOWEST[0]))
+        row = _Best(top, rest, None, None)
+        total = found.total * _weight(temper, found.top, found.rest, row)
+        total = jnp.sum(total)
+        inverse = 1 / jnp.where(total == 0, 1.0, total)
+        if found.best is None:
+            return _Result(top, rest, None, inverse, inverse)
+        here = (found.top == top) & (found.rest == rest)
+        best = jnp.min(jnp.where(here, found.best, _BEYOND))
+        # In a row with NaN the sum is NaN, and all that it touches.
+        lost = inverse - inverse
+        if self.hard:
+            return _Result(top, rest, best, 1 + lost, lost)
+        # Of `nvidia.temper`; 1 or less but at τ = 0.
+        zero = temper[2] > 1
+        weights = (jnp.where(zero, w, inverse) for w in (1 + lost, lost))
+        return _Result(top, rest, best, *weights)
+
+    def write(self, chunk: Chunk, result: _Result) -> None:
+        """Overwrites a chunk by its probabilities."""
+        stage = chunk.stages[0]
+
+        def write(first, _):
+            if self.hard:
+                lines = [(first + i, None, None) for i in range(chunk.piece)]
+            else:
+                lines = self._lines(chunk, first, draws=chunk.noise is None)
+            for line, top, rest in lines:
+                p = result.weight
+                if result.best is not None:
+                    here = self._ids(chunk, line) == result.best
+                    p = jnp.where(here, result.best_weight, p)
+                if not self.hard:
+                    p = _weight(chunk.temper, top, rest, result) * p
+                stage[chunk.slot, line] = p.astype(stage.dtype)
+
+        _each_piece(chunk, write, None)
+
+    def _lines(self, chunk: Chunk, first: Any, draws: bool):
+        """Yields a piece's lines with their perturbed logits, as pairs.
+
+        Args:
+          chunk: where they are.
+          first: of the piece in the chunk.
+          draws: whether noise is drawn, and kept if there is room, or was kept.
+        """
+        for index in range(chunk.piece):
+            line = first + index
+            if draws and index % 2 == 0:
+                counters = (chunk.first + line) * (LINE // 2) + _iota()
+                both = noise.pair_bits(
+                    chunk.words,
+                    noise.CLASSES,
+                    counters.astype(jnp.uint32),
+                    self.generator,
+                )
+            if draws:
+                drawn = gumbel(both[index % 2])
+                if chunk.noise is not None:
+                    chunk.noise[chunk.slot, line] = drawn
+            else:
+                drawn = chunk.noise[chunk.slot, line]
+            (x,) = chunk.load((chunk.slot, line))
+            yield line, *_exact_sum(x, drawn)
+
+    def _ids(self, chunk: Chunk, line: Any) -> jax.Array:
+        """Returns the classes of a line of the chunk."""
+        return (chunk.first + line) * LINE + _iota()
+
+
+def _each_piece(chunk: Chunk, function: Any, carry: Any) -> Any:
+    """Folds a function over the first lines of the chunk's pieces.
+
+    In a loop: ciphers are long, and those of a chunk would not fit the multiprocessor's
+    cache of instructions.
+    """
+    if chunk.lines == chunk.piece:
+        return function(0, carry)
+
+    def step(index, carry):
+        return function(index * chunk.piece, carry)
+
+    return lax.fori_loop(0, chunk.lines // chunk.piece, step, carry)
+
+
+def _exact_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns x + y rounded, and the error of that; 0 where it is infinite."""
+    total = x + y
+    of_y = total - x
+    error = (x - (total - of_y)) + (y - of_y)
+    # An infinite x, of which the differences are NaN.
+    return total, jnp.where(error == error, error, 0.0)
+
+
+def _weight(temper: Any, top: Any, rest: Any, peak: Any) -> jax.Array:
+    """Returns exp((x - peak) / τ) of perturbed logits and what they are centred on."""
+    c = (top - peak.top) + (rest - peak.rest)
+    for factor in temper:
+        c = c if factor is None else c * factor
+    return jnp.exp2(c)
+
+
+def _iota() -> jax.Array:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    layout = plgpu.Layout.WG_STRIDED((LINE,), vec_size=1)
+    return plgpu.broadcasted_iota(jnp.int32, (LINE,), 0, layout=layout)
