@@ -19,22 +19,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsoft import noise, tpu, varying
+from jaxsoft import tpu, varying
+from jaxsoft.logits import mosaic_tpu_gumbel as gumbel
 from jaxsoft.logits.kernel_rows import Plan
+from jaxsoft.logits.mosaic_tpu_strips import Strip, chunks, merge
 from jaxsoft.padding import round_up
-from jaxsoft.temperature import divide_by_temperature, is_zero
+from jaxsoft.temperature import divide_by_temperature
 
 __all__ = ["Blocks", "backward", "choose", "forward"]
 
 # A register has 8 sublanes of 128 lanes; bfloat16 packs two rows in a sublane.
 _LANES = 128
 _SUBLANES = {2: 16, 4: 8}
-# Classes that are worked on at a time, and the registers that hold them.
-_CHUNK = 2048
+# Registers that hold what is worked on at a time.
 _REGISTERS = 16
 # The most bytes of a block: copies are long enough, and steps many enough to overlap.
 _BLOCK_BYTES = 2 * 2**20
@@ -49,12 +49,17 @@ class Blocks:
       classes: of a block: all of them, or a multiple of 128.
       strip: rows that are worked on at a time.
       vmem_bytes: the most bytes of VMEM that the kernel may take.
+      keeps: whether perturbed logits stay beside the block, so that no noise is drawn
+        twice.
+      chunk: classes that are worked on at a time, a multiple of 256.
     """
 
     rows: int
     classes: int
     strip: int
     vmem_bytes: int
+    keeps: bool = False
+    chunk: int = 2048
 
 
 def choose(
@@ -67,35 +72,30 @@ def choose(
       classes: V.
       itemsizes: the bytes of a number of each array [R, V] that is read or written.
       vmem: the bytes of VMEM of a core.
-      noisy: whether perturbed logits stay beside the blocks, in float32.
+      noisy: whether there are perturbed logits to keep, in float32.
 
     Returns:
-      The blocks: whole rows where the fewest that registers hold fit.
-
-    Raises:
-      NotImplementedError: for perturbed rows that do not fit.
+      The blocks: whole rows where the fewest that registers hold fit, and what was
+      perturbed where that fits beside them.
     """
     budget = int(vmem * tpu.VMEM_SHARE)
     least = max(_SUBLANES[size] for size in itemsizes)
     width = round_up(classes, _LANES)
-    # Two of each block in turn.
-    a_class = 2 * sum(itemsizes) + 4 * noisy
     # Temperatures and what is kept of rows, padded to lanes; strips in registers.
     spare = 8 * least * _LANES * 4 + 2**20
+    # Two of each block in turn.
+    a_class = 2 * sum(itemsizes)
+    keeps = noisy and least * width * (a_class + 4) + spare <= budget
     if least * width * a_class + spare > budget:
-        if noisy:
-            most = (budget - spare) // (least * a_class)
-            raise NotImplementedError(
-                f"`logits` must have at most {most} classes for gumbel_softmax with "
-                f'implementation "mosaic_tpu", got {classes}. Use "xla".'
-            )
         fitting = (budget - spare) // (least * a_class)
         fitting = min(fitting, _BLOCK_BYTES // (least * max(itemsizes)))
-        return Blocks(least, fitting // _CHUNK * _CHUNK, least, budget)
-    strip = least * max(1, min(8, _REGISTERS * _LANES // min(width, _CHUNK)))
+        chunk = Blocks.chunk
+        return Blocks(least, fitting // chunk * chunk, least, budget)
+    strip = least * max(1, min(8, _REGISTERS * _LANES // min(width, Blocks.chunk)))
     strip = min(strip, round_up(rows, least))
     most = max(1, _BLOCK_BYTES // (strip * width * max(itemsizes)))
-    return Blocks(strip * min(most, math.ceil(rows / strip)), classes, strip, budget)
+    block = strip * min(most, math.ceil(rows / strip))
+    return Blocks(block, classes, strip, budget, keeps)
 
 
 def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
@@ -109,14 +109,11 @@ def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
 
     Returns:
       [R, V] in the dtype of `x`.
-
-    Raises:
-      NotImplementedError: for perturbed rows that VMEM does not hold.
     """
     if words is None:
         body = functools.partial(_softmax_kernel, plan)
         return _call("jaxsoft_softmax_forward", body, (x,), tau)
-    body = functools.partial(_gumbel_kernel, plan)
+    body = functools.partial(gumbel.kernel, plan)
     return _call("jaxsoft_gumbel_softmax_forward", body, (x,), tau, words)
 
 
@@ -176,8 +173,9 @@ def _call(
     for array in given:
         width = (blocks.rows, array.shape[1])
         specs.append(pl.BlockSpec(width, lambda r, *_: (r, 0)))
-    scratch = [pltpu.VMEM((blocks.rows, 1), jnp.float32)] * 2
-    if noisy:
+    dtypes = gumbel.kept(blocks.keeps) if noisy else (jnp.float32,) * 2
+    scratch = [pltpu.VMEM((blocks.rows, 1), dtype) for dtype in dtypes]
+    if blocks.keeps:
         scratch.append(pltpu.VMEM(shape, jnp.float32))
     has = (column is not None, noisy)
     kernel = functools.partial(_kernel, body, blocks, classes, len(wide), has)
@@ -207,7 +205,8 @@ def _kernel(body, blocks: Blocks, classes: int, arrays: int, has, *refs) -> None
     rest = iter(refs)
     wide = [next(rest) for _ in range(arrays)]
     column, words = (next(rest) if h else None for h in has)
-    out, *scratch = rest
+    out, *kept = rest
+    noisy = kept.pop() if blocks.keeps else None
     steps = pl.cdiv(classes, blocks.classes)
 
     def run(passes: tuple[int, ...], block: Any, begins: Any) -> None:
@@ -216,10 +215,12 @@ def _kernel(body, blocks: Blocks, classes: int, arrays: int, has, *refs) -> None
                 pl.multiple_of(index * blocks.strip, blocks.strip), blocks.strip
             )
             values = [None if a is None else a[rows, :] for a in (column, words)]
-            state = _Strip(wide, out, scratch[:2], rows, *values, *scratch[2:])
-            valid = None if steps == 1 else classes - block * blocks.classes
+            first = block * blocks.classes
+            state = Strip(wide, out, kept, rows, first, *values, noisy)
+            valid = None if steps == 1 else classes - first
+            over = functools.partial(chunks, blocks.classes, blocks.chunk, valid)
             for number in passes:
-                body(number, begins, state, functools.partial(_chunks, blocks, valid))
+                body(number, begins, state, over)
 
         number = blocks.rows // blocks.strip
         if number == 1:
@@ -235,72 +236,13 @@ def _kernel(body, blocks: Blocks, classes: int, arrays: int, has, *refs) -> None
     pl.when(pl.program_id(1) == 1)(lambda: run((1,), steps - 1 - index, False))
 
 
-@dataclasses.dataclass
-class _Strip:
-    """References to blocks, and which of their rows are worked on.
-
-    Attributes:
-      wide: of the arrays.
-      out: of the result.
-      kept: two columns [R, 1] of scratch, which the first pass fills.
-      rows: the slice.
-      column: the strip's rows of the column [R, 1], or None.
-      words: the strip's keys [R, 2], or None.
-      noisy: of perturbed logits, or None.
-    """
-
-    wide: Any
-    out: Any
-    kept: Any
-    rows: Any
-    column: Any
-    words: Any = None
-    noisy: Any = None
-
-    def load(self, number: int, columns: Any, valid: Any, fill: float) -> jax.Array:
-        """Returns a chunk of an array in float32, with `fill` beyond its classes."""
-        x = self.wide[number][self.rows, columns].astype(jnp.float32)
-        if valid is None:
-            return x
-        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.where(ids < valid - columns.start, x, fill)
-
-    def restore(self, begins: Any, starts: tuple[float, float]) -> Any:
-        """Returns what was kept of the rows before, or where they start."""
-        start = tuple(jnp.full((self.rows.size, 1), s, jnp.float32) for s in starts)
-        if begins is True:
-            return start
-        return tuple(
-            jnp.where(begins, s, ref[self.rows, :])
-            for s, ref in zip(start, self.kept, strict=True)
-        )
-
-    def keep(self, columns: Any) -> None:
-        """Keeps two columns of the rows."""
-        for ref, value in zip(self.kept, columns, strict=True):
-            ref[self.rows, :] = value
-
-
-def _chunks(blocks: Blocks, valid: Any, function: Any, carry: Any) -> Any:
-    """Folds a function over the chunks of a block's classes."""
-    whole = blocks.classes // _CHUNK
-
-    def step(index, carry):
-        start = pl.multiple_of(index * _CHUNK, _CHUNK)
-        return function(pl.ds(start, _CHUNK), valid, carry)
-
-    carry = lax.fori_loop(0, whole, step, carry)
-    rest = blocks.classes - whole * _CHUNK
-    return function(pl.ds(whole * _CHUNK, rest), valid, carry) if rest else carry
-
-
-def _softmax_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:
+def _softmax_kernel(plan: Plan, number: int, begins, strip: Strip, over) -> None:
     """The largest logit and the sum of a strip, then its probabilities."""
     tau: Any = plan.static_tau if strip.column is None else strip.column
     lowest = float(jnp.finfo(jnp.float32).min)
 
     def fold(columns, valid, carry):
-        return _merge(strip.load(0, columns, valid, -jnp.inf), tau, carry)
+        return merge(strip.load(0, columns, valid, -jnp.inf), tau, carry)
 
     def write(columns, valid, carry):
         del valid
@@ -311,88 +253,13 @@ def _softmax_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> N
         return carry
 
     if number == 0:
-        strip.keep(chunks(fold, strip.restore(begins, (lowest, 0.0))))
+        strip.keep(over(fold, strip.restore(begins, (lowest, 0.0))))
         return
-    peak, total = (ref[strip.rows, :] for ref in strip.kept)
-    chunks(write, (peak, jnp.where(total == 0, 1, total)))
+    peak, total = strip.get()
+    over(write, (peak, jnp.where(total == 0, 1, total)))
 
 
-def _merge(x: jax.Array, tau: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
-    """Merges logits into the largest of a row and its sum, [R, 1] each."""
-    peak, total = carry
-    top = jnp.maximum(peak, jnp.max(x, axis=1, keepdims=True))
-    weights = jnp.exp(divide_by_temperature(x, top, tau))
-    total = total * jnp.exp(divide_by_temperature(peak, top, tau))
-    return top, total + jnp.sum(weights, axis=1, keepdims=True)
-
-
-def _gumbel_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:
-    """The softmax of perturbed logits, which stay in VMEM between the passes."""
-    del begins
-    tau: Any = plan.static_tau if strip.column is None else strip.column
-    lowest = float(jnp.finfo(jnp.float32).min)
-    start = strip.restore(True, (lowest, 0.0))
-    generator = plan.generator
-    assert generator is not None
-
-    def highest(columns, valid, peak):
-        del valid
-        x = strip.load(0, columns, None, 0)
-        return jnp.maximum(peak, jnp.max(x, axis=1, keepdims=True))
-
-    def perturb(peak, columns, valid, carry):
-        del valid
-        x = strip.load(0, columns, None, 0)
-        words = [strip.words[:, i : i + 1] for i in range(2)]
-        bits = noise.span_bits(
-            words, noise.CLASSES, columns.start, columns.size, generator
-        )
-        x = x - peak + noise.gumbel_of_bits(bits)
-        strip.noisy[strip.rows, columns] = x
-        return _merge(x, tau, carry)
-
-    if number == 0:
-        peak = chunks(highest, start[0])
-        strip.keep(chunks(functools.partial(perturb, peak), start))
-        return
-    peak, total = (ref[strip.rows, :] for ref in strip.kept)
-    total = jnp.where(total == 0, 1, total)
-    best = None
-    if plan.hard or plan.static_tau is None:
-        best = _lowest_best(strip, peak, chunks)
-
-    def write(columns, valid, carry):
-        del valid
-        x = strip.noisy[strip.rows, columns]
-        p: Any = None
-        if not plan.hard:
-            p = jnp.exp(divide_by_temperature(x, peak, tau)) / total
-        if best is not None:
-            ids = lax.broadcasted_iota(jnp.int32, x.shape, 1) + columns.start
-            # In a row with NaN the sum is NaN, and all that it divides.
-            hard = jnp.where(ids == best, 1.0, 0.0) * (total / total)
-            p = hard if p is None else jnp.where(is_zero(tau, p.dtype), hard, p)
-        strip.out[strip.rows, columns] = p.astype(strip.out.dtype)
-        return carry
-
-    chunks(write, 0)
-
-
-def _lowest_best(strip: _Strip, peak: jax.Array, chunks: Any) -> jax.Array:
-    """Returns the lowest class with the largest perturbed logit, [R, 1]."""
-    beyond = jnp.iinfo(jnp.int32).max
-
-    def find(columns, valid, best):
-        del valid
-        x = strip.noisy[strip.rows, columns]
-        ids = lax.broadcasted_iota(jnp.int32, x.shape, 1) + columns.start
-        ids = jnp.where(x == peak, ids, beyond)
-        return jnp.minimum(best, jnp.min(ids, axis=1, keepdims=True))
-
-    return chunks(find, jnp.full(peak.shape, beyond, jnp.int32))
-
-
-def _slope_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> None:
+def _slope_kernel(plan: Plan, number: int, begins, strip: Strip, over) -> None:
     """Σ y g and Σ y of a strip, then y (g - Σ y g / Σ y) / τ."""
     scale: Any = strip.column
     if scale is None:
@@ -414,7 +281,7 @@ def _slope_kernel(plan: Plan, number: int, begins, strip: _Strip, chunks) -> Non
         return mean
 
     if number == 0:
-        strip.keep(chunks(fold, strip.restore(begins, (0.0, 0.0))))
+        strip.keep(over(fold, strip.restore(begins, (0.0, 0.0))))
         return
-    weighted, total = (ref[strip.rows, :] for ref in strip.kept)
-    chunks(write, weighted / jnp.where(total == 0, 1, total))
+    weighted, total = strip.get()
+    over(write, weighted / jnp.where(total == 0, 1, total))
