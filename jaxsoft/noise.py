@@ -306,7 +306,7 @@ def gumbel_of_bits(bits: jax.Array) -> jax.Array:
 
 
 def unit_of_bits(bits: jax.Array) -> jax.Array:
-    """Returns float32 numbers in (0, 1] from uint32 bits, as a kernel can compute it."""
+    """Returns float32 numbers in (0, 1] from uint32 bits, as a kernel can do it."""
     # TPUs convert signed numbers alone. Both halves are exact, and the sum rounds once.
     high = lax.shift_right_logical(bits, jnp.full_like(bits, 16))
     low = bits & jnp.uint32(0xFFFF)

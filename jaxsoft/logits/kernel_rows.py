@@ -27,11 +27,10 @@ from jaxsoft.implementation import Implementation, check_platforms
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.temperature import inverse, is_ordinary
 
-__all__ = ["GUMBEL_KERNELS", "KERNELS", "Plan", "gumbel_softmax", "softmax"]
+__all__ = ["KERNELS", "Plan", "gumbel_softmax", "softmax"]
 
 # No kernel is a default before it was measured.
 KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu", "mosaic_gpu")
-GUMBEL_KERNELS = KERNELS
 
 _DTYPES = {
     "mosaic_tpu": ("float32", "bfloat16"),
@@ -87,8 +86,7 @@ def gumbel_softmax(
     """Returns samples by a kernel; the arguments are those of `gumbel_softmax`.
 
     Raises:
-      NotImplementedError: for a dtype that the kernels do not have, or rows that are
-        too long for them.
+      NotImplementedError: for a dtype that the kernels do not have.
     """
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
     check_dtype(implementation, rows.logits)

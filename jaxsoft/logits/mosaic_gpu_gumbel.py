@@ -8,7 +8,7 @@ which both passes find alike.
 A cipher of 20 rounds takes some 80 integer instructions, and the noise of its two
 classes as many again: more time than copying the classes through the device's memory.
 So the noise of a row that fits shared memory together with its noise is drawn once and
-kept, 4 bytes a class (of up to some 28,000 float32 classes, 37,000 of 16 bits); that of
+kept, 4 bytes a class (of up to 28,672 float32 classes, 32,768 of 16 bits); that of
 longer rows is drawn again in the second pass.
 """
 
@@ -29,7 +29,15 @@ __all__ = ["Gumbel", "gumbel"]
 _BEYOND = 2**30
 # -log(1 - u) = u P(u) below _SMALL; from a least-squares fit of relative errors.
 _SMALL = 0.25
-_LOG = (1.0, 0.499999106, 0.33338955, 0.248693898, 0.214223862, 0.0896221027, 0.33377340)
+_LOG = (
+    1.0,
+    0.499999106,
+    0.33338955,
+    0.248693898,
+    0.214223862,
+    0.0896221027,
+    0.33377340,
+)
 
 
 def gumbel(bits: jax.Array) -> jax.Array:

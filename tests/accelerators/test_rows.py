@@ -9,20 +9,25 @@ from tests.accelerators import rows
 from tests.accelerators.compiling import MIB, results
 
 
+def kernels(what):
+    """Returns the names of the kernels that a program has."""
+    named = {"gradient": rows.KERNELS[:2]}
+    named |= dict.fromkeys(("noise", "hard"), rows.KERNELS[2:])
+    return list(named.get(what, rows.KERNELS[:1]))
+
+
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 def test_rows_on_tpus(chip):
-    """Whole rows fit in VMEM: each array is read once, or written once."""
+    """Rows that fit in VMEM: each array is read once, or written once."""
     found = results("rows", "v6e", chip)
-    assert len(found) == 10
+    assert len(found) == 12
     for result in found:
         backward = result["what"] == "gradient"
-        kernels = {"gradient": rows.KERNELS[:2], "noise": rows.KERNELS[2:]}
-        expected = kernels.get(result["what"], rows.KERNELS[:1])
-        assert result["kernels"] == list(expected), result
+        assert result["kernels"] == kernels(result["what"]), result
         count, classes, dtype = rows.SHAPES[result["name"]]
         # Backward with the forward: x and y, then y and g and the gradient.
-        accesses = 5 if backward else 2
-        assert result["accesses"] == pytest.approx(accesses, rel=4e-3), result
+        accesses = 5 if backward else 2 + (result["name"] == "longest")
+        assert result["accesses"] == pytest.approx(accesses, rel=5e-3), result
         # The forward's y, or the keys of rows, which fill lanes; and nothing else.
         count = rows.limited(chip, count)
         held = count * classes * (4 if dtype == "float32" else 2) * backward
@@ -32,10 +37,10 @@ def test_rows_on_tpus(chip):
 def test_rows_on_hopper():
     """Machine code without spills, and of 128-number lines no copy but y."""
     found = results("rows", "h100", "h100")
-    assert len(found) == 7
+    assert len(found) == 12
     for result in found:
         backward = result["what"] == "gradient"
-        assert result["kernels"] == list(rows.KERNELS[: 1 + backward]), result
+        assert result["kernels"] == kernels(result["what"]), result
         # Empty where the same kernel was compiled before.
         assert set(result["targets"]) <= {"sm_90a"}, result
         assert result["spills"] == [], result

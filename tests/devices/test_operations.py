@@ -21,7 +21,7 @@ MOSAIC = ("mosaic_tpu", "mosaic_gpu")
 CPU, CUDA = Device("cpu", "a CPU"), Device("cuda", "a GPU")
 KERNEL_FUNCTIONS = dict.fromkeys(
     ("linear_statistics", "linear_cross_entropy", "linear_log_prob"), KERNELS
-) | {"softmax": kernel_rows.KERNELS, "gumbel_softmax": kernel_rows.GUMBEL_KERNELS}
+) | {"softmax": kernel_rows.KERNELS, "gumbel_softmax": kernel_rows.KERNELS}
 
 
 def found_on(device: Device, *names: str) -> dict[str, Found]:

@@ -11,19 +11,19 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
-from jaxsoft import noise, nvidia
+from jaxsoft import nvidia
 from jaxsoft.implementation import Gpu
 from jaxsoft.logits import mosaic_gpu, mosaic_tpu
 from tests import truth
-from tests.interpreters import gpu_interpreter, tpu_interpreter
-
-ROWS, CLASSES = 13, 300
-KERNELS = ("mosaic_tpu", "mosaic_gpu")
-
-
-def interpreted(kernel):
-    """Runs kernels in the interpreter for their device."""
-    return {"mosaic_tpu": tpu_interpreter, "mosaic_gpu": gpu_interpreter}[kernel]()
+from tests.logits.kernels import (
+    CLASSES,
+    KERNELS,
+    ROWS,
+    both,
+    close,
+    interpreted,
+    logits,
+)
 
 
 @pytest.fixture
@@ -33,34 +33,12 @@ def short_blocks(monkeypatch):
     def blocks(rows, classes, itemsizes, vmem, noisy):
         del rows, classes, vmem, noisy
         least = 16 if 2 in itemsizes else 8
-        return mosaic_tpu.Blocks(least, 128, least, 2**20)
+        return mosaic_tpu.Blocks(least, 128, least, 2**20, chunk=128)
 
     monkeypatch.setattr(mosaic_tpu, "choose", blocks)
-    monkeypatch.setattr(mosaic_tpu, "_CHUNK", 128)
     jax.clear_caches()
     yield
     jax.clear_caches()
-
-
-def logits(dtype="float32", rows=ROWS, classes=CLASSES):
-    """Rows of many kinds: dropped classes, no class left, NaN, infinite, an offset."""
-    x = np.random.default_rng(0).standard_normal((rows, classes)) * 3
-    x[1, ::3] = -np.inf
-    x[2] = -np.inf
-    x[3, classes // 2] = np.nan
-    x[4, -1] = np.inf
-    x[5] += 1e4
-    x[6, 1:] = -3e38
-    x[7] = np.round(x[7])
-    return jnp.asarray(x, dtype)
-
-
-def both(function, *args, kernel="mosaic_tpu"):
-    """Returns what XLA and what a kernel gives, jitted as users do."""
-    run = jax.jit(function, static_argnums=0)
-    theirs = jax.block_until_ready(run("xla", *args))
-    with interpreted(kernel):
-        return theirs, jax.block_until_ready(run(kernel, *args))
 
 
 def value_and_gradients(implementation, x, cotangent, tau, **options):
@@ -70,17 +48,6 @@ def value_and_gradients(implementation, x, cotangent, tau, **options):
     )
     y, back = jax.vjp(function, x, tau)
     return y, back(cotangent)
-
-
-def close(theirs, mine, dtype):
-    """Compares trees, up to the rounding of their dtype; NaN where the other has it."""
-    slack = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
-    for a, b in zip(*map(jax.tree.leaves, (theirs, mine)), strict=True):
-        assert a.dtype == b.dtype
-        a, b = (np.asarray(v, "float64") for v in (a, b))
-        scale = np.nanmax(np.abs(a), initial=0, where=np.isfinite(a))
-        np.testing.assert_allclose(b, a, rtol=slack, atol=slack * scale)
-        assert scale > 0
 
 
 @pytest.mark.parametrize("blocks", ["whole", "short"])
@@ -189,51 +156,6 @@ def test_gpus_take_row_after_row(dtype, monkeypatch):
     close(*both(value_and_gradients, *args, kernel="mosaic_gpu"), dtype)
 
 
-@pytest.fixture
-def apart(monkeypatch):
-    """Computes ciphers in parts: XLA's CPU compiler takes long for one piece."""
-    whole = noise._threefry
-    monkeypatch.setattr(
-        noise,
-        "_threefry",
-        lambda keys, counters, rounds, _: whole(keys, counters, rounds, False),
-    )
-
-
-def test_spans_of_noise_have_the_bits_of_each_class(apart):
-    words = noise.row_words(jax.random.key(3), 5)
-    of_all = jax.jit(noise._first_bits, static_argnums=(1, 2, 3, 4))
-    bits = of_all(words, noise.CLASSES, 900, 13, False)
-    span = jax.jit(noise.span_bits, static_argnums=(1, 3, 4))(
-        (words[:, :1], words[:, 1:]), noise.CLASSES, 512, 388, "threefry13"
-    )
-    np.testing.assert_array_equal(span, bits[:, 512:])
-    edges = jnp.asarray([0, 1, 2**16 - 1, 2**24 + 1, 2**31, 2**32 - 1], jnp.uint32)
-    for some in (bits, edges):
-        drawn = noise._to_gumbel(some, jnp.dtype("float32"))
-        np.testing.assert_allclose(noise.gumbel_of_bits(some), drawn, 1e-6, 1e-7)
-
-
-def test_gumbel_softmax_draws_what_xla_draws(apart):
-    """Values and gradients at the limits too, and of rows with NaN or no class."""
-    x = logits()
-    tau = jnp.asarray(np.resize([0.3, 1, 2, 0, np.inf], (ROWS, 1)), "float32")
-    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), "f")
-
-    def function(implementation, x, tau):
-        def draw(hard, x, tau):
-            return jaxsoft.gumbel_softmax(
-                jax.random.key(7), x, tau, hard=hard, implementation=implementation
-            )
-
-        hard, back = jax.vjp(functools.partial(draw, True), x, tau)
-        return hard, draw(False, x, tau), back(cotangent)
-
-    theirs, mine = both(function, x, tau)
-    close(theirs, mine, "float32")
-    np.testing.assert_array_equal(theirs[0], mine[0])
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_empty_arrays_and_errors(kernel):
     for shape in ((0, 5), (3, 0)):
@@ -293,19 +215,3 @@ def test_rows_that_fit_shared_memory_are_read_once():
     for slots, chunk, message in ((1, 8, "`slots` must be"), (2, 9, "`chunk` must be")):
         with pytest.raises(ValueError, match=message):
             mosaic_gpu.Ring(lines=100, chunk=chunk, slots=slots, blocks=1)
-
-
-def test_gumbel_softmax_errors():
-    key, x = jax.random.key(0), jnp.zeros((2, 128))
-    with pytest.raises(
-        NotImplementedError, match="for gumbel_softmax, got 'mosaic_gpu"
-    ):
-        jaxsoft.gumbel_softmax(key, x, implementation="mosaic_gpu")
-    with pytest.raises(
-        NotImplementedError, match="must have dtype float32 or bfloat16"
-    ):
-        jaxsoft.gumbel_softmax(key, x.astype("float16"), implementation="mosaic_tpu")
-    wide = jax.ShapeDtypeStruct((8, 10**6), "float32")
-    draw = functools.partial(jaxsoft.gumbel_softmax, implementation="mosaic_tpu")
-    with pytest.raises(NotImplementedError, match="must have at most .* got 1000000"):
-        jax.eval_shape(draw, key, wide)
