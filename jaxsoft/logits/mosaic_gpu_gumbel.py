@@ -178,7 +178,7 @@ class Gumbel:
             if self.hard:
                 lines = [(first + i, None, None) for i in range(chunk.piece)]
             else:
-                lines = self._lines(chunk, first, draws=chunk.noise is None)
+                lines = self._lines(chunk, first, draws=not chunk.keeps)
             for line, top, rest in lines:
                 p = result.weight
                 if result.best is not None:
@@ -191,31 +191,32 @@ class Gumbel:
         _each_piece(chunk, write, None)
 
     def _lines(self, chunk: Chunk, first: Any, draws: bool):
-        """Yields a piece's lines with their perturbed logits, as pairs.
+        """Yields a piece's lines with their perturbed logits, as exact sums.
 
         Args:
           chunk: where they are.
           first: of the piece in the chunk.
           draws: whether noise is drawn, and kept if there is room, or was kept.
         """
-        for index in range(chunk.piece):
-            line = first + index
-            if draws and index % 2 == 0:
-                counters = (chunk.first + line) * (LINE // 2) + _iota()
-                both = noise.pair_bits(
-                    chunk.words,
-                    noise.CLASSES,
-                    counters.astype(jnp.uint32),
-                    self.generator,
-                )
+        for pair in range(0, chunk.piece, 2):
+            lines = [first + i for i in range(pair, min(pair + 2, chunk.piece))]
             if draws:
-                drawn = gumbel(both[index % 2])
-                if chunk.noise is not None:
-                    chunk.noise[chunk.slot, line] = drawn
+                # Without a second word for a line that has no neighbour.
+                drawn = self._pair(chunk, lines[0])[: len(lines)]
             else:
-                drawn = chunk.noise[chunk.slot, line]
-            (x,) = chunk.load((chunk.slot, line))
-            yield line, *exact_sum(x, drawn)
+                drawn = [chunk.noise[chunk.slot, line] for line in lines]
+            for line, own in zip(lines, drawn, strict=True):
+                if draws and chunk.keeps:
+                    chunk.noise[chunk.slot, line] = own
+                (x,) = chunk.load((chunk.slot, line))
+                yield line, *exact_sum(x, own)
+
+    def _pair(self, chunk: Chunk, line: Any) -> list[jax.Array]:
+        """Returns the noise of a line of the chunk and of the next."""
+        counters = (chunk.first + line) * (LINE // 2) + _iota()
+        counters = counters.astype(jnp.uint32)
+        pair = noise.pair_bits(chunk.words, noise.CLASSES, counters, self.generator)
+        return [gumbel(bits) for bits in pair]
 
     def _ids(self, chunk: Chunk, line: Any) -> jax.Array:
         """Returns the classes of a line of the chunk."""

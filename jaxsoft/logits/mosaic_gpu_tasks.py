@@ -4,10 +4,11 @@ A task finds a few numbers of a row, chunk after chunk, and writes chunks from t
 piece is what threads hold at a time: of 8 lines, 8 numbers each.
 """
 
+import abc
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,11 @@ class Chunk(NamedTuple):
     first: Any
     temper: Any
     words: Any
+
+    @property
+    def keeps(self) -> bool:
+        """Whether noise is kept."""
+        return self.noise is not None
 
     @property
     def lines(self) -> int:
@@ -86,11 +92,20 @@ def centred(temper: Any, x: jax.Array, peak: Any) -> jax.Array:
     return c if again is None else c * again
 
 
-class _Pieces:
+class _Pieces(abc.ABC):
     """A task that takes pieces as threads load them fastest."""
 
     # Whether a thread reads of shared memory nothing that other threads wrote.
     private = False
+    starts: ClassVar[tuple[float, float]]
+
+    @abc.abstractmethod
+    def merge(self, temper: Any, found: Any, pieces: Any) -> Any:
+        """Merges pieces ([P, 128] of each array) into what was found."""
+
+    @abc.abstractmethod
+    def result(self, temper: Any, result: Any, *piece: jax.Array) -> jax.Array:
+        """Returns what overwrites a piece of the first array."""
 
     def start(self, lines: int, itemsize: int) -> Any:
         """Returns what each thread has found before the first chunk."""
@@ -122,10 +137,10 @@ class Softmax(_Pieces):
 
     # What columns beyond a row are; those of TMA are 0.
     fill = -math.inf
-    starts = (float(jnp.finfo(jnp.float32).min), 0.0)
+    starts: ClassVar = (float(jnp.finfo(jnp.float32).min), 0.0)
 
     def merge(self, temper, found, pieces):
-        """Merges pieces ([1, P, 128] of each array) into what was found."""
+        """Merges the largest logits and the sums."""
         peak, total = found
         xs = [x for (x,) in pieces]
         top = functools.reduce(jnp.maximum, xs, peak)
@@ -141,8 +156,9 @@ class Softmax(_Pieces):
         total = jnp.sum(total * jnp.exp2(centred(temper, peak, top)))
         return top, 1 / jnp.where(total == 0, 1.0, total)
 
-    def result(self, temper, result, x):
+    def result(self, temper, result, *piece):
         """Returns the probabilities of a piece."""
+        (x,) = piece
         top, inverse = result
         return jnp.exp2(centred(temper, x, top)) * inverse
 
@@ -157,7 +173,7 @@ class Slope(_Pieces):
 
     static: Any
     fill = 0.0
-    starts = (0.0, 0.0)
+    starts: ClassVar = (0.0, 0.0)
 
     def merge(self, temper, found, pieces):
         """Adds up pieces of y and g."""
@@ -173,7 +189,7 @@ class Slope(_Pieces):
         weighted, total = (jnp.sum(a) for a in found)
         return weighted / jnp.where(total == 0, 1.0, total)
 
-    def result(self, temper, mean, y, g):
+    def result(self, temper, result, *piece):
         """Returns the product with a piece."""
-        (scale,) = temper
-        return y * (g - mean) * scale
+        (scale,), (y, g) = temper, piece
+        return y * (g - result) * scale

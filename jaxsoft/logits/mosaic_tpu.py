@@ -214,9 +214,9 @@ def _kernel(body, blocks: Blocks, classes: int, arrays: int, has, *refs) -> None
             rows = pl.ds(
                 pl.multiple_of(index * blocks.strip, blocks.strip), blocks.strip
             )
-            values = [None if a is None else a[rows, :] for a in (column, words)]
             first = block * blocks.classes
-            state = Strip(wide, out, kept, rows, first, *values, noisy)
+            own, key = (None if a is None else a[rows, :] for a in (column, words))
+            state = Strip(wide, out, kept, rows, first, own, key, noisy)
             valid = None if steps == 1 else classes - first
             over = functools.partial(chunks, blocks.classes, blocks.chunk, valid)
             for number in passes:

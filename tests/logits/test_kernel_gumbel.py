@@ -158,9 +158,10 @@ def test_gpus_draw_what_xla_draws(case, take):
     """With gradients, at the limits, hard, and one row after another."""
     classes, dtype, ring = RINGS[case]
     take(ring)
-    x = logits(classes=classes)[jnp.array([0, 1, 7, 3, 2, 5])].astype(dtype)
-    tau = jnp.asarray([[0.3], [2], [0], [1], [np.inf], [1e-5]], "float32")
+    x = logits(classes=classes)[jnp.array([0, 1, 7, 3, 2, 5, 4])].astype(dtype)
+    tau = jnp.asarray([[0.3], [1e-5], [0], [1], [np.inf], [0.5], [2]], "float32")
     mask = np.random.default_rng(2).uniform(size=x.shape) < 0.7
+    mask[3] = True
 
     def kept(implementation, x, tau):
         y, back = jax.vjp(lambda *a: draw(implementation, *a), x, tau)
