@@ -47,7 +47,7 @@ def gumbel(bits: jax.Array) -> jax.Array:
       bits: uint32 of any shape.
 
     Returns:
-      float32, that of `noise.gumbel_of_bits` to some 5e-7.
+      float32, that of `noise.gumbel_of_bits` to some 5e-7 of 1 or of itself.
     """
     u = jnp.minimum(noise.unit_of_bits(bits), 1 - 2.0**-24)
     series = jnp.full(u.shape, _LOG[-1], u.dtype)
