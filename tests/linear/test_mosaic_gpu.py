@@ -189,8 +189,8 @@ def test_gradients_batches_and_forward_over_reverse(small_tiles):
     np.testing.assert_allclose(ours[0][0], theirs[0][0], rtol=1e-6)
 
 
-def as_promised(plan: planning.Plan, inputs: planning.Inputs) -> planning.Partials:
-    """What `hopper.run` promises, from stored logits."""
+def logits_of(plan: planning.Plan, inputs: planning.Inputs) -> tuple[Any, Any]:
+    """Returns stored logits of the rows of results, and what they count by."""
     kernel = inputs.kernel.T if plan.transposed else inputs.kernel
     u = jnp.matmul(inputs.hidden, kernel, preferred_element_type=jnp.float32)
     u = jnp.pad(u, ((0, plan.rows - u.shape[0]), (0, 0)))
@@ -199,11 +199,15 @@ def as_promised(plan: planning.Plan, inputs: planning.Inputs) -> planning.Partia
     if plan.softcap is not None:
         capped = plan.softcap * jnp.tanh(u / plan.softcap)
         u = jnp.where(u == -jnp.inf, u, capped)
-    size = -(-plan.tiles // plan.splits) * plan.blocks.classes
     if inputs.temper is None:
-        row: Any = (plan.scale, plan.factor, 1.0)
-    else:
-        row = tuple(inputs.temper[:, :, None])
+        return u, (plan.scale, plan.factor, 1.0)
+    return u, tuple(inputs.temper[:, :, None])
+
+
+def as_promised(plan: planning.Plan, inputs: planning.Inputs) -> planning.Partials:
+    """What `hopper.run` promises, from stored logits."""
+    u, row = logits_of(plan, inputs)
+    size = -(-plan.tiles // plan.splits) * plan.blocks.classes
     fields: dict[str, list[Any]] = {n: [] for n in (*plan.floats, *plan.integers)}
     for start in range(0, size * plan.splits, size):
         part = u[:, start : start + size]
