@@ -30,12 +30,10 @@ __all__ = ["forward", "groups"]
 # The kernels, by compute capability. Blackwell's consumer cards, 12.0, have no tensor
 # memory.
 _KERNELS = {"9.0": hopper, "10.0": blackwell}
-# wgmma and tcgen05 take rows of shared memory of 64 elements of 2 bytes.
-_FEATURES = 64
 # TMA copies multiples of 16 bytes: 8 rows of hidden states, or of a kernel [V, H].
 _ROWS = 8
-# The narrowest rows of shared memory that they can read, in elements.
-_CLASSES = 16
+# The narrowest rows of shared memory that wgmma and tcgen05 read, in elements.
+_NARROWEST = 16
 
 
 def forward(config: Config, operands: Operands) -> Saved:
@@ -133,15 +131,15 @@ def _check(config: Config, operands: Operands) -> Gpu:
             f"{hidden.dtype} and {kernel.dtype}",
             "Convert them",
         )
-    if hidden.shape[1] % _FEATURES:
+    if hidden.shape[1] % _NARROWEST:
         must(
-            f"`hidden.shape[-1]` must be a multiple of {_FEATURES}",
+            f"`hidden.shape[-1]` must be a multiple of {_NARROWEST}",
             hidden.shape[1],
             "Widen the layer",
         )
-    if config.class_axis == 1 and kernel.shape[1] % _CLASSES:
+    if config.class_axis == 1 and kernel.shape[1] % _NARROWEST:
         must(
-            f"The classes of a kernel [H, V] must be a multiple of {_CLASSES}",
+            f"The classes of a kernel [H, V] must be a multiple of {_NARROWEST}",
             kernel.shape[1],
             'Store the kernel as [V, H] with kernel_layout="vh", which takes any V, '
             "pad it once and mask the new classes",
@@ -190,11 +188,11 @@ def _launch(
     config: Config, operands: Operands, chip: Gpu, groups: bool = False
 ) -> tuple[planning.Plan, planning.Partials]:
     """Returns what the kernel was asked for, and what it wrote."""
-    rows, classes = operands.hidden.shape[0], operands.num_classes(config)
-    swizzle = 128
-    if config.class_axis == 1:
-        # The widest that divides the kernel's rows.
-        swizzle = next(s for s in (128, 64, 32) if classes % (s // 2) == 0)
+    (rows, features), classes = operands.hidden.shape, operands.num_classes(config)
+    # Rows of shared memory, as wide as they divide those of both arrays. Past the last
+    # feature TMA writes zeros.
+    widths = math.gcd(features, *([classes] if config.class_axis == 1 else []))
+    swizzle = next(s for s in (128, 64, 32) if widths % (s // 2) == 0)
     kernel = _KERNELS[chip.compute_capability]
     tiles, splits = planning.choose(
         rows, classes, swizzle, chip.core_count, kernel is blackwell
@@ -203,7 +201,7 @@ def _launch(
     plan = planning.Plan(
         rows=round_up(rows, tiles.block_rows * tiles.cluster),
         classes=classes,
-        features=operands.hidden.shape[1],
+        features=features,
         transposed=config.class_axis == 0,
         blocks=tiles,
         splits=splits,

@@ -147,7 +147,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """The number of steps that a tile of logits takes."""
-        return self.features // self.blocks.features
+        return math.ceil(self.features / self.blocks.features)
 
     @property
     def floats(self) -> tuple[str, ...]:

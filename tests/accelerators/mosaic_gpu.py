@@ -49,6 +49,8 @@ def cases(mode):
     yield "every option", statistics, 1000, *GEMMA3, every
     yield "vh 50257", loss, 4096, 768, 50257, {"kernel_layout": "vh"}
     yield "hv 50288", loss, 100, 768, 50288, {}
+    yield "vh narrow", loss, 300, 784, 50256, {"kernel_layout": "vh"}
+    yield "hv narrow", statistics, 300, 96, 50304, {}
     yield "sample 64", sample, 64, *QWEN3, {"temperature": True}
     yield "sample vh", sample, 300, 768, 50257, {"kernel_layout": "vh"}
     if mode == "both":

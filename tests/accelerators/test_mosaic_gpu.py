@@ -55,6 +55,8 @@ def test_options_layouts_and_the_gradient():
         "every option": partials(1000, 262144, 5, 2) + 1,
         "vh 50257": partials(4096, 50257, 3, 0),
         "hv 50288": partials(100, 50288, 3, 0),
+        "vh narrow": partials(300, 50256, 3, 0),
+        "hv narrow": partials(300, 50304),
         "sample 64": groups(64, 4096, 151936),
         "sample vh": groups(300, 768, 50257),
         # XLA's backward pass: a tile, and the float32 sum of dhidden.
@@ -90,6 +92,8 @@ def test_blackwell():
         "every option": partials(1000, 262144, 5, 2, chip) + 1,
         "vh 50257": partials(4096, 50257, 3, 0, chip),
         "hv 50288": partials(100, 50288, 3, 0, chip),
+        "vh narrow": partials(300, 50256, 3, 0, chip),
+        "hv narrow": partials(300, 50304, 5, 1, chip),
         "sample 64": groups(64, 4096, 151936),
         "sample vh": groups(300, 768, 50257),
     }

@@ -90,7 +90,7 @@ def test_the_default_is_the_resolvers(monkeypatch):
     [
         ("9.0", Shapes(), None),
         ("8.0", Shapes(), "compute capability 9.0"),
-        ("9.0", Shapes(hidden=60), "must be a multiple of 64"),
+        ("9.0", Shapes(hidden=60), "must be a multiple of 16"),
         ("9.0", Shapes(dtype="float32"), "bfloat16"),
     ],
 )
