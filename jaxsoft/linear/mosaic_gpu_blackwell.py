@@ -131,6 +131,7 @@ def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
             plgpu.copy_gmem_to_smem(ref.at[window], tiles, full.at[slot])
 
     lax.fori_loop(0, place.tiles * plan.steps, step, None)
+    body.drain_bias(place, **scratch)
 
 
 def _multiply_tiles(plan: Plan, place: body.Place, **scratch) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "chunks",
     "copy_bias",
     "copy_groups",
+    "drain_bias",
     "place_of",
     "release_bias",
     "results",
@@ -156,6 +157,21 @@ def copy_bias(plan: Plan, place: Place, tile, bias, **scratch) -> None:
         scratch["bias_tiles"].at[slot],
         scratch["bias_full"].at[slot],
     )
+
+
+def drain_bias(place: Place, **scratch) -> None:
+    """Waits until all that was copied by `copy_bias` was read."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if "bias_empty" in scratch:
+        lax.fori_loop(
+            jnp.maximum(place.tiles - 2, 0),
+            place.tiles,
+            lambda tile, _: plgpu.barrier_wait(
+                scratch["bias_empty"].at[lax.rem(tile, 2)]
+            ),
+            None,
+        )
 
 
 def wait_for_bias(tile, **scratch) -> None:

@@ -143,6 +143,7 @@ def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
     lax.fori_loop(0, ahead, fill, None)
     lax.fori_loop(ahead, total, refill, None)
     lax.fori_loop(jnp.maximum(total - blocks.stages, 0), total, drain, None)
+    body.drain_bias(place, **scratch)
 
 
 def _fold_tiles(plan, place: body.Place, warpgroup, inputs, results, **scratch) -> None:
