@@ -18,6 +18,7 @@ import jax
 import jaxsoft
 from benchmarks import (
     checks,
+    choices,
     contest,
     discrete,
     heads,
@@ -93,7 +94,7 @@ def _faulty(session: Session) -> frozenset[str]:
 
 
 def _check_kernels(session: Session) -> None:
-    """Checks the layer by every implementation, with every option."""
+    """Checks what has kernels, by every implementation, with every option."""
     for dtype in ("bfloat16", "float32"):
         for layout, workload in _OF_KERNELS.items():
             workload = dataclasses.replace(workload, dtype=dtype)
@@ -102,6 +103,10 @@ def _check_kernels(session: Session) -> None:
             _check_linear(
                 session, workload, layout, ("every option",) if few else every
             )
+            choices.check_layer(session, workload, layout, _PARITY)
+    for dtype in ("float32",) if session.quick else ("float32", "bfloat16"):
+        workload = dataclasses.replace(_ROWS, dtype=dtype)
+        choices.check_rows(session, workload, _PARITY)
 
 
 def _check_rest(session: Session) -> None:

@@ -207,6 +207,16 @@ def _relaxation(session, workload, logits, cotangent, torch, suite, timed):
                 functools.partial(_ours, generator="threefry13"),
                 ours=True,
             ),
+            *(
+                peers.Contender(
+                    name,
+                    functools.partial(_ours, implementation=implementation),
+                    ours=True,
+                )
+                for name, implementation in peers.implementations().items()
+                # The default is that.
+                if implementation not in (None, "xla")
+            ),
             peers.Contender("jax.nn", _plain),
             _torch_contender(torch, run_torch),
         ],

@@ -24,7 +24,9 @@ __all__ = [
     "block_size",
     "draw",
     "draw_row",
+    "exponentials",
     "invert",
+    "invert_once",
     "later",
     "place",
     "scores",
@@ -123,13 +125,13 @@ def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
     groups = math.gcd(weights.shape[1], _GROUPS)
     parts = weights.reshape(weights.shape[0], groups, -1)
     sums = jnp.sum(parts, axis=2)
-    group, before = _invert(sums, target)
+    group, before = invert_once(sums, target)
     chosen = jnp.take_along_axis(parts, group[:, None, None], axis=1)[:, 0]
-    inside, _ = _invert(chosen, target - before)
+    inside, _ = invert_once(chosen, target - before)
     return group * parts.shape[2] + inside
 
 
-def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def invert_once(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the same by one cumulative sum, and the sum before what it found."""
     until = jnp.cumsum(weights, axis=1)
     inside = jnp.sum(until <= target[:, None], axis=1)
@@ -198,7 +200,7 @@ def _inside(logits, where, tau, words, block, best, peak, sums) -> jax.Array:
     total = jnp.take_along_axis(sums, best, axis=1)[:, 0]
     zero = is_zero(tau, sums.dtype)
     at = place(words, zero, sums.dtype)
-    weights = at.order(_weights(chosen, peak, tau))
+    weights = at.order(exponentials(chosen, peak, tau))
     return at.column(invert(weights, at.share * total), block)
 
 
@@ -249,7 +251,8 @@ def draw_row(
     return lax.cond(usable, quickly, safely)
 
 
-def _weights(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:
+def exponentials(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:
+    """Returns exp((u - top) / τ) of logits up to `top`; 0 where all are -inf."""
     # The lowest finite number, without a select, serves where all are -inf.
     peak = jnp.maximum(top, jnp.finfo(top.dtype).min)
     return jnp.exp(divide_by_temperature(u, peak, tau))
@@ -280,7 +283,9 @@ def _sums(
     """Returns each block's sum of exponentials, [R, n]."""
     tau = tau[:, :, None] if isinstance(tau, jax.Array) else tau
     pairs = zip(parts, peaks, strict=True)
-    return jnp.concatenate([jnp.sum(_weights(u, m, tau), axis=2) for u, m in pairs], 1)
+    return jnp.concatenate(
+        [jnp.sum(exponentials(u, m, tau), axis=2) for u, m in pairs], 1
+    )
 
 
 def _summaries(

@@ -1,4 +1,4 @@
-"""Statistics of `hidden @ kernel` by kernels for NVIDIA GPUs, through Mosaic GPU.
+"""Statistics and samples of `hidden @ kernel` by kernels for NVIDIA GPUs: Mosaic GPU.
 
 One launch gives the statistics of every row in every split of the classes; they merge
 as tiles do. What the kernel cannot read is taken apart: the last classes of a kernel
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsoft import nvidia, varying
+from jaxsoft import blocks, nvidia, varying
 from jaxsoft.implementation import Gpu
 from jaxsoft.linear import mosaic_gpu_blackwell as blackwell
 from jaxsoft.linear import mosaic_gpu_hopper as hopper
@@ -22,19 +22,18 @@ from jaxsoft.linear import mosaic_gpu_plan as planning
 from jaxsoft.linear import running, sharding, tiling, xla
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.running import Running, Saved
+from jaxsoft.linear.tile import Tile
 from jaxsoft.padding import round_up
 
-__all__ = ["forward"]
+__all__ = ["forward", "groups"]
 
 # The kernels, by compute capability. Blackwell's consumer cards, 12.0, have no tensor
 # memory.
 _KERNELS = {"9.0": hopper, "10.0": blackwell}
-# wgmma and tcgen05 take rows of shared memory of 64 elements of 2 bytes.
-_FEATURES = 64
 # TMA copies multiples of 16 bytes: 8 rows of hidden states, or of a kernel [V, H].
 _ROWS = 8
-# The narrowest rows of shared memory that they can read, in elements.
-_CLASSES = 16
+# The narrowest rows of shared memory that wgmma and tcgen05 read, in elements.
+_NARROWEST = 16
 
 
 def forward(config: Config, operands: Operands) -> Saved:
@@ -53,17 +52,68 @@ def forward(config: Config, operands: Operands) -> Saved:
     """
     local = sharding.local_classes(config, operands)
     chip = _check(config, local)
-    tau, classes = local.temperature(config), local.num_classes(config)
-    aligned = classes if config.class_axis == 1 else classes // _ROWS * _ROWS
+    of_kernel, of_tail, aligned = _cut(config, local)
     parts = []
-    if aligned:
-        of_kernel = local if aligned == classes else _classes(config, local, 0, aligned)
-        parts.append(_of_kernel(config, of_kernel, chip))
-    if aligned < classes:
-        tail = _of_tail(config, _classes(config, local, aligned, classes), aligned)
+    if of_kernel is not None:
+        plan, found = _launch(config, of_kernel, chip)
+        parts.append(_running(plan, local.hidden.shape[0], found))
+    if of_tail is not None:
+        tail = _of_tail(config, of_tail, aligned)
         parts.append(jax.tree.map(lambda a: a[None], tail))
     merged = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-    return running.finish(config, local, running.join(tau, merged))
+    joined = running.join(local.temperature(config), merged)
+    return running.finish(config, local, joined)
+
+
+def groups(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """Returns what is known of each group of `GROUP` classes, of each row.
+
+    Args:
+      config: what is known at trace time; nothing is wanted, no class is sharded.
+      operands: the arrays.
+
+    Returns:
+      The largest logit, and the sum of exponentials of logits minus that, over τ: [N,
+      G] each, -inf and 0 in a group without any kept class.
+
+    Raises:
+      NotImplementedError: for what the kernels do not have.
+      ImportError: without absl-py, which Pallas imports.
+    """
+    chip = _check(config, operands)
+    of_kernel, of_tail, aligned = _cut(config, operands)
+    rows, classes = operands.hidden.shape[0], operands.num_classes(config)
+    count = math.ceil(classes / planning.GROUP)
+    tops = jnp.full((rows, count), -jnp.inf, jnp.float32)
+    sums = jnp.zeros((rows, count), jnp.float32)
+    if of_kernel is not None:
+        _, found = _launch(config, of_kernel, chip, groups=True)
+        # Beyond its classes the last tile has empty groups.
+        tops, sums = (
+            _pad(array[:count, :rows].T, count, empty)
+            for array, empty in zip(found.floats, (-jnp.inf, 0.0), strict=True)
+        )
+    if of_tail is not None:
+        u = _tail_logits(config, of_tail).logits
+        tau = operands.temperature(config)
+        last, top = tops[:, -1:], jnp.max(u, axis=1, keepdims=True)
+        whole = jnp.maximum(last, top)
+        total = jnp.sum(blocks.exponentials(u, whole, tau), axis=1)
+        total += sums[:, -1] * blocks.exponentials(last, whole, tau)[:, 0]
+        tops, sums = tops.at[:, -1].set(whole[:, 0]), sums.at[:, -1].set(total)
+    return tops, sums
+
+
+def _cut(
+    config: Config, operands: Operands
+) -> tuple[Operands | None, Operands | None, int]:
+    """Returns what the kernel reads and the last few classes, which it does not."""
+    classes = operands.num_classes(config)
+    aligned = classes if config.class_axis == 1 else classes // _ROWS * _ROWS
+    if aligned == classes:
+        return operands, None, aligned
+    first = _classes(config, operands, 0, aligned) if aligned else None
+    return first, _classes(config, operands, aligned, classes), aligned
 
 
 def _check(config: Config, operands: Operands) -> Gpu:
@@ -81,15 +131,15 @@ def _check(config: Config, operands: Operands) -> Gpu:
             f"{hidden.dtype} and {kernel.dtype}",
             "Convert them",
         )
-    if hidden.shape[1] % _FEATURES:
+    if hidden.shape[1] % _NARROWEST:
         must(
-            f"`hidden.shape[-1]` must be a multiple of {_FEATURES}",
+            f"`hidden.shape[-1]` must be a multiple of {_NARROWEST}",
             hidden.shape[1],
             "Widen the layer",
         )
-    if config.class_axis == 1 and kernel.shape[1] % _CLASSES:
+    if config.class_axis == 1 and kernel.shape[1] % _NARROWEST:
         must(
-            f"The classes of a kernel [H, V] must be a multiple of {_CLASSES}",
+            f"The classes of a kernel [H, V] must be a multiple of {_NARROWEST}",
             kernel.shape[1],
             'Store the kernel as [V, H] with kernel_layout="vh", which takes any V, '
             "pad it once and mask the new classes",
@@ -119,9 +169,7 @@ def _classes(config: Config, operands: Operands, start: int, stop: int) -> Opera
 
 def _of_tail(config: Config, operands: Operands, first: int) -> Running:
     """Returns the statistics of a few classes, as one tile in plain XLA."""
-    rows, classes = operands.hidden.shape[0], operands.num_classes(config)
-    tiles = tiling.Tiling(rows, classes, rows, classes)
-    tile = xla.compute_tile(config, operands, tiles, 0)
+    rows, tile = operands.hidden.shape[0], _tail_logits(config, operands)
     labels = None if operands.labels is None else operands.labels.shape[1]
     start = running.start(config, rows, labels, jnp.dtype(jnp.float32))
     found = running.merge(operands.temperature(config), start, tile)
@@ -130,24 +178,32 @@ def _of_tail(config: Config, operands: Operands, first: int) -> Running:
     return found
 
 
-def _of_kernel(config: Config, operands: Operands, chip: Gpu) -> Running:
-    """Returns the statistics of rows in every split: [splits, N, 1] each."""
+def _tail_logits(config: Config, operands: Operands) -> Tile:
     rows, classes = operands.hidden.shape[0], operands.num_classes(config)
-    swizzle = 128
-    if config.class_axis == 1:
-        # The widest that divides the kernel's rows.
-        swizzle = next(s for s in (128, 64, 32) if classes % (s // 2) == 0)
+    tiles = tiling.Tiling(rows, classes, rows, classes)
+    return xla.compute_tile(config, operands, tiles, 0)
+
+
+def _launch(
+    config: Config, operands: Operands, chip: Gpu, groups: bool = False
+) -> tuple[planning.Plan, planning.Partials]:
+    """Returns what the kernel was asked for, and what it wrote."""
+    (rows, features), classes = operands.hidden.shape, operands.num_classes(config)
+    # Rows of shared memory, as wide as they divide those of both arrays. Past the last
+    # feature TMA writes zeros.
+    widths = math.gcd(features, *([classes] if config.class_axis == 1 else []))
+    swizzle = next(s for s in (128, 64, 32) if widths % (s // 2) == 0)
     kernel = _KERNELS[chip.compute_capability]
-    blocks, splits = planning.choose(
+    tiles, splits = planning.choose(
         rows, classes, swizzle, chip.core_count, kernel is blackwell
     )
     scale, factor = nvidia.static_temper(config.static_tau)
     plan = planning.Plan(
-        rows=round_up(rows, blocks.block_rows * blocks.cluster),
+        rows=round_up(rows, tiles.block_rows * tiles.cluster),
         classes=classes,
-        features=operands.hidden.shape[1],
+        features=features,
         transposed=config.class_axis == 0,
-        blocks=blocks,
+        blocks=tiles,
         splits=splits,
         softcap=config.softcap,
         scale=scale,
@@ -156,6 +212,7 @@ def _of_kernel(config: Config, operands: Operands, chip: Gpu) -> Running:
         mean=config.mean,
         expected=config.expected,
         argmax=config.argmax,
+        groups=groups,
     )
     labels = operands.labels
     if labels is not None:
@@ -168,8 +225,7 @@ def _of_kernel(config: Config, operands: Operands, chip: Gpu) -> Running:
     inputs = planning.Inputs(
         hidden, operands.kernel, _bias(plan, operands), labels, temper
     )
-    found = varying.like(kernel.run(plan, inputs), operands)
-    return _running(plan, rows, found)
+    return plan, varying.like(kernel.run(plan, inputs), operands)
 
 
 def _running(plan: planning.Plan, rows: int, found: planning.Partials) -> Running:

@@ -20,9 +20,10 @@ from jaxsoft.linear import mosaic_gpu_body as body
 from jaxsoft.linear import mosaic_gpu_merge as merging
 from jaxsoft.linear.mosaic_gpu_plan import Inputs, Partials, Plan
 
-__all__ = ["KERNEL_NAME", "run"]
+__all__ = ["KERNEL_NAME", "SAMPLE_NAME", "run"]
 
 KERNEL_NAME = "jaxsoft_statistics_blackwell"
+SAMPLE_NAME = "jaxsoft_sample_blackwell"
 
 # The warpgroup whose first two warps feed the matrix unit, and the one that merges.
 _FEEDING, _MERGING = 0, 1
@@ -32,7 +33,7 @@ _COLUMNS = 64
 
 
 def run(plan: Plan, inputs: Inputs) -> Partials:
-    """Returns the statistics of every row in every split, from one launch."""
+    """Returns the statistics of every row in every split or group, in one launch."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return plgpu.kernel(
@@ -44,7 +45,7 @@ def run(plan: Plan, inputs: Inputs) -> Partials:
         grid_names=("row", "split"),
         num_threads=2,
         thread_name="warpgroup",
-        kernel_name=KERNEL_NAME,
+        kernel_name=SAMPLE_NAME if plan.groups else KERNEL_NAME,
         # ex2.approx is as good as exp2; nothing else here has an approximation.
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -130,6 +131,7 @@ def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
             plgpu.copy_gmem_to_smem(ref.at[window], tiles, full.at[slot])
 
     lax.fori_loop(0, place.tiles * plan.steps, step, None)
+    body.drain_bias(place, **scratch)
 
 
 def _multiply_tiles(plan: Plan, place: body.Place, **scratch) -> None:
@@ -189,14 +191,25 @@ def _fold_tiles(plan, place: body.Place, inputs, results, **scratch) -> None:
                 layout=merging.layout(blocks.layout),
             )
             logits = body.chunks(plan, tile, place, column, products, **scratch)
+            if plan.groups:
+                groups = merging.groups(logits, row)
+                return body.store_groups(0, column, groups, **scratch)
             start = (place.first + tile) * blocks.classes + column
             return merging.merge(start, logits, running, row)
 
+        if plan.groups:
+            plgpu.wait_smem_to_gmem(0)
         running = lax.fori_loop(0, blocks.classes // _COLUMNS, part, running)
         plgpu.wait_load_tmem()
         plgpu.barrier_arrive(scratch["free"].at[own])
         body.release_bias(tile, **scratch)
+        if plan.groups:
+            body.copy_groups(plan, place, tile, 0, rows, results, **scratch)
         return running
 
-    running = lax.fori_loop(0, place.tiles, step, merging.start(plan))
+    first = None if plan.groups else merging.start(plan)
+    running = lax.fori_loop(0, place.tiles, step, first)
+    if running is None:
+        plgpu.wait_smem_to_gmem(0)
+        return
     body.write(plan, place, 0, rows, running, results, **scratch)

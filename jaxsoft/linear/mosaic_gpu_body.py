@@ -13,19 +13,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft.linear import mosaic_gpu_merge as merging
-from jaxsoft.linear.mosaic_gpu_plan import Inputs, Partials, Plan
+from jaxsoft.linear.mosaic_gpu_plan import GROUP, Inputs, Partials, Plan
 from jaxsoft.linear.running import Running
 
 __all__ = [
     "Place",
     "chunks",
     "copy_bias",
+    "copy_groups",
+    "drain_bias",
     "place_of",
     "release_bias",
     "results",
     "ring",
     "row_of",
     "side_scratch",
+    "store_groups",
     "transposed",
     "wait_for_bias",
     "windows",
@@ -68,6 +71,9 @@ def place_of(plan: Plan) -> Place:
 
 def results(plan: Plan) -> Any:
     """Returns the shapes and dtypes of what the kernel writes."""
+    if plan.groups:
+        shape = (2, plan.tiles * plan.blocks.classes // GROUP, plan.rows)
+        return Partials(jax.ShapeDtypeStruct(shape, jnp.float32), None)  # pyright: ignore
     result = (plan.splits, plan.rows)
     floats = jax.ShapeDtypeStruct((len(plan.floats), *result), jnp.float32)
     integers = None
@@ -103,6 +109,8 @@ def side_scratch(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     blocks, barrier = plan.blocks, plgpu.Barrier
     groups, rows = blocks.warpgroups, blocks.rows
     shape = (groups, len(plan.floats), rows)
+    if plan.groups:
+        shape = (groups, 2, blocks.classes // GROUP, rows)
     found: dict[str, Any] = {"floats_out": plgpu.SMEM(shape, jnp.float32)}
     if plan.integers:
         shape = (groups, len(plan.integers), rows)
@@ -149,6 +157,21 @@ def copy_bias(plan: Plan, place: Place, tile, bias, **scratch) -> None:
         scratch["bias_tiles"].at[slot],
         scratch["bias_full"].at[slot],
     )
+
+
+def drain_bias(place: Place, **scratch) -> None:
+    """Waits until all that was copied by `copy_bias` was read."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if "bias_empty" in scratch:
+        lax.fori_loop(
+            jnp.maximum(place.tiles - 2, 0),
+            place.tiles,
+            lambda tile, _: plgpu.barrier_wait(
+                scratch["bias_empty"].at[lax.rem(tile, 2)]
+            ),
+            None,
+        )
 
 
 def wait_for_bias(tile, **scratch) -> None:
@@ -254,6 +277,30 @@ def write(
                 shared.at[warpgroup, index], result.at[index, place.split, rows]
             )
     plgpu.wait_smem_to_gmem(0)
+
+
+def store_groups(warpgroup, column, groups, **scratch) -> None:
+    """Keeps what is known of groups of a tile, from a column, in shared memory."""
+    for index, group in enumerate(groups):
+        for field, value in enumerate(group):
+            scratch["floats_out"][warpgroup, field, column // GROUP + index] = value
+
+
+def copy_groups(
+    plan: Plan, place: Place, tile, warpgroup, rows, out: Any, **scratch
+) -> None:
+    """Writes what is known of a tile's groups; to be waited for before the next."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    count = plan.blocks.classes // GROUP
+    groups = pl.ds((place.first + tile) * count, count)
+    plgpu.commit_smem()
+    for field in range(2):
+        plgpu.copy_smem_to_gmem(
+            scratch["floats_out"].at[warpgroup, field],
+            out.floats.at[field, groups, rows],
+        )
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:

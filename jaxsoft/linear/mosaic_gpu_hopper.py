@@ -23,9 +23,10 @@ from jaxsoft.linear import mosaic_gpu_body as body
 from jaxsoft.linear import mosaic_gpu_merge as merging
 from jaxsoft.linear.mosaic_gpu_plan import COMPUTING, Inputs, Partials, Plan
 
-__all__ = ["KERNEL_NAME", "run"]
+__all__ = ["KERNEL_NAME", "SAMPLE_NAME", "run"]
 
 KERNEL_NAME = "jaxsoft_statistics_hopper"
+SAMPLE_NAME = "jaxsoft_sample_hopper"
 
 # 128 · (2 · 232 + 40) registers are the 64,512 that the hardware can hand out.
 _COMPUTE_REGISTERS = 232
@@ -33,7 +34,7 @@ _COPY_REGISTERS = 40
 
 
 def run(plan: Plan, inputs: Inputs) -> Partials:
-    """Returns the statistics of every row in every split, from one launch."""
+    """Returns the statistics of every row in every split or group, in one launch."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     blocks = plan.blocks
@@ -47,7 +48,7 @@ def run(plan: Plan, inputs: Inputs) -> Partials:
         grid_names=("row", "split"),
         num_threads=COMPUTING + 1,
         thread_name="warpgroup",
-        kernel_name=KERNEL_NAME,
+        kernel_name=SAMPLE_NAME if plan.groups else KERNEL_NAME,
         # ex2.approx is as good as exp2; nothing else here has an approximation.
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -142,11 +143,13 @@ def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
     lax.fori_loop(0, ahead, fill, None)
     lax.fori_loop(ahead, total, refill, None)
     lax.fori_loop(jnp.maximum(total - blocks.stages, 0), total, drain, None)
+    body.drain_bias(place, **scratch)
 
 
 def _fold_tiles(plan, place: body.Place, warpgroup, inputs, results, **scratch) -> None:
     """Merges the tiles of one warpgroup's rows, and writes their statistics."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     blocks = plan.blocks
     rows = pl.ds(place.row + warpgroup * blocks.rows, blocks.rows)
@@ -157,11 +160,21 @@ def _fold_tiles(plan, place: body.Place, warpgroup, inputs, results, **scratch) 
         body.wait_for_bias(tile, **scratch)
         logits = body.chunks(plan, tile, place, 0, products, **scratch)
         start = (place.first + tile) * blocks.classes
-        running = merging.merge(start, logits, running, row)
+        if plan.groups:
+            plgpu.wait_smem_to_gmem(0)
+            groups = merging.groups(logits, row)
+            body.store_groups(warpgroup, 0, groups, **scratch)
+            body.copy_groups(plan, place, tile, warpgroup, rows, results, **scratch)
+        else:
+            running = merging.merge(start, logits, running, row)
         body.release_bias(tile, **scratch)
         return running
 
-    running = lax.fori_loop(0, place.tiles, step, merging.start(plan))
+    first = None if plan.groups else merging.start(plan)
+    running = lax.fori_loop(0, place.tiles, step, first)
+    if running is None:
+        plgpu.wait_smem_to_gmem(0)
+        return
     body.write(plan, place, warpgroup, rows, running, results, **scratch)
 
 

@@ -13,10 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft.linear.mosaic_gpu_plan import Plan
+from jaxsoft.linear.mosaic_gpu_plan import GROUP, Plan
 from jaxsoft.linear.running import Running
 
-__all__ = ["CHUNK", "Row", "columns", "iota", "layout", "merge", "start", "tanh"]
+__all__ = [
+    "CHUNK",
+    "Row",
+    "columns",
+    "groups",
+    "iota",
+    "layout",
+    "merge",
+    "start",
+    "tanh",
+]
 
 # Columns that are folded at a time: 4 registers a thread for 64 rows, 8 for 128.
 CHUNK = 8
@@ -108,6 +118,18 @@ def merge(first, chunks, running: Running, row: Row) -> Running:
         weighted = rescale * moved + terms.sum(axis=1)
     total = rescale * total + sums.sum(axis=1)
     return Running(new, total, label, gap, number, weighted, argmax, None)
+
+
+def groups(chunks, row: Row) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns the maximum and the sum of exponentials of each group of a tile, [R]."""
+    found, size = [], GROUP // CHUNK
+    for first in range(0, len(chunks), size):
+        group = chunks[first : first + size]
+        largest = functools.reduce(jnp.maximum, group).max(axis=1)
+        peak = jnp.where(largest == -jnp.inf, 0.0, largest)
+        sums, _ = _sums_of_exponentials(group, peak, row, False)
+        found.append((largest, sums.sum(axis=1)))
+    return found
 
 
 def _sums_of_exponentials(chunks, peak, row: Row, expected: bool) -> tuple[Any, Any]:

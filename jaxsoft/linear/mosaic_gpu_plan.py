@@ -10,6 +10,7 @@ from jaxsoft.nvidia import MULTIPROCESSORS
 
 __all__ = [
     "COMPUTING",
+    "GROUP",
     "SHARED_MEMORY",
     "Blocks",
     "Inputs",
@@ -22,6 +23,8 @@ __all__ = [
 SHARED_MEMORY = 232448
 # Hopper's warpgroups that multiply; one more copies.
 COMPUTING = 2
+# Classes of a group, for samples: a part of each of their blocks, and of every tile.
+GROUP = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,8 @@ class Plan:
       mean: whether the mean is wanted.
       expected: whether Σ p c is wanted.
       argmax: whether the argmax is wanted.
+      groups: whether the maximum and the sum of every group of classes are wanted, and
+        nothing of the splits.
     """
 
     rows: int
@@ -132,6 +137,7 @@ class Plan:
     mean: bool
     expected: bool
     argmax: bool
+    groups: bool = False
 
     @property
     def tiles(self) -> int:
@@ -141,7 +147,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """The number of steps that a tile of logits takes."""
-        return self.features // self.blocks.features
+        return math.ceil(self.features / self.blocks.features)
 
     @property
     def floats(self) -> tuple[str, ...]:
@@ -182,7 +188,8 @@ class Partials(NamedTuple):
 
     Attributes:
       floats: [fields, splits, rows of results], in the order of `Plan.floats`; the sums
-        of exponentials are in base 2, as is c in `weighted`.
+        of exponentials are in base 2, as is c in `weighted`. [2, groups, rows of
+        results], maximum and sum, where the plan wants groups.
       integers: likewise, in the order of `Plan.integers`; None if there are none.
     """
 

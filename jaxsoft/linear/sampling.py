@@ -12,14 +12,16 @@ from jax.typing import ArrayLike
 
 from jaxsoft import blocks, noise, varying
 from jaxsoft.dtypes import compute_dtype
-from jaxsoft.implementation import Implementation
+from jaxsoft.implementation import Implementation, platform_of
 from jaxsoft.linear import sharding, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
 from jaxsoft.temperature import divide_by_temperature, is_zero
 
-__all__ = ["linear_sample"]
+__all__ = ["IMPLEMENTATIONS", "linear_sample"]
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu")
 
 
 def linear_sample(
@@ -60,7 +62,8 @@ def linear_sample(
         the rows: without them every shard would draw with the same bits.
       tile_bytes: the most bytes that a tile of logits may take; see
         `linear_statistics`.
-      implementation: None or "xla".
+      implementation: None, "xla", or "mosaic_gpu", not yet measured: a kernel for GPUs,
+        as for `linear_statistics`, without sharded classes.
 
     Returns:
       [...] int32 in [0, V); -1 for a row without any kept class, or with a NaN.
@@ -100,7 +103,7 @@ def linear_sample(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        implementations=("xla",),
+        implementations=IMPLEMENTATIONS,
     )
     return _sample(call.config, rows_over, key, call.arrays)
 
@@ -131,7 +134,16 @@ class _Sample(Foldable):
     config: Config
 
     def call(self, operands: Operands, words: jax.Array) -> jax.Array:
+        if self.config.implementation == "mosaic_gpu":
+            # Pallas is imported by those who use it.
+            from jaxsoft.linear import mosaic_gpu_sample
+
+            return mosaic_gpu_sample.sample(self.config, operands, words)
         return _sample_rows(self.config, operands, words)
+
+    @property
+    def platform(self) -> str | None:
+        return platform_of(self.config.implementation)
 
     def roles(self, operands: Operands, words: jax.Array) -> Any:
         del words

@@ -49,9 +49,19 @@ def cases(mode):
     yield "every option", statistics, 1000, *GEMMA3, every
     yield "vh 50257", loss, 4096, 768, 50257, {"kernel_layout": "vh"}
     yield "hv 50288", loss, 100, 768, 50288, {}
+    yield "vh narrow", loss, 300, 784, 50256, {"kernel_layout": "vh"}
+    yield "hv narrow", statistics, 300, 96, 50304, {}
+    yield "sample 64", sample, 64, *QWEN3, {"temperature": True}
+    yield "sample vh", sample, 300, 768, 50257, {"kernel_layout": "vh"}
     if mode == "both":
         return
     yield "gradient", jax.grad(of_arrays(loss), allow_int=True), 2048, *LLAMA3, {}
+
+
+def sample(*, labels, **options):
+    """Draws with a key that is known."""
+    del labels
+    return jaxsoft.linear_sample(jax.random.key(0), **options)
 
 
 def of_arrays(function):
@@ -115,7 +125,8 @@ def show(name, platform, function, args):
         _, compiled = compile_for(platform, function, (args,))
     text = compiled.as_text() or ""
     collectives = re.findall(r"(all-reduce|all-gather|all-to-all)(?:-start)?\(", text)
-    names = f"{hopper.KERNEL_NAME}|{blackwell.KERNEL_NAME}"
+    kernels = (hopper, blackwell)
+    names = "|".join(f"{k.KERNEL_NAME}|{k.SAMPLE_NAME}" for k in kernels)
     calls = re.findall(rf"custom-call\(.*({names})", text)
     report(
         name,

@@ -22,9 +22,16 @@ def partials(rows, classes, floats=5, integers=1, chip=(132, False)):
     return 2 * 4 * padded * splits * (floats + integers) / MIB + 1
 
 
-def check(result, spills=False):
+def groups(rows, features, classes):
+    """Returns the MiB of a sample's groups, twice, and of what it reads again."""
+    padded = -(-rows // 128) * 128
+    gathered = min(rows, 128) * features * planning.GROUP * 2
+    return (2 * 2 * 4 * padded * classes / planning.GROUP + 2 * gathered) / MIB + 1
+
+
+def check(result, spills=False, name=hopper.KERNEL_NAME):
     """Requires one call of our kernel, in Hopper's own code, without spills."""
-    assert result["calls"] == [hopper.KERNEL_NAME], result
+    assert result["calls"] == [name], result
     # Empty where the same kernel was compiled before.
     assert set(result["targets"]) <= {"sm_90a"}, result
     assert not result["targets"] or result["wgmma"] > 0, result
@@ -48,14 +55,20 @@ def test_options_layouts_and_the_gradient():
         "every option": partials(1000, 262144, 5, 2) + 1,
         "vh 50257": partials(4096, 50257, 3, 0),
         "hv 50288": partials(100, 50288, 3, 0),
+        "vh narrow": partials(300, 50256, 3, 0),
+        "hv narrow": partials(300, 50304),
+        "sample 64": groups(64, 4096, 151936),
+        "sample vh": groups(300, 768, 50257),
         # XLA's backward pass: a tile, and the float32 sum of dhidden.
         "gradient": 128,
     }
     for name, bound in bounds.items():
         # The soft-cap's tangents may spill some 400 times a tile, none of them in the
         # loop of the products; a narrower tile would read more.
-        check(found[name], spills=name == "every option")
-        if name == "vh 50257" and jax.__version_info__ < (0, 11):
+        sample = name.startswith("sample")
+        kernel = hopper.SAMPLE_NAME if sample else hopper.KERNEL_NAME
+        check(found[name], spills=name == "every option", name=kernel)
+        if name in ("vh 50257", "sample vh") and jax.__version_info__ < (0, 11):
             # XLA then copied the slice that leaves the last class out.
             bound += 50256 * 768 * 2 / MIB
         assert found[name]["mib"] <= bound, found[name]
@@ -79,14 +92,20 @@ def test_blackwell():
         "every option": partials(1000, 262144, 5, 2, chip) + 1,
         "vh 50257": partials(4096, 50257, 3, 0, chip),
         "hv 50288": partials(100, 50288, 3, 0, chip),
+        "vh narrow": partials(300, 50256, 3, 0, chip),
+        "hv narrow": partials(300, 50304, 5, 1, chip),
+        "sample 64": groups(64, 4096, 151936),
+        "sample vh": groups(300, 768, 50257),
     }
     for name, bound in bounds.items():
         result = found[name]
-        assert result["calls"] == [blackwell.KERNEL_NAME], result
+        sample = name.startswith("sample")
+        kernel = blackwell.SAMPLE_NAME if sample else blackwell.KERNEL_NAME
+        assert result["calls"] == [kernel], result
         assert set(result["targets"]) <= {"sm_100a"}, result
         assert not result["targets"] or result["tcgen05"] > 0, result
         assert result["wgmma"] == 0 and result["spills"] == [], result
-        if name == "vh 50257" and jax.__version_info__ < (0, 11):
+        if name in ("vh 50257", "sample vh") and jax.__version_info__ < (0, 11):
             bound += 50256 * 768 * 2 / MIB
         assert result["mib"] <= bound, result
     assert found["llama3 4096"]["targets"] == ["sm_100a"]

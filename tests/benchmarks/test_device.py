@@ -16,6 +16,7 @@ import jaxsoft
 from benchmarks import __main__ as command
 from benchmarks import (
     checks,
+    choices,
     contest,
     device,
     linear,
@@ -358,6 +359,46 @@ class TestPromises:
             timing=timing,
             **ratios,
         )
+
+
+def test_other_classes_than_the_canonical_are_a_fault(monkeypatch):
+    draw, statistics = jaxsoft.linear_sample, jaxsoft.linear_statistics
+
+    def odd(key, *arguments, implementation=None, **options):
+        drawn = draw(key, *arguments, implementation=implementation, **options)
+        return drawn if implementation else drawn ^ 1
+
+    monkeypatch.setattr(jaxsoft, "linear_sample", odd)
+    session = Session(quick=True, rounds=1)
+    choices.check_layer(session, TINY, "vh", "s")
+    found = {r.case.split(",")[0]: r for r in session.results}
+    assert found["largest logit"].status == "right", found
+    assert found["sample"].status == "wrong" and session.failed
+    monkeypatch.setattr(
+        jaxsoft,
+        "linear_statistics",
+        lambda hidden, *arguments, **options: statistics(
+            -hidden, *arguments, **options
+        ),
+    )
+    session = Session(quick=True, rounds=1)
+    choices.check_layer(session, TINY, "vh", "s")
+    assert session.results[0].status == "wrong"
+
+
+def test_other_noise_than_the_canonical_is_a_fault(monkeypatch):
+    relaxed = jaxsoft.gumbel_softmax
+    workload = workloads.SoftmaxWorkload("tiny", 3, 130)
+    for shift, status in ((0, "right"), (1, "wrong")):
+
+        def call(key, *arguments, shift=shift, **options):
+            return relaxed(jax.random.fold_in(key, shift), *arguments, **options)
+
+        monkeypatch.setattr(jaxsoft, "gumbel_softmax", call if shift else relaxed)
+        session = Session(quick=True, rounds=1)
+        choices.check_rows(session, workload, "s")
+        assert len(session.results) == 4
+        assert {r.status for r in session.results} == {status}
 
 
 def test_a_machine_that_has_lost_its_device_starts_anew(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS
 from jaxsoft.implementation import Gpu, Implementation, compiling_for
-from jaxsoft.linear import losses
+from jaxsoft.linear import losses, sampling
 from jaxsoft.linear.statistics import KERNELS
 from jaxsoft.logits import kernel_rows
 
@@ -21,7 +21,11 @@ MOSAIC = ("mosaic_tpu", "mosaic_gpu")
 CPU, CUDA = Device("cpu", "a CPU"), Device("cuda", "a GPU")
 KERNEL_FUNCTIONS = dict.fromkeys(
     ("linear_statistics", "linear_cross_entropy", "linear_log_prob"), KERNELS
-) | {"softmax": kernel_rows.KERNELS, "gumbel_softmax": kernel_rows.KERNELS}
+) | {
+    "linear_sample": sampling.IMPLEMENTATIONS,
+    "softmax": kernel_rows.KERNELS,
+    "gumbel_softmax": kernel_rows.KERNELS,
+}
 
 
 def found_on(device: Device, *names: str) -> dict[str, Found]:
@@ -86,7 +90,7 @@ def test_the_default_is_the_resolvers(monkeypatch):
     [
         ("9.0", Shapes(), None),
         ("8.0", Shapes(), "compute capability 9.0"),
-        ("9.0", Shapes(hidden=60), "must be a multiple of 64"),
+        ("9.0", Shapes(hidden=60), "must be a multiple of 16"),
         ("9.0", Shapes(dtype="float32"), "bfloat16"),
     ],
 )
