@@ -75,8 +75,8 @@ def linear_cross_entropy(
         over: "mean" and "sum" are those of all shards.
       tile_bytes: the most bytes that a tile of logits may take; None takes a
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
-        is one to three tiles and, with gradients, a float32 sum of the shape of
-        `hidden`.
+        is one to three tiles, slices of the kernel of at most two, and as much for
+        slices of its gradient, with a float32 sum of the shape of `hidden`.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         the kernels "mosaic_tpu" and "mosaic_gpu", as in `linear_statistics`.
 
