@@ -116,7 +116,7 @@ def main(target, mode):
             function = over_batches(function, floats + others)
         whats = {"value": function}
         if floats:
-            # A compiler for TPUs takes its time: the value is in the gradient's program.
+            # Compilers for TPUs take long: the gradient gives the value too.
             if platform == "tpu" and name != "cross_entropy":
                 whats = {}
             argnums = tuple(range(len(floats)))

@@ -30,11 +30,13 @@ def test_tied_embeddings_of_gemma2(target):
         assert result["products"] == (1 if what == "value" else 4), result
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target, mode",
+    [("h100", "vmap"), ("h100", "tokens"), ("h100", "mesh"), ("v6e", "mesh")],
+)
 def test_temporaries_and_traffic(target, mode):
     found = {(r["name"], r["what"]): r for r in results("linear", target, mode)}
-    assert len(found) == (19 if target == "h100" else 11)
+    assert len(found) == (18 if target == "h100" else 11)
     for result in found.values():
         assert result["mib"] <= BOUND, result
         if mode == "vmap":
