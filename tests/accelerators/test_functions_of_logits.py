@@ -22,8 +22,10 @@ def test_jaxsoft_devices_compiles_in_another_process():
         pytest.skip(f"the extra aot is not installed: no {TARGETS['h100'].package}")
     (found,) = survey("h100", ["linear_cross_entropy"], Shapes(1024, 256, 32768))
     runs = {ran.name: ran.temporaries for ran in found.implementations}
+    assert runs.pop("mosaic_tpu") == {}
     logits = 4 * 1024 * 32768
-    assert runs["mosaic_tpu"] == {}
-    for kind in ("value", "value_and_grad"):
-        assert runs["xla"][kind] < logits / 4 < logits / 2 <= runs["reference"][kind]
-        assert runs["mosaic_gpu"][kind] <= runs["xla"][kind]
+    for name, sizes in runs.items():
+        assert list(sizes) == ["value", "value_and_grad"]
+        for size in sizes.values():
+            assert size is not None
+            assert size >= logits / 2 if name == "reference" else size < logits / 4
