@@ -205,7 +205,8 @@ def sampled_softmax_loss(
       ignore_label: a label whose tokens have weight 0, such as -100; or None.
       reduction: "mean" (Σ weight · loss / Σ weight, 0 if the weights sum to 0), "sum"
         (Σ weight · loss) or "none" (weight · loss).
-      kernel_layout: "hv" or "vh"; rows of the latter are read faster.
+      kernel_layout: "hv" or "vh"; rows of the latter are read faster: to take columns
+        of the former XLA may copy the whole kernel, as it does for a TPU v5e.
       precision: the precision of the matrix products, as in `jnp.matmul`.
       implementation: None or "xla".
 

@@ -75,8 +75,8 @@ def linear_cross_entropy(
         over: "mean" and "sum" are those of all shards.
       tile_bytes: the most bytes that a tile of logits may take; None takes a
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
-        is one to three tiles and, with gradients, a float32 sum of the shape of
-        `hidden`.
+        is one to three tiles, slices of the kernel of at most two, and as much for
+        slices of its gradient, with a float32 sum of the shape of `hidden`.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         the kernels "mosaic_tpu" and "mosaic_gpu", as in `linear_statistics`.
 
@@ -97,7 +97,9 @@ def linear_cross_entropy(
       gradient is rounded once to the dtype of its argument. Differentiable in reverse
       mode in `hidden`, `kernel`, `bias`, `temperature` and `weights`; forward mode is
       lost, except over reverse. A gradient that is not asked for is not computed.
-      Under `jax.vmap` with a shared kernel the batch becomes rows.
+      Under `jax.vmap` with a shared kernel the batch becomes rows. For a TPU 7x, XLA
+      copies a bfloat16 kernel into another layout before the loop over its tiles, once
+      or, with gradients, up to three times; "mosaic_tpu" does not, nor do other TPUs.
 
     Example:
       >>> import jax, jax.numpy as jnp

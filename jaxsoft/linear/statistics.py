@@ -162,8 +162,8 @@ def linear_statistics(
       return_argmax: whether to compute `argmax`, at some cost.
       tile_bytes: the most bytes that a tile of logits may take; None takes a
         sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
-        is one to three tiles and, with gradients, a float32 sum of the shape of
-        `hidden`.
+        is one to three tiles, slices of the kernel of at most two, and as much for
+        slices of its gradient, with a float32 sum of the shape of `hidden`.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         a kernel, not yet measured: "mosaic_tpu" for TPUs, float32 or bfloat16;
         "mosaic_gpu" for GPUs of compute capability 9.0 (Hopper) or 10.0 (Blackwell),

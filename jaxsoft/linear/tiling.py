@@ -23,6 +23,10 @@ _ROW_MULTIPLE = 8
 # split before.
 _THIN = 512
 
+# The slice of the kernel that a tile needs may take so many tiles: with fewer rows than
+# features it is the larger one, and XLA copies it on GPUs.
+_SLICES = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -78,7 +82,12 @@ def default_tile_bytes(operand_bytes: int) -> int:
 
 
 def choose(
-    rows: int, classes: int, itemsize: int, tile_bytes: int, multiple: int = 1
+    rows: int,
+    classes: int,
+    itemsize: int,
+    tile_bytes: int,
+    multiple: int = 1,
+    column_bytes: int = 1,
 ) -> Tiling:
     """Chooses the tiles of a [rows, classes] matrix of logits.
 
@@ -93,6 +102,8 @@ def choose(
         are the smallest, whatever the budget.
       multiple: what the classes of a tile must be a multiple of, unless there is but
         one tile of them.
+      column_bytes: bytes of the kernel's vector of a class. Slices of it take no more
+        than two tiles, unless that would leave them thinner than 512 classes.
 
     Returns:
       The tiling; its sizes are balanced, so that the last tile is not a sliver.
@@ -104,6 +115,9 @@ def choose(
     block_rows = min(rows, block_rows)
     block_rows = _balance(rows, block_rows, _ROW_MULTIPLE)
     block_classes = max(multiple, elements // block_rows)
+    if block_classes < classes:
+        most = max(_SLICES * tile_bytes // column_bytes, thin)
+        block_classes = min(block_classes, most)
     block_classes = block_classes // multiple * multiple
     block_classes = _balance(classes, min(classes, block_classes), multiple)
     return Tiling(rows, classes, block_rows, block_classes)

@@ -42,6 +42,7 @@ def tiles_of(config: Config, operands: Operands, multiple: int = 1) -> tiling.Ti
         dtype.itemsize,
         config.tile_bytes,
         multiple,
+        max(operands.hidden.shape[1], 1) * operands.matmul_dtype().itemsize,
     )
 
 

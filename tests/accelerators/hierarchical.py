@@ -1,8 +1,8 @@
 """The hierarchical room at 10⁶ classes, to compile for a target that is not here.
 
-Families: trees (`balanced`, `huffman`, and `taxonomy`, one of any form in tables), the
-`adaptive` and the `sampled` softmax, and the `full` one beside them. The arrays that a
-tree or a sampler holds are arguments.
+Families: trees in tables (`huffman`, and `taxonomy`, one of any form), the `sampled`
+softmax, and the `full` one beside them. The arrays that a tree or a sampler holds are
+arguments. `functions.py` has balanced trees and the adaptive softmax.
 """
 
 import functools
@@ -19,8 +19,6 @@ from jaxsoft.hierarchical.levels import Tables
 from tests.accelerators.compiling import compile_for, report, topology
 
 CLASSES, ROWS, FEATURES, SAMPLES, BEST = 10**6, 8192, 1024, 8192, 10
-CUTOFFS, WIDTHS = (20_000, 200_000), (256, 64)
-FAMILIES = ("balanced", "huffman", "taxonomy", "adaptive", "sampled", "full")
 KEY = jax.random.key(0)
 
 
@@ -38,8 +36,6 @@ def tree_of(family):
     if family == "huffman":
         return jaxsoft.ClassTree.huffman(1 / np.arange(1, CLASSES + 1))
     tree = jaxsoft.ClassTree.balanced(CLASSES)
-    if family == "balanced":
-        return tree
     table = functools.partial(array, dtype=jnp.int32)
     slots = tree.levels.num_slots
     tables = Tables(
@@ -98,49 +94,17 @@ def trees(family):
     return calls
 
 
-def adaptive(family):
-    """Returns the functions of an adaptive softmax, as `trees` does."""
-    bands = jaxsoft.ClassBands.in_order(CLASSES, CUTOFFS)
-    head = array(FEATURES, CUTOFFS[0] + len(WIDTHS))
-    tails = [
-        jaxsoft.AdaptiveTail(array(FEATURES, width), array(width, classes))
-        for width, classes in zip(WIDTHS, bands.tails, strict=True)
-    ]
-
-    def loss(hidden, head, tails, labels):
-        found = jaxsoft.adaptive_log_prob(hidden, head, tails, labels, bands)
-        return -jnp.mean(found)
-
-    def sample(hidden, head, tails):
-        return jaxsoft.adaptive_sample(KEY, hidden, head, tails, bands)
-
-    def top_k(hidden, head, tails):
-        return jaxsoft.adaptive_top_k(hidden, head, tails, BEST, bands)
-
-    layer = (HIDDEN, head, tails)
-    calls = {
-        name: (function, (*layer, LABELS), ())
-        for name, function in with_gradients(loss, (0, 1, 2)).items()
-    }
-    return calls | {"sample": (sample, layer, ()), "top_k": (top_k, layer, ())}
-
-
 def sampled(family):
     """Returns the functions of a sampled softmax, as `trees` does."""
     sampler = jaxsoft.ClassSampler.log_uniform(CLASSES)
 
-    def loss(hidden, kernel, labels, sampler, *, layout):
+    def loss(hidden, kernel, labels, sampler):
         return jaxsoft.sampled_softmax_loss(
-            KEY, hidden, kernel, labels, SAMPLES, sampler=sampler, kernel_layout=layout
+            KEY, hidden, kernel, labels, SAMPLES, sampler=sampler, kernel_layout="vh"
         )
 
-    calls = {}
-    for layout, kernel in (("hv", KERNEL), ("vh", BY_CLASS)):
-        of_layout = functools.partial(loss, layout=layout)
-        gradients = jax.value_and_grad(of_layout, (0, 1))
-        arguments = (HIDDEN, kernel, LABELS, sampler)
-        calls[f"value_and_grad {layout}"] = (gradients, arguments, ())
-    return calls
+    gradients = jax.value_and_grad(loss, (0, 1))
+    return {"value_and_grad": (gradients, (HIDDEN, BY_CLASS, LABELS, sampler), ())}
 
 
 def full(family):
@@ -179,7 +143,7 @@ def main(target, family):
     """Compiles every function of a family, and reports it."""
     platform, devices = topology(target)
     place = SingleDeviceSharding(devices[0])
-    calls = {"adaptive": adaptive, "sampled": sampled, "full": full}
+    calls = {"sampled": sampled, "full": full}
     for name, call in calls.get(family, trees)(family).items():
         function, arguments, donated = call
         arguments = jax.tree.map(

@@ -34,6 +34,25 @@ def test_choices_at_known_shapes(rows, classes, budget, expected):
     assert (tiles.block_rows, tiles.block_classes) == expected
 
 
+@pytest.mark.parametrize(
+    "rows, column, expected",
+    [
+        # Llama 3's head in bfloat16: tokens enough, fewer, and none worth a slice.
+        (2048, 8192, (2048, 4096)),
+        (1024, 8192, (1024, 8064)),
+        (128, 8192, (128, 8064)),
+        (65, 8192, (65, 128256)),
+        # No slice is too thin for a product, nor one tile of all classes cut.
+        (128, 2**20, (128, 512)),
+    ],
+)
+def test_slices_of_the_kernel_stay_small(rows, column, expected):
+    tiles = tiling.choose(rows, 128256, 4, 2**25, column_bytes=column)
+    assert (tiles.block_rows, tiles.block_classes) == expected
+    if tiles.class_blocks > 1:
+        assert tiles.block_classes * column <= max(2 * 2**25, 512 * column)
+
+
 def test_impossible_tiles_are_refused():
     with pytest.raises(ValueError, match="`block_rows` must lie in"):
         tiling.Tiling(4, 4, 5, 1)

@@ -1,0 +1,279 @@
+"""What every public function may take beside its arguments and results, and must run.
+
+Of a kind of functions there is one formula for each kind of program. It counts in
+bytes: L float32 logits, S float32 hidden states, K the kernel, T tiles of logits and C
+the slice of the kernel that a tile needs. A function without a kind has no bound: add
+it to one, or a kind with its reason.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jaxsoft.devices.programs import Shapes
+from jaxsoft.devices.target import TARGETS
+from jaxsoft.linear import tiling
+from tests.accelerators.compiling import MIB, results
+from tests.accelerators.functions import SLOW, names_of, shapes_of
+
+__all__ = ["check"]
+
+# What any program takes: scalars, columns of rows that fill the lanes of a register.
+SLACK = 16 * MIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes of the arrays that bounds are made of.
+
+    Attributes:
+      rows: N, a number.
+      logits: L.
+      states: S.
+      kernel: K, in bfloat16.
+      tile: T.
+      cut: C, in bfloat16.
+      tpu: whether a TPU runs it.
+    """
+
+    rows: int
+    logits: int
+    states: int
+    kernel: int
+    tile: int
+    cut: int
+    tpu: bool
+
+    @classmethod
+    def of(cls, shapes: Shapes, tpu: bool) -> "Sizes":
+        """Returns the sizes at shapes."""
+        rows, features, classes = shapes.tokens, shapes.hidden, shapes.vocabulary
+        budget = tiling.default_tile_bytes(2 * features * (rows + classes))
+        tiles = tiling.choose(rows, classes, 4, budget, 1, 2 * features)
+        return cls(
+            rows,
+            4 * rows * classes,
+            4 * rows * features,
+            2 * features * classes,
+            4 * tiles.block_rows * tiles.block_classes,
+            2 * features * tiles.block_classes,
+            tpu,
+        )
+
+
+Formula = Callable[[Sizes, bool], float]
+
+
+def logits(times: float, on_tpu: float | None = None) -> Formula:
+    """Stored logits so many times in float32: XLA keeps what several passes need.
+
+    TPUs lay them out anew where a function has blocks of classes.
+    """
+    return lambda sizes, _: sizes.logits * (on_tpu if sizes.tpu and on_tpu else times)
+
+
+def streamed(sizes: Sizes, gradient: bool) -> float:
+    """Tiles, the slices of the kernel and its gradient, and the sum of dhidden."""
+    if not gradient:
+        return 3 * sizes.tile + sizes.cut
+    return 5 * sizes.tile + 3 * sizes.cut + sizes.states
+
+
+def listed(sizes: Sizes, gradient: bool) -> float:
+    """As streamed, with numbers of a few classes a token scattered into tiles."""
+    return streamed(sizes, gradient) + 3 * sizes.tile
+
+
+def mixed(sizes: Sizes, gradient: bool) -> float:
+    """As streamed, with slices of a table like the kernel, and its sum a token."""
+    return streamed(sizes, gradient) + sizes.states + (3 if gradient else 1) * sizes.cut
+
+
+def contrasted(sizes: Sizes, gradient: bool) -> float:
+    """Two batches are states and kernel, normalized in float32, and their sums."""
+    pair = 2 * sizes.states
+    return 3 * 32 * MIB + (4 if gradient else 2) * pair
+
+
+def path(sizes: Sizes, gradient: bool) -> float:
+    """States in float32, their gradients, the rows of blocks of tokens and theirs."""
+    return (5 if gradient else 1) * sizes.states
+
+
+def updated(sizes: Sizes, gradient: bool) -> float:
+    """The rows of blocks of tokens, two moments, and what replaces those."""
+    return 5 * sizes.states
+
+
+def beams(sizes: Sizes, gradient: bool) -> float:
+    """Beams of 2**23 numbers in float32; TPUs pad tokens to 128."""
+    return 128 * sizes.logits / sizes.rows if sizes.tpu else 4 * 2**23 * 4
+
+
+def banded(sizes: Sizes, gradient: bool) -> float:
+    """Tiles; and a gradient of the tails, their sum in float32: 0.095 H V numbers."""
+    tails = 6 * 0.095 * sizes.kernel / 2
+    return (tails + sizes.states if gradient else 0) + 2 * sizes.tile
+
+
+def sampled(sizes: Sizes, gradient: bool) -> float:
+    """Logits of 8192 classes, their vectors and the labels', and their gradients.
+
+    For TPUs XLA transposes the kernel to take columns of it.
+    """
+    of_classes = 4 * sizes.rows * 8192 + (3 if gradient else 2) * sizes.states
+    return of_classes + sizes.kernel * sizes.tpu
+
+
+KINDS: Mapping[Formula, tuple[str, ...]] = {
+    logits(1.1, 1.3): (
+        "softmax",
+        "log_softmax",
+        "logsumexp",
+        "entropy",
+        "softmax_cross_entropy",
+        "boltzmann_policy",
+        "boltzmann_operator",
+        "soft_argmax",
+        "expected_calibration_error",
+    ),
+    # Read again by every step.
+    logits(2.1): ("fit_temperature",),
+    # Two arrays of logits.
+    logits(3.5): ("distillation_loss", "concrete_log_prob"),
+    # Those of two heads, of each against the others.
+    logits(13): ("codistillation_loss",),
+    logits(2.1, 4.1): ("gumbel_softmax", "reinmax"),
+    # Ten draws, some of them at once.
+    logits(5.5, 8): ("gumbel_rao",),
+    logits(2.1, 2.6): ("sample", "gumbel_top_k"),
+    streamed: (
+        "linear_statistics",
+        "linear_cross_entropy",
+        "linear_log_prob",
+        "linear_sample",
+        "linear_distillation",
+        "linear_fit_temperature",
+    ),
+    listed: ("linear_log_prob_at", "linear_top_k", "linear_distillation_top_k"),
+    mixed: ("linear_expected",),
+    contrasted: ("nt_xent", "clip_loss", "supervised_contrastive"),
+    path: (
+        "hierarchical_log_prob",
+        "hierarchical_sample",
+        "hierarchical_value_and_row_grad",
+    ),
+    # The results are of all classes, and so is what a level of them takes.
+    logits(5.5): ("hierarchical_log_probs", "adaptive_log_probs"),
+    updated: ("row_sgd", "row_adagrad", "row_adam"),
+    beams: ("hierarchical_top_k",),
+    banded: ("adaptive_log_prob", "adaptive_sample", "adaptive_top_k"),
+    sampled: ("sampled_softmax_loss",),
+}
+FORMULAS = {name: formula for formula, names in KINDS.items() for name in names}
+
+# What a target refuses, beside the kernels of other platforms.
+REFUSED = {
+    # Its kernel is Hopper's.
+    "b200": {("softmax", "mosaic_gpu")},
+    # A row of gemma3's classes, with the noise, does not fit its memory.
+    "v6e": {("gumbel_softmax", "mosaic_tpu")},
+}
+_TPU = ("jaxsoft_statistics_forward", "jaxsoft_statistics_backward")
+_ROWS = ("jaxsoft_softmax_forward", "jaxsoft_softmax_backward")
+_GUMBEL = ("jaxsoft_gumbel_softmax_forward", "jaxsoft_softmax_backward")
+STATISTICS = ("linear_statistics", "linear_cross_entropy", "linear_log_prob")
+# For a 7x, XLA lays the whole kernel out anew before a loop over slices of it; some
+# functions have several loops, or two kernels and their gradients.
+COPIES = dict.fromkeys((*KINDS[streamed], *KINDS[listed], *KINDS[mixed]), 1) | {
+    "linear_top_k": 2,
+    "linear_fit_temperature": 2,
+    "linear_distillation": 5,
+}
+# JAX's own derivative multiplies their float32 cotangents by bfloat16 arrays.
+MIXED = (
+    "hierarchical_log_probs",
+    "adaptive_log_prob",
+    "adaptive_log_probs",
+    "sampled_softmax_loss",
+)
+# Of a function's value, and those that its gradient adds.
+KERNELS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    **{(name, "mosaic_tpu"): _TPU for name in STATISTICS},
+    ("softmax", "mosaic_tpu"): _ROWS,
+    ("softmax", "mosaic_gpu"): _ROWS,
+    ("gumbel_softmax", "mosaic_tpu"): _GUMBEL,
+}
+# The derivative is XLA's.
+ONE_KERNEL = {
+    "h100": "jaxsoft_statistics_hopper",
+    "b200": "jaxsoft_statistics_blackwell",
+}
+
+
+def bound(name: str, ran: str, gradient: bool, sizes: Sizes, target: str) -> float:
+    """Returns the most bytes that a program may take."""
+    if ran == "xla":
+        copies = COPIES.get(name, 0) if target == "7x" else 0
+        return FORMULAS[name](sizes, gradient) + SLACK + copies * sizes.kernel
+    if name not in STATISTICS:
+        # The rows' results, in the dtype of the logits, and columns of rows.
+        return SLACK + gradient * sizes.logits / 2
+    if gradient and not sizes.tpu:
+        return bound(name, "xla", gradient, sizes, target)
+    return SLACK + gradient * sizes.states
+
+
+def kernels(name: str, ran: str, gradient: bool, target: str) -> list[str]:
+    """Returns the kernels that a program must call."""
+    if ran == "mosaic_gpu" and name in STATISTICS:
+        return [ONE_KERNEL[target]]
+    return sorted(KERNELS.get((name, ran), ())[: 1 + gradient])
+
+
+def check(room: str, target: str, much: str) -> None:
+    """Requires of every function of a room what is said here."""
+    found = results("functions", target, room, much)
+    names = [n for n in names_of(room) if much == "all" or n not in SLOW]
+    assert {one["name"] for one in found} == set(names)
+    assert not set(names) - set(FORMULAS), "each function needs a kind"
+    refused = {
+        (one["name"], one["implementation"])
+        for one in found
+        if one["what"] == "refused"
+    }
+    assert refused == {r for r in REFUSED.get(target, ()) if r[0] in names}, found
+    tpu = TARGETS[target].platform == "tpu"
+    broken = []
+    for one in found:
+        if one["what"] == "refused":
+            continue
+        sizes = Sizes.of(shapes_of(one["name"], one["model"]), tpu)
+        broken += [(one, why) for why in _broken(one, sizes, target)]
+    assert not broken, "\n".join(map(str, broken))
+
+
+def _broken(one: dict[str, Any], sizes: Sizes, target: str) -> Iterator[str]:
+    """Yields what a program does not keep to."""
+    name, ran = one["name"], one["implementation"]
+    gradient, mib = one["what"] == "value_and_grad", one["mib"]
+    layer = name in names_of("layers")
+    if ran == "reference":
+        # It stores logits, in bfloat16 at the least.
+        if layer and mib * MIB < sizes.logits / 2:
+            yield "stores no logits"
+        return
+    most = bound(name, ran, gradient, sizes, target)
+    if mib * MIB > most:
+        yield f"more than {most / MIB:.1f} MiB"
+    if name.startswith("row_") and one["aliased"] * MIB < 0.99 * sizes.kernel:
+        yield "no update in place"
+    if layer and bound(name, ran, gradient, sizes, "any") > sizes.logits / 3:
+        yield "a bound that stored logits would keep"
+    if one["kernels"] != kernels(name, ran, gradient, target):
+        yield "other kernels"
+    wide = {tuple(types) for types in one["wide"]}
+    if wide - {("float32", "float32")} and name not in MIXED:
+        yield "a product of float32 and bfloat16"
+    if wide and layer:
+        yield "a wide product"

@@ -1,0 +1,14 @@
+"""Every function of layers, compiled to machine code for five accelerators.
+
+Needs the extra `aot`; without it these tests skip, each with the reason.
+"""
+
+import pytest
+
+from tests.accelerators.bounds import check
+from tests.accelerators.functions import HOW_MUCH
+
+
+@pytest.mark.parametrize("target", HOW_MUCH)
+def test_memory_and_kernels(target):
+    check("layers", target, HOW_MUCH[target])
