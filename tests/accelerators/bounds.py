@@ -175,9 +175,7 @@ FORMULAS = {name: formula for formula, names in KINDS.items() for name in names}
 # What a target refuses, beside the kernels of other platforms.
 REFUSED = {
     # Its kernel is Hopper's.
-    "b200": {("softmax", "mosaic_gpu")},
-    # A row of gemma3's classes, with the noise, does not fit its memory.
-    "v6e": {("gumbel_softmax", "mosaic_tpu")},
+    "b200": {("softmax", "mosaic_gpu"), ("gumbel_softmax", "mosaic_gpu")},
 }
 _TPU = ("jaxsoft_statistics_forward", "jaxsoft_statistics_backward")
 _ROWS = ("jaxsoft_softmax_forward", "jaxsoft_softmax_backward")
@@ -203,12 +201,10 @@ KERNELS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("softmax", "mosaic_tpu"): _ROWS,
     ("softmax", "mosaic_gpu"): _ROWS,
     ("gumbel_softmax", "mosaic_tpu"): _GUMBEL,
+    ("gumbel_softmax", "mosaic_gpu"): _GUMBEL,
 }
-# The derivative is XLA's.
-ONE_KERNEL = {
-    "h100": "jaxsoft_statistics_hopper",
-    "b200": "jaxsoft_statistics_blackwell",
-}
+# Kernels for GPUs by chip; the derivative of statistics is XLA's.
+CHIPS = {"h100": "hopper", "b200": "blackwell"}
 
 
 def bound(name: str, ran: str, gradient: bool, sizes: Sizes, target: str) -> float:
@@ -216,6 +212,10 @@ def bound(name: str, ran: str, gradient: bool, sizes: Sizes, target: str) -> flo
     if ran == "xla":
         copies = COPIES.get(name, 0) if target == "7x" else 0
         return FORMULAS[name](sizes, gradient) + SLACK + copies * sizes.kernel
+    if name == "linear_sample":
+        # Two numbers of every 32 classes; columns that 128 rows read again, twice.
+        columns = 2 * 128 * 32 * 2 * sizes.states / (4 * sizes.rows)
+        return SLACK + sizes.logits / 16 + columns
     if name not in STATISTICS:
         # The rows' results, in the dtype of the logits, and columns of rows.
         return SLACK + gradient * sizes.logits / 2
@@ -226,8 +226,9 @@ def bound(name: str, ran: str, gradient: bool, sizes: Sizes, target: str) -> flo
 
 def kernels(name: str, ran: str, gradient: bool, target: str) -> list[str]:
     """Returns the kernels that a program must call."""
-    if ran == "mosaic_gpu" and name in STATISTICS:
-        return [ONE_KERNEL[target]]
+    if ran == "mosaic_gpu" and name in (*STATISTICS, "linear_sample"):
+        what = "sample" if name == "linear_sample" else "statistics"
+        return [f"jaxsoft_{what}_{CHIPS[target]}"]
     return sorted(KERNELS.get((name, ran), ())[: 1 + gradient])
 
 

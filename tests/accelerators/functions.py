@@ -61,7 +61,7 @@ _ROOMS = {
     "trees": ("hierarchical_log_prob", "sampled_softmax_loss"),
 }
 
-_KERNEL = re.compile(r"jaxsoft_(?:statistics|softmax|gumbel_softmax)_[a-z]+")
+_KERNEL = re.compile(r"jaxsoft_(?:statistics|sample|softmax|gumbel_softmax)_[a-z]+")
 
 
 def names_of(room: str) -> list[str]:
