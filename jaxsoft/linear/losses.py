@@ -99,7 +99,7 @@ def linear_cross_entropy(
       lost, except over reverse. A gradient that is not asked for is not computed.
       Under `jax.vmap` with a shared kernel the batch becomes rows. For a TPU 7x, XLA
       copies a bfloat16 kernel into another layout before the loop over its tiles, once
-      or, with gradients, up to three times; "mosaic_tpu" does not, nor do other TPUs.
+      or, with gradients, up to four times; "mosaic_tpu" does not, nor do other TPUs.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -181,13 +181,12 @@ _TPU = ("jaxsoft_statistics_forward", "jaxsoft_statistics_backward")
 _ROWS = ("jaxsoft_softmax_forward", "jaxsoft_softmax_backward")
 _GUMBEL = ("jaxsoft_gumbel_softmax_forward", "jaxsoft_softmax_backward")
 STATISTICS = ("linear_statistics", "linear_cross_entropy", "linear_log_prob")
-# For a 7x, XLA lays the whole kernel out anew before a loop over slices of it; some
-# functions have several loops, or two kernels and their gradients.
-COPIES = dict.fromkeys((*KINDS[streamed], *KINDS[listed], *KINDS[mixed]), 1) | {
-    "linear_top_k": 2,
-    "linear_fit_temperature": 2,
-    "linear_distillation": 5,
-}
+# For a 7x, XLA lays the whole kernel out anew before a loop over slices of it, in some
+# versions for each of several loops, and the gradient after them: so many kernels of
+# value and gradient, and of two layers.
+COPIES = (2, 4)
+OF_TWO_LAYERS = 6
+COPYING = (*KINDS[streamed], *KINDS[listed], *KINDS[mixed])
 # JAX's own derivative multiplies their float32 cotangents by bfloat16 arrays.
 MIXED = (
     "hierarchical_log_probs",
@@ -210,7 +209,10 @@ CHIPS = {"h100": "hopper", "b200": "blackwell"}
 def bound(name: str, ran: str, gradient: bool, sizes: Sizes, target: str) -> float:
     """Returns the most bytes that a program may take."""
     if ran == "xla":
-        copies = COPIES.get(name, 0) if target == "7x" else 0
+        copies = 0
+        if target == "7x" and name in COPYING:
+            two = name == "linear_distillation"
+            copies = OF_TWO_LAYERS if two else COPIES[gradient]
         return FORMULAS[name](sizes, gradient) + SLACK + copies * sizes.kernel
     if name == "linear_sample":
         # Two numbers of every 32 classes; columns that 128 rows read again, twice.
