@@ -145,7 +145,7 @@ KINDS: Mapping[Formula, tuple[str, ...]] = {
     logits(13): ("codistillation_loss",),
     logits(2.1, 4.1): ("gumbel_softmax", "reinmax"),
     # Ten draws, some of them at once.
-    logits(5.5, 8): ("gumbel_rao",),
+    logits(5.5, 10): ("gumbel_rao",),
     logits(2.1, 2.6): ("sample", "gumbel_top_k"),
     streamed: (
         "linear_statistics",
@@ -185,7 +185,7 @@ STATISTICS = ("linear_statistics", "linear_cross_entropy", "linear_log_prob")
 # versions for each of several loops, and the gradient after them: so many kernels of
 # value and gradient, and of two layers.
 COPIES = (2, 4)
-OF_TWO_LAYERS = 6
+OF_TWO_LAYERS = 7
 COPYING = (*KINDS[streamed], *KINDS[listed], *KINDS[mixed])
 # JAX's own derivative multiplies their float32 cotangents by bfloat16 arrays.
 MIXED = (
