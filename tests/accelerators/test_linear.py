@@ -9,6 +9,9 @@ from tests.accelerators.compiling import TARGETS, results
 
 # Stored logits take 4,008 to 12,000 MiB.
 BOUND = 256
+# Gradients of a shard of kernel and values, which newer XLA holds before it sums them
+# over shards of tokens on TPUs; a shard of bfloat16 logits takes 1,000 MiB.
+SHARDS = (2304 + 512) * 128000 * 2 / 2**20
 # Of the loss alone, beside the gradients. The float32 sum of dhidden is 72 MiB of it.
 BOUNDS = {
     ("h100", "value"): 128,
@@ -37,8 +40,9 @@ def test_tied_embeddings_of_gemma2(target):
 def test_temporaries_and_traffic(target, mode):
     found = {(r["name"], r["what"]): r for r in results("linear", target, mode)}
     assert len(found) == (19 if target == "h100" else 4)
-    for result in found.values():
-        assert result["mib"] <= BOUND, result
+    for (_, what), result in found.items():
+        sums = SHARDS if (target, what) == ("v6e", "value_and_grad") else 0
+        assert result["mib"] <= BOUND + sums, result
         if mode == "vmap":
             assert result["collectives"] == [], result
     if mode == "vmap":
