@@ -43,8 +43,8 @@ HOW_MUCH = {
 }
 # Compiled at the heads of all three models on the first target.
 LOSSES = ("linear_cross_entropy", "linear_log_prob", "linear_distillation")
-# A compiler for TPUs takes 15 seconds or more for a program of these, which are left out
-# of `largest`; of `all` they have the largest there.
+# Programs that take a compiler for TPUs 15 seconds or more: `largest` has none of them,
+# and `all` the largest.
 SLOW = (
     "codistillation_loss",
     "hierarchical_log_probs",
