@@ -43,7 +43,8 @@ HOW_MUCH = {
 }
 # Compiled at the heads of all three models on the first target.
 LOSSES = ("linear_cross_entropy", "linear_log_prob", "linear_distillation")
-# Left out of `largest`: each takes a compiler for TPUs 15 seconds or more.
+# Programs that take a compiler for TPUs 15 seconds or more: `largest` has none of them,
+# and `all` the largest.
 SLOW = (
     "codistillation_loss",
     "hierarchical_log_probs",
@@ -109,7 +110,10 @@ def _compile(
     program = operation.program(shapes_of(name, model))
     try:
         calls = list(program.calls(operation.options(option)))
-        for kind, function, arrays in calls[-1:] if much == "largest" else calls:
+        (device,) = place.device_set
+        if much == "largest" or (device.platform == "tpu" and name in SLOW):
+            calls = calls[-1:]
+        for kind, function, arrays in calls:
             donated = program.donated if kind == "value" else ()
             traced, compiled = _compiled(place, function, arrays, donated)
             calls_of_kernels = [
