@@ -180,12 +180,7 @@ def _case(
             workload=workload,
             shape=shape,
             title=title,
-            contenders=[
-                peers.Contender(name, ours(implementation), ours=True)
-                for name, implementation in peers.implementations().items()
-                # The default is that.
-                if implementation != "xla"
-            ],
+            contenders=peers.by_implementation(ours, xla=False),
             prepare=prepare,
             arguments=arguments,
             truth=truth,

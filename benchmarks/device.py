@@ -206,12 +206,7 @@ def _parity_case(
         found = linear.observe((mean, *gradients), case=case, subset=subset)
         return found | {"entropy": (entropy * live)[subset.rows]}
 
-    ours = [
-        peers.Contender(name, loss(implementation), ours=True)
-        for name, implementation in peers.implementations().items()
-        # The default is that.
-        if implementation != "xla"
-    ]
+    ours = peers.by_implementation(loss, xla=False)
     return contest.Case(
         suite=_PARITY,
         workload=workload.name,

@@ -66,6 +66,26 @@ def implementations() -> dict[str, Implementation | None]:
     return found
 
 
+def by_implementation(
+    ours: Callable[[Implementation | None], Callable[..., Any]],
+    *,
+    xla: bool = True,
+    **options: Any,
+) -> list[Contender]:
+    """Ours by every implementation that the platform has.
+
+    Args:
+      ours: makes the function of an implementation.
+      xla: whether "xla" takes part beside the default, which is the same today.
+      **options: fields of each contender.
+    """
+    return [
+        Contender(name, ours(implementation), ours=True, **options)
+        for name, implementation in implementations().items()
+        if xla or implementation != "xla"
+    ]
+
+
 def linear_contenders(case: LinearCase) -> list[Contender]:
     """Everyone's linear cross-entropy, as `f(hidden, kernel, labels, temperature)`.
 

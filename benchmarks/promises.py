@@ -123,7 +123,7 @@ def _statistics(
         **_shared(session, workload),
         title=f"statistics, {_shape(layout)}",
         contenders=[
-            *_by_implementation(ours),
+            *peers.by_implementation(ours),
             peers.Contender(STORED, stored),
             peers.Contender(MATMUL, multiply),
         ],
@@ -155,7 +155,7 @@ def _loss(session: Session, workload: LinearWorkload, layout: Layout) -> contest
     return contest.Case(
         **_shared(session, workload),
         title=case.title,
-        contenders=[*_by_implementation(ours, gradient_matmuls=4), *others],
+        contenders=[*peers.by_implementation(ours, gradient_matmuls=4), *others],
         prepare=functools.partial(linear.prepare, case=case),
         arguments=(hidden, kernel, labels, None, jnp.ones(labels.shape)),
         truth=lambda: _truth(hidden, kernel, labels, layout, subset, gradient=True),
@@ -199,7 +199,7 @@ def _sample(session: Session, workload: LinearWorkload, layout: Layout) -> conte
         **_shared(session, workload) | {"limit": limit, "slack": limit},
         title=f"{SAMPLE}, {_shape(layout)}",
         contenders=[
-            *_by_implementation(ours),
+            *peers.by_implementation(ours),
             peers.Contender("jax.random", stored),
             peers.Contender(READ, read, observe=lambda found: {"largest": found}),
         ],
@@ -222,15 +222,6 @@ def _shared(session: Session, workload: LinearWorkload) -> dict[str, Any]:
         "limit": checks.limit(workload.dtype, matmul=True, platform=session.platform),
         "slack": checks.slack(workload.dtype),
     }
-
-
-def _by_implementation(
-    ours: Callable[[Implementation | None], Callable[..., Any]], **options: Any
-) -> list[peers.Contender]:
-    return [
-        peers.Contender(name, ours(implementation), ours=True, **options)
-        for name, implementation in peers.implementations().items()
-    ]
 
 
 def _shape(layout: Layout) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft.logits.mosaic_gpu_tasks import LINE, PIECE, Chunk
+from jaxsoft.padding import round_up
 
 __all__ = ["Refs", "Ring", "choose", "stream"]
 
@@ -86,7 +87,7 @@ def choose(classes: int, itemsize: int, arrays: int, noisy: bool = False) -> Rin
     lines = math.ceil(classes / LINE)
     chunk = min(lines, _CHUNK_BYTES // (LINE * itemsize))
     if chunk > PIECE:
-        chunk = math.ceil(chunk / PIECE) * PIECE
+        chunk = round_up(chunk, PIECE)
     chunks = math.ceil(lines / chunk)
     for keeps in (True, False)[not noisy :]:
         slot = (arrays * itemsize + keeps * _NOISE_BYTES) * chunk * LINE
