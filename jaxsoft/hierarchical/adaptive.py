@@ -28,6 +28,7 @@ from jaxsoft.hierarchical.row_blocks import RowBlocks, take
 from jaxsoft.implementation import Implementation
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.logits.softmax import log_softmax
+from jaxsoft.products import matmul
 
 __all__ = ["adaptive_log_prob", "adaptive_log_probs", "log_prob_of_ranks"]
 
@@ -189,11 +190,8 @@ def _log_probs_by_rank(layer: Layer) -> jax.Array:
 def _all_log_probs(layer: Layer | TailLayer) -> jax.Array:
     (hidden, kernel), options = layer.call()
     operand = operand_dtype(hidden, kernel)
-    logits = jnp.matmul(
-        hidden.astype(operand),
-        kernel.astype(operand),
-        precision=layer.precision,
-        preferred_element_type=layer.dtype,
+    logits = matmul(
+        hidden.astype(operand), kernel.astype(operand), layer.precision, layer.dtype
     )
     if options["bias"] is not None:
         logits += options["bias"][None].astype(layer.dtype)

@@ -16,6 +16,7 @@ from jaxsoft.dtypes import compute_dtype, operand_dtype
 from jaxsoft.hierarchical.class_bands import ClassBands
 from jaxsoft.hierarchical.row_blocks import take
 from jaxsoft.implementation import Implementation, resolve
+from jaxsoft.products import matmul
 from jaxsoft.pytrees import exportable_namedtuple
 
 __all__ = ["AdaptiveTail", "Layer", "TailLayer", "prepare"]
@@ -85,12 +86,8 @@ class TailLayer:
 
     def call(self) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """Returns hidden states and kernel, and options, for `linear_*`."""
-        projected = jnp.matmul(
-            self.hidden,
-            self.parameters.projection.astype(self.hidden.dtype),
-            precision=self.precision,
-            preferred_element_type=self.dtype,
-        )
+        projection = self.parameters.projection.astype(self.hidden.dtype)
+        projected = matmul(self.hidden, projection, self.precision, self.dtype)
         options = _options(self, self.parameters.bias)
         return (projected.astype(self.hidden.dtype), self.parameters.kernel), options
 

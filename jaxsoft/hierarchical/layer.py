@@ -24,6 +24,7 @@ __all__ = [
     "logits_with",
     "parameters_of",
     "prepare",
+    "products_of_rows",
     "rows_of_nodes",
     "with_reference",
 ]
@@ -141,24 +142,29 @@ def logits_with(
     Hidden states may be wider than the kernel: the products are the same, and so is
     their gradient but for its dtype.
     """
-    logits = jax.lax.platform_dependent(
-        layer.hidden,
-        kernel,
-        cpu=functools.partial(_products_by_sums, dtype=layer.dtype),
-        default=functools.partial(
-            _products, dtype=layer.dtype, precision=layer.precision
-        ),
-    )
+    logits = products_of_rows(layer.hidden, kernel, layer.dtype, layer.precision)
     if bias is not None:
         logits += bias
     child = jnp.arange(layer.tree.arity - 1, dtype=jnp.int32)[(None,) * num_rows.ndim]
     return jnp.where(child < num_rows[..., None], logits, -jnp.inf)
 
 
+def products_of_rows(
+    hidden: jax.Array, kernel: jax.Array, dtype: jnp.dtype, precision: Any
+) -> jax.Array:
+    """Returns the products of rows [N, H] with their own vectors [N, ..., H]."""
+    return jax.lax.platform_dependent(
+        hidden,
+        kernel,
+        cpu=functools.partial(_products_by_sums, dtype=dtype),
+        default=functools.partial(_products, dtype=dtype, precision=precision),
+    )
+
+
 def _products_by_sums(
     hidden: jax.Array, kernel: jax.Array, *, dtype: jnp.dtype
 ) -> jax.Array:
-    """Returns the products of rows with their own vectors.
+    """Returns `products_of_rows`.
 
     XLA adds up in order on CPU, one number after another, but for a matrix product.
     """
@@ -171,7 +177,7 @@ def _products_by_sums(
 def _products(
     hidden: jax.Array, kernel: jax.Array, dtype: jnp.dtype, precision: Any
 ) -> jax.Array:
-    """Returns the products of rows with their own vectors, by matrix products."""
+    """Returns `products_of_rows`, by matrix products."""
     return jnp.einsum(
         "nh,n...h->n...",
         hidden.astype(kernel.dtype),

@@ -13,9 +13,11 @@ from numpy import typing as npt
 
 from jaxsoft import checks
 from jaxsoft.dtypes import compute_dtype, operand_dtype
+from jaxsoft.hierarchical.layer import products_of_rows
 from jaxsoft.hierarchical.same_rows import take_rows
 from jaxsoft.implementation import Implementation, resolve
 from jaxsoft.linear.operands import KernelLayout
+from jaxsoft.products import matmul
 from jaxsoft.pytrees import exportable_dataclass
 from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 from jaxsoft.temperature import is_zero, over_temperature
@@ -307,27 +309,30 @@ class _Layer(NamedTuple):
 
     def logits(self, ids: jax.Array) -> jax.Array:
         """Returns the logits of classes that all tokens share, [N, S]."""
-        return self._products("nh,sh->ns", ids, (1, -1))
+        vectors, bias, dtype = self._parameters(ids)
+        hidden = self.hidden.astype(vectors.dtype)
+        found = matmul(hidden, vectors.T, self.precision, dtype)
+        return found if bias is None else found + bias[None]
 
     def own_logits(self, ids: jax.Array) -> jax.Array:
         """Returns the logits of one class a token, [N]."""
-        return self._products("nh,nh->n", ids, (-1,))
+        vectors, bias, dtype = self._parameters(ids)
+        found = products_of_rows(self.hidden, vectors, dtype, self.precision)
+        return found if bias is None else found + bias
 
-    def _products(self, form: str, ids: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def _parameters(
+        self, ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, jnp.dtype]:
+        """Returns vectors [S, H] and biases [S] of classes, and the logits' dtype."""
         ids = jnp.clip(ids, 0, self.kernel.shape[self.axis] - 1)
         vectors = take_rows(self.kernel, ids, self.axis)
-        operand = operand_dtype(self.hidden, self.kernel)
-        dtype = compute_dtype(self.hidden, self.kernel)
-        found = jnp.einsum(
-            form,
-            self.hidden.astype(operand),
-            (vectors.T if self.axis else vectors).astype(operand),
-            precision=self.precision,
-            preferred_element_type=dtype,
+        vectors = (vectors.T if self.axis else vectors).astype(
+            operand_dtype(self.hidden, self.kernel)
         )
+        dtype = compute_dtype(self.hidden, self.kernel)
         if self.bias is None:
-            return found
-        return found + take_rows(self.bias, ids).astype(dtype).reshape(shape)
+            return vectors, None, dtype
+        return vectors, take_rows(self.bias, ids).astype(dtype), dtype
 
 
 def _log_sum_with_one(x: jax.Array, cold: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxsoft.hierarchical.layer import (
 )
 from jaxsoft.hierarchical.levels import Canonical
 from jaxsoft.implementation import Implementation
+from jaxsoft.products import matmul
 from jaxsoft.temperature import over_temperature
 
 __all__ = [
@@ -243,12 +244,7 @@ def all_log_probs(layer: Layer) -> jax.Array:
     rows = layer.hidden.shape[0]
     if not levels.depth:
         return jnp.zeros((rows, 1), layer.dtype)
-    logits = jnp.matmul(
-        layer.kernel,
-        layer.hidden.T,
-        precision=layer.precision,
-        preferred_element_type=layer.dtype,
-    )
+    logits = matmul(layer.kernel, layer.hidden.T, layer.precision, layer.dtype)
     if layer.bias is not None:
         logits += layer.bias[:, None]
     tau = layer.constant_tau if layer.row_tau is None else layer.row_tau[None]

@@ -187,13 +187,6 @@ STATISTICS = ("linear_statistics", "linear_cross_entropy", "linear_log_prob")
 COPIES = (2, 4)
 OF_TWO_LAYERS = 7
 COPYING = (*KINDS[streamed], *KINDS[listed], *KINDS[mixed])
-# JAX's own derivative multiplies their float32 cotangents by bfloat16 arrays.
-MIXED = (
-    "hierarchical_log_probs",
-    "adaptive_log_prob",
-    "adaptive_log_probs",
-    "sampled_softmax_loss",
-)
 # Of a function's value, and those that its gradient adds.
 KERNELS: Mapping[tuple[str, str], tuple[str, ...]] = {
     **{(name, "mosaic_tpu"): _TPU for name in STATISTICS},
@@ -276,7 +269,7 @@ def _broken(one: dict[str, Any], sizes: Sizes, target: str) -> Iterator[str]:
     if one["kernels"] != kernels(name, ran, gradient, target):
         yield "other kernels"
     wide = {tuple(types) for types in one["wide"]}
-    if wide - {("float32", "float32")} and name not in MIXED:
+    if wide - {("float32", "float32")}:
         yield "a product of float32 and bfloat16"
     if wide and layer:
         yield "a wide product"
