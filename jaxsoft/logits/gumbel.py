@@ -48,8 +48,9 @@ def gumbel_softmax(
         statistical flaw, which is faster.
       implementation: None, "xla" or a kernel, not yet measured, which draws the same
         noise on chip: "mosaic_tpu" for TPUs, float32 or bfloat16, or "mosaic_gpu" for
-        Hopper GPUs, float32, bfloat16 or float16. Noise is drawn twice for rows that
-        the chip does not hold: of some 300,000 float32 classes on TPUs, 28,672 on GPUs.
+        Hopper and Blackwell GPUs, float32, bfloat16 or float16. Noise is drawn twice
+        for rows that a chip does not hold: of some 300,000 float32 classes on TPUs,
+        196,608 on GPUs.
 
     Returns:
       An array of the shape and dtype of `logits`. Dropped classes, and those with

@@ -1,11 +1,11 @@
-"""Softmaxes of rows in kernels for Hopper GPUs, by Mosaic GPU.
+"""Softmaxes of rows in kernels for Hopper and Blackwell GPUs, by Mosaic GPU.
 
-One read and one write of the device's memory for a row that fits shared memory, of up
-to some 57,000 float32 numbers; of a longer row the rest is read twice (a cluster of
-multiprocessors could hold it; a later step). Backward, from y and g, likewise. Of
-perturbed logits: noise is made in the kernel, once where it fits beside its row.
+One read and one write of the device's memory for a row that fits the shared memory of
+a multiprocessor, of up to some 57,000 float32 numbers, or of a cluster of up to eight;
+of a longer row the rest is read twice. Backward, from y and g, likewise. Of perturbed
+logits: noise is made in the kernel, once where it fits beside its row.
 
-Not yet measured: nothing here has run on a GPU. It was compiled for one, read as
+Not yet measured: nothing here has run on a GPU. It was compiled for them, read as
 machine code, and interpreted.
 """
 
@@ -18,12 +18,15 @@ import jax.numpy as jnp
 from jaxsoft import nvidia, varying
 from jaxsoft.logits.kernel_rows import Plan
 from jaxsoft.logits.mosaic_gpu_gumbel import Gumbel
-from jaxsoft.logits.mosaic_gpu_ring import Refs, Ring, choose, stream
+from jaxsoft.logits.mosaic_gpu_ring import Meeting, Refs, Ring, choose, stream
 from jaxsoft.logits.mosaic_gpu_tasks import LINE, Slope, Softmax
 
 __all__ = ["Ring", "backward", "choose", "forward"]
 
-_CAPABILITIES = ("9.0",)
+_CAPABILITIES = ("9.0", "10.0")
+# Multiprocessors of a GPU that are sure to be neighbours: a cluster has those of one
+# group of them.
+_NEIGHBOURS = 16
 
 
 def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
@@ -39,7 +42,7 @@ def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
       [R, V] in the dtype of `x`.
 
     Raises:
-      NotImplementedError: on GPUs other than Hopper's.
+      NotImplementedError: on GPUs other than Hopper's and Blackwell's.
       ModuleNotFoundError: without absl-py, which Pallas imports.
     """
     static, rows = None, None
@@ -68,7 +71,7 @@ def backward(plan: Plan, y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
       [R, V] in the dtype of `y`.
 
     Raises:
-      NotImplementedError: on GPUs other than Hopper's.
+      NotImplementedError: on GPUs other than Hopper's and Blackwell's.
       ModuleNotFoundError: without absl-py, which Pallas imports.
     """
     static = None if plan.static_tau is None else (1 / plan.static_tau,)
@@ -111,15 +114,21 @@ def _call(
         padded = arrays
     shaped = [a.reshape(rows, ring.lines, LINE) for a in padded]
     out_type: Any = jax.ShapeDtypeStruct(shaped[0].shape, dtype)
-    blocks = min(rows, nvidia.chip(_CAPABILITIES).core_count * ring.blocks)
+    groups = min(rows, _groups(ring))
+    cluster: dict[str, Any] = {}
+    if ring.cluster > 1:
+        table = (groups, 2, ring.cluster, LINE)
+        out_type = out_type, jax.ShapeDtypeStruct(table, jnp.float32)
+        cluster = {"cluster": (ring.cluster,), "cluster_names": ("part",)}
     numbers = [a for a in (temper, words) if a is not None]
     has = (temper is not None, words is not None)
     found = plgpu.kernel(
-        functools.partial(_kernel, task, ring, has, rows, blocks),
+        functools.partial(_kernel, task, ring, has, rows, groups),
         out_type=out_type,
         scratch_types=_scratch(ring, len(arrays), dtype),
-        grid=(blocks,),
-        grid_names=("block",),
+        grid=(groups,),
+        grid_names=("group",),
+        **cluster,
         kernel_name=name,
         # ex2.approx is as good as exp2; what takes a logarithm knows how coarse it is.
         compiler_params=plgpu.CompilerParams(
@@ -128,8 +137,20 @@ def _call(
             unsafe_no_auto_barriers=task.private,
         ),
     )(*shaped, *numbers)
+    if ring.cluster > 1:
+        found, _ = found
     found = varying.like(found, arrays)
     return found.reshape(rows, width)[:, :classes]
+
+
+def _groups(ring: Ring) -> int:
+    """Returns how many blocks, or clusters of them, run at the same time."""
+    cores = nvidia.chip(_CAPABILITIES).core_count
+    if ring.cluster == 1:
+        return cores * ring.blocks
+    # Rows are dealt out in advance: a cluster that had to wait would double the time.
+    neighbours = cores - cores % _NEIGHBOURS
+    return max(1, neighbours * ring.blocks // ring.cluster)
 
 
 def _scratch(ring: Ring, arrays: int, dtype: jnp.dtype) -> dict[str, Any]:
@@ -143,15 +164,25 @@ def _scratch(ring: Ring, arrays: int, dtype: jnp.dtype) -> dict[str, Any]:
     if ring.keeps:
         scratch["noise"] = plgpu.SMEM(slots, jnp.float32)
     scratch["full"] = plgpu.Barrier(num_arrivals=arrays, num_barriers=ring.slots)
+    if ring.cluster > 1:
+        scratch["meeting"] = [
+            plgpu.SMEM((LINE,), jnp.float32),
+            plgpu.SMEM((ring.cluster, LINE), jnp.float32),
+            plgpu.ClusterBarrier(collective_axes=("part",)),
+            plgpu.Barrier(),
+        ]
     return scratch
 
 
-def _kernel(task, ring: Ring, has, rows: int, blocks: int, *refs, full, **scratch):
+def _kernel(task, ring: Ring, has, rows: int, groups: int, *refs, full, **scratch):
     """Streams rows, by arguments as Pallas gives them."""
+    places = scratch.pop("meeting", None)
     noise = scratch.pop("noise", None)
     stages = [scratch[f"slots{i}"] for i in range(len(scratch))]
     rest = iter(refs)
     inputs = [next(rest) for _ in stages]
     temper, words = (next(rest) if h else None for h in has)
-    gathered = Refs(inputs, next(rest), temper, words, stages, noise, full)
-    stream(task, ring, rows, blocks, gathered)
+    out = next(rest)
+    meeting = None if places is None else Meeting(next(rest), *places)
+    gathered = Refs(inputs, out, temper, words, stages, noise, full, meeting)
+    stream(task, ring, rows, groups, gathered)

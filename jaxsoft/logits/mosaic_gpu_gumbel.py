@@ -1,4 +1,4 @@
-"""Gumbel-softmax of rows as Hopper's kernels compute it, noise included.
+"""Gumbel-softmax of rows as kernels for GPUs compute it, noise included.
 
 Noise comes from the row's key and the class, the bits of `jaxsoft.noise`. Two
 neighbouring lines share a cipher, which is computed once for both: threads hold one
@@ -13,6 +13,7 @@ longer rows is drawn again in the second pass.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -149,18 +150,34 @@ class Gumbel:
 
         return _each_piece(chunk, merge, found)
 
-    def finish(self, temper: Any, found: _Best) -> _Result:
-        """Returns what the row's probabilities are made of."""
+    def meet(self, temper: Any, found: _Best) -> tuple[Any, ...]:
+        """Returns the largest perturbed logit, the sum and the best of a block."""
         top = jnp.max(found.top)
         rest = jnp.max(jnp.where(found.top == top, found.rest, LOWEST[0]))
         row = _Best(top, rest, None, None)
-        total = found.total * _weight(temper, found.top, found.rest, row)
-        total = jnp.sum(total)
-        inverse = 1 / jnp.where(total == 0, 1.0, total)
+        total = jnp.sum(found.total * _weight(temper, found.top, found.rest, row))
         if found.best is None:
-            return _Result(top, rest, None, inverse, inverse)
+            return top, rest, total
         here = (found.top == top) & (found.rest == rest)
         best = jnp.min(jnp.where(here, found.best, _BEYOND))
+        # In two halves: a float32 has 24 bits.
+        halves = (lax.shift_right_logical(best, 16), best & 0xFFFF)
+        return top, rest, total, *(half.astype(jnp.float32) for half in halves)
+
+    def finish(self, temper: Any, each: list[tuple[Any, ...]]) -> _Result:
+        """Returns what the row's probabilities are made of."""
+        blocks = []
+        for top, rest, total, *halves in each:
+            best = None
+            if halves:
+                high, low = (half.astype(jnp.int32) for half in halves)
+                best = high * 2**16 + low
+            blocks.append(_Best(top, rest, total, best))
+        found = functools.reduce(functools.partial(_together, temper), blocks)
+        top, rest, total, best = found
+        inverse = 1 / jnp.where(total == 0, 1.0, total)
+        if best is None:
+            return _Result(top, rest, None, inverse, inverse)
         # In a row with NaN the sum is NaN, and all that it touches.
         lost = inverse - inverse
         if self.hard:
@@ -244,6 +261,20 @@ def _weight(temper: Any, top: Any, rest: Any, peak: Any) -> jax.Array:
     for factor in temper:
         c = c if factor is None else c * factor
     return jnp.exp2(c)
+
+
+def _together(temper: Any, one: _Best, other: _Best) -> _Best:
+    """Returns what two blocks found, the one of lower classes first."""
+    above = (other.top > one.top) | ((other.top == one.top) & (other.rest > one.rest))
+    top, rest = (
+        jnp.where(above, b, a)
+        for a, b in ((one.top, other.top), (one.rest, other.rest))
+    )
+    row = _Best(top, rest, None, None)
+    total = one.total * _weight(temper, one.top, one.rest, row)
+    total = total + other.total * _weight(temper, other.top, other.rest, row)
+    best = None if one.best is None else jnp.where(above, other.best, one.best)
+    return _Best(top, rest, total, best)
 
 
 def _iota() -> jax.Array:

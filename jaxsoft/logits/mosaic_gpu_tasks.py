@@ -1,4 +1,4 @@
-"""What Hopper's kernels for rows do with the chunks that pass through shared memory.
+"""What GPUs' kernels for rows do with the chunks that pass through shared memory.
 
 A task finds a few numbers of a row, chunk after chunk, and writes chunks from them. A
 piece is what threads hold at a time: of 8 lines, 8 numbers each.
@@ -104,6 +104,14 @@ class _Pieces(abc.ABC):
         """Merges pieces ([P, 128] of each array) into what was found."""
 
     @abc.abstractmethod
+    def meet(self, temper: Any, found: Any) -> tuple[Any, ...]:
+        """Returns what a block's threads found together, in float32 numbers."""
+
+    @abc.abstractmethod
+    def finish(self, temper: Any, each: list[tuple[Any, ...]]) -> Any:
+        """Returns what `result` needs of the row from what each of its blocks found."""
+
+    @abc.abstractmethod
     def result(self, temper: Any, result: Any, *piece: jax.Array) -> jax.Array:
         """Returns what overwrites a piece of the first array."""
 
@@ -149,11 +157,20 @@ class Softmax(_Pieces):
             total = total + jnp.exp2(centred(temper, x, top))
         return top, total
 
-    def finish(self, temper, found):
-        """Returns the row's largest logit, and one over its sum."""
+    def meet(self, temper, found):
+        """Returns the largest logit and the sum of a block."""
         peak, total = found
         top = jnp.max(peak)
-        total = jnp.sum(total * jnp.exp2(centred(temper, peak, top)))
+        return top, jnp.sum(total * jnp.exp2(centred(temper, peak, top)))
+
+    def finish(self, temper, each):
+        """Returns the row's largest logit, and one over its sum."""
+        (top, total), *others = each
+        for peak, more in others:
+            both = jnp.maximum(top, peak)
+            total = total * jnp.exp2(centred(temper, top, both))
+            total = total + more * jnp.exp2(centred(temper, peak, both))
+            top = both
         return top, 1 / jnp.where(total == 0, 1.0, total)
 
     def result(self, temper, result, *piece):
@@ -183,10 +200,15 @@ class Slope(_Pieces):
             weighted, total = weighted + y * g, total + y
         return weighted, total
 
-    def finish(self, temper, found):
+    def meet(self, temper, found):
+        """Returns both sums of a block."""
+        del temper
+        return tuple(jnp.sum(a) for a in found)
+
+    def finish(self, temper, each):
         """Returns the mean of g."""
         del temper
-        weighted, total = (jnp.sum(a) for a in found)
+        weighted, total = (sum(numbers) for numbers in zip(*each, strict=True))
         return weighted / jnp.where(total == 0, 1.0, total)
 
     def result(self, temper, result, *piece):

@@ -45,7 +45,8 @@ def softmax(
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       implementation: None, "xla" or a kernel, not yet measured: "mosaic_tpu" for TPUs,
-        float32 or bfloat16; "mosaic_gpu" for Hopper GPUs, float16 too (needs absl-py).
+        float32 or bfloat16; "mosaic_gpu" for Hopper and Blackwell GPUs, float16 too
+        (needs absl-py).
 
     Returns:
       An array of the shape and dtype of `logits`. Dropped classes, and those with

@@ -172,11 +172,6 @@ KINDS: Mapping[Formula, tuple[str, ...]] = {
 }
 FORMULAS = {name: formula for formula, names in KINDS.items() for name in names}
 
-# What a target refuses, beside the kernels of other platforms.
-REFUSED = {
-    # Its kernel is Hopper's.
-    "b200": {("softmax", "mosaic_gpu"), ("gumbel_softmax", "mosaic_gpu")},
-}
 _TPU = ("jaxsoft_statistics_forward", "jaxsoft_statistics_backward")
 _ROWS = ("jaxsoft_softmax_forward", "jaxsoft_softmax_backward")
 _GUMBEL = ("jaxsoft_gumbel_softmax_forward", "jaxsoft_softmax_backward")
@@ -233,17 +228,9 @@ def check(room: str, target: str, much: str) -> None:
     names = [n for n in names_of(room) if much == "all" or n not in SLOW]
     assert {one["name"] for one in found} == set(names)
     assert not set(names) - set(FORMULAS), "each function needs a kind"
-    refused = {
-        (one["name"], one["implementation"])
-        for one in found
-        if one["what"] == "refused"
-    }
-    assert refused == {r for r in REFUSED.get(target, ()) if r[0] in names}, found
     tpu = TARGETS[target].platform == "tpu"
     broken = []
     for one in found:
-        if one["what"] == "refused":
-            continue
         sizes = Sizes.of(shapes_of(one["name"], one["model"]), tpu)
         broken += [(one, why) for why in _broken(one, sizes, target)]
     assert not broken, "\n".join(map(str, broken))

@@ -8,7 +8,6 @@ that has a gradient, whose program has the value too. By hand:
     python -m tests.accelerators.compiling functions v5e layers largest
 """
 
-import json
 import re
 from typing import Any
 
@@ -104,36 +103,32 @@ def main(target: str, room: str, much: str, *names: str) -> None:
 def _compile(
     place: Any, much: str, name: str, model: str, ran: str, option: str | None
 ) -> None:
-    """Compiles the programs of an implementation, or reports that it is refused."""
-    told = {"model": model, "implementation": ran}
+    """Compiles the programs of an implementation."""
     operation = operations()[name]
     program = operation.program(shapes_of(name, model))
-    try:
-        calls = list(program.calls(operation.options(option)))
-        (device,) = place.device_set
-        if much == "largest" or (device.platform == "tpu" and name in SLOW):
-            calls = calls[-1:]
-        for kind, function, arrays in calls:
-            donated = program.donated if kind == "value" else ()
-            traced, compiled = _compiled(place, function, arrays, donated)
-            calls_of_kernels = [
-                line
-                for line in (compiled.as_text() or "").splitlines()
-                if "custom-call(" in line
-            ]
-            dots = products(traced.jaxpr.jaxpr)
-            report(
-                name,
-                kind,
-                compiled,
-                kernels=sorted(set(_KERNEL.findall("\n".join(calls_of_kernels)))),
-                products=len(dots),
-                wide=[types for types in dots if set(types) != {"bfloat16"}],
-                **told,
-            )
-    except NotImplementedError as error:
-        refused = {"name": name, "what": "refused", "mib": 0, "why": str(error)}
-        print("RESULT", json.dumps(refused | told), flush=True)
+    calls = list(program.calls(operation.options(option)))
+    (device,) = place.device_set
+    if much == "largest" or (device.platform == "tpu" and name in SLOW):
+        calls = calls[-1:]
+    for kind, function, arrays in calls:
+        donated = program.donated if kind == "value" else ()
+        traced, compiled = _compiled(place, function, arrays, donated)
+        calls_of_kernels = [
+            line
+            for line in (compiled.as_text() or "").splitlines()
+            if "custom-call(" in line
+        ]
+        dots = products(traced.jaxpr.jaxpr)
+        report(
+            name,
+            kind,
+            compiled,
+            model=model,
+            implementation=ran,
+            kernels=sorted(set(_KERNEL.findall("\n".join(calls_of_kernels)))),
+            products=len(dots),
+            wide=[types for types in dots if set(types) != {"bfloat16"}],
+        )
 
 
 def _compiled(

@@ -1,6 +1,6 @@
 """The kernels for softmaxes of rows, to compile for chips that are not here.
 
-The argument is the slice of TPUs, v5e:2x2, v6e:2x2 or tpu7x:2x2x1, or h100. By hand:
+The argument is the slice of TPUs, v5e:2x2, v6e:2x2 or tpu7x:2x2x1, or the GPU. By hand:
 
     python -m tests.accelerators.compiling rows v6e v5e:2x2
 """
@@ -14,13 +14,16 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 import jaxsoft
+from jaxsoft.devices.target import TARGETS
+from jaxsoft.implementation import compiling_for
 from tests.accelerators.compiling import compile_for, report, topology
 from tests.accelerators.mosaic_gpu import captured
 
 __all__ = ["KERNELS", "SHAPES", "limited", "main"]
 
-# Rows, classes, dtype. The first is too long for a multiprocessor of a GPU. Noise alone
-# is for the last two: of the one GPUs keep it, the other is too long for TPUs' VMEM.
+# Rows, classes, dtype. The first is too long for one multiprocessor of a GPU. Noise
+# alone is for the last two: of the one a multiprocessor keeps it, the other is too long
+# for a cluster of them, and for TPUs' VMEM.
 SHAPES = {
     "long": (16384, 131072, "float32"),
     "short": (2048, 32768, "float32"),
@@ -38,12 +41,17 @@ KERNELS = (
 def main(target, chip):
     """Compiles the softmax of rows and its derivative, each alone, and reports them."""
     platform, devices = topology(target, chip)
-    implementation = "mosaic_gpu" if target == "h100" else "mosaic_tpu"
+    implementation = "mosaic_tpu" if platform == "tpu" else "mosaic_gpu"
     os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
     place = SingleDeviceSharding(devices[0])
-    other = "longest" if target == "h100" else "kept"
+    with compiling_for(TARGETS[target].gpu):
+        _report_all(platform, implementation, place, chip)
+
+
+def _report_all(platform, implementation, place, chip):
+    """Compiles and reports every shape."""
     for name, (rows, classes, dtype) in SHAPES.items():
-        if name == other:
+        if name == "kept" and platform == "tpu":
             continue
         rows = limited(chip, rows)
         x = jax.ShapeDtypeStruct((rows, classes), dtype, sharding=place)

@@ -34,19 +34,20 @@ def test_rows_on_tpus(chip):
         assert result["mib"] <= (held + count * 128 * 4) / MIB + 1, result
 
 
-def test_rows_on_hopper():
+@pytest.mark.parametrize("chip, code", [("h100", "sm_90a"), ("b200", "sm_100a")])
+def test_rows_on_gpus(chip, code):
     """Machine code without spills, and of 128-number lines no copy but y."""
-    found = results("rows", "h100", "h100")
-    assert len(found) == 12
+    found = results("rows", chip, chip)
+    assert len(found) == 14
     for result in found:
         backward = result["what"] == "gradient"
         assert result["kernels"] == kernels(result["what"]), result
         # Empty where the same kernel was compiled before.
-        assert set(result["targets"]) <= {"sm_90a"}, result
+        assert set(result["targets"]) <= {code}, result
         assert result["spills"] == [], result
         assert all(int(registers) <= 128 for registers in result["registers"]), result
         count, classes, dtype = rows.SHAPES[result["name"]]
         held = count * classes * (4 if dtype == "float32" else 2) / MIB
         # Rows that TMA cannot read are padded, and their results cut.
-        padded = 2 if result["name"] == "unaligned" else 0
+        padded = 2 if result["name"] in ("unaligned", "longest") else 0
         assert result["mib"] <= held * 1.01 * (backward + padded) + 1, result

@@ -145,11 +145,16 @@ def test_tpus_draw_again_what_vmem_does_not_hold(case, take):
 
 # The first keeps the noise of 5 lines, of which the last chunk has one; the second
 # reads what two slots do not hold, and draws, again; the third has a line without its
-# pair.
+# pair; of the last, two blocks have one and two chunks.
 RINGS = {
     "kept": (600, "float32", Ring(lines=5, chunk=2, slots=3, blocks=1, keeps=True)),
     "streamed": (1000, "bfloat16", Ring(lines=8, chunk=2, slots=2, blocks=1)),
     "odd": (300, "float16", Ring(lines=3, chunk=3, slots=1, blocks=1, keeps=True)),
+    "shared": (
+        600,
+        "float32",
+        Ring(5, chunk=2, slots=2, blocks=1, keeps=True, cluster=2),
+    ),
 }
 
 
@@ -172,7 +177,7 @@ def test_gpus_draw_what_xla_draws(case, take):
         options = {"where": mask, "generator": "threefry13"}
         return draw(implementation, x, 0.7, hard=True, **options)
 
-    function = {"kept": kept, "streamed": draw, "odd": odd}[case]
+    function = {"kept": kept, "odd": odd}.get(case, draw)
     close(*both(function, x, tau, kernel="mosaic_gpu"), dtype)
 
 
@@ -196,8 +201,8 @@ def test_the_lowest_of_equals_is_drawn(kernel, chosen, take, monkeypatch):
 
 
 def test_noise_is_kept_where_it_fits_beside_its_row():
-    for itemsize, kept, drawn in ((4, 28672, 28673), (2, 32768, 32769)):
-        for classes in (1, 130, 1000, kept, drawn, 131072, 10**7):
+    for itemsize, kept, drawn in ((4, 196608, 196609), (2, 262144, 262145)):
+        for classes in (1, 130, 1000, 28673, 131072, kept, drawn, 10**7):
             ring = mosaic_gpu.choose(classes, itemsize, 1, True)
             assert ring.keeps == (classes <= kept)
             slot = ring.chunk * 128 * (itemsize + 4 * ring.keeps)

@@ -134,17 +134,21 @@ def test_values_against_float64():
 
 
 # The first reads again what its two slots do not hold; 5 lines end in half a chunk. The
-# second keeps rows, padded to whole lines.
+# second keeps rows, padded to whole lines. Of the third, two blocks have two and three
+# chunks, of which two stay; of the fourth, four have whole chunks and the last half.
 RINGS = {
     "float32": (600, mosaic_gpu.Ring(lines=5, chunk=2, slots=2, blocks=1)),
     "float16": (300, mosaic_gpu.Ring(lines=3, chunk=3, slots=1, blocks=1)),
+    "two blocks": (600, mosaic_gpu.Ring(5, chunk=1, slots=2, blocks=1, cluster=2)),
+    "four blocks": (900, mosaic_gpu.Ring(8, chunk=2, slots=1, blocks=1, cluster=4)),
 }
 
 
-@pytest.mark.parametrize("dtype", RINGS)
-def test_gpus_take_row_after_row(dtype, monkeypatch):
+@pytest.mark.parametrize("case", RINGS)
+def test_gpus_take_row_after_row(case, monkeypatch):
     """Three rows in one block of threads: what is interpreted takes its time."""
-    classes, ring = RINGS[dtype]
+    classes, ring = RINGS[case]
+    dtype = case if case.startswith("float") else "float32"
     monkeypatch.setattr(nvidia, "gpus", lambda: [Gpu("9.0", 1)])
     monkeypatch.setattr(mosaic_gpu, "choose", lambda *_: ring)
     x = logits("float32", classes=classes)[jnp.array([0, 1, 7])].astype(dtype)
@@ -208,10 +212,15 @@ def test_rows_that_fit_shared_memory_are_read_once():
                 held = ring.slots * ring.chunk * 128 * itemsize * arrays
                 assert ring.blocks >= 1 and ring.chunk <= 256
                 assert ring.blocks * (held + 2**10) <= 227 * 2**10
-                fits = classes * itemsize * arrays <= 208 * 2**10
-                assert (ring.reads == 1) or not fits
+                blocks = classes * itemsize * arrays / (208 * 2**10)
+                assert (ring.reads == 1) == (blocks <= 8)
+                assert ring.cluster == 1 or blocks > 1
                 assert (ring.chunks - 1) * ring.chunk < ring.lines
-    assert mosaic_gpu.choose(48 * 1024, 4, 1).reads == 1
-    for slots, chunk, message in ((1, 8, "`slots` must be"), (2, 9, "`chunk` must be")):
+    assert mosaic_gpu.choose(48 * 1024, 4, 1).cluster == 1
+    for slots, chunk, cluster, message in (
+        (1, 8, 1, "`slots` must be 2 or more"),
+        (2, 9, 1, "`chunk` must be"),
+        (2, 64, 4, "`cluster` must be at most 2"),
+    ):
         with pytest.raises(ValueError, match=message):
-            mosaic_gpu.Ring(lines=100, chunk=chunk, slots=slots, blocks=1)
+            mosaic_gpu.Ring(100, chunk, slots, blocks=1, cluster=cluster)
