@@ -142,7 +142,12 @@ class ClassSampler:
         """
         bits = jax.random.bits(key, (num_samples,), jnp.uint32) >> (32 - _BITS)
         starts = jnp.asarray(self.starts)
-        return jnp.searchsorted(starts, bits.astype(jnp.int32), side="right") - 1
+        # Unrolled: a GPU makes one kernel of it, and the compiler for TPUs of JAX 0.12
+        # fails at the loop beside the gradient of a table [V, H].
+        found = jnp.searchsorted(
+            starts, bits.astype(jnp.int32), side="right", method="scan_unrolled"
+        )
+        return found - 1
 
     def log_prob(self, class_ids: ArrayLike) -> jax.Array:
         """Returns log-probabilities in one draw.

@@ -97,7 +97,7 @@ def contrasted(sizes: Sizes, gradient: bool) -> float:
 
 def path(sizes: Sizes, gradient: bool) -> float:
     """States in float32, their gradients, the rows of blocks of tokens and theirs."""
-    return (5 if gradient else 1) * sizes.states
+    return (6 if gradient else 1) * sizes.states
 
 
 def updated(sizes: Sizes, gradient: bool) -> float:
@@ -117,12 +117,14 @@ def banded(sizes: Sizes, gradient: bool) -> float:
 
 
 def sampled(sizes: Sizes, gradient: bool) -> float:
-    """Logits of 8192 classes, their vectors and the labels', and their gradients.
+    """Logits of 8192 classes and their derivative, vectors, the labels', and theirs.
 
-    For TPUs XLA transposes the kernel to take columns of it.
+    For TPUs XLA transposes the kernel to take columns of it; that of JAX 0.12 adds to
+    those of its gradient in float32.
     """
-    of_classes = 4 * sizes.rows * 8192 + (3 if gradient else 2) * sizes.states
-    return of_classes + sizes.kernel * sizes.tpu
+    numbers = 4 + 2 * gradient
+    of_classes = numbers * sizes.rows * 8192 + (3 if gradient else 2) * sizes.states
+    return of_classes + sizes.kernel * sizes.tpu * (3 if gradient else 1)
 
 
 KINDS: Mapping[Formula, tuple[str, ...]] = {
@@ -164,7 +166,8 @@ KINDS: Mapping[Formula, tuple[str, ...]] = {
         "hierarchical_value_and_row_grad",
     ),
     # The results are of all classes, and so is what a level of them takes.
-    logits(5.5): ("hierarchical_log_probs", "adaptive_log_probs"),
+    logits(5.5, 8): ("hierarchical_log_probs",),
+    logits(5.4): ("adaptive_log_probs",),
     updated: ("row_sgd", "row_adagrad", "row_adam"),
     beams: ("hierarchical_top_k",),
     banded: ("adaptive_log_prob", "adaptive_sample", "adaptive_top_k"),

@@ -28,6 +28,9 @@ def test_kernels_at_real_heads(chips):
         # The float32 sum of dhidden, and a few columns; no logits.
         features = mosaic_tpu.HEADS.get(name, mosaic_tpu.HEADS["llama3"])[0]
         sums = mosaic_tpu.ROWS * features * 4 if backward else 0
+        if name == "mesh" and backward:
+            # A shard's dkernel, which JAX 0.12 keeps beside the sum over shards.
+            sums += 4096 * 128256 // 2 * 2
         assert result["mib"] <= (sums + 8 * COLUMN) / MIB, result
         if name == "mesh":
             continue
