@@ -300,15 +300,18 @@ class _Row:
 
     def chunk(self, chunk: Any, slot: Any) -> Chunk:
         """Returns what the task sees of a chunk."""
-        refs, first = self.refs, (self.part.first + chunk) * self.ring.chunk
+        refs, first = self.refs, self.first_line(chunk)
         return Chunk(refs.stages, refs.noise, slot, first, self.temper, self.words)
+
+    def first_line(self, chunk: Any) -> Any:
+        """Returns the first line of a chunk in its row."""
+        return (self.part.first + chunk) * self.ring.chunk
 
     def lines(self, chunk: Any) -> Any:
         """Returns the lines of a chunk in its row."""
         from jax.experimental import pallas as pl
 
-        first = (self.part.first + chunk) * self.ring.chunk
-        return pl.ds(first, self.ring.chunk)
+        return pl.ds(self.first_line(chunk), self.ring.chunk)
 
     def copy(self, row: Any, chunk: Any, slot: Any) -> None:
         """Starts to copy a chunk of each input into a slot."""
