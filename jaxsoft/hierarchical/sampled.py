@@ -213,7 +213,7 @@ def sampled_softmax_loss(
       reduction: "mean" (Σ weight · loss / Σ weight, 0 if the weights sum to 0), "sum"
         (Σ weight · loss) or "none" (weight · loss).
       kernel_layout: "hv" or "vh"; rows of the latter are read faster: to take columns
-        of the former XLA may copy the whole kernel, as it does for a TPU v5e.
+        of the former XLA copies the whole kernel on TPUs, and its gradient.
       precision: the precision of the matrix products, as in `jnp.matmul`.
       implementation: None or "xla".
 
@@ -292,8 +292,8 @@ def sampled_softmax_loss(
     known = (flat >= 0) & (flat < classes)
     own = jnp.where(known, flat, -1).astype(jnp.int32)
     layer = _Layer(hidden.reshape(len(flat), features), kernel, bias, axis, precision)
-    scores = layer.logits(ids)
-    others = scores - layer.own_logits(own)[:, None]
+    scores, own_scores = layer.logits(ids, own)
+    others = scores - own_scores[:, None]
     others = over_temperature(others, float(tau) if isinstance(tau, int) else tau)
     others -= expected[None]
     if remove_accidental_hits:
@@ -312,32 +312,26 @@ class _Layer(NamedTuple):
     axis: int
     precision: Any
 
-    def logits(self, ids: jax.Array) -> jax.Array:
-        """Returns the logits of classes that all tokens share, [N, S]."""
-        vectors, bias, dtype = self._parameters(ids)
-        hidden = self.hidden.astype(vectors.dtype)
-        found = matmul(hidden, vectors.T, self.precision, dtype)
-        return found if bias is None else found + bias[None]
+    def logits(self, ids: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns logits [N, S] of shared classes and [N] of one class a token.
 
-    def own_logits(self, ids: jax.Array) -> jax.Array:
-        """Returns the logits of one class a token, [N]."""
-        vectors, bias, dtype = self._parameters(ids)
-        found = products_of_rows(self.hidden, vectors, dtype, self.precision)
-        return found if bias is None else found + bias
-
-    def _parameters(
-        self, ids: jax.Array
-    ) -> tuple[jax.Array, jax.Array | None, jnp.dtype]:
-        """Returns vectors [S, H] and biases [S] of classes, and the logits' dtype."""
-        ids = jnp.clip(ids, 0, self.kernel.shape[self.axis] - 1)
-        vectors = take_rows(self.kernel, ids, self.axis)
+        The parameters of all are taken at once: their gradients are added up before
+        they meet the kernel's.
+        """
+        count, last = len(ids), self.kernel.shape[self.axis] - 1
+        every = jnp.clip(jnp.concatenate([ids.astype(own.dtype), own]), 0, last)
+        vectors = take_rows(self.kernel, every, self.axis)
         vectors = (vectors.T if self.axis else vectors).astype(
             operand_dtype(self.hidden, self.kernel)
         )
         dtype = compute_dtype(self.hidden, self.kernel)
+        hidden = self.hidden.astype(vectors.dtype)
+        shared = matmul(hidden, vectors[:count].T, self.precision, dtype)
+        each = products_of_rows(self.hidden, vectors[count:], dtype, self.precision)
         if self.bias is None:
-            return vectors, None, dtype
-        return vectors, take_rows(self.bias, ids).astype(dtype), dtype
+            return shared, each
+        bias = take_rows(self.bias, every).astype(dtype)
+        return shared + bias[None, :count], each + bias[count:]
 
 
 def _log_sum_with_one(x: jax.Array, cold: jax.Array) -> jax.Array:
