@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["LOWEST", "exact_sum", "gap"]
+__all__ = ["LOWEST", "above", "exact_sum", "gap"]
 
 # Both parts below every sum but those that are dropped, and finite.
 LOWEST = (float(jnp.finfo(jnp.float32).min), -1e38)
@@ -28,6 +28,11 @@ def exact_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     of_y = total - x
     rest = (x - (total - of_y)) + (y - of_y)
     return total, jnp.where(rest == rest, rest, 0.0)
+
+
+def above(top: Any, rest: Any, peak: Any, peak_rest: Any) -> jax.Array:
+    """Returns whether sums are larger than others, False where they are equal."""
+    return (top > peak) | ((top == peak) & (rest > peak_rest))
 
 
 def gap(top: Any, rest: Any, peak: Any, peak_rest: Any) -> jax.Array:

@@ -7,9 +7,9 @@ which both passes find alike.
 
 A cipher of 20 rounds takes some 80 integer instructions, and the noise of its two
 classes as many again: more time than copying the classes through the device's memory.
-So the noise of a row that fits shared memory together with its noise is drawn once and
-kept, 4 bytes a class (of up to 28,672 float32 classes, 32,768 of 16 bits); that of
-longer rows is drawn again in the second pass.
+So the noise of a row that fits the shared memory of a cluster together with its noise
+is drawn once and kept, 4 bytes a class (of up to 196,608 float32 classes, 262,144 of 16
+bits); that of longer rows is drawn again in the second pass.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft import noise
-from jaxsoft.logits.exact_sum import LOWEST, exact_sum, gap
+from jaxsoft.logits.exact_sum import LOWEST, above, exact_sum, gap
 from jaxsoft.logits.mosaic_gpu_tasks import LINE, Chunk, full
 
 __all__ = ["Gumbel", "gumbel"]
@@ -137,12 +137,8 @@ class Gumbel:
             lines = list(self._lines(chunk, first, draws=True))
             new = found
             for line, top, rest in lines:
-                above = (top > new.top) | ((top == new.top) & (rest > new.rest))
-                best = new.best
-                if best is not None:
-                    best = jnp.where(above, self._ids(chunk, line), best)
-                top = jnp.where(above, top, new.top)
-                new = _Best(top, jnp.where(above, rest, new.rest), new.total, best)
+                ids = None if new.best is None else self._ids(chunk, line)
+                new = _higher(new, _Best(top, rest, new.total, ids))
             total = found.total * _weight(chunk.temper, found.top, found.rest, new)
             for _, top, rest in lines:
                 total = total + _weight(chunk.temper, top, rest, new)
@@ -263,18 +259,23 @@ def _weight(temper: Any, top: Any, rest: Any, peak: Any) -> jax.Array:
     return jnp.exp2(c)
 
 
-def _together(temper: Any, one: _Best, other: _Best) -> _Best:
-    """Returns what two blocks found, the one of lower classes first."""
-    above = (other.top > one.top) | ((other.top == one.top) & (other.rest > one.rest))
-    top, rest = (
-        jnp.where(above, b, a)
+def _higher(one: _Best, other: _Best) -> _Best:
+    """Returns the higher peak, of equal ones the first, with the first's total."""
+    higher = above(other.top, other.rest, one.top, one.rest)
+    peak, rest = (
+        jnp.where(higher, b, a)
         for a, b in ((one.top, other.top), (one.rest, other.rest))
     )
-    row = _Best(top, rest, None, None)
+    best = None if one.best is None else jnp.where(higher, other.best, one.best)
+    return _Best(peak, rest, one.total, best)
+
+
+def _together(temper: Any, one: _Best, other: _Best) -> _Best:
+    """Returns what two blocks found, the one of lower classes first."""
+    row = _higher(one, other)
     total = one.total * _weight(temper, one.top, one.rest, row)
     total = total + other.total * _weight(temper, other.top, other.rest, row)
-    best = None if one.best is None else jnp.where(above, other.best, one.best)
-    return _Best(top, rest, total, best)
+    return row._replace(total=total)
 
 
 def _iota() -> jax.Array:

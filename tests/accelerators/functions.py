@@ -1,11 +1,11 @@
 """Every public function, to compile for an accelerator that is not here.
 
 The functions are those of `jaxsoft devices`, at the head of a real model. The arguments
-are a target, a room and how much: `all`, or `largest`, which leaves out what takes a
-compiler for TPUs longest, stored logits for checking, and the value alone of a function
-that has a gradient, whose program has the value too. By hand:
+are a target, a room and how much: `all`; `largest`, which leaves out stored logits for
+checking, and the value alone of a function that has a gradient, whose program has the
+value too; or `quick`, of those what does not take a compiler for TPUs long. By hand:
 
-    python -m tests.accelerators.compiling functions v5e layers largest
+    python -m tests.accelerators.compiling functions v5e layers quick
 """
 
 import re
@@ -36,14 +36,13 @@ MODEL_OF = {
 HOW_MUCH = {
     "h100": "all",
     "b200": "all",
-    "v5e": "largest",
-    "v6e": "all",
-    "7x": "largest",
+    "v5e": "quick",
+    "v6e": "largest",
+    "7x": "quick",
 }
 # Compiled at the heads of all three models on the first target.
 LOSSES = ("linear_cross_entropy", "linear_log_prob", "linear_distillation")
-# Programs that take a compiler for TPUs 15 seconds or more: `largest` has none of them,
-# and `all` the largest.
+# Functions with a program that takes a compiler for TPUs 15 seconds or more.
 SLOW = (
     "codistillation_loss",
     "hierarchical_log_probs",
@@ -88,12 +87,12 @@ def main(target: str, room: str, much: str, *names: str) -> None:
     with compiling_for(chosen.gpu):
         for found in describe(device, names or names_of(room), None):
             name = found.operation
-            if much == "largest" and name in SLOW:
+            if much == "quick" and name in SLOW:
                 continue
             everywhere = target == "h100" and name in LOSSES
             for model in MODELS if everywhere else [MODEL_OF[target]]:
                 for ran in found.implementations:
-                    if ran.name == "reference" and much == "largest":
+                    if ran.name == "reference" and much != "all":
                         continue
                     if platform_of(ran.name) in (None, chosen.platform):
                         option = None if ran.name == found.uses else ran.name
@@ -107,8 +106,7 @@ def _compile(
     operation = operations()[name]
     program = operation.program(shapes_of(name, model))
     calls = list(program.calls(operation.options(option)))
-    (device,) = place.device_set
-    if much == "largest" or (device.platform == "tpu" and name in SLOW):
+    if much != "all":
         calls = calls[-1:]
     for kind, function, arrays in calls:
         donated = program.donated if kind == "value" else ()

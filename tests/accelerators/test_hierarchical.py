@@ -53,8 +53,8 @@ def test_trees_in_tables(target, family):
 @pytest.mark.parametrize("target", ["h100", "v6e"])
 def test_rows_of_sampled_classes(target):
     (result,) = found_for(target, "sampled").values()
-    # Logits of the sampled classes, their derivative in bfloat16, and the vectors of
-    # those classes and of the labels'.
+    # Logits of the sampled classes, their derivative in bfloat16, and vectors of those
+    # classes and of the labels.
     bound = ROWS * SAMPLES * (4 + 2) / MIB + 2 * HIDDEN
     assert result["mib"] <= bound < KERNEL / 4, result
 
