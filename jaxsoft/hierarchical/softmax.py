@@ -271,14 +271,27 @@ def _by_level(levels: Canonical, logits: jax.Array, tau: Any) -> jax.Array:
         own = logits[first : first + slots - nodes]
         missing = ((0, nodes * arity - slots), (0, 0))
         own = jnp.pad(own, missing, constant_values=-jnp.inf)
-        children = with_reference(own.reshape(nodes, arity - 1, rows), axis=1)
-        found = log_shares(children, tau, axis=1) + above[:, None]
+        shares = _shares(own.reshape(nodes, arity - 1, rows), tau)
+        found = shares + above[:, None]
         found = found.reshape(nodes * arity, rows)[:slots]
         leaves.append(found[: levels.leaves[depth]])
         above = found[levels.leaves[depth] :]
         if depth % _FUSED_LEVELS == 0:
             above = lax.optimization_barrier(above)
     return jnp.concatenate(leaves)
+
+
+def _shares(logits: jax.Array, tau: Any) -> jax.Array:
+    """Returns `log_shares` [M, arity, N] from the logits of all children but the first.
+
+    What the derivative needs of them is computed again: stored, it is several times the
+    logits. To divide again by a temperature of each row would take longer.
+    """
+
+    def shares(logits):
+        return log_shares(with_reference(logits, axis=1), tau, axis=1)
+
+    return (jax.checkpoint(shares) if isinstance(tau, float) else shares)(logits)
 
 
 def _by_table(levels: Any, logits: jax.Array, tau: Any) -> jax.Array:
