@@ -184,6 +184,28 @@ def test_gpus_draw_what_xla_draws(case, take):
 @pytest.mark.parametrize(
     "kernel, chosen",
     [
+        ("mosaic_tpu", Blocks(8, 512, 8, 2**20, chunk=256)),
+        ("mosaic_gpu", Ring(lines=5, chunk=2, slots=2, blocks=1)),
+        ("mosaic_gpu", RINGS["shared"][2]),
+    ],
+)
+def test_noise_beside_a_large_offset_decides(kernel, chosen, take):
+    """Of sums that a float32 does not tell apart, the larger one is drawn."""
+    take(chosen)
+    # Of five classes that one thread of a GPU sees.
+    x = np.where(np.arange(600) % 128 == 3, 2.0**23, -np.inf)
+    x = np.tile(x, (16, 1))
+
+    def function(implementation, x):
+        return draw(implementation, x, hard=True, tau=0.5)
+
+    theirs, mine = both(function, jnp.asarray(x, "float32"), kernel=kernel)
+    np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "kernel, chosen",
+    [
         ("mosaic_tpu", Blocks(8, 256, 8, 2**20, chunk=256)),
         ("mosaic_gpu", Ring(lines=3, chunk=2, slots=2, blocks=1)),
     ],
