@@ -113,10 +113,11 @@ def beams(sizes: Sizes, gradient: bool) -> float:
 def banded(sizes: Sizes, gradient: bool) -> float:
     """Tiles; and a gradient of the tails, their sum in float32: 0.095 H V numbers.
 
-    Newer compilers for TPUs copy them once more.
+    Newer compilers for TPUs copy those, and 5/16 H² of the projections, once more.
     """
-    tails = (8 if sizes.tpu and NEWER else 6) * 0.095 * sizes.kernel / 2
-    return (tails + sizes.states if gradient else 0) + 2 * sizes.tile
+    tails, features = 0.095 * sizes.kernel / 2, sizes.states / 4 / sizes.rows
+    copied = 2 * (tails + 5 / 16 * features**2) if sizes.tpu and NEWER else 0
+    return (6 * tails + copied + sizes.states if gradient else 0) + 2 * sizes.tile
 
 
 def sampled(sizes: Sizes, gradient: bool) -> float:
