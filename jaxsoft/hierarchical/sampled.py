@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -286,13 +286,15 @@ def sampled_softmax_loss(
         live = each != 0
         hidden = jnp.where(live[..., None], hidden, 0)
         labels = jnp.where(live, labels, 0)
-    ids = sampler.sample(key, count)
+    ids = checks.integer("sampler.sample(...)", sampler.sample(key, count))
     expected = sampler.log_prob(ids).astype(dtype) + math.log(count)
     flat = labels.reshape(-1)
     known = (flat >= 0) & (flat < classes)
     own = jnp.where(known, flat, -1).astype(jnp.int32)
-    layer = _Layer(hidden.reshape(len(flat), features), kernel, bias, axis, precision)
-    scores, own_scores = layer.logits(ids, own)
+    states = hidden.reshape(len(flat), features)
+    scores, own_scores = _logits(
+        states, kernel, bias, ids, own, axis=axis, precision=precision
+    )
     others = scores - own_scores[:, None]
     others = over_temperature(others, float(tau) if isinstance(tau, int) else tau)
     others -= expected[None]
@@ -303,35 +305,33 @@ def sampled_softmax_loss(
     return reduce_losses(loss, each, reduction)
 
 
-class _Layer(NamedTuple):
-    """A layer whose logits are computed for some classes."""
+def _logits(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    ids: jax.Array,
+    own: jax.Array,
+    *,
+    axis: int,
+    precision: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logits [N, S] of shared classes and [N] of one class a token.
 
-    hidden: jax.Array
-    kernel: jax.Array
-    bias: jax.Array | None
-    axis: int
-    precision: Any
-
-    def logits(self, ids: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns logits [N, S] of shared classes and [N] of one class a token.
-
-        The parameters of all are taken at once: their gradients are added up before
-        they meet the kernel's.
-        """
-        count, last = len(ids), self.kernel.shape[self.axis] - 1
-        every = jnp.clip(jnp.concatenate([ids.astype(own.dtype), own]), 0, last)
-        vectors = take_rows(self.kernel, every, self.axis)
-        vectors = (vectors.T if self.axis else vectors).astype(
-            operand_dtype(self.hidden, self.kernel)
-        )
-        dtype = compute_dtype(self.hidden, self.kernel)
-        hidden = self.hidden.astype(vectors.dtype)
-        shared = matmul(hidden, vectors[:count].T, self.precision, dtype)
-        each = products_of_rows(self.hidden, vectors[count:], dtype, self.precision)
-        if self.bias is None:
-            return shared, each
-        bias = take_rows(self.bias, every).astype(dtype)
-        return shared + bias[None, :count], each + bias[count:]
+    The parameters of all are taken at once: their gradients are added up before they
+    meet the kernel's.
+    """
+    count, last = len(ids), kernel.shape[axis] - 1
+    every = jnp.clip(jnp.concatenate([ids.astype(own.dtype), own]), 0, last)
+    vectors = take_rows(kernel, every, axis)
+    vectors = (vectors.T if axis else vectors).astype(operand_dtype(hidden, kernel))
+    dtype = compute_dtype(hidden, kernel)
+    wide = hidden.astype(vectors.dtype)
+    shared = matmul(wide, vectors[:count].T, precision, dtype)
+    each = products_of_rows(hidden, vectors[count:], dtype, precision)
+    if bias is None:
+        return shared, each
+    biases = take_rows(bias, every).astype(dtype)
+    return shared + biases[None, :count], each + biases[count:]
 
 
 def _log_sum_with_one(x: jax.Array, cold: jax.Array) -> jax.Array:

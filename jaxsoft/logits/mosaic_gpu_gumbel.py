@@ -138,7 +138,7 @@ class Gumbel:
             new = found
             for line, top, rest in lines:
                 ids = None if new.best is None else self._ids(chunk, line)
-                new = _higher(new, _Best(top, rest, new.total, ids))
+                new = _higher(new, _Best(top, rest, None, ids))
             total = found.total * _weight(chunk.temper, found.top, found.rest, new)
             for _, top, rest in lines:
                 total = total + _weight(chunk.temper, top, rest, new)
@@ -260,14 +260,12 @@ def _weight(temper: Any, top: Any, rest: Any, peak: Any) -> jax.Array:
 
 
 def _higher(one: _Best, other: _Best) -> _Best:
-    """Returns the higher peak, of equal ones the first, with the first's total."""
+    """Returns the higher peak, of equal ones the first, without a total."""
     higher = above(other.top, other.rest, one.top, one.rest)
-    peak, rest = (
-        jnp.where(higher, b, a)
-        for a, b in ((one.top, other.top), (one.rest, other.rest))
-    )
+    top = jnp.where(higher, other.top, one.top)
+    rest = jnp.where(higher, other.rest, one.rest)
     best = None if one.best is None else jnp.where(higher, other.best, one.best)
-    return _Best(peak, rest, one.total, best)
+    return _Best(top, rest, None, best)
 
 
 def _together(temper: Any, one: _Best, other: _Best) -> _Best:

@@ -121,13 +121,12 @@ def banded(sizes: Sizes, gradient: bool) -> float:
 
 
 def sampled(sizes: Sizes, gradient: bool) -> float:
-    """Logits of 8192 classes and their derivative, vectors, the labels', and theirs.
+    """Logits of 8192 classes, vectors of those and of the labels, and their gradients.
 
     For TPUs XLA transposes the kernel to take columns of it, and its gradient where
     that was; newer ones keep that beside it, and the zeros that it is added to.
     """
-    numbers = 4 + 2 * gradient
-    of_classes = numbers * sizes.rows * 8192 + (3 if gradient else 2) * sizes.states
+    of_classes = 4 * sizes.rows * 8192 + (3 if gradient else 2) * sizes.states
     return of_classes + sizes.kernel * sizes.tpu * (3 if gradient and NEWER else 1)
 
 

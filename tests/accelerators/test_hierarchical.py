@@ -7,7 +7,7 @@ of them where a result is to be.
 
 import pytest
 
-from tests.accelerators.compiling import results
+from tests.accelerators.compiling import NEWER, results
 
 MIB = 2**20
 CLASSES, ROWS, FEATURES, SAMPLES = 10**6, 8192, 1024, 8192
@@ -53,9 +53,10 @@ def test_trees_in_tables(target, family):
 @pytest.mark.parametrize("target", ["h100", "v6e"])
 def test_rows_of_sampled_classes(target):
     (result,) = found_for(target, "sampled").values()
-    # Logits of the sampled classes, their derivative in bfloat16, and vectors of those
-    # classes and of the labels.
-    bound = ROWS * SAMPLES * (4 + 2) / MIB + 2 * HIDDEN
+    # Logits of the sampled classes, and vectors of those and of the labels; newer
+    # compilers for TPUs keep the derivative in bfloat16 beside them.
+    numbers = 4 + 2 * (NEWER and target == "v6e")
+    bound = ROWS * SAMPLES * numbers / MIB + 2 * HIDDEN
     assert result["mib"] <= bound < KERNEL / 4, result
 
 

@@ -41,8 +41,7 @@ def test_temporaries_and_traffic(target, mode):
     found = {(r["name"], r["what"]): r for r in results("linear", target, mode)}
     assert len(found) == (19 if target == "h100" else 4)
     for (_, what), result in found.items():
-        newer = NEWER and target == "v6e"
-        sums = SHARDS if newer and what == "value_and_grad" else 0
+        sums = SHARDS if NEWER and (target, what) == ("v6e", "value_and_grad") else 0
         assert result["mib"] <= BOUND + sums, result
         if mode == "vmap":
             assert result["collectives"] == [], result

@@ -269,6 +269,16 @@ def test_bfloat16_gradients_of_many_tokens_do_not_stall(layout):
         assert error < 0.01 * np.abs(truth).max()
 
 
+class Floats:
+    """Draws no classes."""
+
+    def sample(self, key, num_samples):
+        return jax.random.uniform(key, (num_samples,))
+
+    def log_prob(self, class_ids):
+        return jnp.zeros(class_ids.shape)
+
+
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [
@@ -280,6 +290,7 @@ def test_bfloat16_gradients_of_many_tokens_do_not_stall(layout):
         (ValueError, {"num_samples": 0}, "`num_samples` must"),
         (ValueError, {"temperature": -1.0}, "`temperature` must not be negative"),
         (ValueError, {"sampler": ClassSampler.uniform(8)}, "`sampler` must be over 9"),
+        (TypeError, {"sampler": Floats()}, r"`sampler.sample\(...\)` must have an int"),
         (ValueError, {"kernel_layout": "xy"}, "`kernel_layout` must"),
         (ValueError, {"reduction": "max"}, "`reduction` must"),
         (NotImplementedError, {"implementation": "mosaic_gpu"}, "for sampled_softmax"),
