@@ -124,10 +124,13 @@ def sampled(sizes: Sizes, gradient: bool) -> float:
     """Logits of 8192 classes, vectors of those and of the labels, and their gradients.
 
     For TPUs XLA transposes the kernel to take columns of it, and its gradient where
-    that was; newer ones keep that beside it, and the zeros that it is added to.
+    that was; newer ones keep that beside it, and the zeros that it is added to. They
+    keep the derivative in bfloat16 beside the logits, too.
     """
-    of_classes = 4 * sizes.rows * 8192 + (3 if gradient else 2) * sizes.states
-    return of_classes + sizes.kernel * sizes.tpu * (3 if gradient and NEWER else 1)
+    newer = gradient and NEWER
+    numbers = 6 if newer else 4
+    of_classes = numbers * sizes.rows * 8192 + (3 if gradient else 2) * sizes.states
+    return of_classes + sizes.kernel * sizes.tpu * (3 if newer else 1)
 
 
 KINDS: Mapping[Formula, tuple[str, ...]] = {

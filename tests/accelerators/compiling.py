@@ -21,7 +21,8 @@ from jaxsoft.devices import target as devices
 
 __all__ = ["NEWER", "TARGETS", "compile_for", "report", "results", "topology"]
 
-# The compilers for TPUs that come with a JAX newer than 0.10 take more for gradients.
+# Compilers that come with a JAX newer than 0.10 take more for some gradients, those for
+# TPUs most.
 NEWER = jax.__version_info__ >= (0, 11)
 
 # For which everything is compiled; some is for others too.
