@@ -19,6 +19,7 @@ __all__ = [
     "boolean",
     "broadcasts_to",
     "class_axis",
+    "finite_temperature",
     "floating",
     "integer",
     "one_of",
@@ -145,6 +146,16 @@ def temperature(value: Any, dtype: jnp.dtype) -> float | jax.Array:
     if not isinstance(array, Tracer) and array.is_fully_addressable:
         _not_negative(np.asarray(array))
     return array.astype(dtype)
+
+
+def finite_temperature(value: Any) -> None:
+    """Requires a temperature to be finite wherever its values are known."""
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return
+    is_array = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+    if isinstance(value, numbers.Real) or is_array:
+        if np.isposinf(np.asarray(value, np.float64)).any():
+            raise ValueError("`temperature` must be finite, got inf.")
 
 
 def _not_negative(values: np.ndarray) -> None:

@@ -115,8 +115,7 @@ def linear_distillation(
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("divergence", divergence, DIVERGENCES)
     axes = sharding.check_axes("token_axes", token_axes)
-    if isinstance(temperature, (int, float)) and math.isinf(temperature):
-        raise ValueError("`temperature` must be finite, got inf.")
+    checks.finite_temperature(temperature)
     student_hidden = checks.floating("student_hidden", student_hidden)
     teacher_hidden = checks.floating("teacher_hidden", teacher_hidden)
     rows = student_hidden.shape[:-1]

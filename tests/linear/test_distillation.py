@@ -1,6 +1,7 @@
 """Distillation: against float64, at every temperature, and against stored logits."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -209,8 +210,10 @@ def test_messages():
         linear_distillation(h, w, g, k[:, :300])
     with pytest.raises(ValueError, match="`teacher_kernel` must have shape"):
         linear_distillation(h, w, g, k.T)
-    with pytest.raises(ValueError, match="`temperature` must be finite"):
-        linear_distillation(h, w, g, k, temperature=float("inf"))
+    infinite = (math.inf, np.float32("inf"), jnp.float32("inf"))
+    for temperature in (*infinite, jnp.full(ROWS, jnp.inf).at[0].set(1.0)):
+        with pytest.raises(ValueError, match="`temperature` must be finite"):
+            linear_distillation(h, w, g, k, temperature=temperature)
     with pytest.raises(ValueError, match="`divergence` must be one of"):
         linear_distillation(h, w, g, k, divergence="kl")  # pyright: ignore
     with pytest.raises(ValueError, match="`class_ids` must have shape"):
