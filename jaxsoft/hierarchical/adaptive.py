@@ -197,7 +197,9 @@ def _all_log_probs(layer: Layer | TailLayer) -> jax.Array:
         logits += options["bias"][None].astype(layer.dtype)
     tau = options["temperature"]
     return log_softmax(
-        logits, temperature=tau if layer.row_tau is None else tau[:, None]
+        logits,
+        temperature=tau if layer.row_tau is None else tau[:, None],
+        implementation=layer.implementation,
     )
 
 

@@ -47,7 +47,7 @@ class AdaptiveTail(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["hidden", "parameters", "row_tau"],
-    meta_fields=["constant", "precision"],
+    meta_fields=["constant", "precision", "implementation"],
 )
 @dataclasses.dataclass(frozen=True)
 class TailLayer:
@@ -59,6 +59,7 @@ class TailLayer:
       row_tau: [N], or None with a constant temperature.
       constant: the temperature where `row_tau` is None.
       precision: of matrix products.
+      implementation: what the caller asked for.
     """
 
     hidden: jax.Array
@@ -66,6 +67,7 @@ class TailLayer:
     row_tau: jax.Array | None
     constant: float
     precision: Any
+    implementation: Implementation | None
 
     @property
     def num_classes(self) -> int:
@@ -95,7 +97,7 @@ class TailLayer:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["hidden", "kernel", "bias", "tails", "row_tau"],
-    meta_fields=["constant", "precision", "shape"],
+    meta_fields=["constant", "precision", "implementation", "shape"],
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -109,6 +111,7 @@ class Layer:
       row_tau: [N], or None with a constant temperature.
       constant: the temperature where `row_tau` is None.
       precision: of matrix products.
+      implementation: what the caller asked for.
       shape: of the rows, before they were folded.
     """
 
@@ -119,6 +122,7 @@ class Layer:
     row_tau: jax.Array | None
     constant: float
     precision: Any
+    implementation: Implementation | None
     shape: tuple[int, ...]
 
     @property
@@ -154,13 +158,23 @@ class Layer:
         """Returns the layer of a tail."""
         parameters = self.tails[index]
         return TailLayer(
-            self.hidden, parameters, self.row_tau, self.constant, self.precision
+            self.hidden,
+            parameters,
+            self.row_tau,
+            self.constant,
+            self.precision,
+            self.implementation,
         )
 
 
 def _options(layer: Layer | TailLayer, bias: jax.Array | None) -> dict[str, Any]:
     tau = layer.constant if layer.row_tau is None else layer.row_tau
-    return {"bias": bias, "temperature": tau, "precision": layer.precision}
+    return {
+        "bias": bias,
+        "temperature": tau,
+        "precision": layer.precision,
+        "implementation": layer.implementation,
+    }
 
 
 def prepare(
@@ -217,7 +231,17 @@ def prepare(
         row_tau = jnp.broadcast_to(tau, shape).reshape(-1)
     folded = hidden.astype(operand_dtype(hidden, kernel))
     folded = folded.reshape(math.prod(shape), features)
-    return Layer(folded, kernel, bias, checked, row_tau, constant, precision, shape)
+    return Layer(
+        folded,
+        kernel,
+        bias,
+        checked,
+        row_tau,
+        constant,
+        precision,
+        implementation,
+        shape,
+    )
 
 
 def _checked_tail(

@@ -1,5 +1,6 @@
 """Adaptive softmax against its definition, written down once more in NumPy."""
 
+import functools
 import itertools
 
 import jax
@@ -10,6 +11,8 @@ from jax import export
 
 import jaxsoft
 from jaxsoft import AdaptiveTail, ClassBands
+from jaxsoft.implementation import recorded
+from jaxsoft.linear import losses, sampling
 
 KEY = jax.random.key(3)
 
@@ -429,3 +432,20 @@ def test_bad_arguments():
         jaxsoft.adaptive_log_prob(**good, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="`k` must be at most"):
         case.call(jaxsoft.adaptive_top_k, 61)
+
+
+def test_every_part_runs_the_implementation_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(losses, "KERNELS", ("reference", "xla"))
+    monkeypatch.setattr(sampling, "IMPLEMENTATIONS", ("mosaic_gpu", "xla"))
+    case = Case(_bands(20, (4, 9), False), rows=13)
+    for implementation, expected in (("xla", {"xla"}), (None, {"xla", "reference"})):
+        with recorded() as choices:
+            case.call(
+                jaxsoft.adaptive_log_prob, case.labels, implementation=implementation
+            )
+        assert {choice.chosen for choice in choices} == expected
+    with recorded() as choices:
+        sample = functools.partial(jaxsoft.adaptive_sample, KEY)
+        case.call(sample, implementation="xla")
+    assert {choice.operation for choice in choices} >= {"linear_sample"}
+    assert {choice.chosen for choice in choices} == {"xla"}
