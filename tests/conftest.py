@@ -30,17 +30,53 @@ _OPTIMIZED_ONCE = (
 # On the second what could differ is JAX, not our numbers: some cases of each test do.
 _SECOND = os.environ.get("JAXSOFT_SECOND_PYTHON") == "1"
 
+# Files, or their folders, whose tests are not of the default tier.
+_PROCESSES = (
+    "benchmarks",
+    "distributed",
+    "examples",
+    "test_comparison.py",
+    "test_mesh.py",
+    "test_readme.py",
+    "test_resume.py",
+)
+_INTERPRETERS = (
+    "test_kernel_gumbel.py",
+    "test_kernel_rows.py",
+    "test_mosaic_gpu.py",
+    "test_mosaic_gpu_sample.py",
+    "test_mosaic_tpu.py",
+)
+_SLOW = ("test_regression_scale.py", "test_softmax_regression.py", "test_torch.py")
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Keeps the first and the last case of each test on the second Python."""
-    if not _SECOND:
-        return
+    """Sorts tests into tiers before `-m` picks them.
+
+    A test's first and last case are of the default tier, its others slow. On the second
+    Python the others do not run at all.
+    """
     cases = collections.defaultdict(list)
     for item in items:
+        place = set(item.path.relative_to(Path(__file__).parent).parts)
+        if "accelerators" in place:
+            continue
+        for marker, places in (
+            (pytest.mark.process, _PROCESSES),
+            (pytest.mark.interpreter, _INTERPRETERS),
+            (pytest.mark.slow, _SLOW),
+        ):
+            if not place.isdisjoint(places):
+                item.add_marker(marker)
         cases[item.nodeid.partition("[")[0]].append(item)
-    kept = {one for each in cases.values() for one in (each[0], each[-1])}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    others = {item for of_test in cases.values() for item in of_test[1:-1]}
+    if _SECOND:
+        config.hook.pytest_deselected(items=[item for item in items if item in others])
+        items[:] = [item for item in items if item not in others]
+        return
+    for item in others:
+        item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config):
