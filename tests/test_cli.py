@@ -100,6 +100,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert (tmp_path / "text.txt").read_text() == TEXT
 
 
+@pytest.mark.process
 def test_compare_heads_prints_a_table(options, capsys, tmp_path):
     place = options.index("--steps")
     del options[place : place + 2]

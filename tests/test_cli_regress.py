@@ -315,6 +315,7 @@ KILLED = """if True:
 
 # Programs of another process have these bits only if they are compiled alike.
 @pytest.mark.usefixtures("optimized")
+@pytest.mark.process
 def test_after_kill_the_result_is_the_same_bit_for_bit(fresh, capsys):
     features = np.random.default_rng(1).normal(size=(900, 30))
     noise = np.random.default_rng(2).gumbel(size=(900, 10))
