@@ -139,26 +139,35 @@ def temperature(value: Any, dtype: jnp.dtype) -> float | jax.Array:
             f"got {value!r}."
         )
     if isinstance(value, numbers.Real):
-        number = float(value)
-        _not_negative(np.asarray(number))
-        return number
+        value = float(value)
+        _not_negative(value)
+        return value
     array = floating("temperature", value)
-    if not isinstance(array, Tracer) and array.is_fully_addressable:
-        _not_negative(np.asarray(array))
+    _not_negative(array)
     return array.astype(dtype)
 
 
 def finite_temperature(value: Any) -> None:
     """Requires a temperature to be finite wherever its values are known."""
-    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
-        return
     is_array = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
-    if isinstance(value, numbers.Real) or is_array:
-        if np.isposinf(np.asarray(value, np.float64)).any():
-            raise ValueError("`temperature` must be finite, got inf.")
+    if not (isinstance(value, numbers.Real) or is_array):
+        return  # what is no temperature at all is refused by `temperature`
+    values = _known(value)
+    if values is not None and np.isposinf(values.astype(np.float64)).any():
+        raise ValueError("`temperature` must be finite, got inf.")
 
 
-def _not_negative(values: np.ndarray) -> None:
+def _known(value: Any) -> np.ndarray | None:
+    """Returns the values of a number or an array; None where they are not known."""
+    if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
+        return None
+    return np.asarray(value)
+
+
+def _not_negative(value: Any) -> None:
+    values = _known(value)
+    if values is None:
+        return
     bad = ~(values >= 0)
     if bad.any():
         raise ValueError(
