@@ -112,6 +112,8 @@ class Runner:
         if code is None:
             return None
         found = tuple(dict.fromkeys(_FAILURE.findall(output)))
+        if code == 5 and not every:
+            return ()  # The default tier has none of these tests, so it sees no bug.
         # 0 passed, 1 failed, 2 failed while tests were collected, 5 ran nothing.
         if code not in (0, 1, 2) or (code != 0) != bool(found):
             raise BreakageError(f"pytest ended with {code}:\n{output}")

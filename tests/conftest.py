@@ -54,8 +54,8 @@ _SLOW = ("test_regression_scale.py", "test_softmax_regression.py", "test_torch.p
 def pytest_collection_modifyitems(config, items):
     """Sorts tests into tiers before `-m` picks them.
 
-    A test's first and last case are of the default tier, its others slow. On the second
-    Python the others do not run at all.
+    The first and the last case of a test with `many_cases` are of the default tier, its
+    others slow. On the second Python no test has more cases than these two.
     """
     cases = collections.defaultdict(list)
     for item in items:
@@ -76,7 +76,8 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in others]
         return
     for item in others:
-        item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("many_cases"):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config):

@@ -53,6 +53,7 @@ def test_the_cipher_is_that_of_random123(rounds, key, counter, cipher, fused):
 
 
 @pytest.mark.parametrize("count", [1, 128, 129, 700])
+@pytest.mark.many_cases
 def test_the_first_numbers_get_the_bits_of_each(count):
     words = noise.row_words(jax.random.key(2), 3)
     ids = jnp.arange(count)

@@ -107,6 +107,7 @@ def test_log_probs_by_definition(bands):
 
 
 @pytest.mark.parametrize("num_classes", [*range(1, 41), 1000])
+@pytest.mark.many_cases
 def test_probabilities_add_up(num_classes):
     bands = ClassBands.from_counts(1 / np.arange(1, num_classes + 1))
     case = Case(bands, rows=3, scale=2)
@@ -145,6 +146,7 @@ def _plain_loss(hidden, head, bias, tails, tau, labels, bands, weights):
 
 @pytest.mark.parametrize("bands", BANDS)
 @pytest.mark.parametrize("rows", [37, 600])
+@pytest.mark.many_cases
 def test_gradients_by_definition(bands, rows):
     """600 rows are several blocks of a tail."""
     case = Case(bands, rows=rows)
@@ -202,6 +204,7 @@ def test_a_tail_costs_what_its_tokens_cost():
 
 
 @pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.many_cases
 def test_samples_follow_the_probabilities(bands):
     case = Case(bands, rows=2)
     many = 20_000
@@ -254,6 +257,7 @@ def test_a_nan_is_not_a_class():
 
 @pytest.mark.parametrize("bands", BANDS)
 @pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.many_cases
 def test_top_k_by_definition(bands, scale):
     case = Case(bands, scale=scale)
     for k in sorted({1, min(5, bands.num_classes), bands.num_classes}):

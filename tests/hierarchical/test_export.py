@@ -30,6 +30,7 @@ def check_round_trip(function, *arguments) -> Any:
 @pytest.mark.parametrize(
     ("kind", "num_classes"), [("balanced", 1), *((kind, 11) for kind in cases.KINDS)]
 )
+@pytest.mark.many_cases
 def test_functions_of_trees(kind, num_classes):
     tree = cases.tree(kind, num_classes)
     layer = cases.layer(tree, dtype="float32")

@@ -27,6 +27,7 @@ OFFSETS = (2.0**14, 1e6, 1e7)
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_probabilities_add_up_whatever_the_number_of_classes(kind, dtype, x64):
     trees = [
         cases.tree(kind, number)

@@ -53,6 +53,7 @@ def dense(
 
 @pytest.mark.parametrize("num_classes", [1, 2, 13, 40])
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_equals_automatic_differentiation(kind, num_classes, x64):
     tree = cases.tree(kind, num_classes)
     hidden, kernel, bias = cases.layer(tree, rows=12)
@@ -77,6 +78,7 @@ def test_equals_automatic_differentiation(kind, num_classes, x64):
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_groups_share_no_row_and_hold_only_rows_on_paths(kind):
     tree = cases.tree(kind, 40)
     hidden, kernel, _ = cases.layer(tree, rows=30, dtype="float32")
@@ -263,6 +265,7 @@ def test_every_row_visited_is_dense_adam(x64):
 
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.many_cases
 def test_a_step_is_in_place_and_no_temporary_has_all_rows(name):
     tree = ClassTree.balanced(2**16)
     optimizer = PAIRS[name][0](0.1)

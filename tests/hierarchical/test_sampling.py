@@ -12,6 +12,7 @@ from tests.hierarchical import cases
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_frequencies(kind, dtype):
     tree = cases.tree(kind, 1000)
     layer = [jnp.asarray(a, dtype) for a in cases.layer(tree, rows=1)]
@@ -38,6 +39,7 @@ def test_frequencies(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_temperature_of_zero_is_greedy(kind):
     tree = cases.tree(kind, 97)
     hidden, kernel, bias = cases.layer(tree, dtype="float32")

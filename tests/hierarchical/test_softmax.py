@@ -29,6 +29,7 @@ def of_all(tree, hidden, kernel, **options):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 5, 16, 17, 40])
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_every_class_by_definition(kind, num_classes, dtype, x64):
     tree = cases.tree(kind, num_classes)
     hidden, kernel, bias = cases.layer(tree, dtype=dtype)
@@ -50,6 +51,7 @@ def test_every_class_by_definition(kind, num_classes, dtype, x64):
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_probabilities_of_a_thousand_classes_add_up(kind):
     tree = cases.tree(kind, 1000)
     hidden, kernel, bias = cases.layer(tree, dtype="float32", scale=3.0)
@@ -65,6 +67,7 @@ def test_probabilities_of_a_thousand_classes_add_up(kind):
 
 @pytest.mark.parametrize("name", ["alone", "all"])
 @pytest.mark.parametrize("kind", ["balanced", "ternary", "huffman", "wide"])
+@pytest.mark.many_cases
 def test_gradients(kind, name, x64):
     tree = cases.tree(kind, 13)
     layer = (*cases.layer(tree), np.random.default_rng(4).uniform(0.4, 2, 6))
@@ -202,6 +205,7 @@ def test_bfloat16_is_as_good_as_its_inputs():
 
 
 @pytest.mark.parametrize("kind", ["balanced", "huffman of 4", "wide"])
+@pytest.mark.many_cases
 def test_bfloat16_gradients_of_many_tokens_do_not_stall(kind):
     # A sum in bfloat16 would stop at 256 times its terms, of thousands at the root.
     tree = cases.tree(kind, 300)

@@ -21,6 +21,7 @@ def best(log_probs, k):
 
 @pytest.mark.parametrize("max_visits", [None, 60, 500])
 @pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.many_cases
 def test_what_is_exact_is_the_best(kind, max_visits, x64):
     tree = cases.tree(kind, 600)
     hidden, kernel, bias = cases.layer(tree, rows=50)

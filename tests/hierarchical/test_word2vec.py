@@ -124,6 +124,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 @pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.many_cases
 def test_values_and_gradients_with_the_weights_copied_over(name, scale, x64):
     case = Case(COUNTS[name], scale)
     labels = case.labels

@@ -71,6 +71,7 @@ def test_value_and_gradients(name, x64):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.many_cases
 def test_other_dtypes(name, dtype):
     ours, plain = PAIRS[name]
     pair = embeddings(dtype)

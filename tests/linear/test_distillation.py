@@ -45,6 +45,7 @@ def divergence_of(p, q, kind):
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0, 1000.0])
 @pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.many_cases
 def test_values(kind, tau):
     (h, w), (g, k) = layers()
     out = linear_distillation(
@@ -57,6 +58,7 @@ def test_values(kind, tau):
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.many_cases
 def test_gradients_equal_those_of_stored_logits(kind, per_row):
     (h, w), (g, k) = layers()
     b = jnp.linspace(-1, 1, CLASSES)

@@ -29,6 +29,7 @@ def _ours(hidden, kernel, labels, layout, tile, options):
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize("rows, classes", [(20, 300)])
+@pytest.mark.many_cases
 def test_every_pair_of_options(pair, rows, classes, x64):
     hidden, kernel, labels = cases.layer(rows, 8, classes)
     options = cases.OPTIONS[pair[0]] | cases.OPTIONS[pair[1]]

@@ -95,6 +95,7 @@ def _everything(key, hidden, kernel, labels, values, teacher):
 
 
 @pytest.mark.parametrize("index", range(7))
+@pytest.mark.many_cases
 def test_every_function_is_free_of_rows_times_classes(index):
     """At V = 131072, 512 rows: 256 MiB of logits."""
     rows, features, classes = 512, 64, 131072

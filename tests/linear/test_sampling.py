@@ -17,6 +17,7 @@ TILE = 4 * 8 * 256
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("classes", [1000, 100_003])
+@pytest.mark.many_cases
 def test_frequencies(classes, dtype, request):
     if dtype == "float64":
         request.getfixturevalue("x64")
@@ -39,6 +40,7 @@ def test_frequencies(classes, dtype, request):
 
 
 @pytest.mark.parametrize("classes", [1, 128, 129, 1000, 4099])
+@pytest.mark.many_cases
 def test_the_same_for_every_tile_size(classes):
     hidden, kernel, _ = cases.layer(30, 8, classes)
     key = jax.random.key(2)

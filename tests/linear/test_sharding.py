@@ -202,6 +202,7 @@ def on_one_device(name):
     "name, layout",
     [(name, "2 × 4") for name in CALLS] + [(name, "8") for name in ("ce", "sample")],
 )
+@pytest.mark.many_cases
 def test_inside_shard_map(name, layout):
     mesh = mesh_of(layout)
     data = "data" if "data" in mesh.axis_names else None
@@ -220,6 +221,7 @@ def test_inside_shard_map(name, layout):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.many_cases
 def test_plain_jit_gathers_neither_hidden_nor_kernel(name):
     mesh = mesh_of("2 × 4")
     specs = shardings("data", "vocab")
@@ -249,6 +251,7 @@ def test_plain_jit_gathers_neither_hidden_nor_kernel(name):
     "name, rows, classes",
     [(name, 21, 1201) for name in CALLS] + [(n, 5, 509) for n in ("ce", "sample")],
 )
+@pytest.mark.many_cases
 def test_over_mesh_pads_what_does_not_divide(name, rows, classes):
     a = arguments(rows, classes)
     over = functools.partial(

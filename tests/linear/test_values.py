@@ -128,6 +128,7 @@ def test_common_offset_changes_nothing(offset):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("scale", [1, 30, 1000])
+@pytest.mark.many_cases
 def test_large_odd_shape_in_every_dtype(dtype, scale):
     """N and V prime: errors of value and gradients at most the plain formula's."""
     rows, features, classes = 211, 64, 5021
@@ -255,6 +256,7 @@ def test_all_masked_is_zero_with_zero_gradient(reduction):
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.many_cases
 def test_classes_masked_by_mask_and_by_bias(implementation, cap):
     hidden, kernel, labels = cases.layer(5, 8, 300)
     labels = labels * 0 + 7

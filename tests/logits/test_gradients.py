@@ -71,6 +71,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "negative"])
+@pytest.mark.many_cases
 def test_reverse_mode_matches_float64_autodiff(name, kind, x64):
     x = truth.logits(kind, (3, 5))
     tau = np.array([[0.6], [1.0], [2.5]])
@@ -93,6 +94,7 @@ def test_reverse_mode_matches_float64_autodiff(name, kind, x64):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.many_cases
 def test_both_modes_and_second_order(name, x64):
     x = jnp.asarray(truth.logits("unit", (3, 5)), "float64")
     tau = jnp.asarray([[0.6], [1.0], [2.5]])
@@ -104,6 +106,7 @@ def test_both_modes_and_second_order(name, x64):
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp", "entropy"])
+@pytest.mark.many_cases
 def test_masked_second_order(name, x64):
     x = jnp.asarray(truth.logits("unit", (3, 5)), "float64")
 

@@ -33,6 +33,7 @@ def draws_of_one_row(x, number, rows=1, temperature=1.0):
     ("classes", "number", "rows"),
     [(3, 40_000, 40_000), (1000, 20_000, 10_000), (100_003, 8000, 16)],
 )
+@pytest.mark.many_cases
 def test_frequencies(classes, number, rows, dtype, request):
     if dtype == "float64":
         request.getfixturevalue("x64")
@@ -62,6 +63,7 @@ def test_classes_of_tiny_probability_appear_at_their_rate():
 
 
 @pytest.mark.parametrize("classes", [1, 127, 128, 129, 4099])
+@pytest.mark.many_cases
 def test_the_classes_of_linear_sample(classes):
     x = jnp.asarray(truth.logits("unit", (30, classes)))
     tau = jnp.tile(jnp.asarray([0.0, 0.7, jnp.inf]), 10)

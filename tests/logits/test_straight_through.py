@@ -101,6 +101,7 @@ def test_straight_through_is_not_unbiased_beyond_first_order(x64):
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
 @pytest.mark.parametrize("kind", ["quadratic", "mlp"])
+@pytest.mark.many_cases
 def test_gumbel_rao_has_the_mean_of_straight_through_and_less_variance(kind, tau, x64):
     plain, plain_tau = gradients(ESTIMATORS["straight_through"], kind, tau)
     plain = np.asarray(plain)
@@ -123,6 +124,7 @@ def test_gumbel_rao_has_the_mean_of_straight_through_and_less_variance(kind, tau
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.many_cases
 def test_samples_are_one_hot_and_follow_the_logits(name, dtype):
     row = jnp.asarray([0.5, -1.0, 2.0, 0.0, -3.0], dtype)
     many = jnp.broadcast_to(row, (50_000, 5))

@@ -73,6 +73,7 @@ def test_export_round_trip(function):
     np.testing.assert_array_equal(restored.call(*args), jax.jit(function)(*args))
 
 
+@pytest.mark.many_cases
 def test_inside_shard_map(function):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
     mapped = jax.shard_map(

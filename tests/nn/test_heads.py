@@ -57,6 +57,7 @@ each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
 @each_kind
+@pytest.mark.many_cases
 def test_loss_log_prob_and_top_k_are_those_of_the_logits(kind):
     head = KINDS[kind].make()
     assert head.num_classes == V
@@ -75,6 +76,7 @@ def test_loss_log_prob_and_top_k_are_those_of_the_logits(kind):
 
 
 @each_kind
+@pytest.mark.many_cases
 def test_leading_axes_and_jit(kind):
     head = KINDS[kind].make()
     hidden, labels = HIDDEN.reshape(2, 3, H), LABELS.reshape(2, 3)
@@ -110,6 +112,7 @@ def test_weights_and_ignored_labels(kind):
 
 
 @each_kind
+@pytest.mark.many_cases
 def test_temperature_of_the_module_and_of_the_call(kind):
     warm, tau = KINDS[kind].make(), jnp.linspace(0.5, 2, N)
     other = warm.log_prob(HIDDEN, LABELS)
@@ -169,6 +172,7 @@ def test_parameters_alone_are_trained(kind):
 
 
 @each_kind
+@pytest.mark.many_cases
 def test_dtype_and_param_dtype(kind):
     head = KINDS[kind].make(dtype=jnp.bfloat16)
     exact = KINDS[kind].make()

@@ -50,6 +50,7 @@ def counting(batch=3, length=8):
     return ((start + np.arange(length + 1)) % 40).astype(np.int32)
 
 
+@pytest.mark.many_cases
 def test_training_starts_at_the_unigram_loss_and_learns(programs, state):
     expected = -programs.head.log_probs[counting()[:, 1:]].mean()
     start = programs.evaluate(state.params, counting())

@@ -70,6 +70,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(model, tokens):
 
 @pytest.mark.parametrize("features", [8, 32])
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.many_cases
 def test_a_new_model_predicts_the_unigram_distribution(head, features, tokens):
     plan = HeadPlan(head, tuple(range(50)), 8)
     config = dataclasses.replace(CONFIG, features=features)

@@ -101,6 +101,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.many_cases
 def test_value_gradient_and_hessian(name):
     kind, plan = CASES[name]
     given = problem(ROWS, FEATURES, CLASSES)
