@@ -17,8 +17,8 @@ import jaxsoft
 from benchmarks import checks, contest, peers
 from benchmarks.session import Session, Work
 from benchmarks.workloads import Layout, LinearWorkload, SoftmaxWorkload
-from jaxsoft import noise
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import noise
+from jaxsoft._core.implementation import Implementation
 
 _TEMPERATURE, _SOFTCAP = 0.7, 3.0
 # Of all rows, those that may part.

@@ -19,7 +19,7 @@ import optax
 import jaxsoft
 from benchmarks import timing, torch_peer
 from benchmarks.workloads import Layout, LinearCase
-from jaxsoft.implementation import Implementation
+from jaxsoft._core.implementation import Implementation
 from jaxsoft.linear.statistics import KERNELS
 
 OURS = "jaxsoft"

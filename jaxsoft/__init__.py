@@ -1,10 +1,11 @@
 """jaxsoft, the softmax layer of JAX."""
 
 from jaxsoft import schedules
-from jaxsoft.hierarchical.adaptive import adaptive_log_prob, adaptive_log_probs
-from jaxsoft.hierarchical.adaptive_decoding import adaptive_sample, adaptive_top_k
-from jaxsoft.hierarchical.adaptive_layer import AdaptiveTail
-from jaxsoft.hierarchical.class_bands import ClassBands
+from jaxsoft._core.temperature_fit import TemperatureFit
+from jaxsoft.adaptive.class_bands import ClassBands
+from jaxsoft.adaptive.decoding import adaptive_sample, adaptive_top_k
+from jaxsoft.adaptive.layer import AdaptiveTail
+from jaxsoft.adaptive.log_probs import adaptive_log_prob, adaptive_log_probs
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.row_gradients import (
     RowGradient,
@@ -16,7 +17,6 @@ from jaxsoft.hierarchical.row_optimizers import (
     row_adam,
     row_sgd,
 )
-from jaxsoft.hierarchical.sampled import ClassSampler, sampled_softmax_loss
 from jaxsoft.hierarchical.sampling import hierarchical_sample
 from jaxsoft.hierarchical.softmax import (
     hierarchical_log_prob,
@@ -49,7 +49,7 @@ from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
 from jaxsoft.logits.sampling import sample
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 from jaxsoft.logits.straight_through import gumbel_rao, reinmax
-from jaxsoft.temperature_fit import TemperatureFit
+from jaxsoft.sampled.loss import ClassSampler, sampled_softmax_loss
 
 __all__ = [
     "AdaptiveTail",

@@ -2,6 +2,6 @@
 
 import sys
 
-from jaxsoft.cli import main
+from jaxsoft.cli.main import main
 
 sys.exit(main())

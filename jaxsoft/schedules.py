@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
+from jaxsoft._core import checks
 
 __all__ = ["Schedule", "cosine", "exponential", "inverse_time", "linear"]
 

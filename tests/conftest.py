@@ -47,7 +47,7 @@ _INTERPRETERS = (
     "test_mosaic_gpu_sample.py",
     "test_mosaic_tpu.py",
 )
-_SLOW = ("test_regression_scale.py", "test_softmax_regression.py", "test_torch.py")
+_SLOW = ("test_estimator.py", "test_scale.py", "test_torch.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 
-from jaxsoft import cli
+from jaxsoft.cli import main as cli
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.target import TARGETS
 

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from jaxsoft._core.implementation import compiling_for
 from jaxsoft.devices.measuring import Device, describe
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS
-from jaxsoft.implementation import compiling_for
 
 __all__ = ["PREFIX", "main"]
 

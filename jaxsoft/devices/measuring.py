@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from jaxsoft._core.implementation import platform_of, recorded
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Operation, Program, Shapes
-from jaxsoft.implementation import platform_of, recorded
 
 __all__ = ["Device", "Found", "Ran", "describe", "here"]
 

@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxsoft._core.implementation import platform_of
 from jaxsoft.devices.measuring import Device, Found, Ran
 from jaxsoft.devices.programs import Shapes
-from jaxsoft.implementation import platform_of
 
 __all__ = ["Surveyed", "as_json", "show"]
 

@@ -8,11 +8,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
+from jaxsoft._core.implementation import compiling_for
 from jaxsoft.devices import child
 from jaxsoft.devices.measuring import Device, Found, describe, here
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import ENVIRONMENT, HERE, TARGETS, Target
-from jaxsoft.implementation import compiling_for
 
 __all__ = ["DeviceError", "device_of", "survey"]
 

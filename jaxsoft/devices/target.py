@@ -10,7 +10,7 @@ import importlib.util
 import re
 from typing import Any, Literal
 
-from jaxsoft.implementation import Gpu
+from jaxsoft._core.implementation import Gpu
 
 __all__ = ["ENVIRONMENT", "HERE", "TARGETS", "Target"]
 

@@ -15,13 +15,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from numpy import typing as npt
 
-from jaxsoft import checks
+from jaxsoft._core import checks
+from jaxsoft._core.exporting import exportable_dataclass, exportable_namedtuple
 from jaxsoft.hierarchical.clustering import order_by_similarity
 from jaxsoft.hierarchical.huffman import code_lengths, least_depth
 from jaxsoft.hierarchical.levels import Canonical, Levels, Tables
 from jaxsoft.hierarchical.node_biases import biases_along
 from jaxsoft.hierarchical.taxonomy import tables_of_paths
-from jaxsoft.pytrees import exportable_dataclass, exportable_namedtuple
 
 __all__ = ["ClassPath", "ClassTree"]
 

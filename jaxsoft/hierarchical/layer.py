@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
-from jaxsoft.dtypes import compute_dtype, operand_dtype
+from jaxsoft._core import checks
+from jaxsoft._core.dtypes import compute_dtype, operand_dtype
+from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core.temperature import divide_by_temperature, is_zero
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.same_rows import take_rows
-from jaxsoft.implementation import Implementation, resolve
-from jaxsoft.temperature import divide_by_temperature, is_zero
 
 __all__ = [
     "Layer",

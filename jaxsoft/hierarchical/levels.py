@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoft.pytrees import exportable_dataclass
+from jaxsoft._core.exporting import exportable_dataclass
 
 __all__ = ["Canonical", "Levels", "Tables"]
 

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
+from jaxsoft._core import checks
+from jaxsoft._core.exporting import exportable_namedtuple
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.tokens import reduce_losses, token_weights
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
@@ -19,9 +22,6 @@ from jaxsoft.hierarchical.layer import (
     rows_of_nodes,
 )
 from jaxsoft.hierarchical.softmax import log_choice
-from jaxsoft.implementation import Implementation
-from jaxsoft.pytrees import exportable_namedtuple
-from jaxsoft.reduction import reduce_losses, token_weights
 
 __all__ = ["RowGradient", "hierarchical_value_and_row_grad"]
 

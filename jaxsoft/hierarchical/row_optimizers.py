@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxsoft import checks
+from jaxsoft._core import checks
+from jaxsoft._core.exporting import exportable_namedtuple
 from jaxsoft.hierarchical.row_gradients import RowGradient
 from jaxsoft.hierarchical.same_rows import SameRows
-from jaxsoft.pytrees import exportable_namedtuple
 
 __all__ = ["RowOptimizer", "RowState", "row_adagrad", "row_adam", "row_sgd"]
 

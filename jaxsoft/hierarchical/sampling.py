@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import noise
+from jaxsoft._core import noise
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.temperature import is_zero
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
@@ -17,8 +19,6 @@ from jaxsoft.hierarchical.layer import (
     prepare,
     with_reference,
 )
-from jaxsoft.implementation import Implementation
-from jaxsoft.temperature import is_zero
 
 __all__ = ["hierarchical_sample"]
 

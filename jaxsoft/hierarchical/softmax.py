@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
+from jaxsoft._core import checks
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.products import matmul
+from jaxsoft._core.temperature import over_temperature
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
@@ -22,9 +25,6 @@ from jaxsoft.hierarchical.layer import (
     with_reference,
 )
 from jaxsoft.hierarchical.levels import Canonical
-from jaxsoft.implementation import Implementation
-from jaxsoft.products import matmul
-from jaxsoft.temperature import over_temperature
 
 __all__ = [
     "all_log_probs",

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
+from jaxsoft._core import checks
+from jaxsoft._core.implementation import Implementation
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
@@ -20,7 +21,6 @@ from jaxsoft.hierarchical.layer import (
     with_reference,
 )
 from jaxsoft.hierarchical.softmax import all_log_probs, along_paths
-from jaxsoft.implementation import Implementation
 
 __all__ = ["hierarchical_top_k"]
 

@@ -8,13 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.implementation import Implementation
-from jaxsoft.linear import sharding
-from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import Call, LogitStatistics, MeshAxes, prepare
-from jaxsoft.reduction import token_weights
-from jaxsoft.temperature_fit import (
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.temperature_fit import (
     DEFAULT_BOUNDS,
     RowFit,
     TemperatureFit,
@@ -22,6 +18,10 @@ from jaxsoft.temperature_fit import (
     fit_rows,
     row_weights,
 )
+from jaxsoft._core.tokens import token_weights
+from jaxsoft.linear import sharding
+from jaxsoft.linear.operands import KernelLayout
+from jaxsoft.linear.statistics import Call, LogitStatistics, MeshAxes, prepare
 
 __all__ = ["linear_fit_temperature"]
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
-from jaxsoft.dtypes import compute_dtype, operand_dtype
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks
+from jaxsoft._core.dtypes import compute_dtype, operand_dtype
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.temperature import over_temperature
 from jaxsoft.linear.statistics import prepare
-from jaxsoft.temperature import over_temperature
 
 __all__ = ["clip_loss", "nt_xent", "supervised_contrastive"]
 

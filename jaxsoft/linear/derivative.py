@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoft import varying
-from jaxsoft.implementation import platform_of
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.implementation import platform_of
 from jaxsoft.linear import reference, statistics_backward, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, Fields, Operands, roles_like
@@ -109,11 +109,11 @@ def _forward(config: Config, operands: Operands) -> Saved:
     """Computes the statistics by the implementation that was asked for."""
     # Pallas is imported by those who use it.
     if config.implementation == "mosaic_tpu":
-        from jaxsoft.linear import mosaic_tpu
+        from jaxsoft.kernels.layer.mosaic_tpu import forward as mosaic_tpu
 
         return mosaic_tpu.forward(config, operands)
     if config.implementation == "mosaic_gpu":
-        from jaxsoft.linear import mosaic_gpu
+        from jaxsoft.kernels.layer.mosaic_gpu import call as mosaic_gpu
 
         return mosaic_gpu.forward(config, operands)
     return xla.forward(config, operands)
@@ -134,7 +134,7 @@ def statistics(config: Config, operands: Operands) -> Fields:
     Returns:
       The wanted fields.
     """
-    return _Statistics(config)(varying.like(operands, operands))
+    return _Statistics(config)(mesh_axes.like(operands, operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -158,7 +158,7 @@ def _bwd(config: Config, wanted: Wanted, residuals, cotangents: Fields):
     )
     if all(g is None for g in given):
         return (Operands._make([None] * len(operands)),)
-    saved, given = varying.like((saved, given), operands)
+    saved, given = mesh_axes.like((saved, given), operands)
     return (_Backward(config, wanted)(operands, saved, given).of_operands(),)
 
 

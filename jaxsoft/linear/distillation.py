@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, varying
-from jaxsoft.divergence_terms import DIVERGENCES, excess
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core.divergence_terms import DIVERGENCES, excess
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.temperature import is_zero
+from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout, Operands
 from jaxsoft.linear.pair import Divergence, Pair, distillation
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
-from jaxsoft.reduction import Reduction, reduce_losses, token_weights
-from jaxsoft.temperature import is_zero
 
 __all__ = ["linear_distillation", "linear_distillation_top_k"]
 
@@ -182,7 +182,7 @@ def _distill(pair: Pair, student: Operands, teacher: Operands) -> jax.Array:
         return jnp.zeros(rows, jnp.float32)
     student = fold_rows(pair.student, student)
     teacher = fold_rows(pair.teacher, teacher)
-    both = varying.like((student, teacher), (student, teacher))
+    both = mesh_axes.like((student, teacher), (student, teacher))
     return distillation(pair, *both).reshape(rows)
 
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, noise, varying
-from jaxsoft.dtypes import compute_dtype
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks, mesh_axes, noise
+from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.temperature import divide_by_temperature, inverse, times
 from jaxsoft.linear import derivative, sharding, xla, xla_backward
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands, roles_like
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
-from jaxsoft.temperature import divide_by_temperature, inverse, times
 
 __all__ = ["linear_expected"]
 
@@ -134,7 +134,7 @@ def _expected(config: Config, hard: bool, rows_over, key, arrays, values) -> jax
     if key is not None:
         words = noise.row_words(key, count, sharding.offset(rows_over, count))
     mixed = _Mixed(fold_rows(config, arrays), values, words)
-    return _Expected(config, hard)(varying.like(mixed, mixed)).reshape(shape)
+    return _Expected(config, hard)(mesh_axes.like(mixed, mixed)).reshape(shape)
 
 
 class _Mixed(NamedTuple):
@@ -344,7 +344,7 @@ def _bwd(config, hard, wanted, residuals, cotangent):
     if cotangent is None:
         none = Operands._make([None] * len(mixed.operands))
         return (_Mixed(none, None, None),)  # pyright: ignore[reportArgumentType]
-    saved, cotangent = varying.like((saved, cotangent), mixed)
+    saved, cotangent = mesh_axes.like((saved, cotangent), mixed)
     out = _Backward(config, wanted)(mixed, saved, cotangent)
     return (_Mixed(out.of_operands(), out.values, None),)
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from jaxsoft import varying
-from jaxsoft.implementation import check_platforms
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.implementation import check_platforms
 from jaxsoft.linear import partitioning
 
 __all__ = ["Foldable"]
@@ -80,7 +80,7 @@ class Foldable(abc.ABC):
     def _shared(self, tree: Any, flat: list[Any]) -> Callable[..., list[jax.Array]]:
         """Returns the function of flat arguments, as devices may share it."""
         function = self.flat(tree)
-        if any(map(varying.axes, flat)):
+        if any(map(mesh_axes.axes, flat)):
             return function
         if self.platform is not None and jax.make_jaxpr(function)(*flat).effects:
             # A kernel in an interpreter: one device runs it, and in order.

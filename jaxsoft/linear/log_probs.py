@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft.implementation import Implementation
+from jaxsoft._core.implementation import Implementation
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
 from jaxsoft.linear.statistics import KERNELS, MeshAxes, prepare

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
 from jaxsoft.linear.statistics import KERNELS, LogitStatistics, MeshAxes, prepare
-from jaxsoft.reduction import Reduction, reduce_losses, token_weights
 
 __all__ = ["linear_cross_entropy"]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsoft.dtypes import operand_dtype
+from jaxsoft._core.dtypes import operand_dtype
 
 __all__ = ["Config", "Fields", "KernelLayout", "Operands", "roles_like"]
 

@@ -12,18 +12,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsoft import varying
-from jaxsoft.divergence_terms import difference, excess, half_scaled, half_step
-from jaxsoft.linear import derivative, sharding, tiling, xla, xla_backward
-from jaxsoft.linear.folding import Foldable
-from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.temperature import (
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.divergence_terms import difference, excess, half_scaled, half_step
+from jaxsoft._core.temperature import (
     Temperature,
     divide_by_temperature,
     finite,
     inverse,
     is_zero,
 )
+from jaxsoft.linear import derivative, sharding, tiling, xla, xla_backward
+from jaxsoft.linear.folding import Foldable
+from jaxsoft.linear.operands import Config, Operands
 
 __all__ = ["Divergence", "Pair", "distillation"]
 
@@ -284,7 +284,7 @@ def _forward(pair: Pair, student: Operands, teacher: Operands):
             sums.teacher + of_teacher.total(),
         )
 
-    more = varying.like((teacher, rows), student)
+    more = mesh_axes.like((teacher, rows), student)
     sums = xla.fold(pair.student, student, start, step, more, tiles)
     # Before the shards meet: their temperatures are equal, but not known to be.
     tau = student.temperature(pair.student)
@@ -327,7 +327,7 @@ def _backward(call: _Backward, student, teacher, sums, rows, cotangent) -> Any:
         slope = slopes[1 if call.of_teacher else 0]
         return xla_backward.Share(slope * cotangent[:, None], moments)
 
-    more = varying.like((layers[1], rows, sums, cotangent), layers[0])
+    more = mesh_axes.like((layers[1], rows, sums, cotangent), layers[0])
     gradients, moments = xla_backward.accumulate(
         configs[0], layers[0], wanted, share, more, tiles=tiles
     )
@@ -364,7 +364,7 @@ def _bwd(pair, of_student, of_teacher, residuals, cotangent):
     none = Operands._make([None] * len(student))
     if cotangent is None:
         return none, none
-    saved = varying.like((sums, rows, cotangent), student)
+    saved = mesh_axes.like((sums, rows, cotangent), student)
 
     def gradients(wanted, is_teacher):
         if not any(wanted):

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsoft.dtypes import compute_dtype
+from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core.temperature import divide_by_temperature
 from jaxsoft.linear.operands import Config, Fields, Operands
-from jaxsoft.temperature import divide_by_temperature
 
 __all__ = ["logits", "statistics"]
 

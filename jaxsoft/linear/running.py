@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsoft._core.temperature import divide_by_temperature, over_temperature, times
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import Config, Fields, Operands
 from jaxsoft.linear.tile import Tile
-from jaxsoft.temperature import divide_by_temperature, over_temperature, times
 
 __all__ = ["Running", "Saved", "finish", "join", "merge", "start"]
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import blocks, noise, varying
-from jaxsoft.dtypes import compute_dtype
-from jaxsoft.implementation import Implementation, platform_of
+from jaxsoft._core import block_sampling, mesh_axes, noise
+from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core.implementation import Implementation, platform_of
+from jaxsoft._core.temperature import divide_by_temperature, is_zero
 from jaxsoft.linear import sharding, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
-from jaxsoft.temperature import divide_by_temperature, is_zero
 
 __all__ = ["IMPLEMENTATIONS", "linear_sample"]
 
@@ -123,7 +123,7 @@ def _sample(config: Config, rows_over: tuple[str, ...], key, arrays) -> jax.Arra
         return jnp.zeros(shape, jnp.int32)
     operands = fold_rows(config, arrays)
     words = noise.row_words(key, count, sharding.offset(rows_over, count))
-    operands, words = varying.like((operands, words), (operands, words))
+    operands, words = mesh_axes.like((operands, words), (operands, words))
     return _Sample(config)(operands, words).reshape(shape)
 
 
@@ -136,7 +136,7 @@ class _Sample(Foldable):
     def call(self, operands: Operands, words: jax.Array) -> jax.Array:
         if self.config.implementation == "mosaic_gpu":
             # Pallas is imported by those who use it.
-            from jaxsoft.linear import mosaic_gpu_sample
+            from jaxsoft.kernels.layer.mosaic_gpu import sample as mosaic_gpu_sample
 
             return mosaic_gpu_sample.sample(self.config, operands, words)
         return _sample_rows(self.config, operands, words)
@@ -160,7 +160,7 @@ def _sample_rows(config: Config, operands: Operands, words: jax.Array) -> jax.Ar
     classes = operands.num_classes(config)
     first = sharding.offset(config.vocab_axes, classes)
     total = sharding.num_classes(config, operands)
-    block = blocks.block_size(total)
+    block = block_sampling.block_size(total)
     shift = first % block if config.vocab_axes else 0
     tiles = xla.tiles_of(config, operands, block)
     alone = tiles.class_blocks == 1
@@ -169,7 +169,7 @@ def _sample_rows(config: Config, operands: Operands, words: jax.Array) -> jax.Ar
         tiles = dataclasses.replace(tiles, extra=block - 1)
 
     def start(rows):
-        return blocks.Drawn(
+        return block_sampling.Drawn(
             jnp.full(rows, -jnp.inf, dtype),
             jnp.full(rows, -jnp.inf, dtype),
             jnp.full(rows, -1, jnp.int32),
@@ -195,8 +195,10 @@ def _sample_rows(config: Config, operands: Operands, words: jax.Array) -> jax.Ar
             numbers = first_block + lax.iota(jnp.int32, u.shape[1] // block)
             ends = jnp.minimum((numbers + 1) * block, total)
             whole = (numbers * block >= first) & (ends <= first + classes)
-        new = blocks.draw(u, tau, words, first_block, block, whole)
-        return blocks.later(drawn, new, tau if isinstance(tau, float) else tau[:, 0])
+        new = block_sampling.draw(u, tau, words, first_block, block, whole)
+        return block_sampling.later(
+            drawn, new, tau if isinstance(tau, float) else tau[:, 0]
+        )
 
     drawn = xla.fold(config, operands, start, step, words, tiles)
     if config.vocab_axes:
@@ -205,7 +207,7 @@ def _sample_rows(config: Config, operands: Operands, words: jax.Array) -> jax.Ar
     return jnp.where(lost, -1, drawn.class_id)
 
 
-def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
+def _meet(config, operands, words, drawn, first, total, block) -> block_sampling.Drawn:
     """Returns the best of all shards' draws and of the blocks that shards share.
 
     The logits of a shard's first and last block, where another shard has the rest,
@@ -220,7 +222,7 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
     end = first + classes
     dtype = drawn.max.dtype
     zero = is_zero(tau, dtype)
-    at = blocks.place(words, zero, dtype)
+    at = block_sampling.place(words, zero, dtype)
     size = min(block, classes)
     head, tail = first // block, (end - 1) // block
     cut_head = first % block != 0
@@ -252,22 +254,22 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
         back = jnp.exp(divide_by_temperature(all_tops, peak[None], row_tau))
         parts = jnp.where(same, all_sums * back, 0)
         whole = jnp.sum(parts, axis=0)
-        score = blocks.scores(whole[:, None], words, number, zero)[:, 0]
+        score = block_sampling.scores(whole[:, None], words, number, zero)[:, 0]
         target = at.share * whole
         ordered = at.order(parts.T)
-        holder = at.column(blocks.invert(ordered, target), 2 * shards)
+        holder = at.column(block_sampling.invert(ordered, target), 2 * shards)
         ahead = jnp.cumsum(ordered, axis=1) - ordered
         mine = jnp.full(ahead.shape[:1], own, jnp.int32)
         before = jnp.take_along_axis(
             ahead, at.column(mine, 2 * shards)[:, None], axis=1
         )[:, 0]
         scaled = at.order(weights[place] * back[own][:, None])
-        found = blocks.invert(scaled, jnp.maximum(target - before, 0))
+        found = block_sampling.invert(scaled, jnp.maximum(target - before, 0))
         column = at.column(found, size)
         begin = (0, classes - size)[place]
         class_id = jnp.where(holder == own, first + begin + column, -1)
         score = jnp.where(number >= 0, score, -jnp.inf)
-        candidates.append(blocks.Drawn(top, score, class_id))
+        candidates.append(block_sampling.Drawn(top, score, class_id))
     tops, scores, ids = (jnp.stack(field) for field in zip(*candidates, strict=True))
     top = sharding.maximum(jnp.max(tops, axis=0), axes)
     peak = jnp.where(top == -jnp.inf, 0, top)
@@ -276,7 +278,7 @@ def _meet(config, operands, words, drawn, first, total, block) -> blocks.Drawn:
     none = jnp.iinfo(jnp.int32).max
     here = (scores == best[None]) & (ids >= 0)
     class_id = sharding.lowest(jnp.min(jnp.where(here, ids, none), axis=0), axes)
-    return blocks.Drawn(top, best, jnp.where(class_id == none, -1, class_id))
+    return block_sampling.Drawn(top, best, jnp.where(class_id == none, -1, class_id))
 
 
 def _edge(config, operands, begin: int, size: int, first, block: int) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft import varying
+from jaxsoft._core import mesh_axes
 from jaxsoft.linear.operands import Config, Operands
 
 __all__ = [
@@ -63,7 +63,7 @@ def check_axes(name: str, value: Any) -> Axes:
                 f"{axis!r}. Under plain jit leave it out: sharded arguments are "
                 "enough."
             ) from None
-        if axis not in varying.axes(index):
+        if axis not in mesh_axes.axes(index):
             raise ValueError(
                 f"`{name}` must be used with shard_map's check_vma=True, got "
                 f"{axis!r} without it: gradients would be scaled or left unsummed. "

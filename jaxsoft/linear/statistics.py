@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.implementation import Implementation, resolve
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.exporting import exportable_dataclass
+from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core.temperature import over_temperature
 from jaxsoft.linear import derivative, sharding
 from jaxsoft.linear.operands import Config, Fields, KernelLayout, Operands
 from jaxsoft.linear.tiling import default_tile_bytes
-from jaxsoft.pytrees import exportable_dataclass
-from jaxsoft.temperature import over_temperature
 
 __all__ = [
     "Call",

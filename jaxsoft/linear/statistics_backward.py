@@ -11,12 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._core.temperature import divide_by_temperature, finite, inverse, times
 from jaxsoft.linear import sharding, xla_backward
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.running import Saved
 from jaxsoft.linear.tile import Tile
 from jaxsoft.linear.xla_backward import Gradients, Share, Wanted
-from jaxsoft.temperature import divide_by_temperature, finite, inverse, times
 
 __all__ = ["Cotangents", "Rows", "backward", "statistics_share"]
 
@@ -89,7 +89,7 @@ def backward(
 
     if config.implementation == "mosaic_tpu":
         # Pallas is imported by those who use it.
-        from jaxsoft.linear import mosaic_tpu_backward
+        from jaxsoft.kernels.layer.mosaic_tpu import backward as mosaic_tpu_backward
 
         accumulated = mosaic_tpu_backward.accumulate(config, operands, wanted, rows)
     else:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from jaxsoft.padding import round_up
+from jaxsoft._core.padding import round_up
 
 __all__ = ["Tiling", "choose", "default_tile_bytes"]
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, varying
-from jaxsoft.dtypes import compute_dtype
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.temperature import divide_by_temperature
 from jaxsoft.linear import derivative, sharding, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
-from jaxsoft.temperature import divide_by_temperature
 
 __all__ = ["linear_top_k"]
 
@@ -114,7 +114,7 @@ def _top_k(config: Config, k: int, arrays: Operands) -> tuple[jax.Array, jax.Arr
         dtype = compute_dtype(arrays.hidden, arrays.kernel)
         return jnp.zeros((*rows, k), dtype), jnp.zeros((*rows, k), jnp.int32)
     operands = fold_rows(config, arrays)
-    operands = varying.like(operands, operands)
+    operands = mesh_axes.like(operands, operands)
     log_probs, ids = _TopK(config, k)(operands)
     return log_probs.reshape(*rows, k), ids.reshape(*rows, k)
 

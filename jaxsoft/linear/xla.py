@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft import varying
-from jaxsoft.dtypes import compute_dtype
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.dtypes import compute_dtype
 from jaxsoft.linear import running, sharding, tiling
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.running import Saved
@@ -152,7 +152,7 @@ def fold(
     plan = tiles_of(config, operands) if tiles is None else tiles
 
     def run(part, more):
-        carry = varying.like(start(part.hidden.shape[0]), (part, more))
+        carry = mesh_axes.like(start(part.hidden.shape[0]), (part, more))
         body = lambda index, carry: step(part, more, index, carry)  # noqa: E731
         return lax.fori_loop(0, plan.class_blocks, body, carry)
 

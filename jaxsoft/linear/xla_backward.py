@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft import varying
-from jaxsoft.dtypes import compute_dtype
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.dtypes import compute_dtype
 from jaxsoft.linear import tiling
 from jaxsoft.linear.operands import Config, Operands
 from jaxsoft.linear.xla import compute_tile, dot, slice_rows, tiles_of
@@ -125,7 +125,7 @@ def accumulate(
     def step(index, sums):
         return _accumulate_classes(config, operands, share, rows, plan, index, sums)
 
-    start = varying.like(sums, (operands, rows))
+    start = mesh_axes.like(sums, (operands, rows))
     sums = lax.fori_loop(0, plan.class_blocks, step, start)
     hidden = sums.hidden
     if hidden is not None:
@@ -183,7 +183,7 @@ def _accumulate_classes(config, operands, share, rows, tiles, index, sums: _Sums
     if tiles.row_blocks == 1:
         of_tile = rows_step(0, of_tile)
     else:
-        of_tile = varying.like(of_tile, (operands, rows))
+        of_tile = mesh_axes.like(of_tile, (operands, rows))
         of_tile = lax.fori_loop(0, tiles.row_blocks, rows_step, of_tile)
     fresh = start + lax.iota(jnp.int32, size) >= first
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.temperature import times
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.softmax import (
     check_temperature,
@@ -21,7 +22,6 @@ from jaxsoft.logits.softmax import (
     probabilities,
     softmax,
 )
-from jaxsoft.temperature import times
 
 __all__ = ["boltzmann_operator", "boltzmann_policy", "soft_argmax"]
 

@@ -11,12 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import check_where, exponentials
-from jaxsoft.reduction import token_weights
-from jaxsoft.temperature import divide_by_temperature, times
-from jaxsoft.temperature_fit import (
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.temperature import divide_by_temperature, times
+from jaxsoft._core.temperature_fit import (
     DEFAULT_BOUNDS,
     RowFit,
     TemperatureFit,
@@ -24,6 +21,9 @@ from jaxsoft.temperature_fit import (
     fit_rows,
     row_weights,
 )
+from jaxsoft._core.tokens import token_weights
+from jaxsoft.logits.centre import centre
+from jaxsoft.logits.softmax import check_where, exponentials
 
 __all__ = [
     "CalibrationBins",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsoft.temperature import divide_by_temperature
+from jaxsoft._core.temperature import divide_by_temperature
 
 __all__ = ["Centred", "centre"]
 

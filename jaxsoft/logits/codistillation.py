@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.divergence_terms import SMALL, difference
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.divergence_terms import SMALL, difference
+from jaxsoft._core.temperature import Temperature, finite, inverse
 from jaxsoft.logits.centre import Centred, centre
 from jaxsoft.logits.divergence import scaled_divergence
 from jaxsoft.logits.softmax import (
@@ -19,7 +20,6 @@ from jaxsoft.logits.softmax import (
     is_zero,
     pick_temperature,
 )
-from jaxsoft.temperature import Temperature, finite, inverse
 
 __all__ = ["codistillation_loss"]
 

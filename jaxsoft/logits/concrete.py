@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.temperature import is_zero
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.softmax import logsumexp
-from jaxsoft.temperature import is_zero
 
 __all__ = ["concrete_log_prob"]
 

@@ -5,16 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxsoft.divergence_terms import (
+from jaxsoft._core.divergence_terms import (
     SMALL,
     difference,
     excess,
     half_scaled,
     half_step,
 )
+from jaxsoft._core.temperature import Temperature, finite, inverse
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.softmax import exponentials, is_zero, pick_temperature
-from jaxsoft.temperature import Temperature, finite, inverse
 
 __all__ = ["scaled_divergence"]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft.temperature import divide_by_temperature
+from jaxsoft._core.temperature import divide_by_temperature
 
 __all__ = ["NONE", "Filters", "apply"]
 

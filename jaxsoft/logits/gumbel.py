@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, noise
-from jaxsoft.implementation import Implementation, resolve
-from jaxsoft.logits import kernel_rows, perturbation
+from jaxsoft._core import checks, noise
+from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core.temperature import inverse
+from jaxsoft.kernels.rows import primitive as kernel_rows
+from jaxsoft.logits import perturbation
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.softmax import is_zero, pick_temperature
-from jaxsoft.temperature import inverse
 
 __all__ = ["gumbel_softmax", "gumbel_top_k", "slope"]
 

@@ -7,8 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.divergence_terms import DIVERGENCES
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.divergence_terms import DIVERGENCES
+from jaxsoft._core.temperature import (
+    divide_by_temperature,
+    finite,
+    inverse,
+    over_temperature,
+    times,
+)
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.divergence import scaled_divergence
 from jaxsoft.logits.softmax import (
@@ -19,13 +26,6 @@ from jaxsoft.logits.softmax import (
     log_softmax,
     pick_temperature,
     probabilities,
-)
-from jaxsoft.temperature import (
-    divide_by_temperature,
-    finite,
-    inverse,
-    over_temperature,
-    times,
 )
 
 __all__ = ["distillation_loss", "softmax_cross_entropy"]

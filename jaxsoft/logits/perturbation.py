@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft import dtypes, noise
+from jaxsoft._core import dtypes, noise
+from jaxsoft._core.temperature import is_zero
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.rows import Rows, in_tiles
 from jaxsoft.logits.softmax import exponentials
-from jaxsoft.temperature import is_zero
 
 __all__ = ["argmax_one_hot", "gumbel", "perturbed", "relaxed", "relaxed_and_one_hot"]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, varying
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft.logits.softmax import check_temperature, check_where
 
 __all__ = ["Rows", "in_tiles", "to_rows"]
@@ -131,4 +131,4 @@ def in_tiles(
         )
 
     tiles = -(-num_rows // size)
-    return lax.fori_loop(0, tiles, step, varying.like(empty, arrays))
+    return lax.fori_loop(0, tiles, step, mesh_axes.like(empty, arrays))

@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoft import blocks, checks, dtypes, noise
+from jaxsoft._core import block_sampling, checks, dtypes, noise
 from jaxsoft.logits import filters
 from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 
@@ -157,8 +157,8 @@ def draw_rows(
         return jnp.zeros(0, jnp.int32)
     if all(value is None for value in chosen):
         tau = rows.temperature(static_tau)
-        block = blocks.block_size(classes)
-        return blocks.draw_row(rows.logits, rows.where, tau, words, block)
+        block = block_sampling.block_size(classes)
+        return block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
     draw = functools.partial(_draw_filtered, static_tau)
     arrays = (words, rows, chosen)
 
@@ -179,7 +179,9 @@ def _draw_filtered(
     if rows.where is not None:
         x = jnp.where(rows.where, x, -jnp.inf)
     x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)
-    drawn = blocks.draw_row(x, None, tau, words, blocks.block_size(x.shape[1]))
+    drawn = block_sampling.draw_row(
+        x, None, tau, words, block_sampling.block_size(x.shape[1])
+    )
     return jnp.where(_out_of_range(chosen)[:, 0], -1, drawn)
 
 

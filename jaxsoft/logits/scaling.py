@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.temperature import divide_by_temperature, is_zero, over_temperature
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.temperature import divide_by_temperature, is_zero, over_temperature
 
 __all__ = ["scaled_logits"]
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.implementation import Implementation, resolve
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core.temperature import finite, inverse, over_temperature, times
 from jaxsoft.logits.centre import Centred, centre
-from jaxsoft.temperature import finite, inverse, over_temperature, times
 
 __all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
 
@@ -77,7 +77,7 @@ def softmax(
       arXiv:1503.02531 (the temperature).
     """
     # Pallas is imported by those who use it, and rows are made by this module's checks.
-    from jaxsoft.logits import kernel_rows
+    from jaxsoft.kernels.rows import primitive as kernel_rows
 
     chosen = resolve("softmax", implementation, kernel_rows.KERNELS)
     if chosen != "xla":

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft import checks, dtypes, noise
+from jaxsoft._core import checks, dtypes, noise
+from jaxsoft._core.temperature import inverse
 from jaxsoft.logits import perturbation
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.sampling import draw_rows
 from jaxsoft.logits.softmax import exponentials, is_zero, pick_temperature
-from jaxsoft.temperature import inverse
 
 __all__ = ["gumbel_rao", "reinmax"]
 

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft import checks
-from jaxsoft.hierarchical.adaptive import adaptive_log_prob, adaptive_log_probs
-from jaxsoft.hierarchical.adaptive_decoding import adaptive_sample, adaptive_top_k
-from jaxsoft.hierarchical.adaptive_layer import AdaptiveTail
-from jaxsoft.hierarchical.class_bands import ClassBands
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.tokens import Reduction
+from jaxsoft.adaptive.class_bands import ClassBands
+from jaxsoft.adaptive.decoding import adaptive_sample, adaptive_top_k
+from jaxsoft.adaptive.layer import AdaptiveTail
+from jaxsoft.adaptive.log_probs import adaptive_log_prob, adaptive_log_probs
 from jaxsoft.nn import arguments
-from jaxsoft.reduction import Reduction
 
 __all__ = ["AdaptiveSoftmaxHead"]
 

@@ -8,8 +8,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes as flax_dtypes
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft import checks
-from jaxsoft.reduction import Reduction, reduce_losses, token_weights
+from jaxsoft._core import checks
+from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 
 __all__ = [
     "KERNEL_INIT",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxsoft import noise
+from jaxsoft._core import noise
 from jaxsoft.logits.gumbel import gumbel_softmax
 from jaxsoft.logits.softmax import softmax
 from jaxsoft.nn import arguments

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft import checks
+from jaxsoft._core import checks
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.tokens import Reduction
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.row_gradients import (
     RowGradient,
@@ -19,9 +21,7 @@ from jaxsoft.hierarchical.softmax import (
     hierarchical_log_probs,
 )
 from jaxsoft.hierarchical.top_k import hierarchical_top_k
-from jaxsoft.implementation import Implementation
 from jaxsoft.nn import arguments
-from jaxsoft.reduction import Reduction
 
 __all__ = ["HierarchicalSoftmaxHead"]
 

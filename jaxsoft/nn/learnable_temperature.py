@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.temperature_fit import check_bounds
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.temperature_fit import check_bounds
 
 __all__ = ["LearnableTemperature"]
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft import checks
-from jaxsoft.hierarchical.sampled import Sampler, sampled_softmax_loss
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks
+from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.tokens import Reduction
 from jaxsoft.nn import arguments
 from jaxsoft.nn.softmax_head import SoftmaxHead
-from jaxsoft.reduction import Reduction
+from jaxsoft.sampled.loss import Sampler, sampled_softmax_loss
 
 __all__ = ["SampledSoftmaxHead"]
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft import checks, dtypes
-from jaxsoft.implementation import Implementation
+from jaxsoft._core import checks, dtypes
+from jaxsoft._core.implementation import Implementation
 from jaxsoft.linear.log_probs import linear_log_prob
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.sampling import linear_sample

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxsoft import checks
+from jaxsoft._core import checks
+from jaxsoft._core.temperature_fit import DEFAULT_BOUNDS, TemperatureFit
 from jaxsoft.linear.calibration import linear_fit_temperature
 from jaxsoft.logits.calibration import fit_temperature
 from jaxsoft.logits.scaling import scaled_logits
-from jaxsoft.temperature_fit import DEFAULT_BOUNDS, TemperatureFit
 
 __all__ = ["TemperatureScaling"]
 

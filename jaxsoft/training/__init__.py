@@ -3,11 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 from jaxsoft.training.checkpoints import CheckpointError
-from jaxsoft.training.comparison import ComparisonReport, HeadReport, compare_heads
-from jaxsoft.training.config import LanguageModelConfig, load_config
-from jaxsoft.training.corpus import CorpusError
 from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
-from jaxsoft.training.language_model import (
+from jaxsoft.training.language_model.comparison import (
+    ComparisonReport,
+    HeadReport,
+    compare_heads,
+)
+from jaxsoft.training.language_model.config import LanguageModelConfig, load_config
+from jaxsoft.training.language_model.corpus import CorpusError
+from jaxsoft.training.language_model.trainer import (
     MissingExtraError,
     NonFiniteLossError,
     require_train_extra,
@@ -34,7 +38,7 @@ from jaxsoft.training.reporting import FinalReport, Listener, Sample
 from jaxsoft.training.run_directory import RunDirectoryError
 
 if TYPE_CHECKING:
-    from jaxsoft.training.softmax_regression import SoftmaxRegression
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
 
 __all__ = [
     "CheckpointError",
@@ -77,6 +81,6 @@ def __getattr__(name: str) -> Any:
     if name != "SoftmaxRegression":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     require_train_extra()
-    from jaxsoft.training.softmax_regression import SoftmaxRegression
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
 
     return SoftmaxRegression

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from jaxsoft.training.comparison import ComparisonReport
+from jaxsoft.training.language_model.comparison import ComparisonReport
 from jaxsoft.training.reporting import FinalReport, Listener
 
 # Where there is no terminal to redraw, a line at most this often.

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsoft.training.tokens import MIN_VOCAB_SIZE
+from jaxsoft.training.language_model.tokens import MIN_VOCAB_SIZE
 
 AXES = DATA, VOCAB = ("data", "vocab")
 

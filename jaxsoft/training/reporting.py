@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxsoft.training.heads import HeadKind
-from jaxsoft.training.steps import MemoryReport
+from jaxsoft.training.language_model.steps import MemoryReport
 
 
 def perplexity(loss: float) -> float:

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxsoft.cli_devices import MODELS
+from jaxsoft._core.implementation import compiling_for, platform_of
+from jaxsoft.cli.devices import MODELS
 from jaxsoft.devices.measuring import Device, describe
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS
-from jaxsoft.implementation import compiling_for, platform_of
 from tests.accelerators.compiling import report
 from tests.accelerators.mosaic_tpu import products
 

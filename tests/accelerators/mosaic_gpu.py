@@ -19,10 +19,9 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
+from jaxsoft._core.implementation import compiling_for
 from jaxsoft.devices.target import TARGETS
-from jaxsoft.implementation import compiling_for
-from jaxsoft.linear import mosaic_gpu_blackwell as blackwell
-from jaxsoft.linear import mosaic_gpu_hopper as hopper
+from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
 from tests.accelerators.compiling import compile_for, report, topology
 
 LLAMA3, QWEN3, GEMMA3 = (4096, 128256), (4096, 151936), (2560, 262144)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 import jaxsoft
+from jaxsoft._core.implementation import compiling_for
 from jaxsoft.devices.target import TARGETS
-from jaxsoft.implementation import compiling_for
 from tests.accelerators.compiling import compile_for, report, topology
 from tests.accelerators.mosaic_gpu import captured
 

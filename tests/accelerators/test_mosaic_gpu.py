@@ -5,9 +5,8 @@ Needs the extra `aot`; without it these tests skip, each with the reason.
 
 import jax
 
-from jaxsoft.linear import mosaic_gpu_blackwell as blackwell
-from jaxsoft.linear import mosaic_gpu_hopper as hopper
-from jaxsoft.linear import mosaic_gpu_plan as planning
+from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
+from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
 from tests.accelerators.compiling import MIB, results
 
 HEADS = {"llama3": (4096, 128256), "qwen3": (4096, 151936), "gemma3": (2560, 262144)}

@@ -8,14 +8,14 @@ import jax
 import pytest
 
 import jaxsoft
+from jaxsoft._core.implementation import Gpu, Implementation, compiling_for
 from jaxsoft.devices.measuring import Device, Found, describe
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS
-from jaxsoft.implementation import Gpu, Implementation, compiling_for
+from jaxsoft.kernels.rows import primitive as kernel_rows
 from jaxsoft.linear import losses, sampling
 from jaxsoft.linear.statistics import KERNELS
-from jaxsoft.logits import kernel_rows
 
 MOSAIC = ("mosaic_tpu", "mosaic_gpu")
 CPU, CUDA = Device("cpu", "a CPU"), Device("cuda", "a GPU")

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoft import linear_expected, noise
+from jaxsoft import linear_expected
+from jaxsoft._core import noise
 from tests import truth
 from tests.linear import cases
 

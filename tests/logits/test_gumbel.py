@@ -9,7 +9,8 @@ import pytest
 from jax import export
 from scipy import stats
 
-from jaxsoft import gumbel_softmax, gumbel_top_k, noise
+from jaxsoft import gumbel_softmax, gumbel_top_k
+from jaxsoft._core import noise
 from jaxsoft.logits import perturbation
 from jaxsoft.logits.rows import Rows, to_rows
 from tests import truth

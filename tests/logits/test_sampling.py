@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxsoft
-from jaxsoft import blocks, noise
+from jaxsoft._core import block_sampling, noise
 from tests import truth
 from tests.hierarchical.test_export import check_round_trip
 from tests.statistics import chi_square
@@ -84,7 +84,7 @@ def test_a_row_that_overflows_changes_no_other():
         assert drawn[0] == 250 if least == 250 else drawn[0] >= 128
         assert (plain[1:] != drawn[1:]).sum() <= 3
     words = noise.row_words(KEY, 3000)
-    whole = blocks.draw(jnp.asarray(x), 1.0, words, 0, 128).class_id
+    whole = block_sampling.draw(jnp.asarray(x), 1.0, words, 0, 128).class_id
     assert (plain != whole).sum() <= 3
 
 
@@ -231,9 +231,9 @@ def test_tiny_classes_beside_a_dominant_one_of_their_block(dominant):
     shares = jnp.asarray([[i + 0.5] for i in range(127)], "float32") * 2.0**-24
     found = []
     for reverse in (False, True):
-        at = blocks.Place(shares[:, 0], jnp.full(127, reverse))
+        at = block_sampling.Place(shares[:, 0], jnp.full(127, reverse))
         ordered = at.order(jnp.broadcast_to(weights, (127, 128)))
-        found.append(at.column(blocks.invert(ordered, at.share), 128))
+        found.append(at.column(block_sampling.invert(ordered, at.share), 128))
     before, after = (np.asarray(ids) for ids in found)
     np.testing.assert_array_equal(before[:dominant], np.arange(dominant))
     assert (before[dominant:] == dominant).all()

@@ -10,8 +10,8 @@ from jaxsoft.training.console import (
     summarise,
     summary_lines,
 )
+from jaxsoft.training.language_model.steps import MemoryReport
 from jaxsoft.training.reporting import FinalReport, Sample
-from jaxsoft.training.steps import MemoryReport
 
 REPORT = FinalReport(
     step=150,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsoft.hierarchical.class_bands import ClassBands
+from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.levels import Canonical, Tables
 from jaxsoft.nn import AdaptiveSoftmaxHead, HierarchicalSoftmaxHead

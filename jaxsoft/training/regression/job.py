@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsoft.training.config import check_same, read_config
 from jaxsoft.training.interruption import StopRequest
-from jaxsoft.training.language_model import (
+from jaxsoft.training.language_model.config import check_same, read_config
+from jaxsoft.training.language_model.trainer import (
     check_same_surroundings,
     require_train_extra,
 )
@@ -209,7 +209,7 @@ def _fit(
     from sklearn.exceptions import ConvergenceWarning
 
     from jaxsoft.training.regression import fitting
-    from jaxsoft.training.softmax_regression import SoftmaxRegression
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
 
     estimator: Any = SoftmaxRegression(
         C=config.C,

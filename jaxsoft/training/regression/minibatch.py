@@ -13,7 +13,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsoft import ClassTree, checks
+from jaxsoft import ClassTree
+from jaxsoft._core import checks
 from jaxsoft.training.heads import HeadPlan
 from jaxsoft.training.mesh import DATA, usable_mesh
 from jaxsoft.training.regression.minibatch_solver import MinibatchSolver, TrainingRows

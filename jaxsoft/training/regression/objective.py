@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxsoft import varying
+from jaxsoft._core import mesh_axes
 from jaxsoft.logits.losses import softmax_cross_entropy
 from jaxsoft.logits.softmax import softmax
 from jaxsoft.training.mesh import DATA
@@ -192,7 +192,7 @@ def on_mesh(plan: Plan, function: Callable[..., Any]) -> Callable[..., Any]:
 
     def summed(data: Data, *rest: Any) -> Any:
         # Derivatives inside are of this device's rows alone, and are summed here.
-        return jax.lax.psum(function(data, *varying.like(rest, data)), DATA)
+        return jax.lax.psum(function(data, *mesh_axes.like(rest, data)), DATA)
 
     def call(data: Data, *rest: Any) -> Any:
         specs = (P(DATA), *(P() for _ in rest))

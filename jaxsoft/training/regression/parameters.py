@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from sklearn.utils import check_random_state
 
-from jaxsoft import checks
+from jaxsoft._core import checks
 from jaxsoft.training.mesh import DATA, MeshError
 from jaxsoft.training.regression.full_batch import Options
 from jaxsoft.training.regression.inputs import Rows

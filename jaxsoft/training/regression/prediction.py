@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsoft.training.language_model import require_train_extra
+from jaxsoft.training.language_model.trainer import require_train_extra
 from jaxsoft.training.regression.measures import (
     Measures,
     class_indices,
@@ -76,7 +76,7 @@ def predict_table(
         PredictionError: `out` exists already, or its folder does not.
     """
     require_train_extra()
-    from jaxsoft.training.softmax_regression import SoftmaxRegression
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
 
     target = None if out is None else _vacant(Path(out))
     model = Path(model)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxsoft import checks
+from jaxsoft._core import checks
 
 __all__ = ["FREE_FIELDS", "RegressConfig"]
 

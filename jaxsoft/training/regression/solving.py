@@ -18,7 +18,7 @@ import optax
 
 from jaxsoft.training.checkpoints import CheckpointError, Checkpoints, Progress
 from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
-from jaxsoft.training.language_model import NonFiniteLossError
+from jaxsoft.training.language_model.trainer import NonFiniteLossError
 from jaxsoft.training.regression.objective import Data, Plan
 from jaxsoft.training.reporting import Listener
 

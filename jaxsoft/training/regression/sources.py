@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxsoft import checks
+from jaxsoft._core import checks
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from jaxsoft import checks
+from jaxsoft._core import checks
 from jaxsoft.training.regression.sources import SparseRows
 
 _ARRAYS = ("data", "indices", "indptr", "labels")

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from jaxsoft.training import MeshError
 from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
-from jaxsoft.training.language_model import NonFiniteLossError
+from jaxsoft.training.language_model.trainer import NonFiniteLossError
 from jaxsoft.training.regression.minibatch import minibatch_solver
 from jaxsoft.training.regression.solving import check_finite, solve
 from jaxsoft.training.regression.sources import BatchOrder, as_source

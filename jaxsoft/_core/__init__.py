@@ -1,0 +1,1 @@
+"""What every room shares: checks, temperature, noise, tokens' weights, numerics."""

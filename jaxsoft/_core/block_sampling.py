@@ -1,0 +1,320 @@
+"""The one sampling algorithm: a block of classes first, then a class inside it.
+
+Classes come in blocks of about √V. A block is drawn by the Gumbel-max rule over the
+logarithms of the blocks' sums, one random number a block; a class inside it by
+inversion of its cumulative sum, one random number a row. The bits depend on the key,
+the row and the block, and the size of a block on V alone: every tile size,
+implementation and sharding draws the same classes, up to ties within rounding.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft._core import noise
+from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core.temperature import divide_by_temperature, is_zero
+
+__all__ = [
+    "Drawn",
+    "Place",
+    "block_size",
+    "draw",
+    "draw_row",
+    "exponentials",
+    "invert",
+    "invert_once",
+    "later",
+    "place",
+    "scores",
+]
+
+_LEAST = 128
+# The inversion finds a group of a block's classes before the class.
+_GROUPS = 16
+
+
+class Drawn(NamedTuple):
+    """The best block so far and the class drawn in it, for each row, [R] each.
+
+    Attributes:
+      max: the largest logit met; -inf before the first kept class.
+      score: (log of the block's sum, centred on `max` and divided by τ) plus noise.
+      class_id: int32; -1 before the first kept class.
+    """
+
+    max: jax.Array
+    score: jax.Array
+    class_id: jax.Array
+
+
+def block_size(num_classes: int) -> int:
+    """Returns the classes of a block: a power of two near √V, at least 128."""
+    return max(_LEAST, 2 ** math.ceil(math.log2(max(num_classes, 1)) / 2))
+
+
+def scores(
+    sums: jax.Array, words: jax.Array, first: jax.Array | int, zero: jax.Array
+) -> jax.Array:
+    """Returns log-sums of blocks plus noise; without either where τ is 0.
+
+    Args:
+      sums: [R, n] sums of exponentials.
+      words: [R, 2], see `noise.row_words`.
+      first: the number of the first block.
+      zero: where τ is 0, broadcastable to [R, 1].
+
+    Returns:
+      [R, n]; -inf for an empty block.
+    """
+    count = sums.shape[1]
+    if isinstance(first, int) and first == 0:
+        drawn = noise.first_gumbel(words, noise.BLOCKS, count, sums.dtype)
+    else:
+        ids = first + lax.iota(jnp.int32, count)
+        drawn = noise.paired_gumbel(words, noise.BLOCKS, ids, sums.dtype)
+    perturbed = jnp.log(sums) + drawn
+    alone = jnp.where(sums > 0, 0.0, -jnp.inf).astype(sums.dtype)
+    return jnp.where(zero, alone, perturbed)
+
+
+class Place(NamedTuple):
+    """Where in its block's sum each row's class lies, [R] each.
+
+    Measured from the nearer end: beside a class of nearly all the probability, those
+    before it keep their share, and those after it too.
+
+    Attributes:
+      share: how far from the end, of the whole sum; 0 at τ = 0.
+      reverse: whether the end is that of the last class.
+    """
+
+    share: jax.Array
+    reverse: jax.Array
+
+    def order(self, weights: jax.Array) -> jax.Array:
+        """Returns weights [R, B] from the end that the row starts at."""
+        return jnp.where(self.reverse[:, None], weights[:, ::-1], weights)
+
+    def column(self, found: jax.Array, size: int) -> jax.Array:
+        """Returns which of B columns was found after `order`, [R]."""
+        return jnp.where(self.reverse, size - 1 - found, found)
+
+
+def place(words: jax.Array, zero: jax.Array, dtype: jnp.dtype) -> Place:
+    """Returns where in its block's sum each row's class lies."""
+    share, reverse = noise.uniform(words, dtype)
+    still = jnp.broadcast_to(zero, (words.shape[0], 1))[:, 0]
+    return Place(jnp.where(still, 0, share), reverse & ~still)
+
+
+def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns the class whose part of the cumulative sum contains the target.
+
+    Args:
+      weights: [R, B] non-negative.
+      target: [R].
+
+    Returns:
+      [R] int32; the last class of positive weight where rounding puts the target
+      beyond the sum.
+    """
+    groups = math.gcd(weights.shape[1], _GROUPS)
+    parts = weights.reshape(weights.shape[0], groups, -1)
+    sums = jnp.sum(parts, axis=2)
+    group, before = invert_once(sums, target)
+    chosen = jnp.take_along_axis(parts, group[:, None, None], axis=1)[:, 0]
+    inside, _ = invert_once(chosen, target - before)
+    return group * parts.shape[2] + inside
+
+
+def invert_once(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the same by one cumulative sum, and the sum before what it found."""
+    until = jnp.cumsum(weights, axis=1)
+    inside = jnp.sum(until <= target[:, None], axis=1)
+    positive = weights > 0
+    last = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
+    found = jnp.minimum(inside, last).astype(jnp.int32)
+    before = jnp.take_along_axis(until, jnp.maximum(found - 1, 0)[:, None], axis=1)
+    return found, jnp.where(found == 0, 0, before[:, 0])
+
+
+def draw(
+    logits: jax.Array,
+    tau: float | jax.Array,
+    words: jax.Array,
+    first_block: jax.Array | int,
+    block: int,
+    whole: jax.Array | None = None,
+    where: jax.Array | None = None,
+) -> Drawn:
+    """Draws a class from consecutive blocks.
+
+    Args:
+      logits: [R, C] of any floating dtype, -inf at dropped classes; the first one
+        begins a block.
+      tau: the temperature, a float or [R, 1].
+      words: [R, 2], see `noise.row_words`.
+      first_block: the number of the first block.
+      block: B, the classes of a block.
+      whole: [⌈C / B⌉] booleans, False for blocks that do not take part; None for all.
+      where: [R, C] or [1, C] booleans, False drops a class; None keeps all.
+
+    Returns:
+      The drawn classes, numbered as `first_block` is.
+    """
+    dtype = compute_dtype(logits)
+    summaries = _summaries(_parts(logits, block, where, dtype), tau)
+    # Each is used more than once: none of it is to be computed again.
+    tops, sums = lax.optimization_barrier(summaries)
+    if whole is not None:
+        tops = jnp.where(whole[None], tops, -jnp.inf)
+        sums = jnp.where(whole[None], sums, 0)
+    zero = is_zero(tau, dtype)
+    largest = jnp.max(tops, axis=1, keepdims=True)
+    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    perturbed = scores(sums, words, first_block, zero)
+    perturbed += divide_by_temperature(tops, peak, tau)
+    best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
+    score = jnp.max(perturbed, axis=1)
+    top = jnp.take_along_axis(tops, best, axis=1)
+    inside = _inside(logits, where, tau, words, block, best, top, sums)
+    class_id = (first_block + best[:, 0]) * block + inside
+    return Drawn(largest[:, 0], score, jnp.where(score == -jnp.inf, -1, class_id))
+
+
+def _inside(logits, where, tau, words, block, best, peak, sums) -> jax.Array:
+    """Returns which class of its block `best` [R, 1] each row draws, [R]."""
+    columns = best * block + lax.iota(jnp.int32, block)[None]
+
+    def take(array, fill):
+        return jnp.take_along_axis(array, columns, axis=1, mode="fill", fill_value=fill)
+
+    chosen = take(logits, -jnp.inf).astype(sums.dtype)
+    if where is not None:
+        kept = take(jnp.broadcast_to(where, logits.shape), False)
+        chosen = jnp.where(kept, chosen, -jnp.inf)
+    total = jnp.take_along_axis(sums, best, axis=1)[:, 0]
+    zero = is_zero(tau, sums.dtype)
+    at = place(words, zero, sums.dtype)
+    weights = at.order(exponentials(chosen, peak, tau))
+    return at.column(invert(weights, at.share * total), block)
+
+
+def draw_row(
+    logits: jax.Array,
+    where: jax.Array | None,
+    tau: float | jax.Array,
+    words: jax.Array,
+    block: int,
+) -> jax.Array:
+    """Draws a class of each row from all its blocks.
+
+    As `draw`, but the exponentials of a row are centred on the largest logit of its
+    first block, which the compiler need not look for in all of them before: one pass
+    less. Where that overflows in some row, or is no number, it is `draw` that counts.
+
+    Args:
+      logits: [R, V] of any floating dtype: what is computed from them is wider, and
+        never stored.
+      where: [R, V] or [1, V] booleans, False drops a class; None keeps all.
+      tau: the temperature, a float, [R, 1] or [1, 1].
+      words: [R, 2], see `noise.row_words`.
+      block: B, the classes of a block.
+
+    Returns:
+      [R] int32; -1 for a row without any kept class, or with a NaN or +inf.
+    """
+    dtype = compute_dtype(logits)
+    zero = is_zero(tau, dtype)
+    parts = _parts(logits, block, where, dtype)
+    peak = jnp.max(parts[0][:, 0], axis=1, keepdims=True)
+    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
+    sums = _sums(parts, [peak[:, :, None]] * len(parts), tau)
+    sums = lax.optimization_barrier(sums)
+    usable = jnp.all(jnp.isfinite(sums)) & ~jnp.any(zero)
+
+    def quickly():
+        perturbed = scores(sums, words, 0, zero)
+        best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
+        inside = _inside(logits, where, tau, words, block, best, peak, sums)
+        return best[:, 0] * block + inside
+
+    def safely():
+        drawn = draw(logits, tau, words, 0, block, where=where)
+        lost = jnp.isnan(drawn.score) | ~(drawn.max < jnp.inf)
+        return jnp.where(lost, -1, drawn.class_id)
+
+    return lax.cond(usable, quickly, safely)
+
+
+def exponentials(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:
+    """Returns exp((u - top) / τ) of logits up to `top`; 0 where all are -inf."""
+    # The lowest finite number, without a select, serves where all are -inf.
+    peak = jnp.maximum(top, jnp.finfo(top.dtype).min)
+    return jnp.exp(divide_by_temperature(u, peak, tau))
+
+
+def _parts(
+    logits: jax.Array, block: int, where: jax.Array | None, dtype: jnp.dtype
+) -> list[jax.Array]:
+    """Returns the whole blocks [R, n, B] and, if there is one, the rest [R, 1, b]."""
+    columns = logits.shape[1]
+    full = columns // block
+
+    def cut(array: jax.Array) -> list[jax.Array]:
+        rows = array.shape[0]
+        parts = [array[:, : full * block].reshape(rows, full, block)] if full else []
+        return parts + [array[:, None, full * block :]] * (full * block < columns)
+
+    parts = [part.astype(dtype) for part in cut(logits)]
+    if where is None:
+        return parts
+    kept = zip(cut(where), parts, strict=True)
+    return [jnp.where(keep, part, -jnp.inf) for keep, part in kept]
+
+
+def _sums(
+    parts: list[jax.Array], peaks: list[jax.Array], tau: float | jax.Array
+) -> jax.Array:
+    """Returns each block's sum of exponentials, [R, n]."""
+    tau = tau[:, :, None] if isinstance(tau, jax.Array) else tau
+    pairs = zip(parts, peaks, strict=True)
+    return jnp.concatenate(
+        [jnp.sum(exponentials(u, m, tau), axis=2) for u, m in pairs], 1
+    )
+
+
+def _summaries(
+    parts: list[jax.Array], tau: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns each block's largest logit and its sum of exponentials, [R, n] each."""
+    tops = [jnp.max(part, axis=2, keepdims=True) for part in parts]
+    sums = _sums(parts, tops, tau)
+    return jnp.concatenate([top[:, :, 0] for top in tops], 1), sums
+
+
+def later(old: Drawn, new: Drawn, tau: float | jax.Array) -> Drawn:
+    """Returns the better of two draws; the old one where they are equal.
+
+    Args:
+      old: draws from lower classes.
+      new: draws from higher classes.
+      tau: the temperature, a float or [R].
+
+    Returns:
+      The better draw of each row.
+    """
+    largest = jnp.maximum(old.max, new.max)
+    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    before = old.score + divide_by_temperature(old.max, peak, tau)
+    after = new.score + divide_by_temperature(new.max, peak, tau)
+    better = after > before
+    return Drawn(
+        largest,
+        jnp.where(better, after, before),
+        jnp.where(better, new.class_id, old.class_id),
+    )

@@ -1,0 +1,81 @@
+"""The weights of tokens, and what becomes of their losses."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft._core import checks
+
+__all__ = ["Reduction", "reduce_losses", "token_weights"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def token_weights(
+    rows: tuple[int, ...],
+    weights: ArrayLike | None,
+    labels: jax.Array | None = None,
+    ignore_label: int | None = None,
+    legend: str = "hidden.shape[:-1]",
+) -> jax.Array | None:
+    """Returns one float32 weight a token, or None if all are 1.
+
+    Args:
+      rows: the shape that weights must have.
+      weights: [...] booleans or reals, or None.
+      labels: [...] integers, or None.
+      ignore_label: the label whose tokens have weight 0, or None.
+      legend: what `rows` is, for messages.
+
+    Returns:
+      [...] float32, or float64 where the weights are.
+    """
+    result = None
+    if weights is not None:
+        result = jnp.asarray(weights)
+        if result.dtype != jnp.bool_:
+            result = checks.floating("weights", result)
+        checks.shape("weights", result, rows, legend)
+        wide = result.dtype == jnp.float64
+        result = result.astype(jnp.float64 if wide else jnp.float32)
+    if labels is None or ignore_label is None:
+        return result
+    if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
+        raise TypeError(f"`ignore_label` must be an int, got {ignore_label!r}.")
+    bounds = jnp.iinfo(labels.dtype)
+    if not bounds.min <= ignore_label <= bounds.max:
+        return result
+    keep = labels != ignore_label
+    return keep.astype(jnp.float32) if result is None else jnp.where(keep, result, 0)
+
+
+def reduce_losses(
+    loss: jax.Array,
+    weights: jax.Array | None,
+    reduction: Reduction,
+    token_axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """Weights the losses of tokens, then reduces them over all shards of tokens."""
+
+    def total(values):
+        values = jnp.sum(values)
+        return jax.lax.psum(values, token_axes) if token_axes else values
+
+    if weights is None:
+        if reduction == "none":
+            return loss
+        shards = math.prod(jax.lax.axis_size(axis) for axis in token_axes)
+        count = loss.size * shards
+        return total(loss) / max(count, 1) if reduction == "mean" else total(loss)
+    weights = weights.astype(loss.dtype)
+    loss = jnp.where(weights == 0, 0, loss)
+    weighted = weights * loss
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return total(weighted)
+    weight = total(weights)
+    return total(weighted) / jnp.where(weight == 0, 1, weight)

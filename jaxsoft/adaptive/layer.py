@@ -1,0 +1,263 @@
+"""The layer that all functions of an adaptive softmax work on."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft._core import checks
+from jaxsoft._core.dtypes import compute_dtype, operand_dtype
+from jaxsoft._core.exporting import exportable_namedtuple
+from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core.products import matmul
+from jaxsoft.adaptive.class_bands import ClassBands
+from jaxsoft.adaptive.row_blocks import take
+
+__all__ = ["AdaptiveTail", "Layer", "TailLayer", "prepare"]
+
+
+@exportable_namedtuple
+class AdaptiveTail(NamedTuple):
+    """Parameters of a tail of V_i classes and width D.
+
+    Attributes:
+      projection: [H, D] floating, of the hidden state.
+      kernel: [D, V_i] floating.
+      bias: [V_i] floating, or None.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import AdaptiveTail
+      >>> tail = AdaptiveTail(jnp.ones((8, 2)), jnp.zeros((2, 100)))
+      >>> print(tail.kernel.shape, tail.bias)
+      (2, 100) None
+    """
+
+    projection: Any
+    kernel: Any
+    bias: Any = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hidden", "parameters", "row_tau"],
+    meta_fields=["constant", "precision", "implementation"],
+)
+@dataclasses.dataclass(frozen=True)
+class TailLayer:
+    """Rows and the tail whose classes they are to choose from.
+
+    Attributes:
+      hidden: [N, H].
+      parameters: of the tail.
+      row_tau: [N], or None with a constant temperature.
+      constant: the temperature where `row_tau` is None.
+      precision: of matrix products.
+      implementation: what the caller asked for.
+    """
+
+    hidden: jax.Array
+    parameters: AdaptiveTail
+    row_tau: jax.Array | None
+    constant: float
+    precision: Any
+    implementation: Implementation | None
+
+    @property
+    def num_classes(self) -> int:
+        """V_i."""
+        return self.parameters.kernel.shape[1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of log-probabilities."""
+        return compute_dtype(self.hidden, self.parameters.kernel)
+
+    def rows(self, rows: jax.Array) -> "TailLayer":
+        """Returns the layer of some rows, of zeros where there is none."""
+        tau = self.row_tau
+        if tau is not None:
+            tau = tau.at[rows].get(mode="fill", fill_value=1)
+        return dataclasses.replace(self, hidden=take(self.hidden, rows), row_tau=tau)
+
+    def call(self) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        """Returns hidden states and kernel, and options, for `linear_*`."""
+        projection = self.parameters.projection.astype(self.hidden.dtype)
+        projected = matmul(self.hidden, projection, self.precision, self.dtype)
+        options = _options(self, self.parameters.bias)
+        return (projected.astype(self.hidden.dtype), self.parameters.kernel), options
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hidden", "kernel", "bias", "tails", "row_tau"],
+    meta_fields=["constant", "precision", "implementation", "shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A checked call, its rows folded.
+
+    Attributes:
+      hidden: [N, H].
+      kernel: [H, S + T] of the head.
+      bias: [S + T] of the head, or None.
+      tails: T of them.
+      row_tau: [N], or None with a constant temperature.
+      constant: the temperature where `row_tau` is None.
+      precision: of matrix products.
+      implementation: what the caller asked for.
+      shape: of the rows, before they were folded.
+    """
+
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
+    tails: tuple[AdaptiveTail, ...]
+    row_tau: jax.Array | None
+    constant: float
+    precision: Any
+    implementation: Implementation | None
+    shape: tuple[int, ...]
+
+    @property
+    def shortlist(self) -> int:
+        """S."""
+        return self.kernel.shape[1] - len(self.tails)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first rank of each tail."""
+        sizes = (self.shortlist, *(tail.kernel.shape[1] for tail in self.tails))
+        return tuple(itertools.accumulate(sizes))[:-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of log-probabilities."""
+        return compute_dtype(self.hidden, self.kernel)
+
+    def repeated(self, times: int) -> "Layer":
+        """Returns the layer with each row several times."""
+        tau = self.row_tau
+        return dataclasses.replace(
+            self,
+            hidden=jnp.repeat(self.hidden, times, axis=0),
+            row_tau=None if tau is None else jnp.repeat(tau, times),
+        )
+
+    def call(self) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        """Returns hidden states and kernel, and options, for `linear_*`."""
+        return (self.hidden, self.kernel), _options(self, self.bias)
+
+    def tail(self, index: int) -> TailLayer:
+        """Returns the layer of a tail."""
+        parameters = self.tails[index]
+        return TailLayer(
+            self.hidden,
+            parameters,
+            self.row_tau,
+            self.constant,
+            self.precision,
+            self.implementation,
+        )
+
+
+def _options(layer: Layer | TailLayer, bias: jax.Array | None) -> dict[str, Any]:
+    tau = layer.constant if layer.row_tau is None else layer.row_tau
+    return {
+        "bias": bias,
+        "temperature": tau,
+        "precision": layer.precision,
+        "implementation": layer.implementation,
+    }
+
+
+def prepare(
+    name: str,
+    hidden: ArrayLike,
+    head_kernel: ArrayLike,
+    tails: Sequence[AdaptiveTail],
+    bands: ClassBands,
+    *,
+    head_bias: ArrayLike | None,
+    temperature: ArrayLike,
+    precision: Any,
+    implementation: Implementation | None,
+) -> Layer:
+    """Checks arguments that all functions of bands have, and folds their rows."""
+    resolve(name, implementation, ("xla",))
+    hidden = checks.floating("hidden", hidden)
+    kernel = checks.floating("head_kernel", head_kernel)
+    if not isinstance(bands, ClassBands):
+        raise TypeError(f"`bands` must be a ClassBands, got {type(bands).__name__}.")
+    if not hidden.ndim:
+        raise ValueError("`hidden` must have shape [..., H], got a scalar.")
+    shape, features = hidden.shape[:-1], hidden.shape[-1]
+    entries = bands.shortlist + len(bands.tails)
+    checks.shape(
+        "head_kernel",
+        kernel,
+        (features, entries),
+        "(H, bands.shortlist + len(bands.tails))",
+    )
+    bias = None
+    if head_bias is not None:
+        bias = checks.floating("head_bias", head_bias)
+        checks.shape(
+            "head_bias", bias, (entries,), "(bands.shortlist + len(bands.tails),)"
+        )
+    if len(tails) != len(bands.tails):
+        raise ValueError(
+            f"`tails` must be one for each of the {len(bands.tails)} bands below the "
+            f"shortlist, got {len(tails)}."
+        )
+    checked = tuple(
+        _checked_tail(f"tails[{index}]", AdaptiveTail(*tail), features, classes)
+        for index, (tail, classes) in enumerate(zip(tails, bands.tails, strict=True))
+    )
+    dtype = compute_dtype(hidden, kernel)
+    tau = checks.temperature(temperature, dtype)
+    constant, row_tau = 1.0, None
+    if isinstance(tau, (int, float)):
+        constant = float(tau)
+    else:
+        if tau.ndim:
+            checks.shape("temperature", tau, shape, "() or hidden.shape[:-1]")
+        row_tau = jnp.broadcast_to(tau, shape).reshape(-1)
+    folded = hidden.astype(operand_dtype(hidden, kernel))
+    folded = folded.reshape(math.prod(shape), features)
+    return Layer(
+        folded,
+        kernel,
+        bias,
+        checked,
+        row_tau,
+        constant,
+        precision,
+        implementation,
+        shape,
+    )
+
+
+def _checked_tail(
+    name: str, tail: AdaptiveTail, features: int, classes: int
+) -> AdaptiveTail:
+    projection = checks.floating(f"{name}.projection", tail.projection)
+    kernel = checks.floating(f"{name}.kernel", tail.kernel)
+    if kernel.ndim != 2 or not kernel.shape[0]:
+        raise ValueError(
+            f"`{name}.kernel` must have shape [D, V_i] with D >= 1, got {kernel.shape}."
+        )
+    width = kernel.shape[0]
+    checks.shape(f"{name}.kernel", kernel, (width, classes), "(D, V_i)")
+    checks.shape(f"{name}.projection", projection, (features, width), "(H, D)")
+    bias = None
+    if tail.bias is not None:
+        bias = checks.floating(f"{name}.bias", tail.bias)
+        checks.shape(f"{name}.bias", bias, (classes,), "(V_i,)")
+    return AdaptiveTail(projection, kernel, bias)

@@ -1,0 +1,1 @@
+"""The command line: `jaxsoft train`, `regress`, `predict`, `compare` and `devices`."""

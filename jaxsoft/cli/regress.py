@@ -1,0 +1,196 @@
+"""The subcommands `jaxsoft regress` and `jaxsoft predict`."""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from jaxsoft.cli.text import fail, farewell, flag
+from jaxsoft.training.checkpoints import CheckpointError
+from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
+from jaxsoft.training.language_model.config import read_config
+from jaxsoft.training.language_model.trainer import (
+    MissingExtraError,
+    NonFiniteLossError,
+    require_train_extra,
+)
+from jaxsoft.training.regression.job import train_regression
+from jaxsoft.training.regression.prediction import PredictionError, predict_table
+from jaxsoft.training.regression.saving import ModelFileError
+from jaxsoft.training.regression.settings import RegressConfig
+from jaxsoft.training.regression.tables import TableError
+from jaxsoft.training.run_directory import RunDirectoryError
+
+__all__ = ["add_commands"]
+
+_DATA_HELP = "table: .csv, .tsv, .npz, .svm, .svmlight, .libsvm or .txt (libsvm)"
+_HELP = {
+    "data": f"{_DATA_HELP} (default: scikit-learn's digits)",
+    "label": "column with the labels, by name or by index from 0 (default: the last)",
+    "out": "folder of the run",
+    "test_fraction": "share of the rows to test on, of each class alike",
+    "C": "inverse strength of the penalty, as in scikit-learn",
+    "solver": "auto, lbfgs, newton, fista or minibatch",
+    "head": "full, hierarchical or adaptive",
+    "tol": "tolerance of the stopping rule",
+    "max_iter": "the largest number of iterations, or of epochs of minibatches "
+    "(default: the solver's own)",
+    "standardize": "bring columns to mean 0 and standard deviation 1 for the fit; the "
+    "model saved takes the features as they are (default: so for dense columns; images "
+    "are divided by their largest value, sparse features and other heads' left alone)",
+    "calibrate": "fit a temperature on held-out training rows",
+    "label_smoothing": "share of each label that is spread over all classes",
+    "dtype": "float32 or float64, of the fit",
+    "seed": "seed of the split and of the solver",
+    "checkpoint_every": "seconds between checkpoints",
+}
+_TYPES = {int: int, float: float, int | None: int}
+# Where messages may name them; MODEL and DATA are no options.
+_PREDICT_FIELDS = ("label", "out", "probabilities")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the subcommands.
+
+    Args:
+        commands: What `add_subparsers` returned.
+    """
+    regress = commands.add_parser(
+        "regress",
+        help="fit a softmax regression to a table",
+        description="Fits a softmax regression to a table, tests it on rows held out, "
+        "and writes the model, its measurements and pictures.",
+    )
+    regress.set_defaults(run=_regress)
+    for field in dataclasses.fields(RegressConfig):
+        _add_option(regress, field)
+    regress.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out; options not given are the run's own",
+    )
+    predict = commands.add_parser(
+        "predict",
+        help="predict the rows of a table",
+        description="Predicts the rows of a table by a model of `jaxsoft regress`, and "
+        "measures how well where the table has labels.",
+    )
+    predict.set_defaults(run=_predict)
+    predict.add_argument(
+        "model", metavar="MODEL", help="a run's model.safetensors, or its folder"
+    )
+    predict.add_argument("data", metavar="DATA", help=_DATA_HELP)
+    predict.add_argument(
+        "--label",
+        metavar="LABEL",
+        help="column with the labels, if there is one (default: that which is none of "
+        "the model's features, else the one that the model was trained with)",
+    )
+    predict.add_argument(
+        "--out", metavar="FILE", help="CSV file of predicted classes to write"
+    )
+    predict.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="write the probability of each class, too",
+    )
+
+
+def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
+    """Adds the option of a configuration field."""
+    text = _HELP[field.name]
+    if field.name == "data":
+        parser.add_argument(
+            "data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help=text
+        )
+        return
+    if field.default is not None and field.default is not False:
+        text += f" (default: {field.default})"
+    if field.name in ("standardize", "calibrate"):
+        parser.add_argument(
+            flag(field.name),
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+        return
+    parser.add_argument(
+        flag(field.name),
+        type=_TYPES.get(field.type, str),
+        default=argparse.SUPPRESS,
+        metavar=field.name.rpartition("_")[2].upper(),
+        help=text,
+    )
+
+
+def _regress(parsed: argparse.Namespace) -> int:
+    """Runs `jaxsoft regress`."""
+    fields = [field.name for field in dataclasses.fields(RegressConfig)]
+    given = {name: getattr(parsed, name) for name in fields if hasattr(parsed, name)}
+    out = given.setdefault("out", RegressConfig.out)
+    fields.append("resume")
+    fields.remove("data")  # an argument, and a key of NPZ files
+    try:
+        require_train_extra()
+        stored = read_config(out, RegressConfig) if parsed.resume else RegressConfig()
+        config = dataclasses.replace(stored, **given)
+    except (MissingExtraError, ValueError) as error:
+        return fail("regress", error, 2, fields)
+    try:
+        with StopRequest() as stop:
+            return _regress_until(stop, config, resume=parsed.resume)
+    except TrainingInterrupted as interruption:
+        words = ["jaxsoft", "regress", "--out", out, "--resume"]
+        print(farewell(interruption, words, out, "iteration"), file=sys.stderr)
+        return 128 + interruption.signal_number
+    except (TableError, RunDirectoryError) as error:
+        return fail("regress", error, 2, fields)
+    except (CheckpointError, ModelFileError, NonFiniteLossError, OSError) as error:
+        return fail("regress", error, 1, fields)
+
+
+def _regress_until(stop: StopRequest, config: RegressConfig, *, resume: bool) -> int:
+    """Fits, prints the summary, and returns the exit code."""
+    from rich.console import Console
+
+    from jaxsoft.training.console import ConsoleListener
+    from jaxsoft.training.regression.run_files import RegressionDirectory
+    from jaxsoft.training.regression.summary import summarise_regression
+
+    console = Console()
+    listener = ConsoleListener(
+        console,
+        "iteration",
+        things="rows",
+        measure="objective",
+        digits=6,
+        remaining=False,
+    )
+    report = train_regression(config, resume=resume, listener=listener, stop=stop)
+    summarise_regression(console, report, RegressionDirectory(config.out).files())
+    return 0
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    """Runs `jaxsoft predict`."""
+    try:
+        report = predict_table(
+            parsed.model,
+            parsed.data,
+            label=parsed.label,
+            out=parsed.out,
+            probabilities=parsed.probabilities,
+        )
+    except (MissingExtraError, ModelFileError, TableError, PredictionError) as error:
+        return fail("predict", error, 2, _PREDICT_FIELDS)
+    except OSError as error:
+        return fail("predict", error, 1, _PREDICT_FIELDS)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT; nothing was written", file=sys.stderr)
+        return 130
+    from rich.console import Console
+
+    from jaxsoft.training.regression.summary import summarise_prediction
+
+    summarise_prediction(Console(), report)
+    return 0

@@ -1,0 +1,1 @@
+"""Kernels in Pallas for GPUs and TPUs: what `implementation` asks for."""

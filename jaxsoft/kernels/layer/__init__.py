@@ -1,0 +1,1 @@
+"""Kernels of `hidden @ kernel`, whose logits never leave the chip."""

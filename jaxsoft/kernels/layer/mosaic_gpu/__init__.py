@@ -1,0 +1,1 @@
+"""Statistics and draws of `hidden @ kernel` on Hopper's and Blackwell's GPUs."""

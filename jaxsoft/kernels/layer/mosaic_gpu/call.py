@@ -1,0 +1,262 @@
+"""Statistics and samples of `hidden @ kernel` by kernels for NVIDIA GPUs: Mosaic GPU.
+
+One launch gives the statistics of every row in every split of the classes; they merge
+as tiles do. What the kernel cannot read is taken apart: the last classes of a kernel
+[V, H] whose V is no multiple of 8 are one tile in plain XLA, at most 7 columns. The
+derivative is that of `statistics_backward.py`, and forward mode over it XLA's.
+
+Not yet measured on any GPU, hence no function's default.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoft._core import block_sampling, mesh_axes
+from jaxsoft._core.implementation import Gpu
+from jaxsoft._core.padding import round_up
+from jaxsoft.kernels import nvidia
+from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
+from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
+from jaxsoft.linear import running, sharding, tiling, xla
+from jaxsoft.linear.operands import Config, Operands
+from jaxsoft.linear.running import Running, Saved
+from jaxsoft.linear.tile import Tile
+
+__all__ = ["forward", "groups"]
+
+# The kernels, by compute capability. Blackwell's consumer cards, 12.0, have no tensor
+# memory.
+_KERNELS = {"9.0": hopper, "10.0": blackwell}
+# TMA copies multiples of 16 bytes: 8 rows of hidden states, or of a kernel [V, H].
+_ROWS = 8
+# The narrowest rows of shared memory that wgmma and tcgen05 read, in elements.
+_NARROWEST = 16
+
+
+def forward(config: Config, operands: Operands) -> Saved:
+    """Returns the statistics of every row.
+
+    Args:
+      config: what is known at trace time.
+      operands: the arrays.
+
+    Returns:
+      The wanted fields, and what their derivative needs beside them.
+
+    Raises:
+      NotImplementedError: for what the kernels do not have.
+      ImportError: without absl-py, which Pallas imports.
+    """
+    local = sharding.local_classes(config, operands)
+    chip = _check(config, local)
+    of_kernel, of_tail, aligned = _cut(config, local)
+    parts = []
+    if of_kernel is not None:
+        plan, found = _launch(config, of_kernel, chip)
+        parts.append(_running(plan, local.hidden.shape[0], found))
+    if of_tail is not None:
+        tail = _of_tail(config, of_tail, aligned)
+        parts.append(jax.tree.map(lambda a: a[None], tail))
+    merged = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    joined = running.join(local.temperature(config), merged)
+    return running.finish(config, local, joined)
+
+
+def groups(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """Returns what is known of each group of `GROUP` classes, of each row.
+
+    Args:
+      config: what is known at trace time; nothing is wanted, no class is sharded.
+      operands: the arrays.
+
+    Returns:
+      The largest logit, and the sum of exponentials of logits minus that, over τ: [N,
+      G] each, -inf and 0 in a group without any kept class.
+
+    Raises:
+      NotImplementedError: for what the kernels do not have.
+      ImportError: without absl-py, which Pallas imports.
+    """
+    chip = _check(config, operands)
+    of_kernel, of_tail, aligned = _cut(config, operands)
+    rows, classes = operands.hidden.shape[0], operands.num_classes(config)
+    count = math.ceil(classes / planning.GROUP)
+    tops = jnp.full((rows, count), -jnp.inf, jnp.float32)
+    sums = jnp.zeros((rows, count), jnp.float32)
+    if of_kernel is not None:
+        _, found = _launch(config, of_kernel, chip, groups=True)
+        # Beyond its classes the last tile has empty groups.
+        tops, sums = (
+            _pad(array[:count, :rows].T, count, empty)
+            for array, empty in zip(found.floats, (-jnp.inf, 0.0), strict=True)
+        )
+    if of_tail is not None:
+        u = _tail_logits(config, of_tail).logits
+        tau = operands.temperature(config)
+        last, top = tops[:, -1:], jnp.max(u, axis=1, keepdims=True)
+        whole = jnp.maximum(last, top)
+        total = jnp.sum(block_sampling.exponentials(u, whole, tau), axis=1)
+        total += sums[:, -1] * block_sampling.exponentials(last, whole, tau)[:, 0]
+        tops, sums = tops.at[:, -1].set(whole[:, 0]), sums.at[:, -1].set(total)
+    return tops, sums
+
+
+def _cut(
+    config: Config, operands: Operands
+) -> tuple[Operands | None, Operands | None, int]:
+    """Returns what the kernel reads and the last few classes, which it does not."""
+    classes = operands.num_classes(config)
+    aligned = classes if config.class_axis == 1 else classes // _ROWS * _ROWS
+    if aligned == classes:
+        return operands, None, aligned
+    first = _classes(config, operands, 0, aligned) if aligned else None
+    return first, _classes(config, operands, aligned, classes), aligned
+
+
+def _check(config: Config, operands: Operands) -> Gpu:
+    """Requires what the kernel can do; returns the device."""
+    hidden, kernel = operands.hidden, operands.kernel
+
+    def must(rule, got, fix):
+        raise NotImplementedError(
+            f'{rule} for implementation "mosaic_gpu", got {got}. {fix}, or take "xla".'
+        )
+
+    if hidden.dtype != kernel.dtype or hidden.dtype not in (jnp.bfloat16, jnp.float16):
+        must(
+            "`hidden` and `kernel` must both be bfloat16 or both float16",
+            f"{hidden.dtype} and {kernel.dtype}",
+            "Convert them",
+        )
+    if hidden.shape[1] % _NARROWEST:
+        must(
+            f"`hidden.shape[-1]` must be a multiple of {_NARROWEST}",
+            hidden.shape[1],
+            "Widen the layer",
+        )
+    if config.class_axis == 1 and kernel.shape[1] % _NARROWEST:
+        must(
+            f"The classes of a kernel [H, V] must be a multiple of {_NARROWEST}",
+            kernel.shape[1],
+            'Store the kernel as [V, H] with kernel_layout="vh", which takes any V, '
+            "pad it once and mask the new classes",
+        )
+    nvidia.check_pallas()
+    return nvidia.chip(_KERNELS)
+
+
+def _classes(config: Config, operands: Operands, start: int, stop: int) -> Operands:
+    """Returns the operands with some of the classes, which count from 0 again."""
+    window = (slice(None), slice(start, stop))
+
+    def cut(row):
+        return None if row is None else row[start:stop]
+
+    labels = operands.labels
+    if labels is not None:
+        inside = (labels >= start) & (labels < stop)
+        labels = jnp.where(inside, labels - start, -1)
+    return operands._replace(
+        kernel=operands.kernel[window if config.class_axis == 1 else window[::-1]],
+        bias=cut(operands.bias),
+        class_mask=cut(operands.class_mask),
+        labels=labels,
+    )
+
+
+def _of_tail(config: Config, operands: Operands, first: int) -> Running:
+    """Returns the statistics of a few classes, as one tile in plain XLA."""
+    rows, tile = operands.hidden.shape[0], _tail_logits(config, operands)
+    labels = None if operands.labels is None else operands.labels.shape[1]
+    start = running.start(config, rows, labels, jnp.dtype(jnp.float32))
+    found = running.merge(operands.temperature(config), start, tile)
+    if found.argmax is not None:
+        found = found._replace(argmax=found.argmax + first)
+    return found
+
+
+def _tail_logits(config: Config, operands: Operands) -> Tile:
+    rows, classes = operands.hidden.shape[0], operands.num_classes(config)
+    tiles = tiling.Tiling(rows, classes, rows, classes)
+    return xla.compute_tile(config, operands, tiles, 0)
+
+
+def _launch(
+    config: Config, operands: Operands, chip: Gpu, groups: bool = False
+) -> tuple[planning.Plan, planning.Partials]:
+    """Returns what the kernel was asked for, and what it wrote."""
+    (rows, features), classes = operands.hidden.shape, operands.num_classes(config)
+    # Rows of shared memory, as wide as they divide those of both arrays. Past the last
+    # feature TMA writes zeros.
+    widths = math.gcd(features, *([classes] if config.class_axis == 1 else []))
+    swizzle = next(s for s in (128, 64, 32) if widths % (s // 2) == 0)
+    kernel = _KERNELS[chip.compute_capability]
+    tiles, splits = planning.choose(
+        rows, classes, swizzle, chip.core_count, kernel is blackwell
+    )
+    scale, factor = nvidia.static_temper(config.static_tau)
+    plan = planning.Plan(
+        rows=round_up(rows, tiles.block_rows * tiles.cluster),
+        classes=classes,
+        features=features,
+        transposed=config.class_axis == 0,
+        blocks=tiles,
+        splits=splits,
+        softcap=config.softcap,
+        scale=scale,
+        factor=factor,
+        labels=operands.labels is not None,
+        mean=config.mean,
+        expected=config.expected,
+        argmax=config.argmax,
+        groups=groups,
+    )
+    labels = operands.labels
+    if labels is not None:
+        labels = _pad(labels[:, 0], plan.rows, -1)
+    temper = None
+    if factor is None:
+        temper = nvidia.temper(operands.temperature(config), rows)
+        temper = _pad(temper, plan.rows, 0.0)
+    hidden = _pad(operands.hidden, round_up(rows, _ROWS), 0.0, axis=0)
+    inputs = planning.Inputs(
+        hidden, operands.kernel, _bias(plan, operands), labels, temper
+    )
+    return plan, mesh_axes.like(kernel.run(plan, inputs), operands)
+
+
+def _running(plan: planning.Plan, rows: int, found: planning.Partials) -> Running:
+    """Returns what the kernel wrote as running statistics, [splits, N, 1] each."""
+    fields: dict[str, Any] = dict.fromkeys(Running._fields)
+    fields |= dict(zip(plan.floats, found.floats, strict=True))
+    if found.integers is not None:
+        fields |= dict(zip(plan.integers, found.integers, strict=True))
+    if plan.expected:
+        # c was in base 2.
+        fields["weighted"] *= math.log(2)
+    return jax.tree.map(lambda a: a[:, :rows, None], Running(**fields))
+
+
+def _bias(plan: planning.Plan, operands: Operands) -> jax.Array | None:
+    """Returns the bias with -inf at dropped classes, for whole tiles; or None."""
+    bias, mask = operands.bias, operands.class_mask
+    if bias is None and mask is None:
+        return None
+    row = jnp.zeros(plan.classes, jnp.float32) if bias is None else bias
+    row = row.astype(jnp.float32)
+    if mask is not None:
+        row = jnp.where(mask, row, -jnp.inf)
+    return _pad(row, plan.tiles * plan.blocks.classes, -jnp.inf)
+
+
+def _pad(array: jax.Array, size: int, value: float, axis: int = -1) -> jax.Array:
+    """Returns an array padded to a size; the same where it has it already."""
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths, constant_values=value)

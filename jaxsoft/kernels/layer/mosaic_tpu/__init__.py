@@ -1,0 +1,1 @@
+"""Statistics of `hidden @ kernel`, and their gradients, on TPUs."""

@@ -1,0 +1,386 @@
+"""The derivative of the statistics of `hidden @ kernel` in one Mosaic TPU kernel.
+
+The grid has blocks of classes and, inside, of rows. Each tile of logits is computed
+again, turned into the derivative by the logits and multiplied twice, in the dtype of
+the operands: 6·N·H·V flops. A block of dkernel adds up in float32 in VMEM while all
+rows stream past it, and is written once, in its own dtype. The float32 sums of the
+rows, dhidden and what the temperature needs, live in HBM: those of a block of rows are
+fetched and written back by copies that run beside the products. What is not wanted is
+neither computed nor stored.
+
+Where the last block of classes sticks out, its part of the derivative and of the
+kernel is 0. Rows are padded where they do not fill their blocks.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.dtypes import operand_dtype
+from jaxsoft.kernels import tpu
+from jaxsoft.kernels.layer.mosaic_tpu import tile as kernels
+from jaxsoft.kernels.layer.mosaic_tpu.blocks import (
+    CHUNK,
+    LANES,
+    Blocks,
+    choose_backward,
+)
+from jaxsoft.kernels.layer.mosaic_tpu.tile import Inputs, Problem
+from jaxsoft.linear.operands import Config, Operands
+from jaxsoft.linear.statistics_backward import Rows, statistics_share
+from jaxsoft.linear.xla import dot
+from jaxsoft.linear.xla_backward import Gradients, Wanted
+
+__all__ = ["accumulate"]
+
+# The sums over classes that the temperature's gradient needs.
+_MOMENTS = 2
+
+
+class _Results(NamedTuple):
+    """Gradients, their types, or references to them; None where not wanted.
+
+    Attributes:
+      sums: [N', W] float32 with N' rows of whole blocks: dhidden, if wanted, in H lanes
+        padded to registers, then the moments, if wanted, in the lanes of a register.
+      kernel: dkernel, in its shape and dtype.
+      bias: [1, V] float32.
+    """
+
+    sums: Any
+    kernel: Any
+    bias: Any
+
+
+def accumulate(
+    config: Config, operands: Operands, wanted: Wanted, rows: Rows
+) -> tuple[Gradients, jax.Array | None]:
+    """Adds up what tiles contribute to gradients.
+
+    Args:
+      config: what is known at trace time.
+      operands: the arrays, their classes those of this shard.
+      wanted: which gradients to compute.
+      rows: what the derivative needs of each row.
+
+    Returns:
+      The gradients but `tau`, and the moments [N, 2], None if not wanted.
+    """
+    problem, inputs = kernels.prepare(config, operands)
+    layer = problem.layer
+    wanted = wanted._replace(bias=wanted.bias and operands.bias is not None)
+    blocks = choose_backward(layer, wanted.hidden, wanted.kernel, tpu.vmem_bytes())
+    missing = -layer.rows % blocks.rows
+    inputs, rows = _padded(inputs, rows.columns(), missing)
+    inputs, rows = mesh_axes.like((inputs, rows), (inputs, rows))
+    width = layer.width if wanted.hidden else 0
+    shape = (layer.rows + missing, width + (LANES if wanted.tau else 0))
+    results = _Results(
+        mesh_axes.type_of(inputs.hidden, shape, jnp.float32) if shape[1] else None,
+        mesh_axes.type_of(inputs.hidden, inputs.kernel.shape, inputs.kernel.dtype)
+        if wanted.kernel
+        else None,
+        mesh_axes.type_of(inputs.hidden, (1, layer.classes), jnp.float32)
+        if wanted.bias
+        else None,
+    )
+    found = _call(problem, inputs, rows, results, blocks, wanted)
+    hidden = moments = None
+    if wanted.hidden:
+        hidden = found.sums[: layer.rows, : layer.features]
+        hidden = hidden.astype(operands.hidden.dtype)
+    if wanted.tau:
+        moments = found.sums[: layer.rows, width : width + _MOMENTS]
+    bias = None
+    if operands.bias is not None and wanted.bias:
+        bias = found.bias[0].astype(operands.bias.dtype)
+    return Gradients(hidden, found.kernel, bias, None), moments
+
+
+def _padded(inputs: Inputs, rows: Rows, missing: int) -> tuple[Inputs, Rows]:
+    """Returns rows of whole blocks; those that are added contribute nothing.
+
+    Their hidden states are 0, their largest logit is infinite, so that all their
+    probabilities vanish, and so do their coefficients.
+    """
+    if not missing:
+        return inputs, rows
+
+    def pad(array, fill):
+        if array is None:
+            return None
+        width = ((0, missing), (0, 0))
+        return jnp.pad(array, width, constant_values=jnp.asarray(fill, array.dtype))
+
+    inputs = inputs._replace(
+        hidden=pad(inputs.hidden, 0),
+        tau=pad(inputs.tau, 1),
+        labels=pad(inputs.labels, -1),
+    )
+    rest = jax.tree.map(lambda a: pad(a, 0), rows._replace(max=None))
+    return inputs, rest._replace(max=pad(rows.max, jnp.inf))
+
+
+def _call(
+    problem: Problem,
+    inputs: Inputs,
+    rows: Rows,
+    results: _Results,
+    blocks: Blocks,
+    wanted: Wanted,
+) -> _Results:
+    """Calls the kernel."""
+    layer = problem.layer
+    grid = (
+        pl.cdiv(layer.classes, blocks.classes),
+        inputs.hidden.shape[0] // blocks.rows,
+    )
+    specs = kernels.input_specs(problem, inputs, blocks, row_axis=1)
+    column = pl.BlockSpec((blocks.rows, 1), lambda _, row: (row, 0))
+    out_specs = _Results(
+        None if results.sums is None else pl.BlockSpec(memory_space=pl.ANY),
+        None if results.kernel is None else specs.kernel,
+        None if results.bias is None else specs.offsets,
+    )
+    scratch = {}
+    if results.sums is not None:
+        slots = (2, blocks.rows, results.sums.shape[1])
+        scratch["slots_ref"] = pltpu.VMEM(slots, jnp.float32)
+        scratch["reads"] = pltpu.SemaphoreType.DMA((2,))
+        scratch["writes"] = pltpu.SemaphoreType.DMA((2,))
+    if results.kernel is not None:
+        total = (blocks.classes, layer.features)
+        scratch["total_ref"] = pltpu.VMEM(total, jnp.float32)
+    # The sums of a row are touched by every block of classes, one after another.
+    classes = "parallel" if results.sums is None else "arbitrary"
+    products = 1 + wanted.hidden + wanted.kernel
+    work = layer.rows * layer.features * layer.classes
+    passes = grid[0] * (inputs.hidden.nbytes + _bytes(results.sums) * 2)
+    (found,) = pl.pallas_call(
+        functools.partial(
+            _gradients_kernel, problem=problem, blocks=blocks, wanted=wanted
+        ),
+        grid=grid,
+        in_specs=[specs, jax.tree.map(lambda _: column, rows)],
+        out_specs=(out_specs,),
+        out_shape=(results,),
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(classes, "arbitrary"),
+            vmem_limit_bytes=blocks.vmem_bytes,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * work,
+            transcendentals=layer.rows * layer.classes,
+            bytes_accessed=passes + inputs.kernel.nbytes + _bytes(results.kernel),
+        ),
+        name="jaxsoft_statistics_backward",
+    )(inputs, rows)
+    return found
+
+
+def _bytes(result: Any) -> int:
+    """Returns the bytes of a result, 0 if it is not wanted."""
+    return 0 if result is None else result.size * result.dtype.itemsize
+
+
+def _gradients_kernel(
+    inputs: Inputs,
+    rows: Rows,
+    results: _Results,
+    *,
+    slots_ref: Any = None,
+    reads: Any = None,
+    writes: Any = None,
+    total_ref: Any = None,
+    problem: Problem,
+    blocks: Blocks,
+    wanted: Wanted,
+):
+    """Adds the contribution of one tile.
+
+    Args:
+      inputs: references to blocks.
+      rows: references to columns of coefficients.
+      results: references: the sums in HBM, blocks of the others.
+      slots_ref: [2, R, W] float32, the sums of this block of rows and of its neighbour.
+      reads: a semaphore for each slot.
+      writes: a semaphore for each slot.
+      total_ref: [B, H] float32, the block of dkernel as it grows, classes first.
+      problem: what is known of the work.
+      blocks: the sizes of the blocks.
+      wanted: which gradients to compute.
+    """
+    block, row_block = pl.program_id(0), pl.program_id(1)
+    values = jax.tree.map(lambda ref: ref[...], rows)
+    strip = pl.ds(0, blocks.rows)
+    sums = None
+    if slots_ref is not None:
+        sums = _RowSums(results.sums, slots_ref, reads, writes, blocks.rows)
+
+    def step(ragged: bool) -> None:
+        tile = kernels.compute_tile(problem, inputs, blocks, block, strip, ragged)
+        tau = inputs.temperature(problem.config, strip)
+        d, moments = statistics_share(tau, values, tile, wanted.tau)
+        if tile.slope is not None:
+            d = d * tile.slope
+        if results.bias is not None:
+            new = jnp.sum(d, axis=0, keepdims=True)
+            _add(results.bias, ..., new, row_block == 0)
+        d = d.astype(operand_dtype(inputs.hidden, inputs.kernel))
+        if total_ref is not None:
+            _add_to_kernel(problem, inputs, total_ref, d)
+        if sums is None:
+            return
+        slot_ref = sums.take()
+        if wanted.hidden:
+            _add_to_hidden(problem, inputs, slot_ref, d, tile.start, ragged)
+        for number, new in enumerate(moments):
+            lane = slot_ref.shape[1] - LANES + number
+            _add(slot_ref, (slice(None), pl.ds(lane, 1)), new, block == 0)
+        sums.give()
+
+    kernels.each_block(0, problem.layer.classes, blocks.classes, step)
+    if total_ref is not None:
+
+        @pl.when(row_block == pl.num_programs(1) - 1)
+        def _():
+            _write_kernel(problem, results.kernel, total_ref)
+
+
+class _RowSums(NamedTuple):
+    """The sums of rows in HBM, and two slots in VMEM that they pass through.
+
+    Steps take the slots in turn. While a step computes its tile its sums are fetched
+    and those of the step before are written; then it starts to fetch those of the step
+    after it, which were written before.
+
+    Attributes:
+      hbm_ref: [N', W].
+      slots_ref: [2, R, W].
+      reads: a semaphore for each slot.
+      writes: a semaphore for each slot.
+      rows: R.
+    """
+
+    hbm_ref: Any
+    slots_ref: Any
+    reads: Any
+    writes: Any
+    rows: int
+
+    def take(self) -> Any:
+        """Returns the slot of this step, its sums there but for the first classes."""
+        if self._blocks() == 1:
+            return self.slots_ref.at[0]
+        step = self._step()
+        following = step + 1
+        pl.when(step > 0)(lambda: self._write(step - 1).wait())
+        more = (following >= self._blocks()) & (following < self._steps())
+        pl.when(more)(lambda: self._read(following).start())
+        pl.when(step >= self._blocks())(lambda: self._read(step).wait())
+        return self.slots_ref.at[step % 2]
+
+    def give(self) -> None:
+        """Writes the slot of this step back; the last one waits for it."""
+        step = self._step()
+        if self._blocks() > 1:
+            self._write(step).start()
+
+        @pl.when(step == self._steps() - 1)
+        def _():
+            if self._blocks() == 1:
+                # They stayed in their slot all the time.
+                pltpu.sync_copy(self.slots_ref.at[0], self.hbm_ref)
+            else:
+                self._write(step).wait()
+
+    def _blocks(self) -> int:
+        return self.hbm_ref.shape[0] // self.rows
+
+    def _steps(self):
+        return pl.num_programs(0) * self._blocks()
+
+    def _step(self):
+        return pl.program_id(0) * self._blocks() + pl.program_id(1)
+
+    def _read(self, step):
+        slot = step % 2
+        return pltpu.make_async_copy(
+            self._of(step), self.slots_ref.at[slot], self.reads.at[slot]
+        )
+
+    def _write(self, step):
+        slot = step % 2
+        return pltpu.make_async_copy(
+            self.slots_ref.at[slot], self._of(step), self.writes.at[slot]
+        )
+
+    def _of(self, step):
+        start = pl.multiple_of(step % self._blocks() * self.rows, self.rows)
+        return self.hbm_ref.at[pl.ds(start, self.rows), :]
+
+
+def _each_chunk(features: int, step) -> None:
+    """Runs a step for slices that cover the features."""
+    whole = features // CHUNK if features > CHUNK else 0
+    if whole:
+
+        @pl.loop(0, whole)
+        def _(index):
+            step(pl.ds(pl.multiple_of(index * CHUNK, CHUNK), CHUNK))
+
+    if features > whole * CHUNK:
+        step(pl.ds(whole * CHUNK, features - whole * CHUNK))
+
+
+def _add(ref, at, new: jax.Array, first: jax.Array) -> None:
+    """Adds to what a reference holds, which before the first time is arbitrary."""
+    ref[at] = jnp.where(first, 0, ref[at]) + new
+
+
+def _add_to_kernel(problem: Problem, inputs: Inputs, total_ref, d: jax.Array) -> None:
+    """Adds a tile's part to the block of dkernel."""
+    first = pl.program_id(1) == 0
+
+    def add(chunk):
+        hidden = inputs.hidden[:, chunk].astype(d.dtype)
+        new = dot(d, hidden, (0, 0), problem.config.precision, jnp.float32)
+        _add(total_ref, (slice(None), chunk), new, first)
+
+    _each_chunk(problem.layer.features, add)
+
+
+def _add_to_hidden(
+    problem: Problem, inputs: Inputs, slot_ref, d: jax.Array, start, ragged: bool
+) -> None:
+    """Adds a tile's part to the sums of its rows."""
+    first, axis = pl.program_id(0) == 0, problem.config.class_axis
+
+    def add(chunk):
+        at = (chunk, slice(None)) if axis == 1 else (slice(None), chunk)
+        kernel = inputs.kernel[at].astype(d.dtype)
+        if ragged:
+            kernel = kernels.inside(problem, start, kernel, axis, 0)
+        new = dot(d, kernel, (1, axis), problem.config.precision, jnp.float32)
+        _add(slot_ref, (slice(None), chunk), new, first)
+
+    _each_chunk(problem.layer.features, add)
+
+
+def _write_kernel(problem: Problem, kernel_ref, total_ref) -> None:
+    """Writes the block of dkernel in its layout and dtype."""
+
+    def write(chunk):
+        total = total_ref[:, chunk]
+        if problem.config.class_axis == 1:
+            kernel_ref[chunk, :] = total.T.astype(kernel_ref.dtype)
+        else:
+            kernel_ref[:, chunk] = total.astype(kernel_ref.dtype)
+
+    _each_chunk(problem.layer.features, write)

@@ -1,0 +1,192 @@
+"""How large the blocks of the Mosaic TPU kernels are: from shapes, dtypes and VMEM."""
+
+import dataclasses
+import itertools
+import math
+
+from jaxsoft._core.padding import round_up
+from jaxsoft.kernels.tpu import SMALLEST_VMEM, VMEM_SHARE
+
+__all__ = ["LANES", "Blocks", "Layer", "choose_backward", "choose_forward"]
+
+# A vector register has 8 sublanes of 128 lanes; bfloat16 packs two rows in a sublane.
+LANES = 128
+_ROW_MULTIPLE = 16
+
+# Rows are worked on in strips: the compiler unrolls what is done to one, and holds its
+# tiles beside the blocks.
+_STRIP = 256
+
+_ROWS = (1024, 768, 512, 256, 128, 64, 32, 16)
+_CLASSES = (1024, 768, 512, 384, 256, 128)
+
+# What is kept is read once, what streams past it once for each block of it: some 400
+# products a number of bytes are what chips have time for. Along the other axis a
+# matrix unit wants 128 rows or more for each of its loads.
+_KEPT = 400
+_STREAMED = 128
+
+# How many float32 tiles of logits a step holds at once, beside its operands.
+_TILES = 6
+
+# Features are worked on in chunks where their products are added up.
+CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The sizes of the blocks of a kernel.
+
+    Attributes:
+      rows: of a block, a multiple of 16 and, beyond a strip, of 256.
+      classes: of a block, a multiple of 128.
+      vmem_bytes: the most bytes of VMEM that the kernel may take.
+    """
+
+    rows: int
+    classes: int
+    vmem_bytes: int
+
+    def __post_init__(self):
+        """Requires what the tiles of registers and of HBM require."""
+        if self.rows < 1 or self.rows % _row_multiple(self.rows):
+            raise ValueError(
+                f"`rows` must be a multiple of 16, or of 256 beyond, got {self.rows}."
+            )
+        if self.classes < 1 or self.classes % LANES:
+            raise ValueError(
+                f"`classes` must be a multiple of 128, got {self.classes}."
+            )
+        if self.vmem_bytes < 1:
+            raise ValueError(f"`vmem_bytes` must be positive, got {self.vmem_bytes}.")
+
+    @property
+    def strip(self) -> int:
+        """The rows of a strip."""
+        return min(self.rows, _STRIP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The sizes that a choice of blocks depends on.
+
+    Attributes:
+      rows: N.
+      features: H.
+      classes: V.
+      hidden_bytes: of a number of `hidden`.
+      kernel_bytes: of a number of the kernel.
+      product_bytes: of a number in the matrix products.
+    """
+
+    rows: int
+    features: int
+    classes: int
+    hidden_bytes: int
+    kernel_bytes: int
+    product_bytes: int
+
+    @property
+    def width(self) -> int:
+        """H as registers hold it, a multiple of 128."""
+        return round_up(self.features, LANES)
+
+    def operand_bytes(self, rows: int, classes: int) -> int:
+        """The bytes of a block of `hidden` and one of the kernel: two of each in turn.
+
+        Where the dtypes differ a copy of the narrower one is made.
+        """
+        total = 0
+        for size, itemsize in ((rows, self.hidden_bytes), (classes, self.kernel_bytes)):
+            copy = self.product_bytes if itemsize != self.product_bytes else 0
+            total += size * self.width * (2 * itemsize + copy)
+        return total
+
+
+def choose_forward(layer: Layer, vmem: int = SMALLEST_VMEM) -> Blocks:
+    """Chooses the blocks of the forward kernel.
+
+    Args:
+      layer: the sizes.
+      vmem: the bytes of VMEM of a core.
+
+    Returns:
+      The blocks; they are balanced, so that the last one is not a sliver.
+
+    Raises:
+      NotImplementedError: if not even the smallest blocks fit.
+    """
+
+    def used(rows: int, classes: int) -> int:
+        # Labels, temperatures and two outputs, padded to lanes, two of each in turn.
+        columns = 4 * 2 * rows * LANES * 4
+        return (
+            layer.operand_bytes(rows, classes)
+            + columns
+            + _TILES * min(rows, _STRIP) * classes * 4
+        )
+
+    return _choose(layer, vmem, used, lambda r, c: _KEPT / r + _STREAMED / c, _ROWS)
+
+
+def choose_backward(
+    layer: Layer, hidden: bool, kernel: bool, vmem: int = SMALLEST_VMEM
+) -> Blocks:
+    """Chooses the blocks of the backward kernel.
+
+    Args:
+      layer: the sizes.
+      hidden: whether dhidden is computed.
+      kernel: whether dkernel is computed.
+      vmem: the bytes of VMEM of a core.
+
+    Returns:
+      The blocks; they are balanced, so that the last one is not a sliver.
+
+    Raises:
+      NotImplementedError: if not even the smallest blocks fit.
+    """
+
+    def used(rows: int, classes: int) -> int:
+        # Labels, temperatures and six coefficients, padded to lanes.
+        columns = 8 * 2 * rows * LANES * 4
+        total = layer.operand_bytes(rows, classes) + columns
+        total += _TILES * min(rows, _STRIP) * classes * 4
+        # Two slots of float32 sums, and the moments.
+        total += 2 * rows * ((layer.width if hidden else 0) + LANES) * 4
+        if kernel:
+            # The float32 sum, the block that is written, two in turn.
+            total += classes * layer.width * (4 + 2 * layer.kernel_bytes)
+        # The products of a chunk of features.
+        return total + (rows + classes) * min(CHUNK, layer.width) * 4
+
+    # One strip: its sums are on their way while it is worked on.
+    rows = [size for size in _ROWS if size <= _STRIP]
+    return _choose(layer, vmem, used, lambda r, c: _KEPT / c + _STREAMED / r, rows)
+
+
+def _choose(layer: Layer, vmem: int, used, cost, all_rows) -> Blocks:
+    """Returns the blocks of the least cost among those that fit."""
+    budget = int(vmem * VMEM_SHARE)
+    pairs = itertools.product(all_rows, _CLASSES)
+    for rows, classes in sorted(pairs, key=lambda pair: cost(*pair)):
+        rows = _balanced(layer.rows, rows, _ROW_MULTIPLE)
+        rows = round_up(rows, _row_multiple(rows))
+        classes = _balanced(layer.classes, classes, LANES)
+        if used(rows, classes) <= budget:
+            return Blocks(rows, classes, budget)
+    raise NotImplementedError(
+        f"`hidden` must have fewer features H for the mosaic_tpu implementation, got "
+        f"{layer.features}: the smallest blocks take {used(_ROW_MULTIPLE, LANES)} "
+        f'bytes of VMEM, of {budget}. Use implementation="xla".'
+    )
+
+
+def _row_multiple(rows: int) -> int:
+    """Returns what the rows of a block must be a multiple of."""
+    return _STRIP if rows > _STRIP else _ROW_MULTIPLE
+
+
+def _balanced(size: int, block: int, multiple: int) -> int:
+    """Returns the smallest block that covers `size` in as many blocks."""
+    return round_up(math.ceil(size / math.ceil(size / block)), multiple)

@@ -1,0 +1,145 @@
+"""Statistics of `hidden @ kernel`, tile by tile, in one Mosaic TPU kernel.
+
+The grid has blocks of rows and, inside, of classes. A block of `hidden` stays in VMEM
+while blocks of the kernel stream past it; each tile of logits lives in VMEM alone and
+is merged into running statistics of its rows, one a lane of the output's block:
+2·N·H·V flops, one read of the kernel for each block of rows, a few hundred bytes a row
+written. `backward.py` has the derivative.
+
+Where the last block of classes sticks out its logits are -inf; rows that stick out are
+computed from arbitrary numbers and not written.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxsoft._core import mesh_axes
+from jaxsoft.kernels import tpu
+from jaxsoft.kernels.layer.mosaic_tpu import tile as kernels
+from jaxsoft.kernels.layer.mosaic_tpu.blocks import LANES, Blocks, choose_forward
+from jaxsoft.kernels.layer.mosaic_tpu.tile import Inputs, Problem
+from jaxsoft.linear import running, sharding
+from jaxsoft.linear.operands import Config, Operands
+from jaxsoft.linear.running import Running, Saved
+
+__all__ = ["forward"]
+
+# The fields of `Running` that the two outputs hold, in the order of their lanes.
+_FLOATS = ("max", "sum", "label", "gap", "weighted")
+_INTEGERS = ("number", "argmax")
+
+
+def forward(config: Config, operands: Operands) -> Saved:
+    """Returns the statistics of every row.
+
+    Args:
+      config: what is known at trace time.
+      operands: the arrays, in bfloat16 or float32; at most one label a row.
+
+    Returns:
+      The wanted fields, and what their derivative needs beside them.
+    """
+    local = sharding.local_classes(config, operands)
+    return running.finish(config, local, _run(config, local))
+
+
+def _run(config: Config, operands: Operands) -> Running:
+    """Calls the kernel."""
+    problem, inputs = kernels.prepare(config, operands)
+    inputs = mesh_axes.like(inputs, inputs)
+    layer = problem.layer
+    blocks = choose_forward(layer, tpu.vmem_bytes())
+    floats, integers = _names(_start(problem.config, inputs, 1))
+    rows = pl.BlockSpec((blocks.rows, LANES), lambda row, _: (row, 0))
+    shape = (layer.rows, LANES)
+    outputs = [mesh_axes.type_of(inputs.hidden, shape, jnp.float32)]
+    if integers:
+        outputs.append(mesh_axes.type_of(inputs.hidden, shape, jnp.int32))
+    body = functools.partial(_statistics_kernel, problem=problem, blocks=blocks)
+    row_blocks = pl.cdiv(layer.rows, blocks.rows)
+    found = pl.pallas_call(
+        body,
+        grid=(row_blocks, pl.cdiv(layer.classes, blocks.classes)),
+        in_specs=[kernels.input_specs(problem, inputs, blocks, row_axis=0)],
+        out_specs=[rows] * len(outputs),
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=blocks.vmem_bytes,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * layer.rows * layer.features * layer.classes,
+            transcendentals=layer.rows * layer.classes,
+            bytes_accessed=inputs.hidden.nbytes + row_blocks * inputs.kernel.nbytes,
+        ),
+        name="jaxsoft_statistics_forward",
+    )(inputs)
+    columns = dict(zip(floats, _columns(found[0], len(floats)), strict=True))
+    if integers:
+        columns |= zip(integers, _columns(found[1], len(integers)), strict=True)
+    return Running._make(columns.get(name) for name in Running._fields)
+
+
+def _columns(array: jax.Array, number: int) -> list[jax.Array]:
+    """Returns the first columns [N, 1] of an array."""
+    return [array[:, lane : lane + 1] for lane in range(number)]
+
+
+def _start(config: Config, inputs: Inputs, rows: int) -> Running:
+    """Returns the statistics of rows before their first tile."""
+    labels = None if inputs.labels is None else 1
+    return running.start(config, rows, labels, jnp.dtype(jnp.float32))
+
+
+def _names(statistics: Running) -> tuple[list[str], list[str]]:
+    """Returns the fields that the float and the integer output hold."""
+    floats, integers = (
+        [name for name in names if getattr(statistics, name) is not None]
+        for names in (_FLOATS, _INTEGERS)
+    )
+    return floats, integers
+
+
+def _statistics_kernel(inputs: Inputs, *outputs, problem: Problem, blocks: Blocks):
+    """Merges the tile of one step into the statistics of its rows.
+
+    Args:
+      inputs: references to blocks.
+      *outputs: references to running statistics: [R, 128] float32 and, where some are
+        integers, [R, 128] int32.
+      problem: what is known of the work.
+      blocks: the sizes of the blocks.
+    """
+    block = pl.program_id(1)
+    start = _start(problem.config, inputs, blocks.rows)
+    columns = [
+        (name, ref, lane)
+        for names, ref in zip(_names(start), outputs, strict=False)
+        for lane, name in enumerate(names)
+    ]
+
+    @pl.when(block == 0)
+    def _():
+        for name, ref, lane in columns:
+            ref[:, lane : lane + 1] = getattr(start, name)
+
+    def step(ragged: bool) -> None:
+        kernels.each_strip(blocks, functools.partial(merge, ragged))
+
+    def merge(ragged: bool, strip: Any) -> None:
+        tile = kernels.compute_tile(problem, inputs, blocks, block, strip, ragged)
+        old: dict[str, Any] = {
+            name: ref[strip, lane : lane + 1] for name, ref, lane in columns
+        }
+        statistics = Running._make(old.get(name) for name in Running._fields)
+        tau = inputs.temperature(problem.config, strip)
+        new = running.merge(tau, statistics, tile)
+        for name, ref, lane in columns:
+            ref[strip, lane : lane + 1] = getattr(new, name)
+
+    kernels.each_block(1, problem.layer.classes, blocks.classes, step)

@@ -1,0 +1,1 @@
+"""Softmax and Gumbel-softmax of rows of logits on TPUs."""

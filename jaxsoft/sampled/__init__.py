@@ -1,0 +1,1 @@
+"""Losses over a sample of the classes."""

@@ -1,0 +1,158 @@
+"""What a training run is: its configuration, and when two of them are the same run."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from jaxsoft._core import checks
+from jaxsoft.training.heads import HEADS, HeadKind
+from jaxsoft.training.language_model.tokens import MIN_VOCAB_SIZE
+from jaxsoft.training.language_model.transformer import TransformerConfig
+from jaxsoft.training.run_directory import RunDirectory, RunDirectoryError
+
+# A run resumed with other values of these is still the same run; the corpus itself is
+# compared by its digest, wherever it lies now.
+_FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "checkpoint_every"})
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """What to train, on what, and where to write it.
+
+    Attributes:
+        corpus: A text file, a folder of them or a .gz; None is the standard library.
+        vocab_size: Tokens of the byte-level BPE, at least 257.
+        steps: Updates to make.
+        batch_size: Sequences a step.
+        sequence_length: Tokens a sequence.
+        features: Width of the model.
+        layers: Attention blocks.
+        heads: Attention heads.
+        learning_rate: Peak of the schedule: warm-up, then cosine decay.
+        head: "full", "hierarchical", "adaptive" or "sampled"; see
+            `jaxsoft.training.heads`. Validation is by the full normalised
+            probabilities of each.
+        num_samples: Classes that a sampled head draws a step.
+        seed: Seed of parameters, data order and samples.
+        out: Folder of the run.
+        cache_dir: Root of the token cache; None is the user's cache folder.
+        evaluate_every: Steps between validations.
+        evaluation_tokens: Tokens of a validation; the last one reads four times more.
+        checkpoint_every: Steps between checkpoints.
+        sample_tokens: Length of the sampled texts.
+        prompt: Text that the samples continue: empty starts a new text, None takes a
+            few words from the middle of the validation text.
+    """
+
+    corpus: str | None = None
+    vocab_size: int = 65_536
+    steps: int = 120
+    batch_size: int = 8
+    sequence_length: int = 128
+    features: int = 128
+    layers: int = 4
+    heads: int = 4
+    learning_rate: float = 6e-3
+    head: HeadKind = "full"
+    num_samples: int = 1024
+    seed: int = 0
+    out: str = "jaxsoft-run"
+    cache_dir: str | None = None
+    evaluate_every: int = 40
+    evaluation_tokens: int = 8_192
+    checkpoint_every: int = 40
+    sample_tokens: int = 80
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks all values; raises `ValueError`."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name not in ("seed", "vocab_size"):
+                if value < 1:
+                    raise ValueError(f"`{field.name}` must be positive, got {value}.")
+        if self.vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"`vocab_size` must be at least {MIN_VOCAB_SIZE} (256 bytes and the "
+                f"document mark), got {self.vocab_size}."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"`seed` must be in [0, 2**31), got {self.seed}.")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"`learning_rate` must be positive, got {self.learning_rate}."
+            )
+        checks.one_of("head", self.head, HEADS)
+        self.transformer(self.vocab_size)
+
+    def transformer(self, num_classes: int) -> TransformerConfig:
+        """Sizes of the model for the vocabulary that the corpus allows."""
+        return TransformerConfig(
+            num_classes=num_classes,
+            features=self.features,
+            layers=self.layers,
+            heads=self.heads,
+        )
+
+
+def load_config(out: str | os.PathLike[str]) -> LanguageModelConfig:
+    """Reads the configuration of the language model's run in a folder.
+
+    Args:
+        out: The folder.
+
+    Returns:
+        The configuration that the run was started with.
+
+    Raises:
+        RunDirectoryError: There is none.
+    """
+    return read_config(out, LanguageModelConfig)
+
+
+def read_config(out: str | os.PathLike[str], kind: type[Config]) -> Config:
+    """Reads the configuration of the run in a folder.
+
+    Args:
+        out: The folder.
+        kind: The class of the configuration.
+
+    Returns:
+        The configuration that the run was started with.
+
+    Raises:
+        RunDirectoryError: There is none.
+    """
+    directory = RunDirectory(out)
+    description = directory.description()
+    try:
+        return kind(**description["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{directory.config} is not the configuration of a run ({error})."
+        ) from error
+
+
+def check_same(config: Any, stored: Any, free: Set[str] = _FREE_FIELDS) -> None:
+    """Compares the configuration asked for with that of the run to resume.
+
+    Args:
+        config: Asked for.
+        stored: The run's, of the same class.
+        free: Fields that may differ.
+
+    Raises:
+        RunDirectoryError: A field that matters differs.
+    """
+    for field in dataclasses.fields(config):
+        asked, had = getattr(config, field.name), getattr(stored, field.name)
+        if field.name not in free and asked != had:
+            raise RunDirectoryError(
+                f"the run in {config.out} has `{field.name}` {had!r}, not {asked!r}; "
+                "resume it with the same, or start another run."
+            )

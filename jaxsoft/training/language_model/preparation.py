@@ -1,0 +1,69 @@
+"""From a corpus to tokens that are enough for a run."""
+
+from jaxsoft.training.interruption import StopRequest
+from jaxsoft.training.language_model.config import LanguageModelConfig
+from jaxsoft.training.language_model.corpus import Corpus, CorpusError, read_corpus
+from jaxsoft.training.language_model.tokens import TokenCache, prepare_tokens
+from jaxsoft.training.language_model.windows import Windows
+from jaxsoft.training.reporting import Listener
+
+
+def prepare(
+    config: LanguageModelConfig, listener: Listener, stop: StopRequest
+) -> tuple[Corpus, TokenCache]:
+    """Reads the corpus and makes its tokens.
+
+    Args:
+        config: Names the corpus, the token cache and what must fit.
+        listener: Told what was read.
+        stop: Asked now and then whether to stop.
+
+    Returns:
+        The corpus and its tokens.
+
+    Raises:
+        CorpusError: The corpus is missing, empty or too small.
+        TrainingInterrupted: `stop` received a signal.
+    """
+    corpus = read_corpus(config.corpus)
+    _describe_corpus(corpus, listener)
+    tokens = prepare_tokens(
+        corpus,
+        config.vocab_size,
+        config.cache_dir,
+        note=listener.note,
+        check=stop.check,
+    )
+    _check_large_enough(config, corpus, tokens)
+    return corpus, tokens
+
+
+def _describe_corpus(corpus: Corpus, listener: Listener) -> None:
+    """Notes what was read and what was left out."""
+    files = len(corpus.train) + len(corpus.validation)
+    listener.note(
+        f"corpus: {corpus.source}, {corpus.num_bytes / 1e6:,.1f} MB; {files:,} texts, "
+        f"{len(corpus.validation):,} of them to validate"
+    )
+    if corpus.skipped or corpus.duplicates:
+        listener.note(
+            f"left out {corpus.skipped:,} files that are not UTF-8 text and "
+            f"{corpus.duplicates:,} copies"
+        )
+
+
+def _check_large_enough(
+    config: LanguageModelConfig, corpus: Corpus, tokens: TokenCache
+) -> None:
+    """Raises `CorpusError` unless a batch can be trained and a window validated."""
+    length = config.sequence_length
+    for what, available, wanted in (
+        ("training", tokens.train, config.batch_size),
+        ("validation", tokens.validation, 1),
+    ):
+        if len(Windows(available, length)) < wanted:
+            raise CorpusError(
+                f"the corpus {corpus.source} is too small: {len(available):,} {what} "
+                f"tokens, {wanted * length + 1:,} needed; give more text or a smaller "
+                "`batch_size` or `sequence_length`."
+            )

@@ -1,0 +1,347 @@
+"""The compiled programs of language-model training: step, evaluation, sampling.
+
+Each program is compiled once, ahead of time, for one shape; the training state is
+donated, so a step holds one copy of it. The state is a plain pytree (parameters and
+Optax state); the model's structure is static, and the tables of its head (a tree,
+bands or a sampler) are arguments.
+
+Shapes: `B` sequences of `T` tokens, `N = B·T` tokens a step, `H` features, `V` tokens.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from jaxsoft import RowGradient
+from jaxsoft.training.heads import HeadPlan, head_rows, with_head_rows
+from jaxsoft.training.language_model.optimizer import OptimizerConfig
+from jaxsoft.training.language_model.transformer import LanguageModel, TransformerConfig
+from jaxsoft.training.mesh import over_data, placed, replicated, usable_mesh
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        params: The model's parameters, an `nnx.State`.
+        optimizer: The Optax state of those with dense gradients.
+        rows: The state of the optimizer of those with row gradients, if there are.
+    """
+
+    params: Any
+    optimizer: Any
+    rows: Any = ()
+
+
+class StepResult(NamedTuple):
+    """What a step measures, float32 scalars.
+
+    Attributes:
+        loss: Mean loss in nats before the update; a sampled head's own.
+        gradient_norm: Global norm of the dense gradients before clipping.
+        parameter_norm: Global norm of the parameters that have them, after the update.
+    """
+
+    loss: Array
+    gradient_norm: Array
+    parameter_norm: Array
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes a device: what stored logits would take, and what the step does take.
+
+    Attributes:
+        stored_logits: `4·N·V`, the logits of one step in float32, over the number of
+            devices.
+        stored_logits_with_gradient: Twice that: the logits and their gradient.
+        step_temporaries: The compiled step's `temp_size_in_bytes`: every intermediate
+            of trunk, head, their gradients and the optimizer. None where the platform
+            does not tell.
+        devices: How many devices take that much, each.
+    """
+
+    stored_logits: int
+    stored_logits_with_gradient: int
+    step_temporaries: int | None
+    devices: int = 1
+
+
+class Programs:
+    """The compiled training step, evaluation and sampling of one model."""
+
+    def __init__(
+        self,
+        model: TransformerConfig,
+        optimizer: OptimizerConfig,
+        batch_shape: tuple[int, int],
+        *,
+        head: HeadPlan,
+        seed: int,
+        mesh: Mesh | None = None,
+    ):
+        """Compiles the training step and the evaluation.
+
+        Args:
+            model: Sizes of the model.
+            optimizer: The optimizer.
+            batch_shape: `(B, T)`.
+            head: The head, over as many classes as the model has.
+            seed: Seed of the initial parameters, and of what a head draws.
+            mesh: The devices, see `jaxsoft.training.mesh`; None takes the first.
+        """
+        self.mesh = usable_mesh(mesh, batch_shape[0])
+        self.batch_shape = batch_shape
+        self.num_classes = model.num_classes
+        self.head, self.optimizer = head, optimizer
+        self._config, self._seed = model, seed
+        self._graph = nnx.graphdef(nnx.eval_shape(self._build_model))
+        self.abstract_state = placed(self.mesh, jax.eval_shape(self._init))
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        started = time.perf_counter()
+        everywhere = replicated(self.mesh)
+        self.tables = jax.jit(self._make_tables, out_shardings=everywhere)()
+        batch, length = batch_shape
+        tokens = jax.ShapeDtypeStruct(
+            (batch, length + 1), jnp.int32, sharding=over_data(self.mesh)
+        )
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        index = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        self._step = (
+            jax.jit(
+                self._train,
+                donate_argnums=0,
+                out_shardings=(self._shardings, everywhere),
+            )
+            .lower(self.abstract_state, self.tables, tokens, rate, index)
+            .compile(compiler_options=_deterministic_options())
+        )
+        self._evaluate = (
+            jax.jit(self._losses, out_shardings=everywhere)
+            .lower(self.abstract_state.params, self.tables, tokens)
+            .compile()
+        )
+        self.compile_seconds = time.perf_counter() - started
+
+    def init(self) -> TrainState:
+        """Makes the initial state, a function of the seed and of the head's counts."""
+        return jax.jit(self._init, out_shardings=self._shardings)()
+
+    def step(
+        self, state: TrainState, batch: np.ndarray, rate: float, index: int
+    ) -> tuple[TrainState, Any]:
+        """Makes one update.
+
+        Args:
+            state: Donated: do not use it again.
+            batch: `[B, T + 1]` int32 tokens.
+            rate: The learning rate.
+            index: Number of the step: what a head draws is a function of it.
+
+        Returns:
+            The new state and a `StepResult`.
+        """
+        scalars = np.float32(rate), np.int32(index)
+        return self._step(state, self.tables, self._place(batch), *scalars)
+
+    def evaluate(self, params: Any, windows: np.ndarray) -> float:
+        """Mean loss in nats over windows of text.
+
+        Args:
+            params: The model's parameters.
+            windows: `[W, T + 1]` int32 tokens, any `W`; short batches are padded and
+                the padding's losses dropped.
+
+        Returns:
+            The mean over `W·T` tokens, summed in float64.
+        """
+        batch = self.batch_shape[0]
+        total = 0.0
+        for start in range(0, len(windows), batch):
+            part = windows[start : start + batch]
+            padded = np.pad(part, ((0, batch - len(part)), (0, 0)), mode="edge")
+            losses = self._evaluate(params, self.tables, self._place(padded))
+            losses = np.asarray(losses, np.float64)
+            total += losses[: len(part)].sum()
+        return total / (len(windows) * self.batch_shape[1])
+
+    def sample(
+        self,
+        params: Any,
+        prompt: Sequence[int],
+        temperatures: Sequence[float],
+        num_tokens: int,
+    ) -> list[list[int]]:
+        """Continues a prompt once at each temperature.
+
+        Args:
+            params: The model's parameters.
+            prompt: Token ids to start from, at least one; its end counts where it is
+                longer than `T`.
+            temperatures: One a sample; 0 takes the most probable token.
+            num_tokens: Tokens to add.
+
+        Returns:
+            The added tokens, one list a temperature; a function of the seed and of the
+            arguments.
+        """
+        length = self.batch_shape[1]
+        prompt = list(prompt)[-length:]
+        window = np.zeros([len(temperatures), length], np.int32)
+        window[:, : len(prompt)] = prompt
+        key = jax.random.key(self._seed)
+        generate = jax.jit(self._generate, static_argnames="num_tokens")
+        tokens = generate(
+            params,
+            self.tables,
+            jnp.asarray(window),
+            len(prompt),
+            jnp.asarray(temperatures, jnp.float32),
+            key,
+            num_tokens=num_tokens,
+        )
+        return np.asarray(tokens).tolist()
+
+    def model(self, params: Any) -> LanguageModel:
+        """Puts parameters into the model, to call its methods."""
+        return self._model(params, self.tables)
+
+    def memory(self) -> MemoryReport:
+        """Compares the compiled step with one that stores its logits."""
+        devices = self.mesh.size
+        logits = 4 * math.prod(self.batch_shape) * self.num_classes // devices
+        analysis = self._step.memory_analysis()
+        temporaries = getattr(analysis, "temp_size_in_bytes", None)
+        return MemoryReport(logits, 2 * logits, temporaries, devices)
+
+    def _place(self, batch: np.ndarray) -> Array:
+        return jax.device_put(batch, over_data(self.mesh))
+
+    def _build_model(self) -> LanguageModel:
+        return LanguageModel(self._config, plan=self.head, rngs=nnx.Rngs(self._seed))
+
+    def _make_tables(self) -> Any:
+        """What a model has besides parameters."""
+        return nnx.state(self._build_model(), nnx.Not(nnx.Param))
+
+    def _model(
+        self, params: Any, tables: Any, *, training: bool = False
+    ) -> LanguageModel:
+        model = nnx.merge(self._graph, params, tables)
+        model.train() if training else model.eval()
+        return model
+
+    def _init(self) -> TrainState:
+        params = nnx.state(self._build_model(), nnx.Param)
+        dense, head = self._split(params)
+        rows = self.optimizer.rows(0.0).init(head_rows(head)) if head else ()
+        return TrainState(params, self.optimizer.build(0.0).init(dense), rows)
+
+    def _split(self, params: Any) -> tuple[nnx.State, nnx.State]:
+        """Cuts parameters into those with dense gradients and those with rows'."""
+        by_rows = self.head.has_row_gradients
+        dense, rows = nnx.split_state(
+            params, lambda path, _: not (by_rows and path[0] == "head"), ...
+        )
+        return dense, rows
+
+    def _train(
+        self, state: TrainState, tables: Any, tokens: Array, rate: Array, index: Array
+    ) -> tuple[TrainState, StepResult]:
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        dense, head = self._split(state.params)
+        rows = state.rows
+        if head:
+            loss, gradient, of_rows = self._row_gradients(
+                dense, head, tables, inputs, labels
+            )
+            moved, rows = self.optimizer.rows(rate).update(
+                head_rows(head), of_rows, rows
+            )
+            head = with_head_rows(head, moved)
+        else:
+            loss, gradient = self._dense_gradients(dense, tables, inputs, labels, index)
+        dense, optimizer = self.optimizer.update(gradient, state.optimizer, dense, rate)
+        norms = optax.tree.norm(gradient), optax.tree.norm(dense)
+        params = nnx.merge_state(dense, head)
+        return TrainState(params, optimizer, rows), StepResult(loss, *norms)
+
+    def _dense_gradients(
+        self, params: Any, tables: Any, inputs: Array, labels: Array, index: Array
+    ) -> tuple[Array, Any]:
+        """Returns the loss and its gradient in all parameters."""
+        key = jax.random.fold_in(jax.random.key(self._seed), index)
+
+        def mean_loss(params: Any) -> Array:
+            model = self._model(params, tables, training=True)
+            return model.loss(inputs, labels, **self.head.loss_options(key))
+
+        return jax.value_and_grad(mean_loss)(params)
+
+    def _row_gradients(
+        self, dense: Any, head: Any, tables: Any, inputs: Array, labels: Array
+    ) -> tuple[Array, Any, RowGradient]:
+        """Returns the loss, its gradient in the trunk, and in the head's rows."""
+
+        def trunk(dense: Any) -> Array:
+            return self._model(nnx.merge_state(dense, head), tables).trunk(inputs)
+
+        hidden, pull = jax.vjp(trunk, dense)
+        module = self._model(nnx.merge_state(dense, head), tables).head
+        loss, dhidden, of_rows = module.value_and_row_grad(hidden, labels)
+        return loss, *pull(dhidden), of_rows
+
+    def _losses(self, params: Any, tables: Any, tokens: Array) -> Array:
+        model = self._model(params, tables)
+        return model.loss(tokens[:, :-1], tokens[:, 1:], reduction="none")
+
+    def _generate(
+        self,
+        params: Any,
+        tables: Any,
+        window: Array,
+        filled: Array,
+        temperatures: Array,
+        key: Array,
+        *,
+        num_tokens: int,
+    ) -> Array:
+        """Adds tokens one by one; the window slides once it is full."""
+        model = self._model(params, tables)
+        length = window.shape[1]
+
+        def add_token(carry: tuple[Array, Array], key: Array):
+            window, filled = carry
+            hidden = model.trunk(window)
+            last = jax.lax.dynamic_index_in_dim(hidden, filled - 1, 1, keepdims=False)
+            token = model.head.sample(key, last, temperature=temperatures)
+            full = filled == length
+            window = jnp.where(full, jnp.roll(window, -1, axis=1), window)
+            filled = jnp.where(full, filled, filled + 1)
+            window = jax.lax.dynamic_update_index_in_dim(window, token, filled - 1, 1)
+            return (window, filled), token
+
+        keys = jax.random.split(key, num_tokens)
+        _, tokens = jax.lax.scan(add_token, (window, jnp.asarray(filled)), keys)
+        return tokens.T
+
+
+def _deterministic_options() -> dict[str, str | bool] | None:
+    """Options that give a program the same bits every time it runs.
+
+    On GPU, XLA's scatter (the embedding's gradient) adds in any order unless told
+    otherwise; a sort instead of atomic additions costs the H100 program no memory.
+    """
+    if jax.local_devices()[0].platform == "gpu":
+        return {"xla_gpu_deterministic_ops": True}
+    return None

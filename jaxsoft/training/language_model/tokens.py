@@ -1,0 +1,281 @@
+"""Tokens of a corpus: a byte-level BPE, and a cache of memory-mapped token files.
+
+The tokenizer is trained on the training texts alone, so that validation is honest. A
+cache entry is a folder named by the hash of everything that its contents depend on;
+it is written under another name and renamed when complete, so a killed run leaves no
+half-written entry behind.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxsoft.training.language_model.corpus import Corpus, CorpusError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DOCUMENT_START = "<|endoftext|>"
+DOCUMENT_START_ID = 0
+MIN_VOCAB_SIZE = 257  # the 256 bytes and the document mark
+
+# A merge seen only once would name one place of the corpus: no use to a model.
+_MIN_FREQUENCY = 2
+_CACHE_FORMAT = 1
+_ENCODE_BATCH = 256
+_STALE_SECONDS = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a cache entry says about itself.
+
+    Attributes:
+        vocab_size: `V`, the number of tokens that the tokenizer has; less than asked
+            for where the corpus has too few distinct merges.
+        train_tokens: Length of the training tokens.
+        validation_tokens: Length of the validation tokens.
+        digest: Hash of the tokenizer and of all tokens.
+    """
+
+    vocab_size: int
+    train_tokens: int
+    validation_tokens: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """Memory-mapped tokens and the tokenizer that made them.
+
+    Attributes:
+        directory: The cache entry.
+        facts: Sizes and digest.
+        train: `[train_tokens]`, uint16 where `V` allows it, otherwise uint32. Every
+            text starts with the document mark.
+        validation: `[validation_tokens]`, likewise.
+    """
+
+    directory: Path
+    facts: TokenFacts
+    train: np.ndarray
+    validation: np.ndarray
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer, in the format of the `tokenizers` library."""
+        return self.directory / "tokenizer.json"
+
+    def load_tokenizer(self) -> "Tokenizer":
+        """Loads the tokenizer."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.tokenizer_file))
+
+    def counts(self, split: str) -> np.ndarray:
+        """Counts each token in the "train" or "validation" split; `[V]` int64."""
+        tokens = {"train": self.train, "validation": self.validation}[split]
+        return np.bincount(tokens, minlength=self.facts.vocab_size)
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder: XDG_CACHE_HOME, or .cache in the home folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jaxsoft"
+
+
+def prepare_tokens(
+    corpus: Corpus,
+    vocab_size: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    note: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+) -> TokenCache:
+    """Finds the tokens of a corpus in the cache, or makes them.
+
+    Args:
+        corpus: The texts.
+        vocab_size: `V` to train for, at least 257. A corpus too small to reach it
+            gives fewer tokens; `facts.vocab_size` says how many.
+        cache_dir: Root of the cache; None means `default_cache_dir()`.
+        note: Called with a line of text for each thing worth telling.
+        check: Called now and then while tokens are made; what it raises ends the work
+            and leaves nothing behind.
+
+    Returns:
+        The tokens, opened without reading them.
+
+    Raises:
+        ValueError: `vocab_size` is too small.
+        CorpusError: The cache cannot be written.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"`vocab_size` must be at least {MIN_VOCAB_SIZE} (256 bytes and the "
+            f"document mark), got {vocab_size}."
+        )
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    directory = root / "tokens" / _cache_key(corpus, vocab_size)
+    cache = _open(directory)
+    if cache is not None:
+        note(f"tokens: {_describe(cache.facts)}, from the cache in {root}")
+        return cache
+    size = f"{corpus.num_bytes / 1e6:,.1f} MB"
+    note(f"training a byte-level BPE with {vocab_size:,} tokens on {size}")
+    started = time.perf_counter()
+    try:
+        _build(corpus, vocab_size, directory, check)
+    except OSError as error:
+        raise CorpusError(
+            f"the token cache {root} cannot be written ({error}); name another folder "
+            "by `cache_dir`."
+        ) from error
+    cache = _open(directory)
+    if cache is None:
+        raise CorpusError(f"the token cache {directory} cannot be read back.")
+    took = time.perf_counter() - started
+    note(f"tokens: {_describe(cache.facts)}, made in {took:.1f} s")
+    if cache.facts.vocab_size < vocab_size:
+        reached = f"{cache.facts.vocab_size:,}"
+        note(
+            f"the corpus has merges for {reached} tokens only; training goes on with "
+            f"V = {reached} instead of {vocab_size:,}"
+        )
+    return cache
+
+
+def _describe(facts: TokenFacts) -> str:
+    return (
+        f"V = {facts.vocab_size:,}, {facts.train_tokens:,} to train and "
+        f"{facts.validation_tokens:,} to validate"
+    )
+
+
+def _cache_key(corpus: Corpus, vocab_size: int) -> str:
+    """Names the cache entry by all that its contents depend on."""
+    import tokenizers
+
+    settings = {
+        "format": _CACHE_FORMAT,
+        "corpus": corpus.digest,
+        "vocab_size": vocab_size,
+        "min_frequency": _MIN_FREQUENCY,
+        "tokenizers": tokenizers.__version__,
+    }
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _open(directory: Path) -> TokenCache | None:
+    """Opens a cache entry; None if it is missing or damaged."""
+    try:
+        facts = TokenFacts(**json.loads((directory / "facts.json").read_text()))
+        train, validation = (
+            np.load(directory / f"{split}.npy", mmap_mode="r")
+            for split in ("train", "validation")
+        )
+    except (OSError, TypeError, ValueError):
+        return None
+    if (len(train), len(validation)) != (facts.train_tokens, facts.validation_tokens):
+        return None
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    return TokenCache(directory, facts, train, validation)
+
+
+def _build(
+    corpus: Corpus, vocab_size: int, directory: Path, check: Callable[[], None]
+) -> None:
+    """Makes a cache entry beside its place, then renames it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(directory.parent)
+    shutil.rmtree(directory, ignore_errors=True)  # only a damaged entry gets here
+    with tempfile.TemporaryDirectory(
+        prefix=".unfinished-", dir=directory.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        unfinished = Path(temporary) / "entry"
+        unfinished.mkdir()
+        _write_entry(corpus, vocab_size, unfinished, check)
+        try:
+            unfinished.rename(directory)
+        except OSError:
+            if _open(directory) is None:  # else another process was first: as good
+                raise
+
+
+def _write_entry(
+    corpus: Corpus, vocab_size: int, directory: Path, check: Callable[[], None]
+) -> None:
+    """Trains the tokenizer, encodes the texts, and writes all files."""
+    tokenizer = _train_tokenizer(corpus.train, vocab_size)
+    size = tokenizer.get_vocab_size()
+    dtype = np.uint16 if size <= 2**16 else np.uint32
+    tokenizer.save(str(directory / "tokenizer.json"))
+    digest = hashlib.blake2b(
+        (directory / "tokenizer.json").read_bytes(), digest_size=16
+    )
+    lengths = []
+    for split, texts in (("train", corpus.train), ("validation", corpus.validation)):
+        tokens = _encode(tokenizer, texts, dtype, check)
+        np.save(directory / f"{split}.npy", tokens)
+        digest.update(tokens.tobytes())
+        lengths.append(len(tokens))
+    facts = TokenFacts(size, *lengths, digest=digest.hexdigest())
+    (directory / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
+
+
+def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> "Tokenizer":
+    """Trains the BPE."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=_MIN_FREQUENCY,
+        special_tokens=[DOCUMENT_START],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _encode(
+    tokenizer: "Tokenizer",
+    texts: Sequence[str],
+    dtype: type,
+    check: Callable[[], None],
+) -> np.ndarray:
+    """Encodes texts into one array, a document mark before each."""
+    # A text that spells out the document mark is encoded as ordinary characters.
+    tokenizer.encode_special_tokens = True
+    pieces = []
+    for start in range(0, len(texts), _ENCODE_BATCH):
+        check()
+        batch = list(texts[start : start + _ENCODE_BATCH])
+        for encoding in tokenizer.encode_batch_fast(batch):
+            pieces.append(np.array([DOCUMENT_START_ID, *encoding.ids], dtype))
+    return np.concatenate(pieces)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what runs killed long ago left unfinished."""
+    for leftover in root.glob(".unfinished-*"):
+        try:
+            stale = time.time() - leftover.stat().st_mtime > _STALE_SECONDS
+        except OSError:
+            continue
+        if stale:
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,371 @@
+"""Training of a small causal language model whose logits are never stored.
+
+The run is a function of its configuration, its corpus and its machine: stopped at any
+moment and resumed, it goes on bit for bit, and on another mesh within rounding. Every
+piece of state is in the checkpoint (parameters, optimizer, step), and the data order is
+a function of seed and step.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxsoft.training.checkpoints import Checkpoints, Progress
+from jaxsoft.training.heads import HeadPlan
+from jaxsoft.training.interruption import StopRequest
+from jaxsoft.training.language_model.config import (
+    LanguageModelConfig,
+    check_same,
+    load_config,
+)
+from jaxsoft.training.language_model.corpus import Corpus
+from jaxsoft.training.language_model.optimizer import OptimizerConfig
+from jaxsoft.training.language_model.preparation import prepare
+from jaxsoft.training.language_model.steps import Programs, TrainState
+from jaxsoft.training.language_model.tokens import DOCUMENT_START_ID, TokenCache
+from jaxsoft.training.language_model.windows import Windows
+from jaxsoft.training.mesh import check_vocabulary, usable_mesh
+from jaxsoft.training.reporting import FinalReport, Listener, Sample
+from jaxsoft.training.run_directory import RunDirectory, RunDirectoryError
+from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SAMPLE_TEMPERATURES = (0.0, 0.7, 1.0)
+
+_EXTRA_PACKAGES = (
+    "grain",
+    "matplotlib",
+    "orbax",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "tokenizers",
+)
+# The last validation reads this many times the tokens of those on the way.
+FINAL_EVALUATION = 4
+# Length of the prompt that the samples get from the validation text.
+_PROMPT_TOKENS = 24
+
+
+class MissingExtraError(ImportError):
+    """A package of the extra `train` is not installed."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradient became infinite or NaN; the message names the step."""
+
+
+def require_train_extra() -> None:
+    """Raises `MissingExtraError` unless the extra `train` is installed."""
+    missing = [name for name in _EXTRA_PACKAGES if not _is_installed(name)]
+    if missing:
+        raise MissingExtraError(
+            f"training needs {', '.join(missing)}, which the extra `train` installs: "
+            'pip install "jaxsoft[train]"'
+        )
+
+
+def train_language_model(
+    config: LanguageModelConfig,
+    *,
+    resume: bool = False,
+    mesh: Mesh | None = None,
+    listener: Listener | None = None,
+    stop: StopRequest | None = None,
+) -> FinalReport:
+    """Trains a language model, or goes on with one.
+
+    Loss is that of a head of `jaxsoft.nn`: the `[N, V]` logits of a step exist only a
+    tile at a time, or never. `config.out` receives `config.json`, `metrics.jsonl`,
+    `loss.png`, `tokenizer.json` and `checkpoints/`.
+
+    Args:
+        config: What to train.
+        resume: Go on with the run in `config.out`, from its last checkpoint, bit for
+            bit as if it had not been stopped; from the start if it has none. Of a
+            finished run the report comes back.
+        mesh: The devices, with the axes `data` for sequences, `vocab` for the head's
+            classes, or one of them; None takes one device. Losses are the same within
+            rounding, and a run may be resumed on another mesh.
+        listener: Told of progress.
+        stop: Asked between steps whether to stop; a stop saves first.
+
+    Returns:
+        The final measurements.
+
+    Raises:
+        MissingExtraError: The extra `train` is not installed.
+        MeshError: The mesh has other axes, does not divide batch or vocabulary, or is
+            not for this head.
+        CorpusError: The corpus is missing, empty or too small.
+        RunDirectoryError: `config.out` holds another run or, to resume, not this one.
+        CheckpointError: A checkpoint cannot be written or read.
+        NonFiniteLossError: The loss or its gradient is no longer finite.
+        TrainingInterrupted: `stop` received a signal; the run can be resumed.
+    """
+    require_train_extra()
+    listener, stop = listener or Listener(), stop or StopRequest()
+    mesh, directory = usable_mesh(mesh, config.batch_size), RunDirectory(config.out)
+    if resume:
+        check_same(config, load_config(config.out))
+        finished = directory.final_record()
+        if finished is not None:
+            report = FinalReport.from_record(finished)
+            listener.note(f"the run in {config.out} finished at step {report.step}")
+            return report
+    else:
+        directory.check_vacant()
+    corpus, tokens = prepare(config, listener, stop)
+    check_vocabulary(mesh, tokens.facts.vocab_size, config.head)
+    description = _description(config, corpus, tokens, mesh)
+    if resume:
+        check_same_surroundings(directory, description, listener)
+    run = _Run(config, directory, tokens, mesh, listener, stop)
+    stop.check()
+    if not resume:
+        directory.start(description)
+    directory.keep_tokenizer(tokens.tokenizer_file)
+    return run.run(resume=resume)
+
+
+class _Run:
+    """The moving parts of one process's share of a run."""
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        directory: RunDirectory,
+        tokens: TokenCache,
+        mesh: Mesh,
+        listener: Listener,
+        stop: StopRequest,
+    ):
+        self.config, self.directory, self.tokens = config, directory, tokens
+        self.listener, self.stop = listener, stop
+        length = config.sequence_length
+        self.read_batch = Windows(tokens.train, length).batches(
+            config.batch_size, config.seed
+        )
+        self.validation = Windows(tokens.validation, length)
+        self.optimizer = OptimizerConfig(config.steps, config.learning_rate)
+        self.programs = Programs(
+            config.transformer(tokens.facts.vocab_size),
+            self.optimizer,
+            (config.batch_size, length),
+            head=head_plan(config, tokens),
+            seed=config.seed,
+            mesh=mesh,
+        )
+        listener.note(f"compiled in {self.programs.compile_seconds:.1f} s")
+
+    def run(self, *, resume: bool) -> FinalReport:
+        """Trains to the end and reports."""
+        with Checkpoints(self.directory.checkpoints) as checkpoints:
+            state, progress = self._first_state(checkpoints, resume=resume)
+            self.listener.start(progress.step, self.config.steps)
+            try:
+                state, progress = self._train(state, progress, checkpoints)
+            finally:
+                self.listener.stop()
+        return self._finish(state, progress)
+
+    def _first_state(
+        self, checkpoints: Checkpoints, *, resume: bool
+    ) -> tuple[TrainState, Progress]:
+        """Restores the last checkpoint, or makes the initial state."""
+        if resume and checkpoints.latest_step() is not None:
+            state, progress = checkpoints.restore(self.programs.abstract_state)
+            self.listener.note(f"resumed after step {progress.step}")
+        else:
+            state = self.programs.init()
+            progress = Progress(step=0, next_batch=0, seconds=0.0)
+            if resume:
+                self.listener.note("no checkpoint yet: starting again at step 1")
+        self.directory.truncate_metrics(progress.step)
+        return state, progress
+
+    def _train(
+        self, state: TrainState, progress: Progress, checkpoints: Checkpoints
+    ) -> tuple[TrainState, Progress]:
+        """Makes the remaining steps, saving now and then and at the end."""
+        config = self.config
+        while progress.step < config.steps:
+            state, progress = self._step(state, progress, checkpoints)
+            last = progress.step == config.steps
+            if progress.step % config.evaluate_every == 0 and not last:
+                loss = self._validation_loss(state, config.evaluation_tokens)
+                record = {"event": "validation", "step": progress.step, "loss": loss}
+                self.directory.append(record)
+                self.listener.validation(record)
+            stopped = self.stop.received is not None
+            if last or stopped or progress.step % config.checkpoint_every == 0:
+                checkpoints.save(state, progress)
+            if stopped:
+                self.stop.check(progress.step)
+        return state, progress
+
+    def _step(
+        self, state: TrainState, progress: Progress, checkpoints: Checkpoints
+    ) -> tuple[TrainState, Progress]:
+        """Makes one step and writes its metrics line."""
+        started = time.perf_counter()
+        batch = self.read_batch(progress.next_batch)
+        step = progress.step + 1
+        rate = self.optimizer.rate(step)
+        state, result = self.programs.step(state, batch, rate, step)
+        measured = {name: float(value) for name, value in result._asdict().items()}
+        took = time.perf_counter() - started
+        kept = checkpoints.latest_step()
+        check_finite(
+            measured,
+            f"step {step}",
+            (f"checkpoint {kept} is kept" if kept else "no checkpoint yet")
+            + f" in {self.directory.checkpoints}; try a lower `learning_rate`.",
+        )
+        progress = Progress(step, progress.next_batch + 1, progress.seconds + took)
+        tokens = self.config.batch_size * self.config.sequence_length
+        record = {
+            "event": "train",
+            "step": step,
+            **measured,
+            "learning_rate": rate,
+            "tokens": step * tokens,
+            "seconds": progress.seconds,
+            "tokens_per_second": tokens / took,
+        }
+        self.directory.append(record)
+        self.listener.step(record)
+        return state, progress
+
+    def _validation_loss(self, state: TrainState, num_tokens: int) -> float:
+        """Mean loss over windows spread evenly over the validation tokens."""
+        count = math.ceil(num_tokens / self.config.sequence_length)
+        return self.programs.evaluate(state.params, self.validation.spread(count))
+
+    def _finish(self, state: TrainState, progress: Progress) -> FinalReport:
+        """Evaluates, samples, draws the curve and writes the last metrics line."""
+        config = self.config
+        length = config.sequence_length
+        self.listener.note("evaluating and sampling")
+        num_tokens = FINAL_EVALUATION * config.evaluation_tokens
+        windows = min(math.ceil(num_tokens / length), len(self.validation))
+        train, validation = (
+            self.tokens.counts(split) for split in ("train", "validation")
+        )
+        tokenizer = self.tokens.load_tokenizer()
+        prompt = self._prompt(tokenizer)
+        report = FinalReport(
+            step=progress.step,
+            head=config.head,
+            loss=self._validation_loss(state, num_tokens),
+            tokens_evaluated=windows * length,
+            unigram_entropy=unigram_entropy(train + validation),
+            unigram_cross_entropy=unigram_cross_entropy(train, validation),
+            vocab_size=self.tokens.facts.vocab_size,
+            memory=self.programs.memory(),
+            prompt=tokenizer.decode(prompt),
+            samples=self._samples(state, tokenizer, prompt),
+            compile_seconds=self.programs.compile_seconds,
+            seconds=progress.seconds,
+        )
+        self.stop.check(progress.step)
+        record = report.record()
+        self.directory.plot(report.unigram_entropy, record)
+        self.directory.append(record)
+        return report
+
+    def _samples(
+        self, state: TrainState, tokenizer: "Tokenizer", prompt: list[int]
+    ) -> tuple[Sample, ...]:
+        """Continues the prompt at each temperature."""
+        continuations = self.programs.sample(
+            state.params, prompt, SAMPLE_TEMPERATURES, self.config.sample_tokens
+        )
+        return tuple(
+            Sample(temperature, tokenizer.decode(ids))
+            for temperature, ids in zip(SAMPLE_TEMPERATURES, continuations, strict=True)
+        )
+
+    def _prompt(self, tokenizer: "Tokenizer") -> list[int]:
+        """Tokens of the prompt: the one asked for, or one from the validation text."""
+        if self.config.prompt is not None:
+            return [DOCUMENT_START_ID, *tokenizer.encode(self.config.prompt).ids]
+        middle = self.validation[len(self.validation) // 2]
+        return middle[: min(_PROMPT_TOKENS, len(middle) - 1)].tolist()
+
+
+def check_finite(measured: Mapping[str, float], where: str, advice: str) -> None:
+    """Raises `NonFiniteLossError` before anything of a bad step is written."""
+    if not all(math.isfinite(value) for value in measured.values()):
+        values = ", ".join(f"{name} {value}" for name, value in measured.items())
+        raise NonFiniteLossError(f"{where}: {values}; {advice}")
+
+
+def head_plan(config: LanguageModelConfig, tokens: TokenCache) -> HeadPlan:
+    """The head of a run, made from the training tokens' counts."""
+    counts = tokens.counts("train").tolist()
+    return HeadPlan(config.head, tuple(counts), config.num_samples)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_same_surroundings(
+    directory: RunDirectory,
+    description: Mapping[str, Any],
+    listener: Listener,
+    digested: Sequence[str] = ("corpus", "tokens"),
+) -> None:
+    """Raises if what has a digest changed; notes if versions, device or mesh did."""
+    stored = directory.description()
+    for part in digested:
+        if stored.get(part, {}).get("digest") != description[part]["digest"]:
+            raise RunDirectoryError(
+                f"the {part} of the run in {directory.path} changed since it started; "
+                "start another run."
+            )
+    for part in ("versions", "device", "mesh"):
+        if stored.get(part) != description.get(part):
+            listener.note(
+                f"{part} changed since the run started: it goes on, but not bit for bit"
+            )
+
+
+def _description(
+    config: LanguageModelConfig, corpus: Corpus, tokens: TokenCache, mesh: Mesh
+) -> dict[str, Any]:
+    """Contents of `config.json`."""
+    train, validation = (tokens.counts(split) for split in ("train", "validation"))
+    return {
+        "config": dataclasses.asdict(config),
+        "corpus": {
+            "source": corpus.source,
+            "digest": corpus.digest,
+            "bytes": corpus.num_bytes,
+            "train_texts": len(corpus.train),
+            "validation_texts": len(corpus.validation),
+            "skipped": corpus.skipped,
+            "duplicates": corpus.duplicates,
+        },
+        "tokens": dataclasses.asdict(tokens.facts),
+        "unigram": {
+            "entropy": unigram_entropy(train + validation),
+            "cross_entropy": unigram_cross_entropy(train, validation),
+        },
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "flax", "optax")
+        },
+        "device": jax.devices()[0].device_kind,
+        "mesh": dict(mesh.shape),
+    }

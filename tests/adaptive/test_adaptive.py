@@ -1,0 +1,455 @@
+"""Adaptive softmax against its definition, written down once more in NumPy."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxsoft
+from jaxsoft import AdaptiveTail, ClassBands
+from jaxsoft._core.implementation import recorded
+from jaxsoft.linear import losses, sampling
+
+KEY = jax.random.key(3)
+
+
+def _log_softmax(logits):
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def _definition(hidden, head, bias, tails, bands):
+    """Grave et al., and what torch.nn.AdaptiveLogSoftmaxWithLoss computes."""
+    entries = _log_softmax(hidden @ head + bias)
+    size = bands.shortlist
+    found = [entries[:, :size]]
+    for index, tail in enumerate(tails):
+        logits = hidden @ tail.projection @ tail.kernel
+        if tail.bias is not None:
+            logits = logits + tail.bias
+        found.append(entries[:, size + index, None] + _log_softmax(logits))
+    by_rank = np.concatenate(found, axis=1)
+    return by_rank if bands.ranks is None else by_rank[:, bands.ranks]
+
+
+class Case:
+    """A layer of float64 NumPy arrays, and its truth."""
+
+    def __init__(self, bands, rows=37, features=6, seed=0, scale=1.0):
+        rng = np.random.default_rng(seed)
+
+        def normal(*shape):
+            return rng.normal(size=shape) * scale
+
+        self.bands = bands
+        self.hidden = normal(rows, features)
+        entries = bands.shortlist + len(bands.tails)
+        self.head, self.bias = normal(features, entries), normal(entries)
+        self.tails = [
+            AdaptiveTail(
+                normal(features, 3 - index % 2),
+                normal(3 - index % 2, classes),
+                normal(classes) if index else None,
+            )
+            for index, classes in enumerate(bands.tails)
+        ]
+        self.labels = rng.integers(0, bands.num_classes, rows).astype(np.int32)
+        self.truth = _definition(self.hidden, self.head, self.bias, self.tails, bands)
+        self.log_prob = np.take_along_axis(self.truth, self.labels[:, None], 1)[:, 0]
+
+    def call(self, function, *middle, hidden=None, **options):
+        """Calls a public function with this layer."""
+        first = self.hidden if hidden is None else hidden
+        return function(
+            first,
+            self.head,
+            self.tails,
+            *middle,
+            self.bands,
+            head_bias=self.bias,
+            **options,
+        )
+
+
+def _bands(num_classes, cutoffs, shuffled):
+    if not shuffled:
+        return ClassBands.in_order(num_classes, cutoffs)
+    counts = np.random.default_rng(num_classes).permutation(num_classes)
+    return ClassBands.from_counts(counts, cutoffs=cutoffs)
+
+
+BANDS = [
+    pytest.param(_bands(*args), id="-".join(map(str, args)))
+    for args in [
+        (1, (), False),
+        (2, (1,), True),
+        (40, (), True),
+        (50, (7,), False),
+        (50, (1, 2, 48), True),
+        (300, (20, 100), True),
+    ]
+]
+
+
+@pytest.mark.parametrize("bands", BANDS)
+def test_log_probs_by_definition(bands):
+    case = Case(bands)
+    with jax.enable_x64(True):
+        every = case.call(jaxsoft.adaptive_log_probs)
+        own = case.call(jaxsoft.adaptive_log_prob, case.labels)
+    np.testing.assert_allclose(every, case.truth, atol=1e-12)
+    np.testing.assert_allclose(own, case.log_prob, atol=1e-12)
+    np.testing.assert_allclose(np.exp(every).sum(axis=1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_classes", [*range(1, 41), 1000])
+@pytest.mark.many_cases
+def test_probabilities_add_up(num_classes):
+    bands = ClassBands.from_counts(1 / np.arange(1, num_classes + 1))
+    case = Case(bands, rows=3, scale=2)
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            found = np.asarray(case.call(jaxsoft.adaptive_log_probs), np.float64)
+        total = np.exp(found).sum(axis=1)
+        np.testing.assert_allclose(total, 1, atol=1e-13 if x64 else 1e-5)
+
+
+def _loss(hidden, head, bias, tails, tau, labels, bands, weights):
+    found = jaxsoft.adaptive_log_prob(
+        hidden, head, tails, labels, bands, head_bias=bias, temperature=tau
+    )
+    return jnp.sum(found * weights)
+
+
+def _plain_loss(hidden, head, bias, tails, tau, labels, bands, weights):
+    """The same by autodiff of the definition."""
+
+    def log_softmax(logits):
+        return jax.nn.log_softmax(logits / tau[:, None])
+
+    entries = log_softmax(hidden @ head + bias[None])
+    size = bands.shortlist
+    found = [entries[:, :size]]
+    for index, tail in enumerate(tails):
+        logits = hidden @ tail.projection @ tail.kernel
+        if tail.bias is not None:
+            logits = logits + tail.bias[None]
+        found.append(entries[:, size + index, None] + log_softmax(logits))
+    by_rank = jnp.concatenate(found, axis=1)
+    ranks = bands.rank_of(labels)
+    return jnp.sum(by_rank[jnp.arange(len(ranks)), ranks] * weights)
+
+
+@pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.parametrize("rows", [37, 600])
+@pytest.mark.many_cases
+def test_gradients_by_definition(bands, rows):
+    """600 rows are several blocks of a tail."""
+    case = Case(bands, rows=rows)
+    rng = np.random.default_rng(1)
+    tau, weights = rng.uniform(0.5, 2, rows), rng.normal(size=rows)
+    arguments = (case.hidden, case.head, case.bias, case.tails, tau)
+    rest = (case.labels, bands, weights)
+    with jax.enable_x64(True):
+        arguments = jax.tree.map(jnp.asarray, arguments)
+        found = jax.jit(jax.value_and_grad(_loss, argnums=range(5)))(*arguments, *rest)
+        truth = jax.value_and_grad(_plain_loss, argnums=range(5))(*arguments, *rest)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+
+
+def test_gradients_in_bfloat16_come_in_the_arguments_dtype():
+    case = Case(ClassBands.in_order(60, (10, 30)))
+    narrow = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.bfloat16),
+        (case.hidden, case.head, case.bias, case.tails),
+    )
+    rows = len(case.labels)
+    value, gradients = jax.value_and_grad(_loss, argnums=range(4))(
+        *narrow, 1.0, case.labels, case.bands, jnp.ones(rows)
+    )
+    assert value.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    np.testing.assert_allclose(value, case.log_prob.sum(), rtol=0.02)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_a_tail_costs_what_its_tokens_cost():
+    """No [N, V] array, and no work for tails without tokens: NaN there is not met."""
+    bands = ClassBands.in_order(50_000, (100, 1000))
+    case = Case(bands, rows=256)
+    bad = [
+        tail._replace(kernel=np.full_like(tail.kernel, np.nan)) for tail in case.tails
+    ]
+    labels = np.zeros(256, np.int32)
+
+    def loss(tails):
+        return jaxsoft.adaptive_log_prob(
+            case.hidden, case.head, tails, labels, bands
+        ).sum()
+
+    value, gradients = jax.value_and_grad(loss)(bad)
+    assert np.isfinite(value)
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients))
+    compiled = jax.jit(loss).lower(bad).compile()
+    stored = compiled.memory_analysis()
+    assert stored is not None
+    assert stored.temp_size_in_bytes < 4 * 256 * 50_000 / 4
+
+
+@pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.many_cases
+def test_samples_follow_the_probabilities(bands):
+    case = Case(bands, rows=2)
+    many = 20_000
+    hidden = np.repeat(case.hidden, many, axis=0)
+    found = jaxsoft.adaptive_sample(
+        KEY, hidden, case.head, case.tails, bands, head_bias=case.bias
+    )
+    for row, drawn in enumerate(np.asarray(found).reshape(2, many)):
+        expected = np.exp(case.truth[row]) * many
+        counts = np.bincount(drawn, minlength=bands.num_classes)
+        common = expected >= 20
+        statistic = ((counts - expected) ** 2 / expected)[common].sum()
+        degrees = common.sum()
+        assert statistic < degrees + 6 * np.sqrt(2 * degrees) + 6
+        rest = counts[~common].sum(), expected[~common].sum()
+        assert abs(rest[0] - rest[1]) < 6 * np.sqrt(rest[1] + 1)
+
+
+def test_cold_samples_are_greedy_and_cold_rows_may_stand_beside_warm_ones():
+    case = Case(ClassBands.in_order(60, (10, 30)), rows=8)
+    tau = np.array([0.0, 1.0] * 4, np.float32)
+    found = jaxsoft.adaptive_sample(
+        KEY,
+        case.hidden,
+        case.head,
+        case.tails,
+        case.bands,
+        head_bias=case.bias,
+        temperature=tau,
+    )
+    entries = (case.hidden @ case.head + case.bias).argmax(axis=1)
+    for row in range(0, 8, 2):
+        entry, rank = entries[row], entries[row]
+        if entry >= 10:
+            tail = case.tails[entry - 10]
+            logits = case.hidden[row] @ tail.projection @ tail.kernel
+            logits = logits if tail.bias is None else logits + tail.bias
+            rank = case.bands.cutoffs[entry - 10] + logits.argmax()
+        assert found[row] == rank
+
+
+def test_a_nan_is_not_a_class():
+    case = Case(ClassBands.in_order(60, (10, 30)), rows=2)
+    hidden = case.hidden.copy()
+    hidden[0] = np.nan
+    found = jaxsoft.adaptive_sample(KEY, hidden, case.head, case.tails, case.bands)
+    assert found[0] == -1
+    assert found[1] >= 0
+
+
+@pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.many_cases
+def test_top_k_by_definition(bands, scale):
+    case = Case(bands, scale=scale)
+    for k in sorted({1, min(5, bands.num_classes), bands.num_classes}):
+        with jax.enable_x64(True):
+            log_probs, ids = case.call(jaxsoft.adaptive_top_k, k)
+        order = np.argsort(-case.truth, axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(ids, order)
+        truth = np.take_along_axis(case.truth, order, 1)
+        np.testing.assert_allclose(log_probs, truth, atol=1e-12)
+
+
+def test_equal_classes_are_ordered_by_rank():
+    bands = ClassBands.in_order(6, (2, 4))
+    tails = [AdaptiveTail(np.zeros((2, 1)), np.zeros((1, 2)))] * 2
+    with jax.enable_x64(True):
+        log_probs, ids = jaxsoft.adaptive_top_k(
+            np.zeros((1, 2)), np.zeros((2, 4)), tails, 6, bands
+        )
+    np.testing.assert_array_equal(ids, [range(6)])
+    np.testing.assert_allclose(np.exp(log_probs), [[0.25] * 2 + [0.125] * 4])
+
+
+def test_top_k_is_differentiable():
+    case = Case(ClassBands.in_order(60, (10, 30)))
+    with jax.enable_x64(True):
+        hidden = jnp.asarray(case.hidden)
+
+        def best(hidden):
+            return case.call(jaxsoft.adaptive_top_k, 4, hidden=hidden)[0].sum()
+
+        def at(hidden):
+            every = case.call(jaxsoft.adaptive_log_probs, hidden=hidden)
+            return jax.lax.top_k(every, 4)[0].sum()
+
+        found, truth = jax.grad(best)(hidden), jax.grad(at)(hidden)
+    np.testing.assert_allclose(found, truth, atol=1e-12)
+
+
+def test_shapes_vmap_and_no_rows():
+    case = Case(ClassBands.in_order(60, (10, 30)), rows=24)
+    hidden = case.hidden.reshape(2, 3, 4, 6)
+    labels = case.labels.reshape(2, 3, 4)
+    flat = case.call(jaxsoft.adaptive_log_prob, case.labels)
+    found = case.call(jaxsoft.adaptive_log_prob, labels, hidden=hidden)
+    np.testing.assert_allclose(np.ravel(found), flat, atol=1e-6)
+
+    def one(hidden, labels):
+        return case.call(jaxsoft.adaptive_log_prob, labels, hidden=hidden)
+
+    np.testing.assert_allclose(jax.vmap(one)(hidden, labels), found, atol=1e-6)
+    gradient = jax.grad(lambda h: one(h, labels).sum())(hidden)
+    by_vmap = jax.vmap(jax.grad(lambda h, y: one(h, y).sum()))(hidden, labels)
+    np.testing.assert_allclose(by_vmap, gradient, atol=1e-5)
+    none = np.zeros((0, 6), np.float32)
+    assert one(none, np.zeros(0, np.int32)).shape == (0,)
+    assert case.call(jaxsoft.adaptive_log_probs, hidden=none).shape == (0, 60)
+    assert case.call(jaxsoft.adaptive_top_k, 3, hidden=none)[1].shape == (0, 3)
+    assert jaxsoft.adaptive_sample(
+        KEY, none, case.head, case.tails, case.bands
+    ).shape == (0,)
+
+
+def test_inside_shard_map():
+    case = Case(ClassBands.in_order(60, (10, 30)), rows=24)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.P("data")
+
+    def loss(hidden, labels):
+        found = case.call(jaxsoft.adaptive_log_prob, labels, hidden=hidden)
+        return found, case.call(jaxsoft.adaptive_top_k, 3, hidden=hidden)[1]
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    found = jax.jit(sharded)(case.hidden, case.labels)
+    whole = loss(case.hidden, case.labels)
+    np.testing.assert_allclose(found[0], whole[0], atol=1e-6)
+    np.testing.assert_array_equal(found[1], whole[1])
+
+
+def test_unknown_labels_are_nan():
+    case = Case(ClassBands.from_counts(np.arange(60), cutoffs=(10, 30)), rows=4)
+    labels = np.array([-1, 60, 5, -100])
+    found = case.call(jaxsoft.adaptive_log_prob, labels)
+    np.testing.assert_array_equal(np.isnan(found), [True, True, False, True])
+
+
+def test_bands_are_arguments_of_a_program():
+    bands = ClassBands.from_counts(np.arange(60), cutoffs=(10, 30))
+    case = Case(bands, rows=4)
+
+    def log_prob(bands):
+        return jaxsoft.adaptive_log_prob(
+            case.hidden, case.head, case.tails, case.labels, bands
+        )
+
+    found = jax.jit(log_prob)(bands)
+    np.testing.assert_allclose(found, log_prob(bands), atol=1e-6)
+    exported = export.export(jax.jit(log_prob))(bands)
+    again = export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(bands), found, atol=1e-6)
+
+
+def _cost(weights, cutoffs, factor):
+    ends = [*cutoffs, len(weights)]
+    share = weights / weights.sum()
+    tails = sum(
+        share[start:end].sum() * (end - start) / factor ** (index + 1)
+        for index, (start, end) in enumerate(itertools.pairwise(ends))
+    )
+    return ends[0] + tails
+
+
+@pytest.mark.parametrize("tails", [1, 2, 3])
+@pytest.mark.parametrize("factor", [1, 4])
+def test_cutoffs_are_the_cheapest(tails, factor):
+    rng = np.random.default_rng(tails)
+    weights = np.sort(rng.pareto(1, 30))[::-1]
+    found = ClassBands.from_counts(weights, num_tails=tails, tail_factor=factor)
+    every = itertools.combinations(range(1, 30), tails)
+    least = min(_cost(weights, cutoffs, factor) for cutoffs in every)
+    np.testing.assert_allclose(_cost(weights, found.cutoffs[:-1], factor), least)
+
+
+def test_bands_of_many_classes():
+    counts = np.random.default_rng(0).permutation(1 / np.arange(1, 10**6 + 1))
+    bands = ClassBands.from_counts(counts)
+    assert bands.num_classes == 10**6
+    assert len(bands.tails) == 2
+    assert 1000 < bands.shortlist < 100_000
+    np.testing.assert_array_equal(bands.ranks[bands.order], np.arange(10**6))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClassBands.in_order(10, (5, 5)), "`cutoffs` must ascend"),
+        (lambda: ClassBands.in_order(10, (10,)), "end below 10"),
+        (lambda: ClassBands.in_order(10, (0,)), "`cutoffs` must be at least 1"),
+        (lambda: ClassBands.in_order(0, ()), "`num_classes` must be at least 1"),
+        (lambda: ClassBands.from_counts([]), r"\[V\] with V >= 1"),
+        (lambda: ClassBands.from_counts([1, -1]), "not negative"),
+        (lambda: ClassBands.from_counts([1, np.nan]), "finite"),
+        (lambda: ClassBands.from_counts([1, 2], tail_factor=0.5), ">= 1"),
+    ],
+)
+def test_bad_bands(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bad_arguments():
+    case = Case(ClassBands.in_order(60, (10, 30)))
+    good = {
+        "hidden": case.hidden,
+        "head_kernel": case.head,
+        "tails": case.tails,
+        "labels": case.labels,
+        "bands": case.bands,
+    }
+    first, second = case.tails
+    zero_width = AdaptiveTail(np.zeros((6, 0)), np.zeros((0, 30)))
+    for bad, message in [
+        ({"head_kernel": case.head[:, 1:]}, "`head_kernel` must have shape"),
+        ({"head_bias": case.bias[1:]}, "`head_bias` must have shape"),
+        ({"tails": [first]}, "`tails` must be one for each of the 2 bands"),
+        ({"tails": [first, zero_width]}, r"`tails\[1\].kernel` must have shape"),
+        ({"tails": [second, first]}, r"`tails\[0\].kernel` must have shape"),
+        ({"hidden": case.hidden[:, 1:]}, "`head_kernel` must have shape"),
+        ({"labels": case.labels[1:]}, "`labels` must have shape"),
+        ({"temperature": -1.0}, "`temperature` must"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jaxsoft.adaptive_log_prob(**{**good, **bad})
+    with pytest.raises(TypeError, match="`bands` must be a ClassBands"):
+        jaxsoft.adaptive_log_prob(**{**good, "bands": (10, 30)})
+    with pytest.raises(NotImplementedError):
+        jaxsoft.adaptive_log_prob(**good, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="`k` must be at most"):
+        case.call(jaxsoft.adaptive_top_k, 61)
+
+
+def test_every_part_runs_the_implementation_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(losses, "KERNELS", ("reference", "xla"))
+    monkeypatch.setattr(sampling, "IMPLEMENTATIONS", ("mosaic_gpu", "xla"))
+    case = Case(_bands(20, (4, 9), False), rows=13)
+    for implementation, expected in (("xla", {"xla"}), (None, {"xla", "reference"})):
+        with recorded() as choices:
+            case.call(
+                jaxsoft.adaptive_log_prob, case.labels, implementation=implementation
+            )
+        assert {choice.chosen for choice in choices} == expected
+    with recorded() as choices:
+        sample = functools.partial(jaxsoft.adaptive_sample, KEY)
+        case.call(sample, implementation="xla")
+    assert {choice.operation for choice in choices} >= {"linear_sample"}
+    assert {choice.chosen for choice in choices} == {"xla"}

@@ -1,0 +1,141 @@
+"""`jaxsoft devices`: choices, memory, targets, JSON, and input that cannot be."""
+
+import importlib.util
+import json
+import os
+import re
+import stat
+
+import pytest
+
+from jaxsoft.cli.main import main
+from jaxsoft.devices import child, report
+from jaxsoft.devices.target import TARGETS, Target
+
+TINY = "--tokens 8 --hidden 4 --vocabulary 16 --dtype float32".split()
+
+
+def fails(capsys, *arguments):
+    """Runs the command; returns the one line that it says on stderr."""
+    try:
+        assert main(["devices", *arguments]) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_choices_here_and_on_every_target(capsys):
+    targets = [word for name in ("here", *TARGETS) for word in ("--target", name)]
+    names = ["--op", "softmax", "--op", "linear_statistics", "--op", "entropy"]
+    assert main(["devices", *targets, *names]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for pattern in (
+        r"here: 8 × cpu \(cpu\)\n  xla:\n    softmax, entropy\n",
+        r"h100: NVIDIA H100 80GB HBM3, compute capability 9\.0 \(cuda\)",
+        r"  xla; reference or mosaic_gpu if asked for:\n    linear_statistics\n",
+        r"v5e: TPU v5e \(tpu\)",
+        r"  xla; reference or mosaic_tpu if asked for:\n    linear_statistics\n",
+    ):
+        assert re.search(pattern, captured.out), pattern
+    assert max(map(len, captured.out.splitlines())) <= 88
+
+
+def test_memory_here_as_a_table_and_as_json(capsys, monkeypatch):
+    words = ["devices", "--op", "linear_sample", "--op", "entropy", *TINY]
+    assert main(words) == 0
+    table = capsys.readouterr().out
+    assert "temporaries in MiB, N = 8, H = 4, V = 16, float32" in table
+    assert re.search(r"linear_sample +\| xla \(default\) +\| +0\.0 \| +- \|", table)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        report.importlib.util,
+        "find_spec",
+        lambda name: None if name == "rich" else find_spec(name),
+    )
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    assert [line.strip() for line in plain.splitlines() if line.strip()] == [
+        line.strip() for line in table.splitlines() if line.strip()
+    ]
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["shapes"] == {
+        "tokens": 8,
+        "hidden": 4,
+        "vocabulary": 16,
+        "dtype": "float32",
+    }
+    (device,) = said["devices"]
+    assert (device["name"], device["platform"]) == ("here", "cpu")
+    sample, entropy = device["functions"]
+    assert (sample["operation"], sample["uses"]) == ("linear_sample", "xla")
+    (ran,) = entropy["implementations"]
+    assert ran["refused"] is None
+    assert set(ran["temporaries"]) == {"value", "value_and_grad"}
+    assert all(isinstance(size, int) for size in ran["temporaries"].values())
+
+
+def test_memory_on_a_target_needs_an_extra(capsys, monkeypatch):
+    monkeypatch.setattr(Target, "installed", lambda self: False)
+    words = ["devices", "--target", "v6e", "--op", "linear_log_prob", *TINY]
+    assert main(words) == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("jaxsoft devices: memory on v6e needs libtpu")
+    assert line.endswith('pip install "jaxsoft[aot]"')
+    # The rest needs none.
+    assert "xla; reference or mosaic_tpu if asked for" in captured.out
+
+
+def test_a_compiler_that_dies_is_named(capsys, monkeypatch, tmp_path):
+    found = {
+        "operation": "sample",
+        "uses": "xla",
+        "implementations": [{"name": "xla", "temporaries": {"value": 3 * 2**20}}],
+    }
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\necho noise of a compiler\n"
+        f"echo '{child.PREFIX}{json.dumps(found)}'\n"
+        'echo "$@" >arguments\necho "no memory left" >&2\nexit $STOPS\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", os.fspath(script))
+    monkeypatch.setattr(Target, "installed", lambda self: True)
+    words = ["devices", "--target", "b200", "--op", "sample", *TINY]
+    monkeypatch.setenv("STOPS", "0")
+    assert main(words) == 0
+    assert re.search(r"sample +\| xla \(default\) +\| +3\.0 ", capsys.readouterr().out)
+    _, request = (tmp_path / "arguments").read_text().split("child ", 1)
+    assert json.loads(request)["shapes"]["vocabulary"] == 16
+    monkeypatch.setenv("STOPS", "7")
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "jaxsoft devices: the compiler for b200 failed, exit code 7: no memory left\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--op softmx", r"--op must be a name such as softmax, .*, got 'softmx'"),
+        ("--target h200", r"--target must be a name such as h100, .*, got 'h200'"),
+        ("--model llama", r"--model must be a name such as llama3.*, got 'llama'"),
+        ("--model qwen3 --hidden 8", r"--hidden must be left out with --model, got 8"),
+        ("--hidden 8", r"--vocabulary must be given with other sizes, or else --model"),
+        ("--dtype bfloat16", r"--hidden must be given with other sizes"),
+        ("--hidden 8 --vocabulary 2", r"--vocabulary must be in \[3, 2\*\*31\), got 2"),
+        ("--model qwen3 --tokens 0", r"--tokens must be in \[1, 2\*\*31\), got 0"),
+        ("--model qwen3 --dtype int8", r"--dtype must be a name .*, got 'int8'"),
+        ("--tokens many", r"argument --tokens: invalid int value: 'many'"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, capsys):
+    line = fails(capsys, *words.split())
+    assert line.startswith("jaxsoft devices: ") and re.search(said, line), line

@@ -1,0 +1,247 @@
+"""Random bits: the cipher, who gets which, and whether they look random.
+
+The statistical tests are those of Crush that a suite has time for (L'Ecuyer and
+Simard, TestU01, 2007), on bits laid out as softmaxes use them: along classes, along
+rows, and between keys. Keys are fixed, thresholds are those that a perfect source
+passes all but once in some 10⁵ times.
+"""
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxsoft._core import block_sampling, noise
+
+RARE = 1e-5
+ROWS, CLASSES = 256, 8192
+
+
+@pytest.fixture(scope="module", params=noise.GENERATORS)
+def bits(request):
+    """Bits of consecutive rows and classes under one key."""
+    words = noise.row_words(jax.random.key(1), ROWS)
+    rounds = noise._ROUNDS[request.param]
+    draw = jax.jit(noise._first_bits, static_argnums=(1, 2, 3, 4))
+    return np.asarray(draw(words, noise.CLASSES, CLASSES, rounds, False))
+
+
+def assert_normal(z):
+    """Requires standard normal numbers not to be extreme, each and together."""
+    z = np.atleast_1d(z)
+    assert np.abs(z).max() < stats.norm.isf(RARE / 2 / z.size)
+    assert RARE / 2 < stats.chi2.sf((z**2).sum(), z.size) < 1 - RARE / 2
+
+
+@pytest.mark.parametrize(
+    "rounds, key, counter, cipher",
+    [
+        (20, (0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        (20, (2**32 - 1,) * 2, (2**32 - 1,) * 2, (0x1CB996FC, 0xBB002BE7)),
+        (13, (0, 0), (0, 0), (0x9D1C5EC6, 0x8BD50731)),
+        (13, (2**32 - 1,) * 2, (2**32 - 1,) * 2, (0xFD36D048, 0x2D17272C)),
+    ],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_cipher_is_that_of_random123(rounds, key, counter, cipher, fused):
+    """By the known answers that come with Random123."""
+    key, counter = (jnp.asarray(a, jnp.uint32) for a in (key, counter))
+    drawn = noise._threefry(tuple(key), tuple(counter), rounds, fused)
+    assert tuple(map(int, drawn)) == cipher
+
+
+@pytest.mark.parametrize("count", [1, 128, 129, 700])
+@pytest.mark.many_cases
+def test_the_first_numbers_get_the_bits_of_each(count):
+    words = noise.row_words(jax.random.key(2), 3)
+    ids = jnp.arange(count)
+    each = noise.paired_gumbel(words, noise.BLOCKS, ids, jnp.float32)
+    for fused in (None, False, True):
+        drawn = noise.first_gumbel(words, noise.BLOCKS, count, jnp.float32, fused=fused)
+        np.testing.assert_array_equal(drawn, each)
+    few = noise.paired_gumbel(words[1:2], noise.BLOCKS, ids[count // 2 :], jnp.float32)
+    np.testing.assert_array_equal(few, each[1:2, count // 2 :])
+
+
+def test_bits_belong_to_a_row_and_an_id():
+    key = jax.random.key(5)
+    words = noise.row_words(key, 10)
+    np.testing.assert_array_equal(words[4:], noise.row_words(key, 6, first=4))
+    ids = jnp.arange(20)
+    drawn = [
+        noise.gumbel(words, noise.NODES, ids, jnp.float32),
+        noise.paired_gumbel(words, noise.BLOCKS, ids, jnp.float32),
+        noise.paired_gumbel(words, noise.CLASSES, ids, jnp.float32),
+    ]
+    assert len(np.unique(np.asarray(drawn))) == 3 * drawn[0].size
+    part = noise.gumbel(words[3:5], noise.NODES, ids[7:9], jnp.float32)
+    np.testing.assert_array_equal(drawn[0][3:5, 7:9], part)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_of_any_kind(impl):
+    key = jax.random.key(0, impl=impl)
+    words = [noise.row_words(k, 3) for k in jax.random.split(key)]
+    assert (np.asarray(words[0]) != np.asarray(words[1])).any()
+
+
+def test_every_bit_is_fair(bits):
+    ones = np.unpackbits(bits.view(np.uint8).reshape(-1, 4), axis=1).sum(0, int)
+    assert_normal((2 * ones - bits.size) / np.sqrt(bits.size))
+
+
+def test_words_are_uniform(bits):
+    for shift in (0, 8, 16, 20):
+        counts = np.bincount((bits >> shift).ravel() & 0xFFF, minlength=4096)
+        assert RARE < stats.chisquare(counts).pvalue < 1 - RARE
+
+
+@pytest.mark.parametrize("lag", [1, 2, 127, 128, 129, 256, 4096])
+def test_no_correlation_along_classes(bits, lag):
+    """128 classes on is the other word of the same encryption."""
+    u = bits / 2**32 - 0.5
+    products = (u[:, lag:] * u[:, :-lag]).mean() * 12
+    differing = np.bitwise_count(bits[:, lag:] ^ bits[:, :-lag]).mean() - 16
+    number = u[:, lag:].size
+    assert_normal(np.array([products, differing / np.sqrt(8)]) * np.sqrt(number))
+
+
+@pytest.mark.parametrize("lag", [1, 2, 128])
+def test_no_correlation_between_rows(bits, lag):
+    u = bits / 2**32 - 0.5
+    products = (u[lag:] * u[:-lag]).mean() * 12
+    differing = np.bitwise_count(bits[lag:] ^ bits[:-lag]).mean() - 16
+    number = u[lag:].size
+    assert_normal(np.array([products, differing / np.sqrt(8)]) * np.sqrt(number))
+
+
+def test_pairs_and_triples_of_neighbours_are_uniform(bits):
+    high = (bits >> 26).astype(np.int64)
+    along = [high[:, i : CLASSES - 2 + i].ravel() for i in range(3)]
+    across = [high[i : ROWS - 2 + i].ravel() for i in range(3)]
+    for a, b, c in (along, across):
+        pairs = np.bincount(a * 64 + b, minlength=4096)
+        triples = np.bincount(((a >> 2) * 16 + (b >> 2)) * 16 + (c >> 2))
+        for counts in (pairs, triples):
+            assert RARE < stats.chisquare(counts).pvalue < 1 - RARE
+
+
+def test_birthday_spacings(bits):
+    """Marsaglia's test: how many spacings between sorted birthdays are equal."""
+    for size, shift, width in ((4096, 0, 32), (512, 0, 24), (512, 8, 24)):
+        days = bits.reshape(-1, size).astype(np.int64) >> shift & (2**width - 1)
+        spacings = np.sort(np.diff(np.sort(days, axis=1), axis=1), axis=1)
+        repeats = (np.diff(spacings, axis=1) == 0).sum()
+        each = size * (size - 1) * (size - 2) / (4 * 2**width)
+        expected = each * len(days)
+        assert_normal((repeats - expected) / np.sqrt(expected))
+
+
+def test_ranks_of_bit_matrices(bits):
+    """The share of 32 × 32 matrices over two elements of rank 32, 31 and less."""
+    rows = bits.reshape(-1, 32).copy()
+    rank = np.zeros(len(rows), int)
+    for column in range(32):
+        has = (rows >> column & 1).astype(bool)
+        pivot = has.argmax(1)
+        found = has.any(1)
+        rank += found
+        value = np.where(found, rows[np.arange(len(rows)), pivot], 0)
+        rows[np.arange(len(rows)), pivot] = np.where(
+            found, 0, rows[np.arange(len(rows)), pivot]
+        )
+        rows ^= np.where(rows >> column & 1, value[:, None], 0).astype(rows.dtype)
+    share = np.array([0.2887880951, 0.5775761902, 0.1336357147])
+    counts = [(rank == 32).sum(), (rank == 31).sum(), (rank < 31).sum()]
+    assert stats.chisquare(counts, share * len(rank)).pvalue > RARE
+
+
+@pytest.mark.parametrize("rounds", [13, 20])
+def test_a_changed_bit_changes_half_of_all(rounds):
+    """Of the key of a row, and of the counter."""
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, 2**32, (4, 512), dtype=np.uint32)
+    cipher = jax.jit(
+        lambda k0, k1, a, b: noise._threefry((k0, k1), (a, b), rounds, False)
+    )
+    first = np.stack(cipher(*start))
+    for word in range(4):
+        for bit in range(32):
+            other = start.copy()
+            other[word] ^= np.uint32(1 << bit)
+            changed = np.bitwise_count(np.stack(cipher(*other)) ^ first).sum()
+            assert abs(changed / (32 * first.size) - 0.5) < 0.02, (word, bit)
+
+
+def test_consecutive_seeds_are_unrelated():
+    keys = jax.vmap(jax.random.key)(jnp.arange(64))
+    words = jax.vmap(lambda key: noise.row_words(key, 4))(keys).reshape(-1, 2)
+    drawn = np.asarray(
+        noise._first_bits(words, noise.CLASSES, 1024, 20, False)
+    ).reshape(64, -1)
+    u = drawn / 2**32 - 0.5
+    every = np.asarray(np.corrcoef(u))
+    correlation = every[np.triu_indices(64, 1)] * np.sqrt(u.shape[1])
+    assert np.abs(correlation).max() < stats.norm.isf(RARE / 2 / correlation.size)
+
+
+def test_places_keep_all_bits_at_both_ends(monkeypatch):
+    edges = [0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+    bits = jnp.asarray(edges, jnp.uint32)[:, None]
+    monkeypatch.setattr(noise, "_encrypt", lambda *_: (bits, bits))
+    distance, from_one = noise.uniform(
+        jnp.zeros((6, 2), jnp.uint32), jnp.dtype("float32")
+    )
+    middles = (np.asarray(edges) + 0.5) / 2**32
+    truth = np.minimum(middles, 1 - middles)
+    np.testing.assert_allclose(distance, truth, rtol=1e-7)
+    np.testing.assert_array_equal(from_one, middles > 0.5)
+
+
+def test_noise_is_finite_and_monotonic_at_the_edges_of_the_bits():
+    edges = jnp.asarray([[0, 1, 2**31, 2**32 - 2, 2**32 - 1]], jnp.uint32)
+    drawn = noise._to_gumbel(edges, jnp.dtype("float32"))
+    assert np.isfinite(drawn).all() and drawn.max() > 22 and drawn.min() > -3
+    assert (np.diff(np.asarray(drawn)) <= 0).all()
+
+
+@pytest.mark.parametrize("power", [1, 2, 8, 16, 24, 28, 30])
+def test_tails_have_their_probability(power):
+    """How many of all 2³² words give noise beyond a bound, found by bisection."""
+    bound = -np.log(-np.log1p(-(2.0**-power)))
+    convert = jax.jit(lambda b: noise._to_gumbel(b, jnp.dtype("float32")))
+    low, high = 0, 2**32  # Large noise comes of small words.
+    while low < high:
+        middle = (low + high) // 2
+        if float(convert(jnp.uint32(middle))) > bound:
+            low = middle + 1
+        else:
+            high = middle
+    assert low / 2**32 == pytest.approx(2.0**-power, rel=1e-5, abs=2.0**-32)
+
+
+def test_gumbel_has_the_right_quantiles(bits):
+    drawn = noise._to_gumbel(jnp.asarray(bits), jnp.dtype("float32"))
+    drawn = np.sort(np.asarray(drawn, np.float64).ravel())
+    uniform = np.exp(-np.exp(-drawn))
+    expected = (np.arange(drawn.size) + 0.5) / drawn.size
+    # Kolmogorov-Smirnov: beyond 1.95 / √n once in a thousand.
+    assert np.abs(uniform - expected).max() < 1.95 / np.sqrt(drawn.size)
+
+
+@pytest.mark.parametrize("classes", [1, 127, 128, 16384, 16385, 131072, 10**7])
+def test_blocks_are_about_the_square_root(classes):
+    size = block_sampling.block_size(classes)
+    assert size >= 128 and size & (size - 1) == 0
+    assert size == 128 or classes**0.5 <= size < 2 * classes**0.5 + 1
+
+
+def test_inversion_never_leaves_the_classes_with_mass():
+    weights = jnp.asarray([[0.0, 1.0, 0.0, 2.0, 0.0]])
+    for target, truth in ((0, 1), (0.99, 1), (1.0, 3), (2.9, 3), (3.0, 3), (9.0, 3)):
+        assert (
+            block_sampling.invert(weights, jnp.asarray([target], jnp.float32))[0]
+            == truth
+        )

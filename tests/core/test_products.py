@@ -1,0 +1,66 @@
+"""Matrix products whose derivatives multiply narrow numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoft._core.products import matmul
+from tests.accelerators.mosaic_tpu import products
+
+
+def pair(dtype, rows=6, inner=8, columns=5):
+    random = np.random.default_rng(0)
+    shapes = (rows, inner), (inner, columns)
+    return [jnp.asarray(random.standard_normal(s), dtype) for s in shapes]
+
+
+def total(a, b):
+    return jnp.sum(jnp.sin(matmul(a, b, None, jnp.dtype("float32"))))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_derivatives_multiply_operands_of_one_dtype(dtype):
+    a, b = pair(dtype)
+    assert matmul(a, b, None, jnp.dtype("float32")).dtype == "float32"
+    traced = jax.jit(jax.grad(total, (0, 1))).trace(a, b)
+    found = products(traced.jaxpr.jaxpr)
+    assert len(found) == 3 and {tuple(t) for t in found} == {(dtype, dtype)}
+    exact = jax.grad(total, (0, 1))(a.astype("float32"), b.astype("float32"))
+    for own, truth in zip(jax.grad(total, (0, 1))(a, b), exact, strict=True):
+        assert own.dtype == dtype
+        own = own.astype("float32")
+        np.testing.assert_allclose(own, truth, atol=0.02 * np.abs(truth).max())
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_a_constant_operand_has_no_product_of_its_own(argument):
+    traced = jax.jit(jax.grad(total, argument)).trace(*pair("bfloat16"))
+    assert len(products(traced.jaxpr.jaxpr)) == 2
+
+
+def test_sums_of_many_terms_do_not_stall():
+    # In bfloat16 the sum of 4096 ones would stop at 256.
+    a, b = jnp.ones((4096, 2), "bfloat16"), jnp.ones((2, 3), "bfloat16")
+    found = jax.grad(lambda b: matmul(a, b, None, jnp.dtype("float32")).sum())(b)
+    np.testing.assert_array_equal(found, 4096)
+
+
+def test_first_and_second_derivatives_in_wide_dtypes():
+    with jax.enable_x64(True):
+        a, b = pair("float64", 2, 3, 2)
+
+        def plain(a, b):
+            return jnp.sum(jnp.sin(a @ b))
+
+        def own(a, b):
+            return jnp.sum(jnp.sin(matmul(a, b, "highest", jnp.dtype("float64"))))
+
+        for derivative in (jax.jacfwd, jax.jacrev, jax.hessian):
+            found, truth = (derivative(f, (0, 1))(a, b) for f in (own, plain))
+            for one, other in zip(*map(jax.tree.leaves, (found, truth)), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    batch = jnp.stack([pair("float32")[0]] * 2)
+    b = pair("float32")[1]
+    found = jax.vmap(lambda a: matmul(a, b, None, jnp.dtype("float32")))(batch)
+    np.testing.assert_allclose(found, batch @ b, rtol=1e-5, atol=1e-6)

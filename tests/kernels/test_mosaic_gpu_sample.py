@@ -1,0 +1,128 @@
+"""Samples by the Mosaic GPU kernels: those of XLA's loops, from what groups come to."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsoft import linear_sample
+from jaxsoft._core import noise
+from jaxsoft.kernels.layer.mosaic_gpu import hopper
+from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
+from jaxsoft.kernels.layer.mosaic_gpu import sample as mosaic_gpu_sample
+from jaxsoft.linear import sampling
+from jaxsoft.linear.operands import Config, Operands
+from tests.kernels.interpreters import gpu_interpreter
+from tests.kernels.test_mosaic_gpu import TAUS, layer, logits_of
+
+
+def test_kernels_draw_what_loops_draw(small_tiles, chip):  # noqa: F811
+    """V = 211: two splits, a last tile that is cut, a tail of 3 and two blocks."""
+    small_tiles()
+    classes = 211
+    hidden, kernel, _ = layer(13, 64, classes, "vh")
+    key = jax.random.key(3)
+    bias = jnp.linspace(-1, 1, classes, dtype=jnp.bfloat16)
+    options = {"class_mask": jnp.arange(classes) % 5 != 3, "logit_softcap": 1.5}
+
+    def draw(implementation, tau):
+        return linear_sample(
+            key,
+            hidden * 3,
+            kernel,
+            temperature=tau,
+            bias=bias,
+            kernel_layout="vh",
+            implementation=implementation,
+            **options,
+        )
+
+    draw = jax.jit(draw, static_argnums=0)
+    tau = jnp.asarray(TAUS, jnp.float32)
+    expected = draw("xla", tau)
+    with gpu_interpreter():
+        drawn = draw("mosaic_gpu", tau)
+    np.testing.assert_array_equal(drawn, expected)
+    assert (np.asarray(drawn) == -1).sum() == 1 and len(set(np.asarray(drawn))) > 8
+
+
+def groups_as_promised(
+    plan: planning.Plan, inputs: planning.Inputs
+) -> planning.Partials:
+    """What `hopper.run` promises of groups, from stored logits."""
+    assert plan.groups and not plan.integers
+    u, row = logits_of(plan, inputs)
+    size = planning.GROUP
+    groups = plan.tiles * plan.blocks.classes // size
+    u = jnp.pad(
+        u, ((0, 0), (0, groups * size - u.shape[1])), constant_values=-jnp.inf
+    ).reshape(plan.rows, groups, size)
+    top = u.max(2)
+    peak = jnp.where(top == -jnp.inf, 0, top)[:, :, None]
+    a, b, c = (r[:, :, None] if isinstance(r, jax.Array) else r for r in row)
+    sums = jnp.exp2((u * a - peak * a) * b * c).sum(2)
+    return planning.Partials(jnp.stack([top.T, sums.T]), None)
+
+
+@pytest.mark.parametrize(
+    "layout, classes, tau",
+    [("vh", 1, 1.0), ("vh", 20011, None), ("hv", 752, 0.0)],
+)
+def test_what_surrounds_the_kernel(monkeypatch, layout, classes, tau):
+    """Blocks of 128 and of 256, rows that are gathered in two parts."""
+    monkeypatch.setattr(hopper, "run", groups_as_promised)
+    rows = 150
+    hidden, kernel, _ = layer(rows, 64, classes, layout)
+    taus = jnp.resize(jnp.asarray(TAUS, jnp.float32), (rows,))
+    config = Config(
+        kernel_layout=layout,
+        static_tau=tau,
+        softcap=4.0,
+        precision=None,
+        tile_bytes=2**20,
+        mean=False,
+        expected=False,
+        argmax=False,
+        rest=False,
+        implementation="mosaic_gpu",
+    )
+    mask = (jnp.arange(classes) % 5 != 3) if classes > 16 else None
+    bias = jnp.linspace(-1, 1, classes, dtype=jnp.bfloat16)
+    operands = Operands(
+        hidden.at[7].set(jnp.nan),
+        kernel,
+        bias,
+        taus if tau is None else None,
+        None,
+        mask,
+    )
+    words = noise.row_words(jax.random.key(1), rows)
+    run = functools.partial(jax.jit, static_argnums=0)
+    drawn = run(mosaic_gpu_sample.sample)(config, operands, words)
+    expected = run(sampling._sample_rows)(config, operands, words)
+    drawn, expected = np.asarray(drawn), np.asarray(expected)
+    # Two ways to round a sum may tell a row's classes apart in a tie.
+    assert (drawn != expected).sum() <= 1
+    assert drawn[7] == -1 and (tau is None or (drawn >= 0).sum() == rows - 1)
+    assert classes == 1 or len(set(drawn)) > rows // 4
+
+
+def test_messages():
+    hidden, key = jnp.zeros((16, 64), jnp.bfloat16), jax.random.key(0)
+    with pytest.raises(NotImplementedError, match='be None or "xla" on cpu'):
+        linear_sample(key, hidden, hidden.T, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="bfloat16 or both float16"):
+        linear_sample(key, hidden.astype("f"), hidden.T, implementation="mosaic_gpu")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("v",))
+    sharded = jax.shard_map(
+        lambda kernel: linear_sample(
+            key, hidden, kernel, vocab_axis="v", implementation="mosaic_gpu"
+        ),
+        mesh=mesh,
+        in_specs=jax.P(None, "v"),
+        out_specs=jax.P(),
+    )
+    with pytest.raises(NotImplementedError, match="with sharded classes"):
+        sharded(jnp.zeros((64, 32), jnp.bfloat16))
