@@ -18,7 +18,7 @@ from benchmarks import checks, contest, peers
 from benchmarks.session import Session, Work
 from benchmarks.workloads import Layout, LinearWorkload, SoftmaxWorkload
 from jaxsoft._core import noise
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 
 _TEMPERATURE, _SOFTCAP = 0.7, 3.0
 # Of all rows, those that may part.

@@ -31,7 +31,7 @@ from benchmarks import (
 )
 from benchmarks.session import Session, Work
 from benchmarks.workloads import Layout, LinearWorkload, SoftmaxWorkload
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 
 SUITE = "device"
 DEFAULT_MINUTES = 8.0

@@ -19,8 +19,8 @@ import optax
 import jaxsoft
 from benchmarks import timing, torch_peer
 from benchmarks.workloads import Layout, LinearCase
-from jaxsoft._core.implementation import Implementation
-from jaxsoft.linear.statistics import KERNELS
+from jaxsoft._core import registry
+from jaxsoft._core.registry import Implementation
 
 OURS = "jaxsoft"
 _OF_PLATFORM: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
@@ -61,7 +61,7 @@ def implementations() -> dict[str, Implementation | None]:
     """Ours by name: the default, then each that could run on this platform."""
     found: dict[str, Implementation | None] = {OURS: None, f"{OURS} xla": "xla"}
     kernel = _OF_PLATFORM.get(jax.default_backend())
-    if kernel in KERNELS:
+    if kernel in registry.implementations("linear_cross_entropy"):
         found[f"{OURS} {kernel}"] = kernel
     return found
 

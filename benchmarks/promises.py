@@ -18,7 +18,7 @@ import jaxsoft
 from benchmarks import checks, contest, heads_truth, linear, peers, softmax
 from benchmarks.session import Finding, Result, Session, Work
 from benchmarks.workloads import Layout, LinearCase, LinearWorkload, SoftmaxWorkload
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 
 SUITE = "promises"
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, prepare
 from jaxsoft.adaptive.log_probs import log_prob_of_ranks

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, registry
 from jaxsoft._core.dtypes import compute_dtype, operand_dtype
 from jaxsoft._core.exporting import exportable_namedtuple
-from jaxsoft._core.implementation import Implementation, resolve
 from jaxsoft._core.products import matmul
+from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.row_blocks import take
 
@@ -190,7 +190,7 @@ def prepare(
     implementation: Implementation | None,
 ) -> Layer:
     """Checks arguments that all functions of bands have, and folds their rows."""
-    resolve(name, implementation, ("xla",))
+    registry.resolve(name, implementation)
     hidden = checks.floating("hidden", hidden)
     kernel = checks.floating("head_kernel", head_kernel)
     if not isinstance(bands, ClassBands):

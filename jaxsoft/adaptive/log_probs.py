@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
 from jaxsoft._core.dtypes import compute_dtype, operand_dtype
-from jaxsoft._core.implementation import Implementation
 from jaxsoft._core.products import matmul
+from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, TailLayer, prepare
 from jaxsoft.adaptive.row_blocks import RowBlocks, take

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from jaxsoft._core.implementation import compiling_for
+from jaxsoft._core.registry import compiling_for
 from jaxsoft.devices.measuring import Device, describe
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxsoft._core.implementation import platform_of, recorded
+from jaxsoft._core import registry
+from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Operation, Program, Shapes
 
@@ -92,28 +93,15 @@ def describe(
 
 def _describe(device: Device, operation: Operation, shapes: Shapes | None) -> Found:
     program = operation.program(shapes or Shapes())
-    uses, available = _choice(operation, program)
-    others = [name for name in available if name != uses]
+    uses, *others = (
+        registry.implementations(operation.name) if operation.chooses else ("xla",)
+    )
     ran = []
     for name in (uses, *others):
         # The default is asked for as users do: by not asking.
         options = operation.options(None if name == uses else name)
         ran.append(_run(device, name, program, options, shapes is not None))
     return Found(operation.name, uses, tuple(ran))
-
-
-def _choice(operation: Operation, program: Program) -> tuple[str, Sequence[str]]:
-    """Returns what the function uses, and all that may be asked for.
-
-    A function that never asks is plain JAX.
-    """
-    if not operation.chooses:
-        return "xla", ("xla",)
-    with recorded() as choices:
-        # In a function of its own, which JAX has not traced before.
-        jax.eval_shape(lambda *arrays: program.function(*arrays), *program.arrays)
-    # What it calls may choose too, of what it was told.
-    return choices[0].chosen, choices[0].available
 
 
 def _run(

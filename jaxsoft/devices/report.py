@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxsoft._core.implementation import platform_of
+from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.measuring import Device, Found, Ran
 from jaxsoft.devices.programs import Shapes
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
-from jaxsoft._core.implementation import compiling_for
+from jaxsoft._core.registry import compiling_for
 from jaxsoft.devices import child
 from jaxsoft.devices.measuring import Device, Found, describe, here
 from jaxsoft.devices.programs import Shapes

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from typing import Any, Literal
 
-from jaxsoft._core.implementation import Gpu
+from jaxsoft._core.registry import Gpu
 
 __all__ = ["ENVIRONMENT", "HERE", "TARGETS", "Target"]
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, registry
 from jaxsoft._core.dtypes import compute_dtype, operand_dtype
-from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import divide_by_temperature, is_zero
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.same_rows import take_rows
@@ -82,7 +82,7 @@ def prepare(
     implementation: Implementation | None,
 ) -> Layer:
     """Checks arguments that all functions of a tree have, and folds their rows."""
-    resolve(name, implementation, ("xla",))
+    registry.resolve(name, implementation)
     hidden = checks.floating("hidden", hidden)
     kernel = checks.floating("node_kernel", node_kernel)
     if not isinstance(tree, ClassTree):

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
 from jaxsoft._core.exporting import exportable_namedtuple
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import reduce_losses, token_weights
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (

@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,

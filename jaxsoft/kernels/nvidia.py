@@ -6,7 +6,7 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 
-from jaxsoft._core.implementation import Gpu, gpus
+from jaxsoft._core.registry import Gpu, gpus
 from jaxsoft._core.temperature import Temperature, is_ordinary
 
 __all__ = [

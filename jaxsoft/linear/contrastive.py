@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
 from jaxsoft._core.dtypes import compute_dtype, operand_dtype
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import over_temperature
 from jaxsoft.linear.statistics import prepare
 

@@ -8,7 +8,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.implementation import platform_of
+from jaxsoft._core.registry import platform_of
 from jaxsoft.linear import reference, statistics_backward, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, Fields, Operands, roles_like

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.divergence_terms import DIVERGENCES, excess
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import is_zero
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.linear import sharding
@@ -137,7 +137,6 @@ def linear_distillation(
         "vocab_axis": vocab_axis,
         "tile_bytes": tile_bytes,
         "implementation": implementation,
-        "implementations": ("xla",),
     }
     student = prepare(
         "linear_distillation",

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, noise
 from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import divide_by_temperature, inverse, times
 from jaxsoft.linear import derivative, sharding, xla, xla_backward
 from jaxsoft.linear.folding import Foldable
@@ -113,7 +113,6 @@ def linear_expected(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        implementations=("xla",),
     )
     values = checks.floating("values", values)
     number = call.arrays.num_classes(call.config)

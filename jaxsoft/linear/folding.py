@@ -20,7 +20,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.implementation import check_platforms
+from jaxsoft._core.registry import check_platforms
 from jaxsoft.linear import partitioning
 
 __all__ = ["Foldable"]

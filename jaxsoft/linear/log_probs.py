@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import KERNELS, MeshAxes, prepare
+from jaxsoft.linear.statistics import MeshAxes, prepare
 
 __all__ = ["linear_log_prob", "linear_log_prob_at"]
 
@@ -110,7 +110,6 @@ def linear_log_prob(
             vocab_axis=vocab_axis,
             tile_bytes=tile_bytes,
             implementation=implementation,
-            implementations=KERNELS,
             wanted=("expected",),
         )
         .run()

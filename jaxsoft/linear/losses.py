@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.linear import sharding
 from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import KERNELS, LogitStatistics, MeshAxes, prepare
+from jaxsoft.linear.statistics import LogitStatistics, MeshAxes, prepare
 
 __all__ = ["linear_cross_entropy"]
 
@@ -144,7 +144,6 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        implementations=KERNELS,
         wanted=("mean", "expected") if return_statistics else wanted,
     )
     statistics = call.run().with_one_label()

@@ -12,16 +12,14 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, mesh_axes, noise
 from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.implementation import Implementation, platform_of
+from jaxsoft._core.registry import Implementation, platform_of
 from jaxsoft._core.temperature import divide_by_temperature, is_zero
 from jaxsoft.linear import sharding, xla
 from jaxsoft.linear.folding import Foldable
 from jaxsoft.linear.operands import Config, KernelLayout, Operands
 from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
 
-__all__ = ["IMPLEMENTATIONS", "linear_sample"]
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu")
+__all__ = ["linear_sample"]
 
 
 def linear_sample(
@@ -103,7 +101,6 @@ def linear_sample(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        implementations=IMPLEMENTATIONS,
     )
     return _sample(call.config, rows_over, key, call.arrays)
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft._core import checks, dtypes
+from jaxsoft._core import checks, dtypes, registry
 from jaxsoft._core.exporting import exportable_dataclass
-from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import over_temperature
 from jaxsoft.linear import derivative, sharding
 from jaxsoft.linear.operands import Config, Fields, KernelLayout, Operands
@@ -23,21 +23,11 @@ __all__ = [
     "LogitStatistics",
     "MeshAxes",
     "fold_rows",
-    "KERNELS",
     "linear_statistics",
     "prepare",
 ]
 
 MeshAxes = str | Sequence[str] | None
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "reference")
-# Of functions with at most one label a row. No kernel is a default before it was
-# measured.
-KERNELS: tuple[Implementation, ...] = (
-    *IMPLEMENTATIONS,
-    "mosaic_tpu",
-    "mosaic_gpu",
-)
 
 
 @exportable_dataclass()
@@ -214,7 +204,6 @@ def linear_statistics(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        implementations=KERNELS,
         wanted=("mean", "expected") + (("argmax",) if return_argmax else ()),
     )
     return call.run().with_one_label()
@@ -258,7 +247,6 @@ def prepare(
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,
     wanted: tuple[str, ...] = (),
-    implementations: tuple[Implementation, ...] = IMPLEMENTATIONS,
     prefix: str = "",
 ) -> Call:
     """Checks the arguments that the functions of this room share.
@@ -280,13 +268,12 @@ def prepare(
       tile_bytes: the budget.
       implementation: None or a name.
       wanted: which of "mean", "expected", "argmax" and "rest" to compute.
-      implementations: those that the function has.
       prefix: what the names of hidden, kernel and their options start with.
 
     Returns:
       The call, ready to run.
     """
-    chosen = resolve(name, implementation, implementations)
+    chosen = registry.resolve(name, implementation)
     axes = sharding.check_axes("vocab_axis", vocab_axis)
     if axes and chosen == "reference":
         raise NotImplementedError(
@@ -294,8 +281,8 @@ def prepare(
         )
     arrays = _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix)
     hidden, kernel = arrays.hidden, arrays.kernel
-    if chosen == "mosaic_tpu":
-        _check_dtypes(chosen, hidden, kernel)
+    for argument, array in (("hidden", hidden), ("kernel", kernel)):
+        registry.check_dtype("statistics", chosen, argument, array.dtype)
     if logit_softcap is not None:
         logit_softcap = checks.scalar_in(
             f"{prefix}logit_softcap", logit_softcap, 0, math.inf
@@ -337,16 +324,6 @@ def prepare(
     return Call(
         config, arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
     )
-
-
-def _check_dtypes(chosen: str, hidden: jax.Array, kernel: jax.Array) -> None:
-    """Requires the dtypes that matrix units of accelerators have."""
-    for name, array in (("hidden", hidden), ("kernel", kernel)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise NotImplementedError(
-                f"`{name}` must have dtype float32 or bfloat16 with implementation "
-                f'"{chosen}", got {array.dtype}. Use implementation="xla".'
-            )
 
 
 def _check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import divide_by_temperature
 from jaxsoft.linear import derivative, sharding, xla
 from jaxsoft.linear.folding import Foldable
@@ -99,7 +99,6 @@ def linear_top_k(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        implementations=("xla",),
     )
     k = checks.positive_integer("k", k)
     if k > call.num_classes():

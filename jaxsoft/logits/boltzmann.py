@@ -13,15 +13,14 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, dtypes
 from jaxsoft._core.temperature import times
-from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import (
+from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
-    is_zero,
+    has_no_tangent,
     pick_temperature,
-    probabilities,
-    softmax,
 )
+from jaxsoft.logits.centre import centre
+from jaxsoft.logits.softmax import probabilities, softmax
 
 __all__ = ["boltzmann_operator", "boltzmann_policy", "soft_argmax"]
 
@@ -166,9 +165,9 @@ def _operator_jvp(axis, static_tau, primals, tangents):
     excess = jnp.where(p == 0, 0, c)
     excess = excess - jnp.sum(p * excess, axis, keepdims=True)
     tangent = jnp.zeros_like(out)
-    if not is_zero(dx):
+    if not has_no_tangent(dx):
         tangent += jnp.sum(jnp.where(p == 0, 0, p * (1 + excess) * dx), axis)
-    if not is_zero(dtau):
+    if not has_no_tangent(dtau):
         variance = jnp.sum(jnp.where(p == 0, 0, p * excess**2), axis)
         tangent -= variance * jnp.squeeze(dtau, axis)
     return out, tangent

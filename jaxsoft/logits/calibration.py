@@ -22,8 +22,9 @@ from jaxsoft._core.temperature_fit import (
     row_weights,
 )
 from jaxsoft._core.tokens import token_weights
+from jaxsoft.logits.arguments import check_where
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import check_where, exponentials
+from jaxsoft.logits.softmax import exponentials
 
 __all__ = [
     "CalibrationBins",

@@ -11,15 +11,15 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, dtypes
 from jaxsoft._core.divergence_terms import SMALL, difference
 from jaxsoft._core.temperature import Temperature, finite, inverse
-from jaxsoft.logits.centre import Centred, centre
-from jaxsoft.logits.divergence import scaled_divergence
-from jaxsoft.logits.softmax import (
+from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
-    exponentials,
-    is_zero,
+    has_no_tangent,
     pick_temperature,
 )
+from jaxsoft.logits.centre import Centred, centre
+from jaxsoft.logits.divergence import scaled_divergence
+from jaxsoft.logits.softmax import exponentials
 
 __all__ = ["codistillation_loss"]
 
@@ -143,7 +143,7 @@ def _proportional_jvp(primals, tangents):
     _, dtau = tangents
     tempered = finite(teacher * inverse(tau, teacher.dtype))
     slope = jnp.where(jnp.isinf(teacher), 0, tempered)
-    change = jnp.zeros_like(teacher) if is_zero(dtau) else slope * dtau
+    change = jnp.zeros_like(teacher) if has_no_tangent(dtau) else slope * dtau
     return teacher, change
 
 

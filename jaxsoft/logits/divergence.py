@@ -13,8 +13,9 @@ from jaxsoft._core.divergence_terms import (
     half_step,
 )
 from jaxsoft._core.temperature import Temperature, finite, inverse
+from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import exponentials, is_zero, pick_temperature
+from jaxsoft.logits.softmax import exponentials
 
 __all__ = ["scaled_divergence"]
 
@@ -114,11 +115,11 @@ def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):
         kind, axis, student, teacher, tau, where
     )
     tangent = jnp.zeros_like(loss)
-    if not is_zero(ds):
+    if not has_no_tangent(ds):
         tangent += jnp.sum(by_student * ds, axis)
-    if not is_zero(dt):
+    if not has_no_tangent(dt):
         tangent += jnp.sum(by_teacher * dt, axis)
-    if not is_zero(dtau):
+    if not has_no_tangent(dtau):
         # The loss is homogeneous of degree 2 in (logits, τ): Euler's identity.
         inner = sum(
             jnp.where(

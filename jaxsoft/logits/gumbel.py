@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, noise
-from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core import checks, noise, registry
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import inverse
-from jaxsoft.kernels.rows import primitive as kernel_rows
 from jaxsoft.logits import perturbation
+from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.rows import Rows, to_rows
-from jaxsoft.logits.softmax import is_zero, pick_temperature
 
 __all__ = ["gumbel_softmax", "gumbel_top_k", "slope"]
 
@@ -86,9 +85,9 @@ def gumbel_softmax(
       arXiv:1611.00712.
     """
     checks.one_of("generator", generator, noise.GENERATORS)
-    chosen = resolve("gumbel_softmax", implementation, kernel_rows.KERNELS)
-    if chosen != "xla":
-        return kernel_rows.gumbel_softmax(
+    chosen = registry.resolve("gumbel_softmax", implementation)
+    if kernel := registry.kernel("gumbel_softmax", chosen):
+        return kernel(
             chosen, key, logits, temperature, axis, where, bool(hard), generator
         )
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
@@ -165,8 +164,8 @@ def slope(static_tau, p: jax.Array, primals, tangents) -> jax.Array:
     _, dx, dtau, _ = tangents
     dtype = jnp.float64 if p.dtype == jnp.float64 else jnp.float32
     wide = p.astype(dtype)
-    terms = [] if is_zero(dx) else [dx.astype(dtype)]
-    if not is_zero(dtau):
+    terms = [] if has_no_tangent(dx) else [dx.astype(dtype)]
+    if not has_no_tangent(dtau):
         log_p = jnp.log(jnp.where(wide == 0, 1, wide))
         terms.append(-log_p * dtau.astype(dtype))
     if not terms:

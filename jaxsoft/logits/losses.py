@@ -16,17 +16,15 @@ from jaxsoft._core.temperature import (
     over_temperature,
     times,
 )
-from jaxsoft.logits.centre import centre
-from jaxsoft.logits.divergence import scaled_divergence
-from jaxsoft.logits.softmax import (
+from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
-    exponentials,
-    is_zero,
-    log_softmax,
+    has_no_tangent,
     pick_temperature,
-    probabilities,
 )
+from jaxsoft.logits.centre import centre
+from jaxsoft.logits.divergence import scaled_divergence
+from jaxsoft.logits.softmax import exponentials, log_softmax, probabilities
 
 __all__ = ["distillation_loss", "softmax_cross_entropy"]
 
@@ -192,13 +190,13 @@ def _row_statistics_jvp(axis, static_tau, primals, tangents):
     )
     is_label = is_label & centred.kept
     tangent = [jnp.zeros_like(field) for field in out]
-    if not is_zero(dx):
+    if not has_no_tangent(dx):
         dx = dx * inverse_tau
         mean_p = total(p * dx)
         tangent[0] += mean_p
         tangent[1] += total(jnp.where(is_label, dx, 0)) - mean_p
         tangent[2] += total(jnp.where(centred.kept, dx / number, 0)) - mean_p
-    if not is_zero(dtau):
+    if not has_no_tangent(dtau):
         slope = jnp.squeeze(dtau * inverse_tau, axis)
         c = centred.values
         peak = jnp.squeeze(over_temperature(centred.peak, tau), axis)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
-from jaxsoft.logits.softmax import check_temperature, check_where
+from jaxsoft.logits.arguments import check_temperature, check_where
 
 __all__ = ["Rows", "in_tiles", "to_rows"]
 

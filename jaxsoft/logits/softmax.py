@@ -11,12 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
-from jaxsoft._core.implementation import Implementation, resolve
+from jaxsoft._core import checks, dtypes, registry
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import finite, inverse, over_temperature, times
+from jaxsoft.logits.arguments import (
+    check_temperature,
+    check_where,
+    has_no_tangent,
+    pick_temperature,
+)
 from jaxsoft.logits.centre import Centred, centre
 
 __all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
@@ -76,12 +81,9 @@ def softmax(
       Outputs, 1990; Hinton et al., Distilling the Knowledge in a Neural Network,
       arXiv:1503.02531 (the temperature).
     """
-    # Pallas is imported by those who use it, and rows are made by this module's checks.
-    from jaxsoft.kernels.rows import primitive as kernel_rows
-
-    chosen = resolve("softmax", implementation, kernel_rows.KERNELS)
-    if chosen != "xla":
-        return kernel_rows.softmax(chosen, logits, temperature, axis, where)
+    chosen = registry.resolve("softmax", implementation)
+    if kernel := registry.kernel("softmax", chosen):
+        return kernel(chosen, logits, temperature, axis, where)
     return _run(_softmax, logits, temperature, axis, where)
 
 
@@ -234,7 +236,7 @@ def _call(
     implementation: Implementation | None,
 ) -> jax.Array:
     """Runs a function that XLA alone computes."""
-    resolve(function.__name__.lstrip("_"), implementation, ("xla",))
+    registry.resolve(function.__name__.lstrip("_"), implementation)
     return _run(function, logits, temperature, axis, where)
 
 
@@ -268,50 +270,11 @@ def _compiled(
     return result.astype(logits.dtype) if result.ndim == logits.ndim else result
 
 
-def check_where(where: ArrayLike | None, logits: jax.Array) -> jax.Array | None:
-    """Returns the class mask as an array of the rank of `logits`, or None."""
-    if where is None:
-        return None
-    where = checks.boolean("where", where)
-    checks.broadcasts_to("where", where, logits.shape)
-    return where.reshape((1,) * (logits.ndim - where.ndim) + where.shape)
-
-
-def check_temperature(
-    temperature: ArrayLike, logits: jax.Array, axis: int
-) -> float | jax.Array:
-    """Returns the temperature as a float or an array of the rank of `logits`."""
-    tau = checks.temperature(temperature, dtypes.compute_dtype(logits))
-    if not isinstance(tau, jax.Array):
-        return tau
-    if tau.ndim == 0:
-        return tau.reshape((1,) * logits.ndim)
-    rows = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
-    try:
-        checks.broadcasts_to("temperature", tau, rows)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} Its class axis must have size 1: for one temperature a row, "
-            f"pass jnp.expand_dims(temperature, {axis})."
-        ) from None
-    return tau.reshape((1,) * (logits.ndim - tau.ndim) + tau.shape)
-
-
-def pick_temperature(static_tau: float | None, tau: jax.Array | None) -> Any:
-    """Returns whichever of the two forms of a temperature was given."""
-    return tau if static_tau is None else static_tau
-
-
 def exponentials(centred: Centred, axis: int) -> tuple[jax.Array, jax.Array]:
     """Returns exp(c) and its sum over classes, 1 where no class is kept."""
     weights = jnp.exp(centred.values)
     total = jnp.sum(weights, axis=axis, keepdims=True)
     return weights, jnp.where(total == 0, 1, total)
-
-
-def is_zero(tangent: Any) -> bool:
-    """Tells whether a tangent is known to vanish."""
-    return tangent is None or isinstance(tangent, SymbolicZero)
 
 
 def _sum(values: jax.Array, axis: int) -> jax.Array:
@@ -330,8 +293,8 @@ def _rule(derivative: Any) -> Any:
         dx, dtau, _ = tangents
         tau = pick_temperature(static_tau, tau_array)
         inverse_tau = inverse(tau, x.dtype)
-        dx = None if is_zero(dx) else dx * inverse_tau
-        slope = None if is_zero(dtau) else dtau * inverse_tau
+        dx = None if has_no_tangent(dx) else dx * inverse_tau
+        slope = None if has_no_tangent(dtau) else dtau * inverse_tau
         out, terms = derivative(axis, static_tau, x, tau_array, where, dx, slope)
         tangent = sum(terms) if terms else jnp.zeros_like(out)
         return out, tangent
@@ -362,8 +325,8 @@ def _softmax_jvp(function, axis, static_tau, primals, tangents):
     dx, dtau, _ = tangents
     tau = pick_temperature(static_tau, tau_array)
     p = function(axis, static_tau, x, tau_array, where)
-    terms = [] if is_zero(dx) else [dx]
-    if not is_zero(dtau):
+    terms = [] if has_no_tangent(dx) else [dx]
+    if not has_no_tangent(dtau):
         c = centre(x, tau, where, axis, guard=False).values
         # Where c < -1000, p is 0 in every dtype: a finite c keeps the product 0.
         terms.append(-jnp.maximum(c, -1000) * dtau)

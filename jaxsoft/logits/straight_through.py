@@ -11,10 +11,11 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, dtypes, noise
 from jaxsoft._core.temperature import inverse
 from jaxsoft.logits import perturbation
+from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.sampling import draw_rows
-from jaxsoft.logits.softmax import exponentials, is_zero, pick_temperature
+from jaxsoft.logits.softmax import exponentials
 
 __all__ = ["gumbel_rao", "reinmax"]
 
@@ -102,7 +103,7 @@ def _reinmax_jvp(static_tau, primals, tangents):
     class_ids = _draw(words, x, where)
     drawn = _one_hot(class_ids, x)
     dx = tangents[1]
-    if is_zero(dx):
+    if has_no_tangent(dx):
         return drawn, jnp.zeros_like(drawn)
     tau = pick_temperature(static_tau, tau_array)
 
@@ -214,7 +215,7 @@ def _rao_jvp(static_tau, generator, primals, tangents):
     moving = {
         name: tangent
         for name, tangent in (("x", tangents[1]), ("tau", tangents[2]))
-        if not is_zero(tangent)
+        if not has_no_tangent(tangent)
     }
     if not moving:
         return drawn, jnp.zeros_like(drawn)

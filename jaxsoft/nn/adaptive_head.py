@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.decoding import adaptive_sample, adaptive_top_k

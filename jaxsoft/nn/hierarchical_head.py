@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.row_gradients import (

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks, dtypes
-from jaxsoft._core.implementation import Implementation
+from jaxsoft._core.registry import Implementation
 from jaxsoft.linear.log_probs import linear_log_prob
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.sampling import linear_sample

@@ -11,11 +11,11 @@ from jax import lax
 from jax.typing import ArrayLike
 from numpy import typing as npt
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, registry
 from jaxsoft._core.dtypes import compute_dtype, operand_dtype
 from jaxsoft._core.exporting import exportable_dataclass
-from jaxsoft._core.implementation import Implementation, resolve
 from jaxsoft._core.products import matmul
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import is_zero, over_temperature
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.hierarchical.layer import products_of_rows
@@ -251,7 +251,7 @@ def sampled_softmax_loss(
       Sampling, 2003; Jean et al., arXiv:1412.2007; Khrylchenko et al., Correcting the
       LogQ Correction, arXiv:2507.09331 (the label's logit).
     """
-    resolve("sampled_softmax_loss", implementation, ("xla",))
+    registry.resolve("sampled_softmax_loss", implementation)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("kernel_layout", kernel_layout, ("hv", "vh"))
     count = checks.positive_integer("num_samples", num_samples)

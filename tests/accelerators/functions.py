@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxsoft._core.implementation import compiling_for, platform_of
+from jaxsoft._core.registry import compiling_for, platform_of
 from jaxsoft.cli.devices import MODELS
 from jaxsoft.devices.measuring import Device, describe
 from jaxsoft.devices.operations import operations

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
-from jaxsoft._core.implementation import compiling_for
+from jaxsoft._core.registry import compiling_for
 from jaxsoft.devices.target import TARGETS
 from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
 from tests.accelerators.compiling import compile_for, report, topology

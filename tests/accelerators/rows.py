@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 import jaxsoft
-from jaxsoft._core.implementation import compiling_for
+from jaxsoft._core.registry import compiling_for
 from jaxsoft.devices.target import TARGETS
 from tests.accelerators.compiling import compile_for, report, topology
 from tests.accelerators.mosaic_gpu import captured

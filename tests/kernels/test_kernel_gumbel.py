@@ -10,7 +10,7 @@ import pytest
 
 import jaxsoft
 from jaxsoft._core import exact_sum, noise
-from jaxsoft._core.implementation import Gpu
+from jaxsoft._core.registry import Gpu
 from jaxsoft.kernels import nvidia
 from jaxsoft.kernels.rows.mosaic_gpu import call as mosaic_gpu
 from jaxsoft.kernels.rows.mosaic_gpu import gumbel as mosaic_gpu_gumbel

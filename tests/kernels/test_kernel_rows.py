@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
-from jaxsoft._core.implementation import Gpu
+from jaxsoft._core.registry import Gpu
 from jaxsoft.kernels import nvidia
 from jaxsoft.kernels.rows.mosaic_gpu import call as mosaic_gpu
 from jaxsoft.kernels.rows.mosaic_tpu import call as mosaic_tpu

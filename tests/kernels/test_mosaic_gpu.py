@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxsoft import linear_cross_entropy, linear_log_prob, linear_statistics
-from jaxsoft._core.implementation import Gpu
+from jaxsoft._core.registry import Gpu
 from jaxsoft.kernels import nvidia
 from jaxsoft.kernels.layer.mosaic_gpu import call as mosaic_gpu
 from jaxsoft.kernels.layer.mosaic_gpu import hopper

@@ -13,7 +13,6 @@ devices kernels belong inside `jax.shard_map`: no compiler cuts them.
 
 import dataclasses
 import functools
-import importlib
 from typing import Any
 
 import jax
@@ -22,20 +21,12 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
-from jaxsoft._core import mesh_axes, noise
-from jaxsoft._core.implementation import Implementation, check_platforms
+from jaxsoft._core import mesh_axes, noise, registry
 from jaxsoft._core.temperature import inverse, is_ordinary
+from jaxsoft.logits.arguments import has_no_tangent
 from jaxsoft.logits.rows import Rows, to_rows
 
-__all__ = ["KERNELS", "Plan", "gumbel_softmax", "softmax"]
-
-# No kernel is a default before it was measured.
-KERNELS: tuple[Implementation, ...] = ("xla", "mosaic_tpu", "mosaic_gpu")
-
-_DTYPES = {
-    "mosaic_tpu": ("float32", "bfloat16"),
-    "mosaic_gpu": ("float32", "bfloat16", "float16"),
-}
+__all__ = ["Plan", "gumbel_softmax", "softmax"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +60,7 @@ def softmax(
       NotImplementedError: for a dtype that the kernels do not have.
     """
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
-    check_dtype(implementation, rows.logits)
+    registry.check_dtype("rows", implementation, "logits", rows.logits.dtype)
     return back(_compiled(Plan(implementation, static_tau), None, rows))
 
 
@@ -89,20 +80,10 @@ def gumbel_softmax(
       NotImplementedError: for a dtype that the kernels do not have.
     """
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
-    check_dtype(implementation, rows.logits)
+    registry.check_dtype("rows", implementation, "logits", rows.logits.dtype)
     words = noise.row_words(key, rows.logits.shape[0])
     plan = Plan(implementation, static_tau, generator, hard)
     return back(_compiled(plan, words, rows))
-
-
-def check_dtype(implementation: str, logits: jax.Array) -> None:
-    """Requires a dtype that the chip computes with."""
-    names = _DTYPES[implementation]
-    if logits.dtype.name not in names:
-        raise NotImplementedError(
-            f"`logits` must have dtype {' or '.join(names)} with implementation "
-            f'"{implementation}", got {logits.dtype}. Use implementation="xla".'
-        )
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -156,16 +137,12 @@ def _tangent(plan: Plan, y: jax.Array, primals: Any, tangents: Any) -> jax.Array
     """Returns y (u - Σ y u / Σ y) / τ, with u = dx - log y dτ."""
     tau, (dx, dtau, _) = primals[1], tangents
     scale = None if tau is None else inverse(tau, jnp.dtype(jnp.float32))
-    terms = [] if _is_zero(dx) else [_slope(plan, y, dx, scale)]
-    if not _is_zero(dtau):
+    terms = [] if has_no_tangent(dx) else [_slope(plan, y, dx, scale)]
+    if not has_no_tangent(dtau):
         wide = y.astype(jnp.float32)
         log_y = jnp.log(jnp.where(wide == 0, 1, wide))
         terms.append((_formula(wide, -log_y, scale) * dtau).astype(y.dtype))
     return sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
-
-
-def _is_zero(tangent: Any) -> bool:
-    return tangent is None or isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
 def _slope(plan: Plan, y, g, scale) -> jax.Array:
@@ -179,11 +156,6 @@ def _formula(y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
     total = jnp.sum(y, axis=1, keepdims=True)
     mean = jnp.sum(y * g, axis=1, keepdims=True) / jnp.where(total == 0, 1, total)
     return y * (g - mean) * scale
-
-
-def _kernels(plan: Plan) -> Any:
-    """Returns the module with the kernels: Pallas is imported by those who use it."""
-    return importlib.import_module(f"jaxsoft.kernels.rows.{plan.implementation}.call")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -200,8 +172,9 @@ def _run(primitive, plan, given, *args) -> list[jax.Array]:
     """Calls the kernel of a primitive."""
     rest = iter(args)
     args = [next(rest) if g else None for g in given]
-    module = _kernels(plan)
-    run = module.forward if primitive is _softmax_primitive else module.backward
+    step = "rows" if primitive is _softmax_primitive else "rows_slope"
+    run = registry.kernel(step, plan.implementation)
+    assert run is not None
     return [run(plan, *args)]
 
 
@@ -269,7 +242,7 @@ def _lowering():
     def rule(ctx, *args, plan, given, jaxpr):
         # A kernel in an interpreter has effects, and runs anywhere.
         if not jaxpr.effects:
-            check_platforms(plan.implementation, ctx.module_context.platforms)
+            registry.check_platforms(plan.implementation, ctx.module_context.platforms)
         return lower(ctx, *args, plan=plan, given=given, jaxpr=jaxpr)
 
     return rule

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._core import block_sampling, mesh_axes
-from jaxsoft._core.implementation import Gpu
 from jaxsoft._core.padding import round_up
+from jaxsoft._core.registry import Gpu
 from jaxsoft.kernels import nvidia
 from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning

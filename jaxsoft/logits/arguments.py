@@ -1,0 +1,55 @@
+"""Checks of the arguments that functions of stored logits share."""
+
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jaxsoft._core import checks, dtypes
+
+__all__ = [
+    "check_temperature",
+    "check_where",
+    "has_no_tangent",
+    "pick_temperature",
+]
+
+
+def check_where(where: ArrayLike | None, logits: jax.Array) -> jax.Array | None:
+    """Returns the class mask as an array of the rank of `logits`, or None."""
+    if where is None:
+        return None
+    where = checks.boolean("where", where)
+    checks.broadcasts_to("where", where, logits.shape)
+    return where.reshape((1,) * (logits.ndim - where.ndim) + where.shape)
+
+
+def check_temperature(
+    temperature: ArrayLike, logits: jax.Array, axis: int
+) -> float | jax.Array:
+    """Returns the temperature as a float or an array of the rank of `logits`."""
+    tau = checks.temperature(temperature, dtypes.compute_dtype(logits))
+    if not isinstance(tau, jax.Array):
+        return tau
+    if tau.ndim == 0:
+        return tau.reshape((1,) * logits.ndim)
+    rows = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
+    try:
+        checks.broadcasts_to("temperature", tau, rows)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Its class axis must have size 1: for one temperature a row, "
+            f"pass jnp.expand_dims(temperature, {axis})."
+        ) from None
+    return tau.reshape((1,) * (logits.ndim - tau.ndim) + tau.shape)
+
+
+def pick_temperature(static_tau: float | None, tau: jax.Array | None) -> Any:
+    """Returns whichever of the two forms of a temperature was given."""
+    return tau if static_tau is None else static_tau
+
+
+def has_no_tangent(tangent: Any) -> bool:
+    """Tells whether a tangent is known to vanish."""
+    return tangent is None or isinstance(tangent, SymbolicZero)
