@@ -15,6 +15,7 @@ from benchmarks import (
     linear,
     many_classes,
     plot,
+    programs,
     regression,
     report,
     softmax,
@@ -48,8 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
       The exit code: 1 if a function of ours was wrong or raised, otherwise 0.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["programs"]:
+        return programs.main(given[1:])
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     for suite in options.suites:
         if suite not in SUITES:
             parser.error(f"no suite {suite!r}; there are {', '.join(SUITES)}")
@@ -61,7 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.minutes is None and options.suites == [device.SUITE]:
         options.minutes = device.DEFAULT_MINUTES
     if _is_watched(options) and watch.CHILD not in os.environ:
-        given = sys.argv[1:] if arguments is None else arguments
         command = [sys.executable, "-m", "benchmarks", *given]
         return watch.supervise(command, options.minutes or 0.0, options.json)
     if options.load:
