@@ -30,11 +30,12 @@ from jaxsoft.linear.distillation import (
     linear_distillation_top_k,
 )
 from jaxsoft.linear.expected import linear_expected
+from jaxsoft.linear.folds.statistics import LogitStatistics
 from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.mesh import over_mesh
 from jaxsoft.linear.sampling import linear_sample
-from jaxsoft.linear.statistics import LogitStatistics, linear_statistics
+from jaxsoft.linear.statistics import linear_statistics
 from jaxsoft.linear.top_k import linear_top_k
 from jaxsoft.logits.boltzmann import (
     boltzmann_operator,

@@ -14,6 +14,7 @@ __all__ = [
     "Temperature",
     "divide_by_temperature",
     "finite",
+    "finite_peak",
     "inverse",
     "is_ordinary",
     "is_zero",
@@ -102,6 +103,14 @@ def over_temperature(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
 def times(probabilities: jax.Array, values: jax.Array) -> jax.Array:
     """Returns p·c with 0·(-inf) = 0."""
     return probabilities * jnp.where(probabilities == 0, 0, values)
+
+
+def finite_peak(peak: jax.Array) -> jax.Array:
+    """Returns what logits are centred on: their maximum, or 0 where that is -inf.
+
+    All logits of a row without any kept class are -inf, and so they stay.
+    """
+    return jnp.where(peak == -jnp.inf, 0, peak)
 
 
 def finite(values: jax.Array) -> jax.Array:

@@ -20,8 +20,8 @@ from jaxsoft._core.temperature_fit import (
 )
 from jaxsoft._core.tokens import token_weights
 from jaxsoft.linear import sharding
-from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import Call, LogitStatistics, MeshAxes, prepare
+from jaxsoft.linear.arguments import Call, KernelLayout, MeshAxes, prepare
+from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
 __all__ = ["linear_fit_temperature"]
 
@@ -120,7 +120,6 @@ def linear_fit_temperature(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        wanted=("mean", "expected"),
     )
     config = dataclasses.replace(call.config, static_tau=None)
     arrays, each = jax.lax.stop_gradient((call.arrays, each))
@@ -131,16 +130,17 @@ def linear_fit_temperature(
 def _fit(config, token_axes, bounds, arrays, weights) -> TemperatureFit:
     def rows(tau: jax.Array) -> RowFit:
         call = Call(config, arrays._replace(tau=tau))
-        return _row_fit(call.run().with_one_label())
+        of_tokens = statistics(call, ("mean", "expected"))
+        return _row_fit(of_tokens.with_one_label())
 
     dtype = dtypes.compute_dtype(arrays.hidden, arrays.kernel)
     return fit_rows(rows, row_weights(weights), bounds, dtype, token_axes)
 
 
-def _row_fit(statistics: LogitStatistics) -> RowFit:
+def _row_fit(of_tokens: LogitStatistics) -> RowFit:
     """Returns the NLL of each token and its slope, 0 for a row without any class."""
-    label, mean, expected = statistics.label, statistics.mean, statistics.expected
+    label, mean, expected = of_tokens.label, of_tokens.mean, of_tokens.expected
     assert label is not None and mean is not None and expected is not None
-    empty = (statistics.max == -jnp.inf) & ~jnp.isnan(label)
-    fit = RowFit(statistics.log_sum - label, label - expected, mean)
+    empty = (of_tokens.max == -jnp.inf) & ~jnp.isnan(label)
+    fit = RowFit(of_tokens.log_sum - label, label - expected, mean)
     return RowFit._make(jnp.where(empty, 0, values) for values in fit)

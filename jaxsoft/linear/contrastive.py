@@ -11,7 +11,8 @@ from jaxsoft._core import checks
 from jaxsoft._core.dtypes import compute_dtype, operand_dtype
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import over_temperature
-from jaxsoft.linear.statistics import prepare
+from jaxsoft.linear.arguments import prepare
+from jaxsoft.linear.folds.statistics import statistics
 
 __all__ = ["clip_loss", "nt_xent", "supervised_contrastive"]
 
@@ -208,7 +209,7 @@ def supervised_contrastive(
     if not count:
         return jnp.zeros((), dtype)
     z = _normalized(z, normalize)
-    statistics = prepare(
+    call = prepare(
         "supervised_contrastive",
         z,
         z,
@@ -218,8 +219,9 @@ def supervised_contrastive(
         precision=precision,
         tile_bytes=tile_bytes,
         implementation=implementation,
-    ).run()
-    tau = statistics.temperature
+    )
+    of_rows = statistics(call)
+    tau = of_rows.temperature
     # z_i · Σ_{p∈P(i)} z_p is a product with the sum of the label's embeddings.
     wide = z.astype(dtype)
     groups = jnp.unique(labels, return_inverse=True, size=count)[1].reshape(count)
@@ -228,9 +230,9 @@ def supervised_contrastive(
     alone = number == 0
     total = jnp.sum(wide * (sums - wide), axis=1)
     mean = total / jnp.where(alone, 1, number)
-    centred = over_temperature(mean - jax.lax.stop_gradient(statistics.max), tau)
+    centred = over_temperature(mean - jax.lax.stop_gradient(of_rows.max), tau)
     # A row alone in the batch has no similarity at all: its maximum is -inf.
-    loss = jnp.where(alone, 0, statistics.log_sum - jnp.where(alone, 0, centred))
+    loss = jnp.where(alone, 0, of_rows.log_sum - jnp.where(alone, 0, centred))
     return jnp.sum(loss) / jnp.maximum(jnp.sum(~alone), 1).astype(dtype)
 
 
@@ -267,7 +269,7 @@ def _normalized(z: jax.Array, normalize: bool) -> jax.Array:
 
 def _log_prob(name, rows, columns, labels, temperature, **options) -> jax.Array:
     """Returns the log-probability of each row's label among all columns."""
-    statistics = prepare(
+    call = prepare(
         name,
         rows,
         columns,
@@ -275,8 +277,8 @@ def _log_prob(name, rows, columns, labels, temperature, **options) -> jax.Array:
         temperature=_scalar(temperature),
         kernel_layout="vh",
         **options,
-    ).run()
-    return statistics.with_one_label().log_prob
+    )
+    return statistics(call).with_one_label().log_prob
 
 
 def _scalar(temperature: ArrayLike) -> ArrayLike:

@@ -9,15 +9,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core import checks
 from jaxsoft._core.divergence_terms import DIVERGENCES, excess
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import is_zero
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.linear import sharding
-from jaxsoft.linear.operands import KernelLayout, Operands
-from jaxsoft.linear.pair import Divergence, Pair, distillation
-from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
+from jaxsoft.linear.arguments import (
+    KernelLayout,
+    MeshAxes,
+    Operands,
+    fold_rows,
+    prepare,
+)
+from jaxsoft.linear.fold import stream
+from jaxsoft.linear.folds.divergence import Divergence, Layers, TwoLayers
+from jaxsoft.linear.folds.statistics import statistics
 
 __all__ = ["linear_distillation", "linear_distillation_top_k"]
 
@@ -169,20 +176,20 @@ def linear_distillation(
     # The gradient of both layers' temperature is that of the student's copy.
     tau = student.arrays.tau
     arrays = arrays._replace(tau=None if tau is None else lax.stop_gradient(tau))
-    pair = Pair(divergence, student.config, teacher.config)
-    loss = _distill(pair, student.arrays, arrays)
+    fold = TwoLayers(student.config, teacher.config, divergence)
+    loss = _distill(fold, student.arrays, arrays)
     return reduce_losses(loss, each, reduction, axes)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _distill(pair: Pair, student: Operands, teacher: Operands) -> jax.Array:
+def _distill(fold: TwoLayers, student: Operands, teacher: Operands) -> jax.Array:
+    """Folds leading axes into rows, computes, and unfolds."""
     rows = student.hidden.shape[:-1]
     if not math.prod(rows):
         return jnp.zeros(rows, jnp.float32)
-    student = fold_rows(pair.student, student)
-    teacher = fold_rows(pair.teacher, teacher)
-    both = mesh_axes.like((student, teacher), (student, teacher))
-    return distillation(pair, *both).reshape(rows)
+    student = fold_rows(fold.config, student)
+    teacher = fold_rows(fold.teacher, teacher)
+    return stream(fold, Layers(student, teacher)).loss.reshape(rows)
 
 
 def linear_distillation_top_k(
@@ -282,7 +289,7 @@ def linear_distillation_top_k(
     other = remaining == "other"
     # A listed class without mass is one of the rest.
     gone = log_p == -jnp.inf
-    statistics = prepare(
+    call = prepare(
         "linear_distillation_top_k",
         hidden,
         kernel,
@@ -296,17 +303,18 @@ def linear_distillation_top_k(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        wanted=("rest",) if other else (),
-    ).run()
-    assert statistics.label is not None
-    dtype = statistics.log_sum.dtype
+    )
+    student_statistics = statistics(call, ("rest",) if other else ())
+    assert student_statistics.label is not None
+    dtype = student_statistics.log_sum.dtype
     log_p = log_p.astype(dtype)
-    log_q = statistics.label - jnp.expand_dims(statistics.log_sum, -1)
+    log_q = student_statistics.label - jnp.expand_dims(student_statistics.log_sum, -1)
     log_q = jnp.where(gone, 0, log_q)
-    tau = jnp.expand_dims(jnp.broadcast_to(statistics.temperature, ids.shape[:-1]), -1)
+    tau = jnp.broadcast_to(student_statistics.temperature, ids.shape[:-1])
+    tau = jnp.expand_dims(tau, -1)
     if other:
-        assert statistics.rest is not None
-        log_rest = statistics.rest - statistics.log_sum
+        assert student_statistics.rest is not None
+        log_rest = student_statistics.rest - student_statistics.log_sum
         loss = _with_rest(log_p, log_q, log_rest, tau)
     else:
         if remaining == "renormalize":
@@ -315,7 +323,7 @@ def linear_distillation_top_k(
         terms = jnp.where(gone, 0, jnp.exp(log_p)) * (log_p - log_q)
         loss = jnp.sum(tau * (tau * terms), axis=-1)
     # A row without any kept class, and a temperature of 0, have no loss.
-    none = (statistics.max == -jnp.inf) | is_zero(tau[..., 0], dtype)
+    none = (student_statistics.max == -jnp.inf) | is_zero(tau[..., 0], dtype)
     loss = jnp.where(none & ~jnp.isnan(loss), 0, loss)
     return reduce_losses(loss, each, reduction, axes)
 

@@ -1,23 +1,25 @@
 """The mean of values under a softmax layer's probabilities, which are never stored."""
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes, noise
-from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core import checks, noise
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import divide_by_temperature, inverse, times
-from jaxsoft.linear import derivative, sharding, xla, xla_backward
-from jaxsoft.linear.folding import Foldable
-from jaxsoft.linear.operands import Config, KernelLayout, Operands, roles_like
-from jaxsoft.linear.statistics import MeshAxes, fold_rows, prepare
+from jaxsoft.linear import sharding
+from jaxsoft.linear.arguments import (
+    KernelLayout,
+    MeshAxes,
+    Operands,
+    fold_rows,
+    prepare,
+)
+from jaxsoft.linear.fold import stream
+from jaxsoft.linear.folds.mixture import Mixed, Mixture
 
 __all__ = ["linear_expected"]
 
@@ -120,11 +122,19 @@ def linear_expected(
         raise ValueError(
             f"`values` must have shape [V, D] with V = {number}, got {values.shape}."
         )
-    return _expected(call.config, bool(hard), rows_over, key, call.arrays, values)
+    fold = Mixture(call.config, bool(hard), values.dtype.name)
+    return _expected(fold, rows_over, key, call.arrays, values)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _expected(config: Config, hard: bool, rows_over, key, arrays, values) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _expected(
+    fold: Mixture,
+    rows_over: tuple[str, ...],
+    key: jax.Array | None,
+    arrays: Operands,
+    values: jax.Array,
+) -> jax.Array:
+    """Folds leading axes into rows, computes, and unfolds."""
     shape = (*arrays.hidden.shape[:-1], values.shape[1])
     count = math.prod(arrays.hidden.shape[:-1])
     if not count or not values.shape[1]:
@@ -132,220 +142,5 @@ def _expected(config: Config, hard: bool, rows_over, key, arrays, values) -> jax
     words = None
     if key is not None:
         words = noise.row_words(key, count, sharding.offset(rows_over, count))
-    mixed = _Mixed(fold_rows(config, arrays), values, words)
-    return _Expected(config, hard)(mesh_axes.like(mixed, mixed)).reshape(shape)
-
-
-class _Mixed(NamedTuple):
-    """The arrays of a call.
-
-    Attributes:
-      operands: those of the logits.
-      values: [V, D].
-      words: [N, 2], see `noise.row_words`; None without noise.
-    """
-
-    operands: Operands
-    values: jax.Array
-    words: jax.Array | None
-
-    def roles(self, config: Config) -> Any:
-        """The roles of the arrays; see `operands.py`."""
-        return roles_like(self, (self.operands.roles(config), "vd", "nj"))
-
-
-class _Saved(NamedTuple):
-    """What the derivative needs of each row.
-
-    Attributes:
-      max: [N] the largest logit, with its noise.
-      total: [N] Σ exp(c).
-      mixture: [N, D] Σ p values, the soft one, in the dtype of the statistics.
-    """
-
-    max: jax.Array
-    total: jax.Array
-    mixture: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Expected(Foldable):
-    """The mixture of each row."""
-
-    config: Config
-    hard: bool
-
-    def call(self, mixed: _Mixed) -> jax.Array:
-        return _forward(self.config, self.hard, mixed)[0]
-
-    def roles(self, mixed: _Mixed) -> Any:
-        return (mixed.roles(self.config),)
-
-    def out_roles(self, *args: Any) -> Any:
-        del args
-        return "nd"
-
-    def differentiable(self, moving: _Mixed) -> Any:
-        wanted = xla_backward.Wanted.of(moving.operands, moving.values)
-        return functools.partial(_differentiable, self.config, self.hard, wanted)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Forward(_Expected):
-    """The mixture and what its derivative needs."""
-
-    def call(self, mixed: _Mixed) -> Any:
-        return _forward(self.config, self.hard, mixed)
-
-    def out_roles(self, *args: Any) -> Any:
-        del args
-        return "nd", _Saved("n", "n", "nd")  # pyright: ignore[reportArgumentType]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Backward(Foldable):
-    """The cotangents that `wanted` names."""
-
-    config: Config
-    wanted: xla_backward.Wanted
-
-    @property
-    def partial(self) -> bool:
-        return True
-
-    def call(self, mixed: _Mixed, saved: _Saved, cotangent: jax.Array) -> Any:
-        return _backward(self.config, mixed, saved, cotangent, self.wanted)
-
-    def roles(self, mixed: _Mixed, saved: _Saved, cotangent: jax.Array) -> Any:
-        del cotangent
-        return mixed.roles(self.config), roles_like(saved, ("n", "n", "nd")), "nd"
-
-    def out_roles(self, *args: Any) -> Any:
-        del args
-        return self.wanted.roles(self.config)
-
-
-def _perturbed(config, tile: xla.Tile, words, first: Any) -> jax.Array:
-    """Returns a tile's logits with their noise."""
-    if words is None:
-        return tile.logits
-    ids = first + tile.start + lax.iota(jnp.int32, tile.logits.shape[1])
-    return tile.logits + noise.paired_gumbel(
-        words, noise.CLASSES, ids, tile.logits.dtype
-    )
-
-
-def _forward(config: Config, hard: bool, mixed: _Mixed) -> tuple[jax.Array, _Saved]:
-    """Folds the tiles into running sums of weights and of weighted values."""
-    operands, values, words = mixed
-    dtype = compute_dtype(operands.hidden, operands.kernel)
-    tiles = xla.tiles_of(config, operands)
-    axes = config.vocab_axes
-    offset = sharding.offset(axes, tiles.classes)
-
-    def start(rows):
-        return (
-            jnp.full((rows, 1), -jnp.inf, dtype),
-            jnp.zeros((rows, 1), dtype),
-            jnp.zeros((rows, values.shape[1]), dtype),
-            jnp.zeros(rows, jnp.int32),
-        )
-
-    def step(part, words, index, carry):
-        largest, total, mixture, best = carry
-        tile = xla.compute_tile(config, part, tiles, index)
-        u = _perturbed(config, tile, words, offset)
-        tau = part.temperature(config)
-        new = jnp.maximum(largest, jnp.max(u, axis=1, keepdims=True))
-        peak = jnp.where(new == -jnp.inf, 0, new)
-        weights = jnp.exp(divide_by_temperature(u, peak, tau))
-        back = jnp.exp(divide_by_temperature(largest, peak, tau))
-        rows = lax.dynamic_slice_in_dim(values, tile.start, u.shape[1])
-        more = xla.dot(
-            weights.astype(values.dtype), rows, (1, 0), config.precision, dtype
-        )
-        top = tile.start + lax.argmax(u, 1, jnp.int32)
-        best = jnp.where((new > largest)[:, 0], top, best)
-        total = total * back + jnp.sum(weights, axis=1, keepdims=True)
-        return new, total, mixture * back + more, best
-
-    carry = xla.fold(config, operands, start, step, words, tiles)
-    largest, total, mixture, best = carry
-    tau = operands.temperature(config)
-    top = sharding.maximum(largest, axes)
-    peak = jnp.where(top == -jnp.inf, 0, top)
-    back = jnp.exp(divide_by_temperature(largest, peak, tau))
-    sums = {"total": total * back, "mixture": mixture * back}
-    if hard:
-        # One class a row: the lowest of those that reach the maximum.
-        reached = (largest == top)[:, 0]
-        none = jnp.iinfo(jnp.int32).max
-        first = sharding.lowest(jnp.where(reached, offset + best, none), axes)
-        ours = reached & (offset + best == first) & (largest[:, 0] > -jnp.inf)
-        picked = jnp.take(values, best, axis=0, mode="clip").astype(dtype)
-        sums["picked"] = jnp.where(ours[:, None], picked, 0)
-    sums = sharding.add(sums, axes)
-    total = jnp.where(sums["total"] == 0, 1, sums["total"])
-    mixture = sums["mixture"] / total
-    out = sums["picked"] if hard else mixture
-    return out.astype(values.dtype), _Saved(top[:, 0], total[:, 0], mixture)
-
-
-def _backward(config, mixed: _Mixed, saved: _Saved, cotangent, wanted) -> Any:
-    """Returns gradients: `d u_v = p_v (g·values_v - g·mixture) / τ`."""
-    operands, values, words = mixed
-    dtype = saved.max.dtype
-    axes = config.vocab_axes
-    offset = sharding.offset(axes, operands.num_classes(config))
-    mean = jnp.sum(cotangent.astype(dtype) * saved.mixture, axis=1)
-    rows = (words, saved.max, saved.total, mean, cotangent.astype(values.dtype))
-
-    def share(part, part_rows, tile, _):
-        words, largest, total, mean, cotangent = part_rows
-        u = _perturbed(config, tile, words, offset)
-        tau = part.temperature(config)
-        peak = jnp.where(largest == -jnp.inf, 0, largest)[:, None]
-        c = divide_by_temperature(u, peak, tau)
-        p = jnp.exp(c) / total[:, None]
-        rows = lax.dynamic_slice_in_dim(values, tile.start, u.shape[1])
-        gain = xla.dot(cotangent, rows, (1, 1), config.precision, dtype)
-        d = p * (gain - mean[:, None])
-        moments = jnp.sum(times(d, c), axis=1, keepdims=True) if wanted.tau else None
-        mix = (p, cotangent) if wanted.values else None
-        return xla_backward.Share(d * inverse(tau, dtype), moments, mix)
-
-    gradients, moments = xla_backward.accumulate(
-        config, operands, wanted, share, rows, values=values
-    )
-    if moments is not None:
-        scale = inverse(operands.temperature(config), dtype)
-        gradients = gradients._replace(tau=-(moments * scale)[:, 0])
-    return gradients
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _differentiable(config, hard, wanted, mixed: _Mixed) -> jax.Array:
-    del wanted
-    return _Forward(config, hard)(mixed)[0]
-
-
-def _fwd(config, hard, wanted, primals):
-    del wanted
-    mixed = derivative.values(primals)
-    out, saved = _Forward(config, hard)(mixed)
-    return out, (mixed, saved)
-
-
-def _bwd(config, hard, wanted, residuals, cotangent):
-    del hard
-    mixed, saved = residuals
-    cotangent = derivative.nonzero(cotangent)
-    if cotangent is None:
-        none = Operands._make([None] * len(mixed.operands))
-        return (_Mixed(none, None, None),)  # pyright: ignore[reportArgumentType]
-    saved, cotangent = mesh_axes.like((saved, cotangent), mixed)
-    out = _Backward(config, wanted)(mixed, saved, cotangent)
-    return (_Mixed(out.of_operands(), out.values, None),)
-
-
-_differentiable.defvjp(_fwd, _bwd, symbolic_zeros=True)
+    mixed = Mixed(fold_rows(fold.config, arrays), values, words)
+    return stream(fold, mixed).mixture.reshape(shape)

@@ -8,8 +8,8 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core.registry import Implementation
 from jaxsoft.linear import sharding
-from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import MeshAxes, prepare
+from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
+from jaxsoft.linear.folds.statistics import statistics
 
 __all__ = ["linear_log_prob", "linear_log_prob_at"]
 
@@ -95,27 +95,23 @@ def linear_log_prob(
       Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
     """
     sharding.check_axes("token_axes", token_axes)
-    statistics = (
-        prepare(
-            "linear_log_prob",
-            hidden,
-            kernel,
-            labels,
-            bias=bias,
-            temperature=temperature,
-            logit_softcap=logit_softcap,
-            class_mask=class_mask,
-            kernel_layout=kernel_layout,
-            precision=precision,
-            vocab_axis=vocab_axis,
-            tile_bytes=tile_bytes,
-            implementation=implementation,
-            wanted=("expected",),
-        )
-        .run()
-        .with_one_label()
+    call = prepare(
+        "linear_log_prob",
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        class_mask=class_mask,
+        kernel_layout=kernel_layout,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        tile_bytes=tile_bytes,
+        implementation=implementation,
     )
-    return statistics.log_prob, statistics.entropy
+    of_tokens = statistics(call, ("expected",)).with_one_label()
+    return of_tokens.log_prob, of_tokens.entropy
 
 
 def linear_log_prob_at(
@@ -183,7 +179,7 @@ def linear_log_prob_at(
       arXiv:2411.09009.
     """
     sharding.check_axes("token_axes", token_axes)
-    statistics = prepare(
+    call = prepare(
         "linear_log_prob_at",
         hidden,
         kernel,
@@ -197,6 +193,7 @@ def linear_log_prob_at(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-    ).run()
-    assert statistics.label is not None
-    return statistics.label - jnp.expand_dims(statistics.log_sum, -1)
+    )
+    of_tokens = statistics(call)
+    assert of_tokens.label is not None
+    return of_tokens.label - jnp.expand_dims(of_tokens.log_sum, -1)

@@ -10,8 +10,8 @@ from jaxsoft._core import checks
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.linear import sharding
-from jaxsoft.linear.operands import KernelLayout
-from jaxsoft.linear.statistics import LogitStatistics, MeshAxes, prepare
+from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
+from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
 __all__ = ["linear_cross_entropy"]
 
@@ -129,7 +129,6 @@ def linear_cross_entropy(
         live = each != 0
         hidden = jnp.where(live[..., None], hidden, 0)
         labels = jnp.where(live, labels, 0)
-    wanted = ("mean",) if smoothing else ()
     call = prepare(
         "linear_cross_entropy",
         hidden,
@@ -144,12 +143,13 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis,
         tile_bytes=tile_bytes,
         implementation=implementation,
-        wanted=("mean", "expected") if return_statistics else wanted,
     )
-    statistics = call.run().with_one_label()
-    loss = _token_loss(statistics, smoothing, z_weight)
+    wanted = ("mean",) if smoothing else ()
+    of_tokens = statistics(call, ("mean", "expected") if return_statistics else wanted)
+    of_tokens = of_tokens.with_one_label()
+    loss = _token_loss(of_tokens, smoothing, z_weight)
     loss = reduce_losses(loss, each, reduction, axes)
-    return (loss, statistics) if return_statistics else loss
+    return (loss, of_tokens) if return_statistics else loss
 
 
 def _token_loss(

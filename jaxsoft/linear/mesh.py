@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsoft.linear import sharding
-from jaxsoft.linear.statistics import MeshAxes
+from jaxsoft.linear.arguments import MeshAxes
 
 __all__ = ["over_mesh"]
 

@@ -1,11 +1,13 @@
 """The definition of the statistics, from stored logits; differentiated by JAX."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 
 from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature
-from jaxsoft.linear.operands import Config, Fields, Operands
+from jaxsoft._core.temperature import divide_by_temperature, finite_peak
+from jaxsoft.linear.arguments import Config, Operands
 
 __all__ = ["logits", "statistics"]
 
@@ -35,33 +37,35 @@ def logits(config: Config, operands: Operands) -> jax.Array:
     return u
 
 
-def statistics(config: Config, operands: Operands) -> Fields:
-    """Returns the wanted statistics of every row."""
+def statistics(
+    config: Config, operands: Operands, wanted: Collection[str]
+) -> dict[str, jax.Array]:
+    """Returns the largest logit, log-sum and wanted statistics of every row by name."""
     u = logits(config, operands)
     kept = u != -jnp.inf
     largest = jax.lax.stop_gradient(jnp.max(u, axis=1, keepdims=True))
-    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    peak = finite_peak(largest)
     c = divide_by_temperature(u, peak, operands.temperature(config))
     weights = jnp.exp(c)
     total = jnp.sum(weights, axis=1, keepdims=True)
     total = jnp.where(largest == -jnp.inf, 1, total)
-    label = mean = expected = argmax = None
+    fields = {"max": largest[:, 0], "log_sum": jnp.log(total)[:, 0]}
     if operands.labels is not None:
         classes = jnp.arange(u.shape[1], dtype=jnp.int32)
         is_label = operands.labels[..., None] == classes[None, None]
-        label = jnp.sum(jnp.where(is_label, c[:, None], 0), axis=2)
-    if config.mean:
+        fields["label"] = jnp.sum(jnp.where(is_label, c[:, None], 0), axis=2)
+    if "mean" in wanted:
         number = jnp.maximum(jnp.sum(kept, axis=1), 1)
-        mean = jnp.sum(jnp.where(kept, c, 0), axis=1) / number.astype(c.dtype)
-    if config.expected:
+        total_c = jnp.sum(jnp.where(kept, c, 0), axis=1)
+        fields["mean"] = total_c / number.astype(c.dtype)
+    if "expected" in wanted:
         finite = jnp.where(weights == 0, 0, c)
-        expected = jnp.sum(weights / total * finite, axis=1)
-    if config.argmax:
-        argmax = jnp.argmax(u, axis=1).astype(jnp.int32)
-    rest = None
-    if config.rest and operands.labels is not None:
+        fields["expected"] = jnp.sum(weights / total * finite, axis=1)
+    if "argmax" in wanted:
+        fields["argmax"] = jnp.argmax(u, axis=1).astype(jnp.int32)
+    if "rest" in wanted and operands.labels is not None:
         classes = jnp.arange(u.shape[1], dtype=jnp.int32)[None, None]
         listed = jnp.any(operands.labels[..., None] == classes, axis=1)
-        rest = jnp.log(jnp.sum(jnp.where(listed, 0, weights), axis=1))
-    log_sum = jnp.log(total)[:, 0]
-    return Fields(largest[:, 0], log_sum, label, mean, expected, argmax, rest)
+        remaining = jnp.sum(jnp.where(listed, 0, weights), axis=1)
+        fields["rest"] = jnp.log(remaining)
+    return fields

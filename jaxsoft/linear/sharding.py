@@ -5,25 +5,23 @@ no axes every function here is the identity.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core import mesh_axes
-from jaxsoft.linear.operands import Config, Operands
 
 __all__ = [
     "Classes",
     "add",
     "check_axes",
-    "local_classes",
     "lowest",
     "lowest_argmax",
     "maximum",
     "names",
-    "num_classes",
     "offset",
     "once",
     "size",
@@ -44,14 +42,14 @@ class Classes(NamedTuple):
     number: int
 
 
-def names(value: Any) -> Axes:
+def names(value: "str | Sequence[str] | Classes | None") -> Axes:
     """Returns mesh axes, given as one or several, as a tuple."""
     if isinstance(value, Classes):
         return value.axes
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
-def check_axes(name: str, value: Any) -> Axes:
+def check_axes(name: str, value: "str | Sequence[str] | Classes | None") -> Axes:
     """Returns mesh axes as a tuple, which must be those of an enclosing shard_map."""
     axes = names(value)
     for axis in axes:
@@ -75,13 +73,6 @@ def check_axes(name: str, value: Any) -> Axes:
 def size(axes: Axes) -> int:
     """Returns the number of shards."""
     return math.prod(lax.axis_size(axis) for axis in axes)
-
-
-def num_classes(config: Config, operands: Operands) -> int:
-    """Returns V, of all shards and without padding."""
-    if config.total_classes is not None:
-        return config.total_classes
-    return operands.num_classes(config) * size(config.vocab_axes)
 
 
 def offset(axes: Axes, number: int) -> jax.Array | int:
@@ -116,31 +107,20 @@ def once(values: jax.Array, axes: Axes) -> jax.Array:
     return jnp.where(lax.axis_index(axes) == 0, values, 0)
 
 
-def local_classes(config: Config, operands: Operands) -> Operands:
-    """Returns operands whose class ids count from this shard's first class."""
-    if not config.vocab_axes:
-        return operands
-    number = operands.num_classes(config)
-    start = offset(config.vocab_axes, number)
+def lowest_argmax(
+    argmax: jax.Array, reached: jax.Array, number: int, axes: Axes
+) -> jax.Array:
+    """Returns the lowest class, of all shards, whose logit is the largest.
 
-    def localize(classes):
-        if classes is None:
-            return None
-        ours = (classes >= start) & (classes < start + number)
-        return jnp.where(ours, classes - start, -1)
-
-    return operands._replace(
-        labels=localize(operands.labels), excluded=localize(operands.excluded)
-    )
-
-
-def lowest_argmax(config: Config, operands: Operands, running: Any, largest: jax.Array):
-    """Returns the lowest class, of all shards, whose logit is the largest."""
-    if not config.vocab_axes:
-        return running.argmax
-    number = operands.num_classes(config)
-    best = running.argmax + offset(config.vocab_axes, number)
+    Args:
+      argmax: the class of this shard with its largest logit, counted from its first.
+      reached: whether that is the largest logit of all shards.
+      number: of the classes of a shard.
+      axes: the mesh axes of the classes.
+    """
+    if not axes:
+        return argmax
     none = jnp.iinfo(jnp.int32).max
-    best = lowest(jnp.where(running.max == largest, best, none), config.vocab_axes)
+    best = lowest(jnp.where(reached, argmax + offset(axes, number), none), axes)
     # NaN logits equal no maximum.
     return jnp.where(best == none, 0, best)

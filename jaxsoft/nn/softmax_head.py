@@ -11,10 +11,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks, dtypes
 from jaxsoft._core.registry import Implementation
+from jaxsoft.linear.arguments import MeshAxes
 from jaxsoft.linear.log_probs import linear_log_prob
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.sampling import linear_sample
-from jaxsoft.linear.statistics import MeshAxes
 from jaxsoft.linear.top_k import linear_top_k
 from jaxsoft.nn import arguments
 

@@ -20,7 +20,7 @@ from jaxsoft._core.temperature import is_zero, over_temperature
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.hierarchical.layer import products_of_rows
 from jaxsoft.hierarchical.same_rows import take_rows
-from jaxsoft.linear.operands import KernelLayout
+from jaxsoft.linear.arguments import KernelLayout
 
 __all__ = ["ClassSampler", "Sampler", "sampled_softmax_loss"]
 

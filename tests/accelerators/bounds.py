@@ -12,7 +12,8 @@ from typing import Any
 
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS
-from jaxsoft.linear import tiling
+from jaxsoft.linear.arguments import default_tile_bytes
+from jaxsoft.linear.tiles import choose
 from tests.accelerators.compiling import MIB, NEWER, results
 from tests.accelerators.functions import SLOW, names_of, shapes_of
 
@@ -48,8 +49,8 @@ class Sizes:
     def of(cls, shapes: Shapes, tpu: bool) -> "Sizes":
         """Returns the sizes at shapes."""
         rows, features, classes = shapes.tokens, shapes.hidden, shapes.vocabulary
-        budget = tiling.default_tile_bytes(2 * features * (rows + classes))
-        tiles = tiling.choose(rows, classes, 4, budget, 1, 2 * features)
+        budget = default_tile_bytes(2 * features * (rows + classes))
+        tiles = choose(rows, classes, 4, budget, 1, 2 * features)
         return cls(
             rows,
             4 * rows * classes,

@@ -13,14 +13,15 @@ import pytest
 from jaxsoft import linear_cross_entropy, linear_log_prob, linear_statistics
 from jaxsoft._core.registry import Gpu
 from jaxsoft.kernels import nvidia
-from jaxsoft.kernels.layer.mosaic_gpu import call as mosaic_gpu
 from jaxsoft.kernels.layer.mosaic_gpu import hopper
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
-from jaxsoft.linear import running, tiling, xla
-from jaxsoft.linear.operands import Config, Operands
+from jaxsoft.linear.arguments import Config, Operands
+from jaxsoft.linear.folds.statistics import Statistics
+from jaxsoft.linear.tiles import Tiling, compute_tile
 from tests.kernels.interpreters import gpu_interpreter
 from tests.linear import cases
 
+WANTED = frozenset({"label", "mean", "expected", "argmax"})
 FIELDS = ("max", "log_sum", "label", "mean", "expected")
 # One of each kind: limits, both sides of 1, where a difference overflows, NaN.
 TAUS = [0.0, np.inf, 1e-40, 1.2e-38, 1e-3, 0.7, 1.0, 3.0, 1e38, -1.0, 0.3, 2.0, 5.0]
@@ -265,17 +266,14 @@ def test_what_surrounds_the_kernel(monkeypatch, layout, classes, taus):
         softcap=4.0,
         precision=None,
         tile_bytes=2**20,
-        mean=True,
-        expected=True,
-        argmax=True,
-        rest=False,
         implementation="mosaic_gpu",
     )
     mask = (jnp.arange(classes) % 5 != 3) if classes > 16 else None
     bias = jnp.linspace(-1, 1, classes, dtype=jnp.bfloat16)
     operands = Operands(hidden, kernel, bias, tau, labels[:, None], mask)
-    got = jax.jit(mosaic_gpu.forward, static_argnums=0)(config, operands)
-    expected = jax.jit(xla.forward, static_argnums=0)(config, operands)
+    fold = Statistics(config, WANTED)
+    got = jax.jit(fold.forward)(operands)
+    expected = jax.jit(fold.by("xla").forward)(operands)
     np.testing.assert_array_equal(got.fields.argmax, expected.fields.argmax)
     np.testing.assert_array_equal(got.number, expected.number)
     for name in FIELDS:
@@ -287,7 +285,7 @@ def test_parts_join_as_tiles_merge():
     """A part without classes, and one whose maximum ties with another's."""
     hidden, kernel, labels = cases.layer(7, 8, 48)
     kernel = kernel.at[:, 32:].set(kernel[:, :16])
-    config = Config("hv", 0.7, None, None, 2**20, True, True, True, False, "xla")
+    fold = Statistics(Config("hv", 0.7, None, None, 2**20, "xla"), WANTED)
     mask = jnp.arange(48) // 16 != 1
     whole = Operands(hidden, kernel, None, None, labels[:, None], mask)
     parts = []
@@ -298,14 +296,12 @@ def test_parts_join_as_tiles_merge():
             class_mask=mask[first : first + 16],
             labels=jnp.where(inside, labels - first, -1)[:, None],
         )
-        tile = xla.compute_tile(config, part, tiling.Tiling(7, 16, 7, 16), 0)
-        start = running.start(config, 7, 1, hidden.dtype)
-        found = running.merge(0.7, start, tile)
-        assert found.argmax is not None
-        parts.append(found._replace(argmax=found.argmax + first))
-    joined = running.join(0.7, jax.tree.map(lambda *a: jnp.stack(a), *parts))
-    got = running.finish(config, whole, joined)
-    expected = xla.forward(config, whole)
+        tile = compute_tile(fold.config, part, Tiling(7, 16, 7, 16), 0)
+        columns = fold.merge(fold.start(7, part), tile, 0.7)
+        parts.append(columns | {"argmax": columns["argmax"] + first})
+    joined = fold.join(jax.tree.map(lambda *a: jnp.stack(a), *parts), 0.7)
+    got = fold.finish(joined, whole)
+    expected = fold.forward(whole)
     for mine, theirs in zip(
         jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
     ):

@@ -1,7 +1,5 @@
 """Samples by the Mosaic GPU kernels: those of XLA's loops, from what groups come to."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +10,16 @@ from jaxsoft._core import noise
 from jaxsoft.kernels.layer.mosaic_gpu import hopper
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
 from jaxsoft.kernels.layer.mosaic_gpu import sample as mosaic_gpu_sample
-from jaxsoft.linear import sampling
-from jaxsoft.linear.operands import Config, Operands
+from jaxsoft.linear.arguments import Config, Operands
+from jaxsoft.linear.folds.draw import Draw, Drawing
 from tests.kernels.interpreters import gpu_interpreter
-from tests.kernels.test_mosaic_gpu import TAUS, layer, logits_of
+from tests.kernels.test_mosaic_gpu import (  # noqa: F401
+    TAUS,
+    chip,
+    layer,
+    logits_of,
+    small_tiles,
+)
 
 
 def test_kernels_draw_what_loops_draw(small_tiles, chip):  # noqa: F811
@@ -82,10 +86,6 @@ def test_what_surrounds_the_kernel(monkeypatch, layout, classes, tau):
         softcap=4.0,
         precision=None,
         tile_bytes=2**20,
-        mean=False,
-        expected=False,
-        argmax=False,
-        rest=False,
         implementation="mosaic_gpu",
     )
     mask = (jnp.arange(classes) % 5 != 3) if classes > 16 else None
@@ -99,10 +99,10 @@ def test_what_surrounds_the_kernel(monkeypatch, layout, classes, tau):
         mask,
     )
     words = noise.row_words(jax.random.key(1), rows)
-    run = functools.partial(jax.jit, static_argnums=0)
-    drawn = run(mosaic_gpu_sample.sample)(config, operands, words)
-    expected = run(sampling._sample_rows)(config, operands, words)
-    drawn, expected = np.asarray(drawn), np.asarray(expected)
+    drawing, fold = Drawing(operands, words), Draw(config)
+    drawn = jax.jit(mosaic_gpu_sample.sample, static_argnums=0)(fold, drawing)
+    expected = jax.jit(lambda d: fold.by("xla").compute(d))(drawing)
+    drawn, expected = np.asarray(drawn.class_id), np.asarray(expected.class_id)
     # Two ways to round a sum may tell a row's classes apart in a tie.
     assert (drawn != expected).sum() <= 1
     assert drawn[7] == -1 and (tau is None or (drawn >= 0).sum() == rows - 1)

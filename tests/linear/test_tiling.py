@@ -4,7 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxsoft.linear import tiling
+from jaxsoft.linear.arguments import default_tile_bytes
+from jaxsoft.linear.tiles import Tiling, choose
 
 SIZES = st.integers(1, 300_000)
 
@@ -12,7 +13,7 @@ SIZES = st.integers(1, 300_000)
 @given(SIZES, SIZES, st.sampled_from([4, 8]), st.integers(1, 2**28))
 @example(17, 73, 4, 4608)
 def test_tiles_cover_the_matrix_within_the_budget(rows, classes, itemsize, budget):
-    tiles = tiling.choose(rows, classes, itemsize, budget)
+    tiles = choose(rows, classes, itemsize, budget)
     assert (tiles.row_blocks - 1) * tiles.block_rows < rows
     assert (tiles.class_blocks - 1) * tiles.block_classes < classes
     assert tiles.row_blocks * tiles.block_rows >= rows
@@ -30,7 +31,7 @@ def test_tiles_cover_the_matrix_within_the_budget(rows, classes, itemsize, budge
     ],
 )
 def test_choices_at_known_shapes(rows, classes, budget, expected):
-    tiles = tiling.choose(rows, classes, 4, budget)
+    tiles = choose(rows, classes, 4, budget)
     assert (tiles.block_rows, tiles.block_classes) == expected
 
 
@@ -47,7 +48,7 @@ def test_choices_at_known_shapes(rows, classes, budget, expected):
     ],
 )
 def test_slices_of_the_kernel_stay_small(rows, column, expected):
-    tiles = tiling.choose(rows, 128256, 4, 2**25, column_bytes=column)
+    tiles = choose(rows, 128256, 4, 2**25, column_bytes=column)
     assert (tiles.block_rows, tiles.block_classes) == expected
     if tiles.class_blocks > 1:
         assert tiles.block_classes * column <= max(2 * 2**25, 512 * column)
@@ -55,12 +56,12 @@ def test_slices_of_the_kernel_stay_small(rows, column, expected):
 
 def test_impossible_tiles_are_refused():
     with pytest.raises(ValueError, match="`block_rows` must lie in"):
-        tiling.Tiling(4, 4, 5, 1)
+        Tiling(4, 4, 5, 1)
     with pytest.raises(ValueError, match="`block_classes` must lie in"):
-        tiling.Tiling(4, 4, 1, 0)
+        Tiling(4, 4, 1, 0)
 
 
 def test_default_budget_is_bounded():
-    assert tiling.default_tile_bytes(0) == 4 * 2**20
-    assert tiling.default_tile_bytes(2**27) == 2**23
-    assert tiling.default_tile_bytes(2**40) == 32 * 2**20
+    assert default_tile_bytes(0) == 4 * 2**20
+    assert default_tile_bytes(2**27) == 2**23
+    assert default_tile_bytes(2**40) == 32 * 2**20

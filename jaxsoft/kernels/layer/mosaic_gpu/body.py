@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft.kernels.layer.mosaic_gpu import merge as merging
+from jaxsoft.kernels.layer.mosaic_gpu.merge import Running
 from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP, Inputs, Partials, Plan
-from jaxsoft.linear.running import Running
 
 __all__ = [
     "Place",

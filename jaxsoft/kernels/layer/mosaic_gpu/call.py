@@ -3,13 +3,13 @@
 One launch gives the statistics of every row in every split of the classes; they merge
 as tiles do. What the kernel cannot read is taken apart: the last classes of a kernel
 [V, H] whose V is no multiple of 8 are one tile in plain XLA, at most 7 columns. The
-derivative is that of `statistics_backward.py`, and forward mode over it XLA's.
+derivative is that of `Statistics`, and forward mode over it XLA's.
 
 Not yet measured on any GPU, hence no function's default.
 """
 
 import math
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,9 @@ from jaxsoft._core.registry import Gpu
 from jaxsoft.kernels import nvidia
 from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
-from jaxsoft.linear import running, sharding, tiling, xla
-from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.linear.running import Running, Saved
-from jaxsoft.linear.tile import Tile
+from jaxsoft.linear.arguments import Config, Operands
+from jaxsoft.linear.folds.statistics import Columns, Saved, Statistics
+from jaxsoft.linear.tiles import Tile, Tiling, compute_tile
 
 __all__ = ["forward", "groups"]
 
@@ -36,11 +35,11 @@ _ROWS = 8
 _NARROWEST = 16
 
 
-def forward(config: Config, operands: Operands) -> Saved:
+def forward(fold: Statistics, operands: Operands) -> Saved:
     """Returns the statistics of every row.
 
     Args:
-      config: what is known at trace time.
+      fold: which statistics, and what is known of the layer at trace time.
       operands: the arrays.
 
     Returns:
@@ -50,19 +49,19 @@ def forward(config: Config, operands: Operands) -> Saved:
       NotImplementedError: for what the kernels do not have.
       ImportError: without absl-py, which Pallas imports.
     """
-    local = sharding.local_classes(config, operands)
+    config, local = fold.config, fold.local(operands)
     chip = _check(config, local)
     of_kernel, of_tail, aligned = _cut(config, local)
     parts = []
     if of_kernel is not None:
-        plan, found = _launch(config, of_kernel, chip)
-        parts.append(_running(plan, local.hidden.shape[0], found))
+        plan, found = _launch(config, of_kernel, chip, fold.wanted)
+        parts.append(_columns(plan, local.hidden.shape[0], found))
     if of_tail is not None:
-        tail = _of_tail(config, of_tail, aligned)
-        parts.append(jax.tree.map(lambda a: a[None], tail))
-    merged = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-    joined = running.join(local.temperature(config), merged)
-    return running.finish(config, local, joined)
+        tail = _of_tail(fold, of_tail, aligned)
+        parts.append({name: a[None] for name, a in tail.items()})
+    columns = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    joined = fold.join(columns, local.temperature(config))
+    return fold.finish(joined, local)
 
 
 def groups(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
@@ -167,25 +166,28 @@ def _classes(config: Config, operands: Operands, start: int, stop: int) -> Opera
     )
 
 
-def _of_tail(config: Config, operands: Operands, first: int) -> Running:
+def _of_tail(fold: Statistics, operands: Operands, first: int) -> Columns:
     """Returns the statistics of a few classes, as one tile in plain XLA."""
-    rows, tile = operands.hidden.shape[0], _tail_logits(config, operands)
-    labels = None if operands.labels is None else operands.labels.shape[1]
-    start = running.start(config, rows, labels, jnp.dtype(jnp.float32))
-    found = running.merge(operands.temperature(config), start, tile)
-    if found.argmax is not None:
-        found = found._replace(argmax=found.argmax + first)
-    return found
+    tile = _tail_logits(fold.config, operands)
+    start = fold.start(operands.hidden.shape[0], operands)
+    columns = fold.merge(start, tile, operands.temperature(fold.config))
+    if "argmax" in columns:
+        columns["argmax"] = columns["argmax"] + first
+    return columns
 
 
 def _tail_logits(config: Config, operands: Operands) -> Tile:
     rows, classes = operands.hidden.shape[0], operands.num_classes(config)
-    tiles = tiling.Tiling(rows, classes, rows, classes)
-    return xla.compute_tile(config, operands, tiles, 0)
+    tiles = Tiling(rows, classes, rows, classes)
+    return compute_tile(config, operands, tiles, 0)
 
 
 def _launch(
-    config: Config, operands: Operands, chip: Gpu, groups: bool = False
+    config: Config,
+    operands: Operands,
+    chip: Gpu,
+    wanted: Collection[str] = (),
+    groups: bool = False,
 ) -> tuple[planning.Plan, planning.Partials]:
     """Returns what the kernel was asked for, and what it wrote."""
     (rows, features), classes = operands.hidden.shape, operands.num_classes(config)
@@ -209,9 +211,9 @@ def _launch(
         scale=scale,
         factor=factor,
         labels=operands.labels is not None,
-        mean=config.mean,
-        expected=config.expected,
-        argmax=config.argmax,
+        mean="mean" in wanted,
+        expected="expected" in wanted,
+        argmax="argmax" in wanted,
         groups=groups,
     )
     labels = operands.labels
@@ -228,16 +230,15 @@ def _launch(
     return plan, mesh_axes.like(kernel.run(plan, inputs), operands)
 
 
-def _running(plan: planning.Plan, rows: int, found: planning.Partials) -> Running:
-    """Returns what the kernel wrote as running statistics, [splits, N, 1] each."""
-    fields: dict[str, Any] = dict.fromkeys(Running._fields)
-    fields |= dict(zip(plan.floats, found.floats, strict=True))
+def _columns(plan: planning.Plan, rows: int, found: planning.Partials) -> Columns:
+    """Returns what the kernel wrote as columns of `Statistics`, [splits, N, 1] each."""
+    columns = dict(zip(plan.floats, found.floats, strict=True))
     if found.integers is not None:
-        fields |= dict(zip(plan.integers, found.integers, strict=True))
+        columns |= zip(plan.integers, found.integers, strict=True)
     if plan.expected:
         # c was in base 2.
-        fields["weighted"] *= math.log(2)
-    return jax.tree.map(lambda a: a[:, :rows, None], Running(**fields))
+        columns["weighted"] *= math.log(2)
+    return {name: a[:, :rows, None] for name, a in columns.items()}
 
 
 def _bias(plan: planning.Plan, operands: Operands) -> jax.Array | None:

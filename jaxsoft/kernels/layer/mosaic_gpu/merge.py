@@ -1,6 +1,6 @@
 """Tiles of logits merged into running statistics, inside a Mosaic GPU kernel.
 
-As `running.merge`, but in the registers of a warpgroup, whose threads share the rows
+As `Statistics.merge`, but in the registers of a warpgroup, whose threads share the rows
 of an accumulator as the matrix unit leaves them: the columns of a tile are first folded
 into a few that need nothing of other threads, which then meet once a tile.
 """
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP, Plan
-from jaxsoft.linear.running import Running
 
 __all__ = [
     "CHUNK",
     "Row",
+    "Running",
     "columns",
     "groups",
     "iota",
@@ -37,6 +37,21 @@ _NO_COLUMN = 2**30
 # tanh(x) = x + x³ P(x²) below _SMALL; from a least-squares fit of relative errors.
 _SMALL = 0.55
 _TANH = (-0.333333147, 0.133324806, -0.0538405286, 0.021020595, -0.00619878127)
+
+
+class Running(NamedTuple):
+    """Statistics of the tiles so far, by the names of `Statistics`; None if not wanted.
+
+    All are [R] in a kernel, float32 but for the integers `number` and `argmax`.
+    """
+
+    max: jax.Array
+    sum: jax.Array
+    label: jax.Array | None
+    gap: jax.Array | None
+    number: jax.Array | None
+    weighted: jax.Array | None
+    argmax: jax.Array | None
 
 
 class Row(NamedTuple):
@@ -79,7 +94,6 @@ def start(plan: Plan) -> Running:
         number=full(0, jnp.int32) if plan.mean else None,
         weighted=full(0) if plan.expected else None,
         argmax=full(0, jnp.int32) if plan.argmax else None,
-        rest=None,
     )
 
 
@@ -101,7 +115,7 @@ def merge(first, chunks, running: Running, row: Row) -> Running:
     peak = jnp.where(new == -jnp.inf, 0.0, new)
     back = row.centred(running.max, peak)
     rescale = jnp.exp2(back)
-    _, total, label, gap, number, weighted, argmax, _ = running
+    _, total, label, gap, number, weighted, argmax = running
     if argmax is not None:
         lowest = _lowest(chunks, tile_max, row.layout) + first
         argmax = jnp.where(tile_max > running.max, lowest, argmax)
@@ -117,7 +131,7 @@ def merge(first, chunks, running: Running, row: Row) -> Running:
         moved = weighted + total * jnp.maximum(back, _LOWEST)
         weighted = rescale * moved + terms.sum(axis=1)
     total = rescale * total + sums.sum(axis=1)
-    return Running(new, total, label, gap, number, weighted, argmax, None)
+    return Running(new, total, label, gap, number, weighted, argmax)
 
 
 def groups(chunks, row: Row) -> list[tuple[jax.Array, jax.Array]]:

@@ -18,8 +18,9 @@ from jaxsoft._core.dtypes import compute_dtype
 from jaxsoft._core.temperature import divide_by_temperature, is_zero
 from jaxsoft.kernels.layer.mosaic_gpu import call as mosaic_gpu
 from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP
-from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.linear.tile import capped
+from jaxsoft.linear.arguments import Config, Operands
+from jaxsoft.linear.folds.draw import Draw, Drawing, Drawn
+from jaxsoft.linear.tiles import capped
 
 __all__ = ["sample"]
 
@@ -27,21 +28,21 @@ __all__ = ["sample"]
 _ROWS = 128
 
 
-def sample(config: Config, operands: Operands, words: jax.Array) -> jax.Array:
+def sample(fold: Draw, drawing: Drawing) -> Drawn:
     """Draws a class for each row.
 
     Args:
-      config: what is known at trace time.
-      operands: the arrays.
-      words: [N, 2], see `noise.row_words`.
+      fold: what is known of the layer at trace time.
+      drawing: the arrays.
 
     Returns:
-      [N] int32; -1 for a row without any kept class, or with a NaN.
+      The classes; -1 for a row without any kept class, or with a NaN.
 
     Raises:
       NotImplementedError: for what the kernels do not have.
       ImportError: without absl-py, which Pallas imports.
     """
+    config, (operands, words) = fold.config, drawing
     if config.vocab_axes:
         raise NotImplementedError(
             '`implementation` must be None or "xla" with sharded classes for '
@@ -81,7 +82,7 @@ def sample(config: Config, operands: Operands, words: jax.Array) -> jax.Array:
     found, _ = block_sampling.invert_once(at.order(weights), target)
     class_id = group * GROUP + at.column(found, GROUP)
     lost = jnp.isnan(largest[:, 0]) | jnp.isnan(score) | (score == -jnp.inf)
-    return jnp.where(lost, -1, class_id)
+    return Drawn(jnp.where(lost, -1, class_id))
 
 
 def _of_blocks(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:

@@ -31,15 +31,11 @@ from jaxsoft.kernels.layer.mosaic_tpu.blocks import (
     choose_backward,
 )
 from jaxsoft.kernels.layer.mosaic_tpu.tile import Inputs, Problem
-from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.linear.statistics_backward import Rows, statistics_share
-from jaxsoft.linear.xla import dot
-from jaxsoft.linear.xla_backward import Gradients, Wanted
+from jaxsoft.linear.arguments import Operands
+from jaxsoft.linear.folds.statistics import Rows, Statistics
+from jaxsoft.linear.tiles import Gradients, Wanted, dot
 
 __all__ = ["accumulate"]
-
-# The sums over classes that the temperature's gradient needs.
-_MOMENTS = 2
 
 
 class _Results(NamedTuple):
@@ -58,20 +54,20 @@ class _Results(NamedTuple):
 
 
 def accumulate(
-    config: Config, operands: Operands, wanted: Wanted, rows: Rows
+    fold: Statistics, operands: Operands, wanted: Wanted, rows: Rows
 ) -> tuple[Gradients, jax.Array | None]:
     """Adds up what tiles contribute to gradients.
 
     Args:
-      config: what is known at trace time.
+      fold: which statistics, and what is known of the layer at trace time.
       operands: the arrays, their classes those of this shard.
       wanted: which gradients to compute.
       rows: what the derivative needs of each row.
 
     Returns:
-      The gradients but `tau`, and the moments [N, 2], None if not wanted.
+      The gradients but `tau`, and the moments [N, 1], None if not wanted.
     """
-    problem, inputs = kernels.prepare(config, operands)
+    problem, inputs = kernels.prepare(fold.config, operands)
     layer = problem.layer
     wanted = wanted._replace(bias=wanted.bias and operands.bias is not None)
     blocks = choose_backward(layer, wanted.hidden, wanted.kernel, tpu.vmem_bytes())
@@ -89,13 +85,13 @@ def accumulate(
         if wanted.bias
         else None,
     )
-    found = _call(problem, inputs, rows, results, blocks, wanted)
+    found = _call(fold, problem, inputs, rows, results, blocks, wanted)
     hidden = moments = None
     if wanted.hidden:
         hidden = found.sums[: layer.rows, : layer.features]
         hidden = hidden.astype(operands.hidden.dtype)
     if wanted.tau:
-        moments = found.sums[: layer.rows, width : width + _MOMENTS]
+        moments = found.sums[: layer.rows, width : width + 1]
     bias = None
     if operands.bias is not None and wanted.bias:
         bias = found.bias[0].astype(operands.bias.dtype)
@@ -127,6 +123,7 @@ def _padded(inputs: Inputs, rows: Rows, missing: int) -> tuple[Inputs, Rows]:
 
 
 def _call(
+    fold: Statistics,
     problem: Problem,
     inputs: Inputs,
     rows: Rows,
@@ -163,7 +160,11 @@ def _call(
     passes = grid[0] * (inputs.hidden.nbytes + _bytes(results.sums) * 2)
     (found,) = pl.pallas_call(
         functools.partial(
-            _gradients_kernel, problem=problem, blocks=blocks, wanted=wanted
+            _gradients_kernel,
+            fold=fold,
+            problem=problem,
+            blocks=blocks,
+            wanted=wanted,
         ),
         grid=grid,
         in_specs=[specs, jax.tree.map(lambda _: column, rows)],
@@ -198,6 +199,7 @@ def _gradients_kernel(
     reads: Any = None,
     writes: Any = None,
     total_ref: Any = None,
+    fold: Statistics,
     problem: Problem,
     blocks: Blocks,
     wanted: Wanted,
@@ -212,6 +214,7 @@ def _gradients_kernel(
       reads: a semaphore for each slot.
       writes: a semaphore for each slot.
       total_ref: [B, H] float32, the block of dkernel as it grows, classes first.
+      fold: which statistics.
       problem: what is known of the work.
       blocks: the sizes of the blocks.
       wanted: which gradients to compute.
@@ -226,7 +229,7 @@ def _gradients_kernel(
     def step(ragged: bool) -> None:
         tile = kernels.compute_tile(problem, inputs, blocks, block, strip, ragged)
         tau = inputs.temperature(problem.config, strip)
-        d, moments = statistics_share(tau, values, tile, wanted.tau)
+        d, moments = fold.slope(tau, values, tile, wanted.tau)
         if tile.slope is not None:
             d = d * tile.slope
         if results.bias is not None:
@@ -240,9 +243,9 @@ def _gradients_kernel(
         slot_ref = sums.take()
         if wanted.hidden:
             _add_to_hidden(problem, inputs, slot_ref, d, tile.start, ragged)
-        for number, new in enumerate(moments):
-            lane = slot_ref.shape[1] - LANES + number
-            _add(slot_ref, (slice(None), pl.ds(lane, 1)), new, block == 0)
+        if moments is not None:
+            lane = slot_ref.shape[1] - LANES
+            _add(slot_ref, (slice(None), pl.ds(lane, 1)), moments, block == 0)
         sums.give()
 
     kernels.each_block(0, problem.layer.classes, blocks.classes, step)

@@ -10,6 +10,7 @@ Where the last block of classes sticks out its logits are -inf; rows that stick 
 computed from arbitrary numbers and not written.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,44 +24,43 @@ from jaxsoft.kernels import tpu
 from jaxsoft.kernels.layer.mosaic_tpu import tile as kernels
 from jaxsoft.kernels.layer.mosaic_tpu.blocks import LANES, Blocks, choose_forward
 from jaxsoft.kernels.layer.mosaic_tpu.tile import Inputs, Problem
-from jaxsoft.linear import running, sharding
-from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.linear.running import Running, Saved
+from jaxsoft.linear.arguments import Operands
+from jaxsoft.linear.folds.statistics import Columns, Saved, Statistics
 
 __all__ = ["forward"]
 
-# The fields of `Running` that the two outputs hold, in the order of their lanes.
-_FLOATS = ("max", "sum", "label", "gap", "weighted")
-_INTEGERS = ("number", "argmax")
 
-
-def forward(config: Config, operands: Operands) -> Saved:
+def forward(fold: Statistics, operands: Operands) -> Saved:
     """Returns the statistics of every row.
 
     Args:
-      config: what is known at trace time.
+      fold: which statistics, and what is known of the layer at trace time.
       operands: the arrays, in bfloat16 or float32; at most one label a row.
 
     Returns:
       The wanted fields, and what their derivative needs beside them.
     """
-    local = sharding.local_classes(config, operands)
-    return running.finish(config, local, _run(config, local))
+    local = fold.local(operands)
+    return fold.finish(_run(fold, local), local)
 
 
-def _run(config: Config, operands: Operands) -> Running:
+def _run(fold: Statistics, operands: Operands) -> Columns:
     """Calls the kernel."""
-    problem, inputs = kernels.prepare(config, operands)
+    problem, inputs = kernels.prepare(fold.config, operands)
+    # The kernel's temperature may be an array where that of the call is static.
+    fold = dataclasses.replace(fold, config=problem.config)
     inputs = mesh_axes.like(inputs, inputs)
     layer = problem.layer
     blocks = choose_forward(layer, tpu.vmem_bytes())
-    floats, integers = _names(_start(problem.config, inputs, 1))
+    floats, integers = _names(_start(fold, inputs, 1))
     rows = pl.BlockSpec((blocks.rows, LANES), lambda row, _: (row, 0))
     shape = (layer.rows, LANES)
     outputs = [mesh_axes.type_of(inputs.hidden, shape, jnp.float32)]
     if integers:
         outputs.append(mesh_axes.type_of(inputs.hidden, shape, jnp.int32))
-    body = functools.partial(_statistics_kernel, problem=problem, blocks=blocks)
+    body = functools.partial(
+        _statistics_kernel, fold=fold, problem=problem, blocks=blocks
+    )
     row_blocks = pl.cdiv(layer.rows, blocks.rows)
     found = pl.pallas_call(
         body,
@@ -82,7 +82,7 @@ def _run(config: Config, operands: Operands) -> Running:
     columns = dict(zip(floats, _columns(found[0], len(floats)), strict=True))
     if integers:
         columns |= zip(integers, _columns(found[1], len(integers)), strict=True)
-    return Running._make(columns.get(name) for name in Running._fields)
+    return columns
 
 
 def _columns(array: jax.Array, number: int) -> list[jax.Array]:
@@ -90,33 +90,33 @@ def _columns(array: jax.Array, number: int) -> list[jax.Array]:
     return [array[:, lane : lane + 1] for lane in range(number)]
 
 
-def _start(config: Config, inputs: Inputs, rows: int) -> Running:
+def _start(fold: Statistics, inputs: Inputs, rows: int) -> Columns:
     """Returns the statistics of rows before their first tile."""
-    labels = None if inputs.labels is None else 1
-    return running.start(config, rows, labels, jnp.dtype(jnp.float32))
+    labels = 0 if inputs.labels is None else 1
+    return fold.empty(rows, labels, jnp.dtype(jnp.float32))
 
 
-def _names(statistics: Running) -> tuple[list[str], list[str]]:
-    """Returns the fields that the float and the integer output hold."""
-    floats, integers = (
-        [name for name in names if getattr(statistics, name) is not None]
-        for names in (_FLOATS, _INTEGERS)
-    )
-    return floats, integers
+def _names(columns: Columns) -> tuple[list[str], list[str]]:
+    """Returns the columns of the float and of the integer output, by their lanes."""
+    integers = [name for name, a in columns.items() if a.dtype == jnp.int32]
+    return [name for name in columns if name not in integers], integers
 
 
-def _statistics_kernel(inputs: Inputs, *outputs, problem: Problem, blocks: Blocks):
+def _statistics_kernel(
+    inputs: Inputs, *outputs, fold: Statistics, problem: Problem, blocks: Blocks
+):
     """Merges the tile of one step into the statistics of its rows.
 
     Args:
       inputs: references to blocks.
       *outputs: references to running statistics: [R, 128] float32 and, where some are
         integers, [R, 128] int32.
+      fold: which statistics.
       problem: what is known of the work.
       blocks: the sizes of the blocks.
     """
     block = pl.program_id(1)
-    start = _start(problem.config, inputs, blocks.rows)
+    start = _start(fold, inputs, blocks.rows)
     columns = [
         (name, ref, lane)
         for names, ref in zip(_names(start), outputs, strict=False)
@@ -126,20 +126,16 @@ def _statistics_kernel(inputs: Inputs, *outputs, problem: Problem, blocks: Block
     @pl.when(block == 0)
     def _():
         for name, ref, lane in columns:
-            ref[:, lane : lane + 1] = getattr(start, name)
+            ref[:, lane : lane + 1] = start[name]
 
     def step(ragged: bool) -> None:
         kernels.each_strip(blocks, functools.partial(merge, ragged))
 
     def merge(ragged: bool, strip: Any) -> None:
         tile = kernels.compute_tile(problem, inputs, blocks, block, strip, ragged)
-        old: dict[str, Any] = {
-            name: ref[strip, lane : lane + 1] for name, ref, lane in columns
-        }
-        statistics = Running._make(old.get(name) for name in Running._fields)
-        tau = inputs.temperature(problem.config, strip)
-        new = running.merge(tau, statistics, tile)
+        old = {name: ref[strip, lane : lane + 1] for name, ref, lane in columns}
+        new = fold.merge(old, tile, inputs.temperature(problem.config, strip))
         for name, ref, lane in columns:
-            ref[strip, lane : lane + 1] = getattr(new, name)
+            ref[strip, lane : lane + 1] = new[name]
 
     kernels.each_block(1, problem.layer.classes, blocks.classes, step)

@@ -12,9 +12,8 @@ from jax.experimental import pallas as pl
 from jaxsoft._core.dtypes import operand_dtype
 from jaxsoft._core.temperature import is_ordinary
 from jaxsoft.kernels.layer.mosaic_tpu.blocks import Blocks, Layer
-from jaxsoft.linear.operands import Config, Operands
-from jaxsoft.linear.tile import Tile, capped, columns_of
-from jaxsoft.linear.xla import dot
+from jaxsoft.linear.arguments import Config, Operands
+from jaxsoft.linear.tiles import Tile, capped, columns_of, dot
 
 __all__ = [
     "Inputs",

@@ -1,0 +1,376 @@
+"""What the functions of the linear room take: checked arguments, arrays with axes.
+
+Shapes: N rows, H features, V classes, K class ids a row. `fold_rows` folds all leading
+axes of the public arguments into N, and a temperature that is not a Python float is one
+number a row.
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxsoft._core import checks, dtypes, registry
+from jaxsoft._core.dtypes import operand_dtype
+from jaxsoft._core.registry import Implementation
+from jaxsoft.linear import sharding
+
+__all__ = [
+    "Axes",
+    "Call",
+    "Config",
+    "KernelLayout",
+    "MeshAxes",
+    "Operands",
+    "axes_of",
+    "default_tile_bytes",
+    "fold_rows",
+    "has_axes",
+    "prepare",
+]
+
+KernelLayout = Literal["hv", "vh"]
+# A tile may take this share of the bytes of hidden and kernel, within these bounds:
+# the workspace stays small beside what the caller holds already, tiles of small
+# layers stay in cache, and those of large ones keep an accelerator's matrix units
+# busy (8,192 rows × 1,024 classes).
+_SHARE = 1 / 16
+_LEAST = 4 * 2**20
+_MOST = 32 * 2**20
+
+MeshAxes = str | Sequence[str] | None
+
+
+class Axes(str):
+    """What the axes of an array run over, one letter an axis.
+
+    "n" are rows and "v" classes; any other letter is neither. vmap folds a batch into
+    "n"; devices share "n" and "v". It annotates the fields of named tuples.
+    """
+
+
+@functools.cache
+def _axes_of_fields(kind: type) -> dict[str, Axes]:
+    """Returns the axes of a named tuple's fields, of those that are annotated."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        name: axes
+        for name, hint in hints.items()
+        for axes in getattr(hint, "__metadata__", ())
+        if isinstance(axes, Axes)
+    }
+
+
+def has_axes(value: Any) -> bool:
+    """Tells whether a value is a named tuple whose fields say their axes."""
+    return hasattr(value, "_fields") and bool(_axes_of_fields(type(value)))
+
+
+def axes_of(tree: Any, kernel_layout: KernelLayout = "hv") -> Any:
+    """Returns the axes of every array of a tree, in its structure.
+
+    Args:
+      tree: arrays in named tuples whose fields are annotated with `Axes`, in any
+        further tuples.
+      kernel_layout: the layout of kernels, whose fields are annotated with "hv".
+
+    Returns:
+      A string an array.
+    """
+
+    def of_node(node: Any) -> Any:
+        if not hasattr(node, "_fields"):
+            raise TypeError(f"arrays lie in named tuples with axes, got {type(node)}")
+        axes = _axes_of_fields(type(node))
+
+        def of_field(name: str) -> Any:
+            value = getattr(node, name)
+            if value is None:
+                return None
+            if name not in axes:
+                return axes_of(value, kernel_layout)
+            return kernel_layout if axes[name] == "hv" else str(axes[name])
+
+        return type(node)._make(of_field(name) for name in node._fields)
+
+    return jax.tree.map(of_node, tree, is_leaf=lambda node: hasattr(node, "_fields"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything about a call that is known when it is traced.
+
+    Attributes:
+      kernel_layout: "hv" for a kernel [H, V], "vh" for [V, H].
+      static_tau: the temperature, if it is a Python float; else None.
+      softcap: the logit soft-cap, or None.
+      precision: the precision of the matrix products, as in `jnp.matmul`.
+      tile_bytes: the most bytes that one tile of float32 logits may take.
+      implementation: its name, such as "xla".
+      vocab_axes: the mesh axes that the classes are sharded over; () for none.
+      total_classes: V where the last shards have masked padding; else None.
+    """
+
+    kernel_layout: KernelLayout
+    static_tau: float | None
+    softcap: float | None
+    precision: Any
+    tile_bytes: int
+    implementation: str
+    vocab_axes: tuple[str, ...] = ()
+    total_classes: int | None = None
+
+    def over(self, vocab_axes: tuple[str, ...]) -> "Config":
+        """Returns the same configuration with its classes sharded over mesh axes."""
+        return dataclasses.replace(self, vocab_axes=vocab_axes)
+
+    @property
+    def class_axis(self) -> int:
+        """The axis of the kernel that runs over classes."""
+        return 1 if self.kernel_layout == "hv" else 0
+
+
+class Operands(NamedTuple):
+    """The arrays that logits are computed from.
+
+    Attributes:
+      hidden: [N, H] floating.
+      kernel: [H, V] or [V, H] floating.
+      bias: [V] floating, or None.
+      tau: [N] in the dtype of the statistics, or None if it is static.
+      labels: [N, K] int32 classes whose logits are wanted, or None. -1 for none.
+      class_mask: [V] booleans, True keeps, or None.
+      excluded: [N, K] int32 classes that a row drops, or None. -1 for none.
+    """
+
+    hidden: Annotated[jax.Array, Axes("nh")]
+    kernel: Annotated[jax.Array, Axes("hv")]
+    bias: Annotated[jax.Array | None, Axes("v")]
+    tau: Annotated[jax.Array | None, Axes("n")]
+    labels: Annotated[jax.Array | None, Axes("nk")]
+    class_mask: Annotated[jax.Array | None, Axes("v")]
+    excluded: Annotated[jax.Array | None, Axes("ne")] = None
+
+    @classmethod
+    def gradients(cls, **arrays: Any) -> "Operands":
+        """Returns gradients of some operands, and None for all others."""
+        nothing: dict[str, Any] = dict.fromkeys(cls._fields)
+        return cls(**(nothing | arrays))
+
+    def num_classes(self, config: Config) -> int:
+        """The number of classes here, those of one shard."""
+        return self.kernel.shape[config.class_axis]
+
+    def all_classes(self, config: Config) -> int:
+        """V, of all shards and without padding."""
+        if config.total_classes is not None:
+            return config.total_classes
+        return self.num_classes(config) * sharding.size(config.vocab_axes)
+
+    def local(self, config: Config) -> "Operands":
+        """Returns the same with class ids that count from this shard's first class."""
+        if not config.vocab_axes:
+            return self
+        number = self.num_classes(config)
+        start = sharding.offset(config.vocab_axes, number)
+
+        def localize(classes):
+            if classes is None:
+                return None
+            ours = (classes >= start) & (classes < start + number)
+            return jnp.where(ours, classes - start, -1)
+
+        labels, excluded = localize(self.labels), localize(self.excluded)
+        return self._replace(labels=labels, excluded=excluded)
+
+    def matmul_dtype(self) -> jnp.dtype:
+        """The dtype of the operands of the matrix products."""
+        return operand_dtype(self.hidden, self.kernel)
+
+    def temperature(self, config: Config) -> float | jax.Array:
+        """The temperature as a float or as [N, 1]."""
+        if self.tau is None:
+            assert config.static_tau is not None
+            return config.static_tau
+        return self.tau[:, None]
+
+
+class Call(NamedTuple):
+    """A checked call.
+
+    Attributes:
+      config: what is known when it is traced.
+      arrays: the arrays as given, with leading axes; `labels` [..., K].
+    """
+
+    config: Config
+    arrays: Operands
+
+    def num_classes(self) -> int:
+        """V, of all shards."""
+        return self.arrays.all_classes(self.config)
+
+
+def prepare(
+    name: str,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    class_ids: ArrayLike | None = None,
+    excluded: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    kernel_layout: KernelLayout = "hv",
+    precision: Any = None,
+    vocab_axis: MeshAxes | sharding.Classes = None,
+    tile_bytes: int | None = None,
+    implementation: Implementation | None = None,
+    prefix: str = "",
+) -> Call:
+    """Checks the arguments that the functions of this room share.
+
+    Args:
+      name: the public function's name, for messages.
+      hidden: see `linear_statistics`, as are all other arguments not said here.
+      kernel: [H, V] or [V, H].
+      labels: [...] integers, or None.
+      class_ids: [..., K] integers in place of labels, or None.
+      excluded: [..., K] integers, classes that a row drops, or None.
+      bias: [V].
+      temperature: scalar or [...].
+      logit_softcap: the cap.
+      class_mask: [V].
+      kernel_layout: "hv" or "vh".
+      precision: of the matrix products.
+      vocab_axis: the mesh axes of the classes.
+      tile_bytes: the budget.
+      implementation: None or a name.
+      prefix: what the names of hidden, kernel and their options start with.
+
+    Returns:
+      What is known at trace time, and the arrays.
+    """
+    chosen = registry.resolve(name, implementation)
+    axes = sharding.check_axes("vocab_axis", vocab_axis)
+    if axes and chosen == "reference":
+        raise NotImplementedError(
+            '`implementation` must be None or "xla" with a vocab_axis, got "reference".'
+        )
+    arrays = _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix)
+    hidden, kernel = arrays.hidden, arrays.kernel
+    for argument, array in (("hidden", hidden), ("kernel", kernel)):
+        registry.check_dtype("statistics", chosen, argument, array.dtype)
+    if logit_softcap is not None:
+        logit_softcap = checks.scalar_in(
+            f"{prefix}logit_softcap", logit_softcap, 0, math.inf
+        )
+        if logit_softcap == 0:
+            raise ValueError(f"`{prefix}logit_softcap` must be positive, got 0.")
+    tau = checks.temperature(temperature, dtypes.compute_dtype(hidden, kernel))
+    if isinstance(tau, jax.Array) and tau.ndim:
+        rows = f"{prefix}hidden.shape[:-1] or ()"
+        checks.shape("temperature", tau, hidden.shape[:-1], rows)
+    if tile_bytes is None:
+        tile_bytes = default_tile_bytes(hidden.nbytes + kernel.nbytes)
+    config = Config(
+        kernel_layout=kernel_layout,
+        static_tau=None if isinstance(tau, jax.Array) else tau,
+        softcap=logit_softcap,
+        precision=precision,
+        tile_bytes=checks.positive_integer("tile_bytes", tile_bytes),
+        implementation=chosen,
+        vocab_axes=axes,
+        total_classes=(
+            vocab_axis.number if isinstance(vocab_axis, sharding.Classes) else None
+        ),
+    )
+    array_tau = tau if isinstance(tau, jax.Array) else None
+    rows = hidden.shape[:-1]
+    if labels is not None:
+        labels = checks.integer("labels", labels)
+        checks.shape("labels", labels, rows, f"{prefix}hidden.shape[:-1]")
+        class_ids = labels[..., None]
+    elif class_ids is not None:
+        class_ids = _check_ids("class_ids", class_ids, rows)
+    if excluded is not None:
+        excluded = _check_ids("excluded", excluded, rows)
+    return Call(
+        config, arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
+    )
+
+
+def default_tile_bytes(operand_bytes: int) -> int:
+    """Returns the budget of a tile, from the bytes of hidden and kernel together."""
+    return int(min(max(operand_bytes * _SHARE, _LEAST), _MOST))
+
+
+def _check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
+    """Returns integers whose shape must be [..., K], K at least 1."""
+    ids = checks.integer(name, ids)
+    if ids.ndim == 0 or ids.shape[:-1] != rows or ids.shape[-1] == 0:
+        raise ValueError(
+            f"`{name}` must have shape [..., K] with hidden.shape[:-1] = {rows} and "
+            f"K >= 1, got {ids.shape}."
+        )
+    return ids
+
+
+def _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix) -> Operands:
+    """Returns the floating arrays and the mask of a call, their shapes checked."""
+    hidden = checks.floating(f"{prefix}hidden", hidden)
+    kernel = checks.floating(f"{prefix}kernel", kernel)
+    checks.one_of(f"{prefix}kernel_layout", kernel_layout, ("hv", "vh"))
+    if hidden.ndim < 1:
+        raise ValueError(f"`{prefix}hidden` must have shape [..., H], got a scalar.")
+    features = hidden.shape[-1]
+    legend = "[H, V]" if kernel_layout == "hv" else "[V, H]"
+    class_axis = 1 if kernel_layout == "hv" else 0
+    if kernel.ndim != 2 or kernel.shape[1 - class_axis] != features:
+        raise ValueError(
+            f"`{prefix}kernel` must have shape {legend} with H = {features}, got "
+            f"{kernel.shape}. {prefix}kernel_layout says which axis holds the classes."
+        )
+    num_classes = kernel.shape[class_axis]
+    if num_classes == 0:
+        raise ValueError(
+            f"`{prefix}kernel` must have a class, got shape {kernel.shape}."
+        )
+    if bias is not None:
+        bias = checks.floating(f"{prefix}bias", bias)
+        checks.shape(f"{prefix}bias", bias, (num_classes,), "[V]")
+    if class_mask is not None:
+        class_mask = checks.boolean("class_mask", class_mask)
+        checks.shape("class_mask", class_mask, (num_classes,), "[V]")
+    return Operands(hidden, kernel, bias, None, None, class_mask)
+
+
+def fold_rows(config: Config, arrays: Operands) -> Operands:
+    """Folds leading axes into rows; labels that are no class become -1."""
+    rows = arrays.hidden.shape[:-1]
+    count = math.prod(rows)
+    num_classes = arrays.all_classes(config)
+
+    def ids(classes):
+        if classes is None:
+            return None
+        valid = (classes >= 0) & (classes < num_classes)
+        # Labels of a narrow or an unsigned dtype hold -1 and V only after widening.
+        classes = jnp.where(valid, classes, 0).astype(jnp.int32)
+        return jnp.where(valid, classes, -1).reshape(count, classes.shape[-1])
+
+    tau = arrays.tau
+    return arrays._replace(
+        hidden=arrays.hidden.reshape(count, arrays.hidden.shape[-1]),
+        labels=ids(arrays.labels),
+        tau=None if tau is None else jnp.broadcast_to(tau, rows).reshape(count),
+        excluded=ids(arrays.excluded),
+    )

@@ -1,0 +1,1 @@
+"""What is streamed over the classes: each file is one `Fold`."""

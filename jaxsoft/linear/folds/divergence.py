@@ -1,0 +1,339 @@
+"""The divergence of two softmax layers over their tiles, and its derivative.
+
+Two streams: the first gives the statistics of student and teacher, the second, over
+both layers' tiles at once, the divergence class by class, in terms that do not
+cancel (`divergence_terms.py`).
+"""
+
+import dataclasses
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.divergence_terms import difference, excess, half_scaled, half_step
+from jaxsoft._core.temperature import (
+    Temperature,
+    divide_by_temperature,
+    finite,
+    finite_peak,
+    inverse,
+    is_zero,
+)
+from jaxsoft.linear import sharding
+from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of
+from jaxsoft.linear.fold import Fold
+from jaxsoft.linear.folds.statistics import Saved, Statistics
+from jaxsoft.linear.tiles import (
+    Share,
+    Tiling,
+    Wanted,
+    accumulate,
+    compute_tile,
+    tiles_of,
+)
+
+__all__ = ["Divergence", "Layers", "Losses", "TwoLayers"]
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+
+class Layers(NamedTuple):
+    """The arrays of a call.
+
+    Attributes:
+      student: the student's.
+      teacher: the teacher's; its `tau` is the student's, and has no gradient here.
+    """
+
+    student: Operands
+    teacher: Operands
+
+
+class _Rows(NamedTuple):
+    """What the first stream gives of each row, [N] each."""
+
+    student_max: Annotated[jax.Array, Axes("n")]
+    student_total: Annotated[jax.Array, Axes("n")]
+    teacher_max: Annotated[jax.Array, Axes("n")]
+    teacher_total: Annotated[jax.Array, Axes("n")]
+
+
+class _Sums(NamedTuple):
+    """What the second stream gives of each row, [N] each.
+
+    Attributes:
+      loss: τ² times the divergence.
+      student: the mean of the student's log-ratios; see `_Side`.
+      teacher: that of the teacher's.
+    """
+
+    loss: Annotated[jax.Array, Axes("n")]
+    student: Annotated[jax.Array, Axes("n")]
+    teacher: Annotated[jax.Array, Axes("n")]
+
+
+class _Saved(NamedTuple):
+    """What the derivative needs of each row."""
+
+    sums: _Sums
+    rows: _Rows
+
+
+class Losses(NamedTuple):
+    """τ² times the divergence of every row, [N]."""
+
+    loss: Annotated[jax.Array, Axes("n")]
+
+
+class _Second(NamedTuple):
+    """The arrays of the second stream."""
+
+    layers: Layers
+    rows: _Rows
+
+
+class _Other(NamedTuple):
+    """What the derivative by one layer needs beside that layer."""
+
+    layer: Operands
+    rows: _Rows
+    sums: _Sums
+    cotangent: Annotated[jax.Array, Axes("n")]
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoLayers(Fold):
+    """The divergence of two layers' distributions, of each row.
+
+    Attributes:
+      config: the student's configuration.
+      teacher: the teacher's.
+      divergence: which one.
+    """
+
+    teacher: Config
+    divergence: Divergence
+
+    def over(self, vocab_axes: tuple[str, ...]) -> "TwoLayers":
+        return dataclasses.replace(
+            self,
+            config=self.config.over(vocab_axes),
+            teacher=self.teacher.over(vocab_axes),
+        )
+
+    def axes(self, arrays: Layers) -> Layers:
+        """Returns the axes; the two layers' features are not the same."""
+        teacher = axes_of(arrays.teacher, self.teacher.kernel_layout)
+        teacher = jax.tree.map(lambda letters: letters.replace("h", "g"), teacher)
+        return Layers(axes_of(arrays.student, self.config.kernel_layout), teacher)
+
+    def operands(self, arrays: Layers) -> Operands:
+        return arrays.student
+
+    def tiles(self, arrays: Layers | _Second) -> Tiling:
+        """Returns the tiles of the second stream: two of them share the budget."""
+        layers = arrays.layers if isinstance(arrays, _Second) else arrays
+        budget = max(self.config.tile_bytes // 2, 1)
+        config = dataclasses.replace(self.config, tile_bytes=budget)
+        return tiles_of(config, layers.student)
+
+    def local(self, arrays: Layers) -> _Second:
+        """Returns the arrays of the second stream, for which the first one runs."""
+        rows = []
+        for config, layer in zip((self.config, self.teacher), arrays, strict=True):
+            saved: Saved = Statistics(config).forward(layer)
+            rows += [saved.fields.max, saved.total]
+        return mesh_axes.like(_Second(arrays, _Rows(*rows)), arrays.student)
+
+    def tile(self, part: _Second, tiles: Tiling, index: Any) -> tuple:
+        """Returns the logits of the student and of the teacher."""
+        return (
+            compute_tile(self.config, part.layers.student, tiles, index).logits,
+            compute_tile(self.teacher, part.layers.teacher, tiles, index).logits,
+        )
+
+    def start(self, rows: int, arrays: _Second) -> _Sums:
+        dtype = arrays.rows.student_total.dtype
+        return _Sums._make([jnp.zeros((rows, 1), dtype)] * 3)
+
+    def step(self, carry: _Sums, tile: tuple, part: _Second, index: Any) -> _Sums:
+        del index
+        tau = part.layers.student.temperature(self.config)
+        u_s, u_t = tile
+        loss, student, teacher = _terms(self.divergence, tau, u_s, u_t, part.rows)
+        return _Sums(
+            carry.loss + jnp.sum(loss, axis=1, keepdims=True),
+            carry.student + student.total(),
+            carry.teacher + teacher.total(),
+        )
+
+    def finish(self, carry: _Sums, arrays: _Second) -> _Saved:
+        # Before the shards meet: their temperatures are equal, but not known to be.
+        tau = arrays.layers.student.temperature(self.config)
+        zero = is_zero(tau, carry.loss.dtype)
+        sums = jax.tree.map(lambda a: jnp.where(zero, 0, a), carry)
+        total = sharding.add(sums._asdict(), self.config.vocab_axes)
+        sums = _Sums._make(total[name][:, 0] for name in _Sums._fields)
+        return _Saved(sums, arrays.rows)
+
+    def result(self, saved: _Saved) -> Losses:
+        return Losses(saved.sums.loss)
+
+    def gradients(
+        self, arrays: Layers, saved: _Saved, cotangents: Losses, moving: Layers
+    ) -> Layers:
+        of_student, of_teacher = map(Wanted.of, moving)
+        # The gradient of both layers' temperature is that of the student's.
+        of_teacher = of_teacher._replace(tau=False)
+        return Layers(
+            self._gradients(arrays, saved, cotangents.loss, of_student, False),
+            self._gradients(arrays, saved, cotangents.loss, of_teacher, True),
+        )
+
+    def _gradients(
+        self,
+        arrays: Layers,
+        saved: _Saved,
+        cotangent: jax.Array,
+        wanted: Wanted,
+        is_teacher: bool,
+    ) -> Operands:
+        """Returns the gradients of one layer and, with the student's, of τ."""
+        if not any(wanted):
+            return Operands.gradients()
+        configs, layers = [self.config, self.teacher], list(arrays)
+        if is_teacher:
+            configs.reverse()
+            layers.reverse()
+        tiles, sums = self.tiles(arrays), saved.sums
+        dtype = sums.loss.dtype
+        tau = arrays.student.temperature(self.config)
+        # The limit has no gradient.
+        cotangent = jnp.where(is_zero(tau, dtype), 0, cotangent[:, None])[:, 0]
+
+        def share(part: Operands, other: _Other, tile: Any, index: Any) -> Share:
+            second = compute_tile(configs[1], other.layer, tiles, index)
+            logits = [tile.logits, second.logits]
+            if is_teacher:
+                logits.reverse()
+            u_s, u_t = logits
+            tau = part.temperature(configs[0])
+            _, *sides = _terms(self.divergence, tau, u_s, u_t, other.rows)
+            means = (other.sums.student[:, None], other.sums.teacher[:, None])
+            slopes = [s.derivative(m) for s, m in zip(sides, means, strict=True)]
+            moments = None
+            if wanted.tau:
+                # Euler: the loss is homogeneous of degree 2 in logits and temperature.
+                peaks = (other.rows.student_max, other.rows.teacher_max)
+                first, second = map(_product, slopes, logits, peaks)
+                moments = first + second
+            slope = slopes[1 if is_teacher else 0]
+            return Share(slope * other.cotangent[:, None], moments)
+
+        other = _Other(layers[1], saved.rows, sums, cotangent)
+        gradients, moments = accumulate(
+            configs[0],
+            layers[0],
+            wanted,
+            share,
+            mesh_axes.like(other, layers[0]),
+            tiles=tiles,
+        )
+        if moments is not None:
+            first = sharding.once(2 * sums.loss, self.config.vocab_axes)
+            change = finite((first - moments[:, 0])[:, None]) * inverse(tau, dtype)
+            gradients = gradients._replace(tau=change[:, 0] * cotangent)
+        return gradients.of_operands()
+
+
+def _product(slope: jax.Array, logits: jax.Array, peak: jax.Array) -> jax.Array:
+    """Returns the sum of a tile's slopes times centred logits, [R, 1]."""
+    centred = logits - finite_peak(peak)[:, None]
+    terms = jnp.where(slope == 0, 0, slope * centred)
+    return jnp.sum(terms, axis=1, keepdims=True)
+
+
+class _Side(NamedTuple):
+    """A layer's part in a tile of the divergence, [R, B] each.
+
+    The derivative by the layer's logits is -weight · p (s - Σ p s) or, where `slope` is
+    known, that.
+
+    Attributes:
+      prob: p, the layer's probabilities.
+      ratio: s, τ times a log-ratio of probabilities.
+      weight: a factor.
+      slope: the derivative, or None.
+    """
+
+    prob: jax.Array
+    ratio: jax.Array
+    weight: float
+    slope: jax.Array | None = None
+
+    def derivative(self, mean: jax.Array) -> jax.Array:
+        """Returns the derivative by the logits, from Σ p s [R, 1]."""
+        if self.slope is not None:
+            return self.slope
+        return -self.weight * self.prob * (self.ratio - mean)
+
+    def total(self) -> jax.Array:
+        """Returns Σ p s over the tile, [R, 1]; 0 where it is not needed."""
+        if self.slope is not None:
+            return jnp.zeros((self.prob.shape[0], 1), self.prob.dtype)
+        return jnp.sum(self.prob * self.ratio, axis=1, keepdims=True)
+
+
+def _terms(
+    divergence: Divergence, tau: float | jax.Array, u_s, u_t, rows: _Rows
+) -> tuple[jax.Array, _Side, _Side]:
+    """Returns the divergence class by class, τ² included, and each layer's side.
+
+    Args:
+      divergence: which one.
+      tau: a float or [R, 1].
+      u_s: [R, B] the student's logits.
+      u_t: [R, B] the teacher's.
+      rows: the statistics of the rows.
+
+    Returns:
+      The terms, the student's side and the teacher's.
+    """
+    rows = _Rows._make(field[:, None] for field in rows)
+    value = Temperature.prepare(tau, u_s.dtype).value
+    peak_s, peak_t = finite_peak(rows.student_max), finite_peak(rows.teacher_max)
+    c_s = divide_by_temperature(u_s, peak_s, tau)
+    c_t = divide_by_temperature(u_t, peak_t, tau)
+    q, p = jnp.exp(c_s) / rows.student_total, jnp.exp(c_t) / rows.teacher_total
+    kept_s, kept_t = u_s != -jnp.inf, u_t != -jnp.inf
+    both, some = kept_s & kept_t, kept_s | kept_t
+    gap = jnp.where(both, (u_s - peak_s) - (u_t - peak_t), 0)
+    # XLA may contract the difference of the quotients: equal logits keep 0.
+    delta = jnp.where(both & (gap != 0), c_s - c_t, 0)
+    delta = jnp.where(jnp.isnan(delta), 0, delta)
+    # From the ratio of the sums: the difference of their logarithms has fewer digits.
+    shift = jnp.log(rows.student_total / rows.teacher_total)
+    d = jnp.where(both, delta - shift, jnp.where(kept_s, jnp.inf, -jnp.inf))
+    d = jnp.where(some, d, 0)
+    scaled = finite(d) * value
+    student_ratio = jnp.where(q == 0, 0, -finite(scaled))
+    teacher_ratio = jnp.where(p == 0, 0, finite(scaled))
+    if divergence == "forward_kl":
+        loss = excess(p, q, d, scaled, value)
+        slope = difference(p, q, d, scaled, value)
+        student = _Side(q, student_ratio, 1.0, slope)
+        return loss, student, _Side(p, teacher_ratio, 1.0)
+    if divergence == "reverse_kl":
+        loss = excess(q, p, -d, -scaled, value)
+        slope = difference(q, p, -d, -scaled, value)
+        teacher = _Side(p, teacher_ratio, 1.0, slope)
+        return loss, _Side(q, student_ratio, 1.0), teacher
+    # log(r / p) and log(r / q) for the mixture r.
+    r = (p + q) / 2
+    scaled_p, scaled_q = half_scaled(d, scaled), half_scaled(-d, -scaled)
+    loss = excess(p, r, half_step(d), scaled_p, value)
+    loss += excess(q, r, half_step(-d), scaled_q, value)
+    student = _Side(q, jnp.where(q == 0, 0, finite(scaled_q)), 0.5)
+    return loss / 2, student, _Side(p, jnp.where(p == 0, 0, finite(scaled_p)), 0.5)

@@ -1,0 +1,292 @@
+"""A class drawn for each row from a softmax over the classes of a layer.
+
+The draw is that of `block_sampling.py`, whose blocks are those of the whole vocabulary:
+tiles cover whole blocks, and where a shard of the classes begins or ends inside one,
+the shards agree on it in `finish`.
+
+    shard 0                    | shard 1                    | shard 2
+    block 0 | block 1 | block 2 ..... | block 3 | block 4 ..... | block 5
+                      tail of 0 | head of 1       tail of 1 | head of 2
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft._core import block_sampling
+from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core.temperature import divide_by_temperature, finite_peak, is_zero
+from jaxsoft.linear import sharding
+from jaxsoft.linear.arguments import Axes, Operands
+from jaxsoft.linear.fold import Fold
+from jaxsoft.linear.tiles import Tiling, compute_tile, tiles_of
+
+__all__ = ["Draw", "Drawing", "Drawn"]
+
+
+class Drawing(NamedTuple):
+    """The arrays of a call.
+
+    Attributes:
+      operands: those of the logits.
+      words: [N, 2], see `noise.row_words`.
+    """
+
+    operands: Operands
+    words: Annotated[jax.Array, Axes("nj")]
+
+
+class Drawn(NamedTuple):
+    """The class of every row, [N] int32; -1 where there is none."""
+
+    class_id: Annotated[jax.Array, Axes("n")]
+
+
+class _Blocks(NamedTuple):
+    """A tile as blocks of the whole vocabulary.
+
+    Attributes:
+      logits: [R, B] of whole blocks, -inf outside the tile.
+      first: the number of the first block.
+      whole: which blocks lie in this shard as a whole; None where all do.
+    """
+
+    logits: jax.Array
+    first: jax.Array
+    whole: jax.Array | None
+
+
+class _Vocabulary(NamedTuple):
+    """How the classes of this shard lie in the whole vocabulary.
+
+    Attributes:
+      first: the first class of this shard.
+      classes: how many it has.
+      total: V.
+      block: the number of classes of a block.
+    """
+
+    first: jax.Array | int
+    classes: int
+    total: int
+    block: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw(Fold):
+    """One class for each row; without a derivative."""
+
+    kernel_step: ClassVar[str | None] = "draw"
+
+    def operands(self, arrays: Drawing) -> Operands:
+        return arrays.operands
+
+    def _vocabulary(self, operands: Operands) -> _Vocabulary:
+        classes = operands.num_classes(self.config)
+        total = operands.all_classes(self.config)
+        return _Vocabulary(
+            sharding.offset(self.config.vocab_axes, classes),
+            classes,
+            total,
+            block_sampling.block_size(total),
+        )
+
+    def tiles(self, arrays: Drawing) -> Tiling:
+        block = self._vocabulary(arrays.operands).block
+        tiles = tiles_of(self.config, arrays.operands, block)
+        if not self.config.vocab_axes or tiles.class_blocks == 1:
+            return tiles
+        # The first block may have begun on the shard before.
+        return dataclasses.replace(tiles, extra=block - 1)
+
+    def tile(self, part: Drawing, tiles: Tiling, index: Any) -> _Blocks:
+        """Returns a tile that starts where a block does."""
+        first, classes, total, block = self._vocabulary(part.operands)
+        is_sharded = bool(self.config.vocab_axes)
+        is_alone = tiles.class_blocks == 1
+        shift = first % block if is_sharded else 0
+        tile = compute_tile(
+            self.config, part.operands, tiles, index, 0 if is_alone else shift
+        )
+        begin = index * tiles.block_classes - shift
+        u = tile.logits
+        if is_alone:
+            room = u.shape[1] + (block - 1 if is_sharded else 0)
+            padding = math.ceil(room / block) * block - u.shape[1]
+            u = jnp.pad(u, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+        if is_sharded or tiles.classes_overlap:
+            # Logits move to the front of their block; only ends of a shard have to.
+            moved = tile.start - begin
+            roll = functools.partial(jnp.roll, shift=moved, axis=1)
+            u = lax.cond(moved == 0, lambda u: u, roll, u)
+        first_block = (first + begin) // block
+        whole = None
+        if is_sharded:
+            numbers = first_block + lax.iota(jnp.int32, u.shape[1] // block)
+            ends = jnp.minimum((numbers + 1) * block, total)
+            whole = (numbers * block >= first) & (ends <= first + classes)
+        return _Blocks(u, first_block, whole)
+
+    def start(self, rows: int, arrays: Drawing) -> block_sampling.Drawn:
+        dtype = compute_dtype(arrays.operands.hidden, arrays.operands.kernel)
+        return block_sampling.Drawn(
+            jnp.full(rows, -jnp.inf, dtype),
+            jnp.full(rows, -jnp.inf, dtype),
+            jnp.full(rows, -1, jnp.int32),
+        )
+
+    def step(
+        self, carry: block_sampling.Drawn, tile: _Blocks, part: Drawing, index: Any
+    ) -> block_sampling.Drawn:
+        del index
+        tau = part.operands.temperature(self.config)
+        block = self._vocabulary(part.operands).block
+        new = block_sampling.draw(
+            tile.logits, tau, part.words, tile.first, block, tile.whole
+        )
+        row_tau = tau[:, 0] if isinstance(tau, jax.Array) else tau
+        return block_sampling.later(carry, new, row_tau)
+
+    def finish(self, carry: block_sampling.Drawn, arrays: Drawing) -> Drawn:
+        if self.config.vocab_axes:
+            carry = self._meet(carry, arrays)
+        lost = jnp.isnan(carry.max) | jnp.isnan(carry.score)
+        return Drawn(jnp.where(lost, -1, carry.class_id))
+
+    def _meet(
+        self, carry: block_sampling.Drawn, arrays: Drawing
+    ) -> block_sampling.Drawn:
+        """Returns the best of all shards' draws and of the blocks that shards share.
+
+        The logits of a shard's first and last block, where another shard has the rest,
+        are computed again; the shards exchange their sums, and agree on the block's
+        score and on whose part of it the drawn class lies in.
+        """
+        candidates = [carry, *self._of_shared_blocks(carry, arrays)]
+        return self._agree(candidates, arrays)
+
+    def _edges(self, arrays: Drawing) -> list["_Edge"]:
+        """Returns this shard's parts of its first and last block, if others share."""
+        first, classes, total, block = self._vocabulary(arrays.operands)
+        end = first + classes
+        size = min(block, classes)
+        head, tail = first // block, (end - 1) // block
+        is_head_cut = first % block != 0
+        is_tail_cut = (end % block != 0) & (end < total)
+        is_tail_cut &= (tail != head) | ~is_head_cut
+        return [
+            _Edge.of(self, arrays.operands, begin, size, number, first, block)
+            for begin, number in (
+                (0, jnp.where(is_head_cut, head, -1)),
+                (classes - size, jnp.where(is_tail_cut, tail, -1)),
+            )
+        ]
+
+    def _of_shared_blocks(
+        self, carry: block_sampling.Drawn, arrays: Drawing
+    ) -> list[block_sampling.Drawn]:
+        """Returns what is drawn in the blocks at both ends of this shard."""
+        axes, words = self.config.vocab_axes, arrays.words
+        tau = arrays.operands.temperature(self.config)
+        # Temperatures of the rows lie along the second axis.
+        row_tau = tau.T if isinstance(tau, jax.Array) else tau
+        zero = is_zero(tau, carry.max.dtype)
+        at = block_sampling.place(words, zero, carry.max.dtype)
+        first = self._vocabulary(arrays.operands).first
+        edges = self._edges(arrays)
+        all_edges = 2 * sharding.size(axes)
+        # The edges of all shards, [edges, N], in the order of the classes.
+        all_numbers = lax.all_gather(jnp.stack([e.number for e in edges]), axes)
+        all_numbers = all_numbers.reshape(all_edges)
+        all_tops, all_sums = (
+            lax.all_gather(jnp.stack(a), axes).reshape(all_edges, -1)
+            for a in ([e.top for e in edges], [e.sum for e in edges])
+        )
+        drawn = []
+        for place, edge in enumerate(edges):
+            own = 2 * lax.axis_index(axes) + place
+            same = ((all_numbers == edge.number) & (edge.number >= 0))[:, None]
+            top = jnp.max(jnp.where(same, all_tops, -jnp.inf), axis=0)
+            peak = finite_peak(top)
+            rescale = jnp.exp(divide_by_temperature(all_tops, peak[None], row_tau))
+            parts = jnp.where(same, all_sums * rescale, 0)
+            total = jnp.sum(parts, axis=0)
+            score = block_sampling.scores(total[:, None], words, edge.number, zero)
+            target = at.share * total
+            ordered = at.order(parts.T)
+            holder = at.column(block_sampling.invert(ordered, target), all_edges)
+            ahead = jnp.cumsum(ordered, axis=1) - ordered
+            mine = jnp.full(ahead.shape[:1], own, jnp.int32)
+            column = at.column(mine, all_edges)[:, None]
+            before = jnp.take_along_axis(ahead, column, axis=1)[:, 0]
+            weights = at.order(edge.weights * rescale[own][:, None])
+            inside = block_sampling.invert(weights, jnp.maximum(target - before, 0))
+            column = at.column(inside, edge.weights.shape[1])
+            class_id = jnp.where(holder == own, first + edge.begin + column, -1)
+            score = jnp.where(edge.number >= 0, score[:, 0], -jnp.inf)
+            drawn.append(block_sampling.Drawn(top, score, class_id))
+        return drawn
+
+    def _agree(
+        self, candidates: list[block_sampling.Drawn], arrays: Drawing
+    ) -> block_sampling.Drawn:
+        """Returns the candidate with the best score of all shards."""
+        axes = self.config.vocab_axes
+        tau = arrays.operands.temperature(self.config)
+        row_tau = tau.T if isinstance(tau, jax.Array) else tau
+        tops, scores, ids = (jnp.stack(a) for a in zip(*candidates, strict=True))
+        top = sharding.maximum(jnp.max(tops, axis=0), axes)
+        scores += divide_by_temperature(tops, finite_peak(top)[None], row_tau)
+        best = sharding.maximum(jnp.max(scores, axis=0), axes)
+        none = jnp.iinfo(jnp.int32).max
+        here = (scores == best[None]) & (ids >= 0)
+        class_id = sharding.lowest(jnp.min(jnp.where(here, ids, none), axis=0), axes)
+        class_id = jnp.where(class_id == none, -1, class_id)
+        return block_sampling.Drawn(top, best, class_id)
+
+
+class _Edge(NamedTuple):
+    """This shard's part of a block that other shards share.
+
+    Attributes:
+      number: of the block; -1 if the shard has all of it.
+      begin: the first class of the part, counted from the shard's first.
+      weights: [N, B] exp(c) of its classes about its own largest logit.
+      top: [N] that logit.
+      sum: [N] of the weights.
+    """
+
+    number: jax.Array
+    begin: int
+    weights: jax.Array
+    top: jax.Array
+    sum: jax.Array
+
+    @classmethod
+    def of(
+        cls,
+        fold: Draw,
+        operands: Operands,
+        begin: int,
+        size: int,
+        number: jax.Array,
+        first: jax.Array | int,
+        block: int,
+    ) -> "_Edge":
+        """Computes the logits of `size` classes from `begin` that lie in a block."""
+        rows = operands.hidden.shape[0]
+        classes = operands.num_classes(fold.config)
+        tiles = Tiling(rows, classes, rows, size)
+        u = compute_tile(fold.config, operands, tiles, 0, -begin).logits
+        ids = begin + lax.iota(jnp.int32, size)
+        start = number * block - first
+        u = jnp.where((ids >= start) & (ids < start + block), u, -jnp.inf)
+        top = jnp.max(u, axis=1)
+        tau = operands.temperature(fold.config)
+        weights = jnp.exp(divide_by_temperature(u, finite_peak(top)[:, None], tau))
+        return cls(number, begin, weights, top, jnp.sum(weights, axis=1))

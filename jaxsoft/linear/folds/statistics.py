@@ -1,0 +1,705 @@
+"""The statistics of a softmax over the classes of a layer, and all their derivatives.
+
+Each statistic is a class that says how it merges a tile, what its cotangent becomes by
+the logits, and nothing else; one stream computes all that are wanted and one backward
+pass serves them all. A new one is a class here, its place in `_STATISTICS`, and a field
+of `Fields` and of `LogitStatistics`.
+
+With u the logits of a row, m their maximum, τ the temperature and c = (u - m) / τ, the
+derivative by the logits has the form
+
+    p (of_p + c·of_pc) + the statistics' own terms
+
+with coefficients of each row. That by τ is -Σ (derivative by u) c.
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxsoft._core import dtypes, registry
+from jaxsoft._core.exporting import exportable_dataclass
+from jaxsoft._core.temperature import (
+    divide_by_temperature,
+    finite,
+    finite_peak,
+    inverse,
+    over_temperature,
+    times,
+)
+from jaxsoft.linear import reference, sharding
+from jaxsoft.linear.arguments import Axes, Call, Operands, fold_rows
+from jaxsoft.linear.fold import Fold, stream
+from jaxsoft.linear.tiles import Share, Tile, Wanted, accumulate
+
+__all__ = [
+    "Columns",
+    "Fields",
+    "LogitStatistics",
+    "Rows",
+    "Saved",
+    "Statistics",
+    "statistics",
+]
+
+# Numbers of R rows by name, [R, 1] each but `label`, [R, K].
+Columns = dict[str, jax.Array]
+
+
+class Fields(NamedTuple):
+    """The centred statistics of each row; None where not wanted. All but label are [N].
+
+    Attributes:
+      max: m; -inf in a row without any kept class. No gradient flows through it.
+      log_sum: ℓ = log Σ exp(c); 0 in a row without any kept class.
+      label: the centred logits of the labels, [N, K].
+      mean: the mean of c over kept classes.
+      expected: Σ p c.
+      argmax: int32, the lowest class that reaches m.
+      rest: log Σ exp(c) over the classes that are no labels of the row.
+    """
+
+    max: Annotated[jax.Array, Axes("n")]
+    log_sum: Annotated[jax.Array, Axes("n")]
+    label: Annotated[jax.Array | None, Axes("nk")] = None
+    mean: Annotated[jax.Array | None, Axes("n")] = None
+    expected: Annotated[jax.Array | None, Axes("n")] = None
+    argmax: Annotated[jax.Array | None, Axes("n")] = None
+    rest: Annotated[jax.Array | None, Axes("n")] = None
+
+
+class Saved(NamedTuple):
+    """What the derivative needs of the forward pass.
+
+    Attributes:
+      fields: the statistics.
+      total: Σ exp(c), whose logarithm has fewer digits.
+      number: how many classes are kept; None where the mean is not wanted.
+      rest: Σ exp(c) over classes that are no labels; None where not wanted.
+    """
+
+    fields: Fields
+    total: Annotated[jax.Array, Axes("n")]
+    number: Annotated[jax.Array | None, Axes("n")] = None
+    rest: Annotated[jax.Array | None, Axes("n")] = None
+
+
+class Rows(NamedTuple):
+    """What the derivative by a tile's logits needs of each row; None stands for 0.
+
+    Attributes:
+      max: m.
+      inverse_total: 1 / Σ exp(c).
+      of_p: the coefficient of p.
+      of_pc: the coefficient of p c.
+      label: that of 1[v = label], [N, K].
+      mean: that of 1, for kept classes.
+      rest: that of exp(c), for classes that are no labels.
+    """
+
+    max: Annotated[jax.Array, Axes("n")]
+    inverse_total: Annotated[jax.Array, Axes("n")]
+    of_p: Annotated[jax.Array | None, Axes("n")] = None
+    of_pc: Annotated[jax.Array | None, Axes("n")] = None
+    label: Annotated[jax.Array | None, Axes("nk")] = None
+    mean: Annotated[jax.Array | None, Axes("n")] = None
+    rest: Annotated[jax.Array | None, Axes("n")] = None
+
+    def columns(self) -> "Rows":
+        """The same with [N, 1] in place of [N]."""
+        others = jax.tree.map(lambda a: a[:, None], self._replace(label=None))
+        return others._replace(label=self.label)
+
+
+class _Move(NamedTuple):
+    """A row's largest logit moves, and with it the centre of what was summed.
+
+    Attributes:
+      old: the largest logit before, [R, 1], or of P parts [P, R, 1].
+      new: the largest logit now.
+      peak: that, or 0 in a row without any kept class so far, whose c are all -inf.
+      back: (old - peak) / τ.
+      rescale: exp(back).
+    """
+
+    old: jax.Array
+    new: jax.Array
+    peak: jax.Array
+    back: jax.Array
+    rescale: jax.Array
+
+    @classmethod
+    def of(cls, old: jax.Array, new: jax.Array, tau: float | jax.Array) -> "_Move":
+        """Returns the move from one largest logit to another."""
+        peak = finite_peak(new)
+        back = divide_by_temperature(old, peak, tau)
+        return cls(old, new, peak, back, jnp.exp(back))
+
+
+class _Merged(NamedTuple):
+    """A tile as it is merged.
+
+    Attributes:
+      tile: the tile.
+      c: its centred logits, [R, B].
+      weights: exp(c).
+      move: of the rows' largest logit.
+    """
+
+    tile: Tile
+    c: jax.Array
+    weights: jax.Array
+    move: _Move
+
+
+class _Statistic(abc.ABC):
+    """One statistic; `name` is its field, or where it lacks one its column."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def start(self, rows: int, labels: int, dtype: DTypeLike) -> Columns:
+        """Returns its columns before the first tile; `labels` is K."""
+
+    @abc.abstractmethod
+    def moved(self, columns: Columns, move: _Move) -> Columns:
+        """Returns its columns about another centre."""
+
+    @abc.abstractmethod
+    def merge(self, columns: Columns, new: _Merged) -> Columns:
+        """Returns its columns, moved already but for `max` and `sum`, with a tile."""
+
+    def join(self, columns: Columns, move: _Move) -> Columns:
+        """Returns its columns of all parts, [P, R, 1], that were moved already."""
+        del move
+        return {name: jnp.sum(columns[name], axis=0) for name in columns}
+
+    def sums(self, columns: Columns, move: _Move, finish: "_Finish") -> Columns:
+        """Returns what adds up over shards, of columns that were moved already."""
+        del move, finish
+        return columns
+
+    @abc.abstractmethod
+    def field(self, sums: Columns, total: jax.Array, finish: "_Finish") -> jax.Array:
+        """Returns the field, [N] or [N, K], from sums of all shards."""
+
+    def saved(self, sums: Columns) -> Columns:
+        """Returns fields of `Saved` beside the statistic."""
+        del sums
+        return {}
+
+    def coefficients(self, cotangent: jax.Array, saved: Saved) -> Columns:
+        """Returns coefficients by the fields of `Rows`, before they are over τ."""
+        del cotangent, saved
+        return {}
+
+    def slope(self, rows: Rows, tile: Tile, weights: jax.Array) -> jax.Array | None:
+        """Returns the statistic's own term of the derivative, [R, B]."""
+        del rows, tile, weights
+        return None
+
+
+class _Finish(NamedTuple):
+    """What the statistics need when they are finished.
+
+    Attributes:
+      operands: of the call, class ids those of this shard.
+      columns: all of them.
+      tau: the temperature.
+      classes: V.
+      shard: the number of classes of this shard.
+      axes: the mesh axes of the classes.
+      largest: the largest logit of all shards, [N, 1].
+    """
+
+    operands: Operands
+    columns: Columns
+    tau: float | jax.Array
+    classes: int
+    shard: int
+    axes: tuple[str, ...]
+    largest: jax.Array
+
+
+class _Label(_Statistic):
+    """The centred logits of K labels; their raw logits until it is finished."""
+
+    name = "label"
+
+    def start(self, rows, labels, dtype):
+        return {"label": jnp.full((rows, labels), -jnp.inf, dtype)}
+
+    def moved(self, columns, move):
+        return {"label": columns["label"]}
+
+    def merge(self, columns, new):
+        return {"label": jnp.maximum(columns["label"], new.tile.pick())}
+
+    def join(self, columns, move):
+        return {"label": jnp.max(columns["label"], axis=0)}
+
+    def sums(self, columns, move, finish):
+        label = divide_by_temperature(columns["label"], move.peak, finish.tau)
+        labels = finish.operands.labels
+        if finish.axes and labels is not None:
+            label = jnp.where(labels >= 0, label, 0)
+        return {"label": label}
+
+    def field(self, sums, total, finish):
+        return sums["label"]
+
+    def coefficients(self, cotangent, saved):
+        return {"label": cotangent}
+
+    def slope(self, rows, tile, weights):
+        if rows.label is None or tile.labels is None:
+            return None
+        return tile.place(rows.label)
+
+
+class _Mean(_Statistic):
+    """The mean of c: `gap` is Σ (u - m), not over τ, of `number` kept classes."""
+
+    name = "mean"
+
+    def start(self, rows, labels, dtype):
+        return {
+            "gap": jnp.zeros((rows, 1), dtype),
+            "number": jnp.zeros((rows, 1), jnp.int32),
+        }
+
+    def moved(self, columns, move):
+        number, gap = columns["number"], columns["gap"]
+        by = jnp.where(number == 0, 0, move.old - move.peak)
+        return {"gap": gap + number.astype(gap.dtype) * by, "number": number}
+
+    def merge(self, columns, new):
+        u = new.tile.logits
+        kept = u != -jnp.inf
+        gaps = jnp.where(kept, u - new.move.peak, 0)
+        counts = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
+        return {
+            "gap": columns["gap"] + jnp.sum(gaps, axis=1, keepdims=True),
+            "number": columns["number"] + counts,
+        }
+
+    def sums(self, columns, move, finish):
+        gap = columns["gap"]
+        # Divided by V first: the sum itself may be too large to divide by τ.
+        return {
+            "number": columns["number"].astype(gap.dtype),
+            "gap": over_temperature(gap / finish.classes, finish.tau),
+        }
+
+    def field(self, sums, total, finish):
+        return sums["gap"][:, 0] * (finish.classes / self.saved(sums)["number"])
+
+    def saved(self, sums):
+        return {"number": jnp.maximum(sums["number"], 1)[:, 0]}
+
+    def coefficients(self, cotangent, saved):
+        assert saved.number is not None
+        return {"mean": cotangent / saved.number}
+
+    def slope(self, rows, tile, weights):
+        if rows.mean is None:
+            return None
+        if not tile.masked:
+            return rows.mean
+        return jnp.where(tile.logits == -jnp.inf, 0, rows.mean)
+
+
+class _Expected(_Statistic):
+    """Σ p c, from `weighted` = Σ exp(c) c."""
+
+    name = "expected"
+
+    def start(self, rows, labels, dtype):
+        return {"weighted": jnp.zeros((rows, 1), dtype)}
+
+    def moved(self, columns, move):
+        by = jnp.where(move.rescale == 0, 0, move.back)
+        return {"weighted": move.rescale * (columns["weighted"] + columns["sum"] * by)}
+
+    def merge(self, columns, new):
+        terms = times(new.weights, new.c)
+        return {"weighted": columns["weighted"] + jnp.sum(terms, axis=1, keepdims=True)}
+
+    def field(self, sums, total, finish):
+        return (sums["weighted"] / total)[:, 0]
+
+    def coefficients(self, cotangent, saved):
+        assert saved.fields.expected is not None
+        of_p = cotangent * (1 - saved.fields.expected)
+        return {"of_p": of_p, "of_pc": cotangent}
+
+
+class _Argmax(_Statistic):
+    """The lowest class with the largest logit, counted from this shard's first."""
+
+    name = "argmax"
+
+    def start(self, rows, labels, dtype):
+        return {"argmax": jnp.zeros((rows, 1), jnp.int32)}
+
+    def moved(self, columns, move):
+        return {"argmax": columns["argmax"]}
+
+    def merge(self, columns, new):
+        best = new.tile.start + lax.argmax(new.tile.logits, 1, jnp.int32)[:, None]
+        is_new = new.move.new > new.move.old
+        return {"argmax": jnp.where(is_new, best, columns["argmax"])}
+
+    def join(self, columns, move):
+        none = jnp.iinfo(jnp.int32).max
+        reached = move.old == move.new
+        argmax = jnp.min(jnp.where(reached, columns["argmax"], none), axis=0)
+        # NaN logits equal no maximum.
+        return {"argmax": jnp.where(argmax == none, 0, argmax)}
+
+    def sums(self, columns, move, finish):
+        return {}
+
+    def field(self, sums, total, finish):
+        reached = finish.columns["max"] == finish.largest
+        argmax = finish.columns["argmax"]
+        return sharding.lowest_argmax(argmax, reached, finish.shard, finish.axes)[:, 0]
+
+
+class _Rest(_Statistic):
+    """Log Σ exp(c) over the classes that are no labels of the row."""
+
+    name = "rest"
+
+    def start(self, rows, labels, dtype):
+        return {"rest": jnp.zeros((rows, 1), dtype)}
+
+    def moved(self, columns, move):
+        return {"rest": move.rescale * columns["rest"]}
+
+    def merge(self, columns, new):
+        others = new.tile.without_labels(new.weights)
+        return {"rest": columns["rest"] + jnp.sum(others, axis=1, keepdims=True)}
+
+    def field(self, sums, total, finish):
+        return jnp.log(self.saved(sums)["rest"])
+
+    def saved(self, sums):
+        return {"rest": sums["rest"][:, 0]}
+
+    def coefficients(self, cotangent, saved):
+        assert saved.rest is not None
+        return {"rest": cotangent / jnp.where(saved.rest == 0, 1, saved.rest)}
+
+    def slope(self, rows, tile, weights):
+        if rows.rest is None:
+            return None
+        return tile.without_labels(weights) * rows.rest
+
+
+_STATISTICS: tuple[_Statistic, ...] = (
+    _Label(),
+    _Mean(),
+    _Expected(),
+    _Argmax(),
+    _Rest(),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics(Fold):
+    """The statistics of each row.
+
+    Attributes:
+      config: of the layer.
+      wanted: the names of those beside `max` and `log_sum`.
+    """
+
+    wanted: frozenset[str] = frozenset()
+    kernel_step: ClassVar[str | None] = "statistics"
+
+    @property
+    def statistics(self) -> tuple[_Statistic, ...]:
+        """Those that are wanted, in their order."""
+        return tuple(s for s in _STATISTICS if s.name in self.wanted)
+
+    def local(self, arrays: Operands) -> Operands:
+        return arrays.local(self.config)
+
+    def start(self, rows: int, arrays: Operands) -> Columns:
+        labels = 0 if arrays.labels is None else arrays.labels.shape[1]
+        return self.empty(rows, labels, dtypes.compute_dtype(*arrays[:2]))
+
+    def empty(self, rows: int, labels: int, dtype: DTypeLike) -> Columns:
+        """Returns the columns of R rows with K labels before their first tile."""
+        columns = {
+            "max": jnp.full((rows, 1), -jnp.inf, dtype),
+            "sum": jnp.zeros((rows, 1), dtype),
+        }
+        for statistic in self.statistics:
+            columns |= statistic.start(rows, labels, dtype)
+        return columns
+
+    def step(self, carry: Columns, tile: Tile, part: Operands, index: Any) -> Columns:
+        del index
+        return self.merge(carry, tile, part.temperature(self.config))
+
+    def merge(self, columns: Columns, tile: Tile, tau: float | jax.Array) -> Columns:
+        """Returns the columns with one more tile; `tau` is a float or [R, 1]."""
+        largest = jnp.max(tile.logits, axis=1, keepdims=True)
+        move = _Move.of(columns["max"], jnp.maximum(columns["max"], largest), tau)
+        c = divide_by_temperature(tile.logits, move.peak, tau)
+        new = _Merged(tile, c, jnp.exp(c), move)
+        merged = {
+            "max": move.new,
+            "sum": move.rescale * columns["sum"]
+            + jnp.sum(new.weights, axis=1, keepdims=True),
+        }
+        for statistic in self.statistics:
+            merged |= statistic.merge(statistic.moved(columns, move), new)
+        return merged
+
+    def join(self, columns: Columns, tau: float | jax.Array) -> Columns:
+        """Merges P parts of the classes, [P, R, 1] each, in the order of classes."""
+        tau = tau[None] if isinstance(tau, jax.Array) else tau
+        largest = jnp.max(columns["max"], axis=0)
+        move = _Move.of(columns["max"], largest[None], tau)
+        joined = {
+            "max": largest,
+            "sum": jnp.sum(move.rescale * columns["sum"], axis=0),
+        }
+        for statistic in self.statistics:
+            joined |= statistic.join(statistic.moved(columns, move), move)
+        return joined
+
+    def finish(self, carry: Columns, arrays: Operands) -> Saved:
+        axes = self.config.vocab_axes
+        tau = arrays.temperature(self.config)
+        largest = sharding.maximum(carry["max"], axes)
+        move = _Move.of(carry["max"], largest, tau)
+        finish = _Finish(
+            arrays,
+            carry,
+            tau,
+            arrays.all_classes(self.config),
+            arrays.num_classes(self.config),
+            axes,
+            largest,
+        )
+        sums = {"total": move.rescale * carry["sum"]}
+        for statistic in self.statistics:
+            sums |= statistic.sums(statistic.moved(carry, move), move, finish)
+        sums = sharding.add(sums, axes)
+        total = jnp.where(largest == -jnp.inf, 1, sums["total"])
+        fields, saved = {}, {}
+        for statistic in self.statistics:
+            fields[statistic.name] = statistic.field(sums, total, finish)
+            saved |= statistic.saved(sums)
+        total = total[:, 0]
+        return Saved(Fields(largest[:, 0], jnp.log(total), **fields), total, **saved)
+
+    def result(self, saved: Saved) -> Fields:
+        return saved.fields
+
+    def compute(self, arrays: Operands) -> Fields:
+        if self.config.implementation == "reference":
+            return Fields(**reference.statistics(self.config, arrays, self.wanted))
+        return super().compute(arrays)
+
+    def differentiable(self, moving: Operands) -> Any:
+        if self.config.implementation == "reference":
+            return self.compute
+        return super().differentiable(moving)
+
+    def gradients(
+        self, arrays: Operands, saved: Saved, cotangents: Fields, moving: Operands
+    ) -> Operands:
+        operands, wanted = self.local(arrays), Wanted.of(moving)
+        rows = self._rows(operands, saved, cotangents)
+        kernel = registry.kernel("statistics_gradient", self.config.implementation)
+        if kernel is not None:
+            gradients, moments = kernel(self, operands, wanted, rows)
+        else:
+
+            def share(part, part_rows, tile, _):
+                tau = part.temperature(self.config)
+                return Share(*self.slope(tau, part_rows.columns(), tile, wanted.tau))
+
+            gradients, moments = accumulate(self.config, operands, wanted, share, rows)
+        if moments is not None:
+            gradients = gradients._replace(tau=-moments[:, 0])
+        return gradients.of_operands()
+
+    def _rows(self, operands: Operands, saved: Saved, cotangents: Fields) -> Rows:
+        """Returns the coefficients of the derivative, over τ."""
+        coefficients: Columns = {}
+        if cotangents.log_sum is not None:
+            coefficients["of_p"] = cotangents.log_sum
+        for statistic in self.statistics:
+            cotangent = getattr(cotangents, statistic.name)
+            if cotangent is None:
+                continue
+            for name, value in statistic.coefficients(cotangent, saved).items():
+                before = coefficients.get(name)
+                coefficients[name] = value if before is None else before + value
+        scale = inverse(operands.temperature(self.config), saved.total.dtype)
+        scale = jnp.broadcast_to(scale, (operands.hidden.shape[0], 1))
+        scaled = {
+            name: value * (scale if value.ndim == 2 else scale[:, 0])
+            for name, value in coefficients.items()
+        }
+        return Rows(saved.fields.max, 1 / saved.total, **scaled)
+
+    def slope(
+        self, tau: float | jax.Array, rows: Rows, tile: Tile, moments: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns what a tile contributes to the derivative.
+
+        Args:
+          tau: the temperature, a float or [R, 1].
+          rows: the columns of the rows' coefficients.
+          tile: the tile.
+          moments: whether the temperature's gradient is wanted.
+
+        Returns:
+          The derivative by the logits [R, B], and Σ of it times c [R, 1], or None.
+        """
+        u = tile.logits
+        c = divide_by_temperature(u, finite_peak(rows.max), tau)
+        weights = jnp.exp(c)
+        p = weights * rows.inverse_total
+        d = jnp.zeros_like(u)
+        if rows.of_p is not None:
+            d = p * rows.of_p
+        if rows.of_pc is not None:
+            d = d + times(p, c) * rows.of_pc
+        for statistic in self.statistics:
+            term = statistic.slope(rows, tile, weights)
+            d = d if term is None else d + term
+        if not moments:
+            return d, None
+        return d, jnp.sum(times(d, finite(c)), axis=1, keepdims=True)
+
+
+@exportable_dataclass()
+@dataclasses.dataclass(frozen=True)
+class LogitStatistics:
+    """Statistics of the softmax over classes, one number a row; a pytree.
+
+    With u the logits, m their maximum, τ the temperature and c = (u - m) / τ, the
+    fields are the centred quantities that losses are made of. No gradient flows
+    through `max`, so gradients of single fields mean little; the properties, in which
+    the centre cancels, have exact gradients.
+
+    Attributes:
+      max: m [...]; -inf in a row without any kept class.
+      log_sum: ℓ = log Σ exp(c) [...], >= 0.
+      label: the centred logit of the label [...], <= 0; NaN for a label outside
+        [0, V); None without labels.
+      mean: the mean of c over the kept classes [...]; None where not computed.
+      expected: Σ p c [...]; None where not computed.
+      argmax: the lowest class with the largest logit [...], int32; None where not
+        asked for.
+      temperature: τ, a scalar or [...].
+      rest: log Σ exp(c) over the classes that are not among K labels; None where not
+        computed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxsoft import linear_statistics
+      >>> statistics = linear_statistics(jnp.ones((1, 1)), jnp.zeros((1, 4)))
+      >>> print(f"{statistics.lse[0]:.4f} {statistics.entropy[0]:.4f}")
+      1.3863 1.3863
+    """
+
+    max: jax.Array
+    log_sum: jax.Array
+    label: jax.Array | None
+    mean: jax.Array | None
+    expected: jax.Array | None
+    argmax: jax.Array | None
+    temperature: jax.Array
+    rest: jax.Array | None = None
+
+    @property
+    def lse(self) -> jax.Array:
+        """Log Σ exp(u / τ) [...]; -inf in a row without any kept class."""
+        return self._peak() + self.log_sum
+
+    @property
+    def label_logit(self) -> jax.Array:
+        """The tempered logit of the label, u_label / τ [...]."""
+        return self._peak() + self._need("label")
+
+    @property
+    def log_prob(self) -> jax.Array:
+        """The log-probability of the label [...], never above 0."""
+        return self._need("label") - self.log_sum
+
+    @property
+    def entropy(self) -> jax.Array:
+        """The entropy in nats [...], in [0, log V]."""
+        return self.log_sum - self._need("expected")
+
+    def with_one_label(self) -> "LogitStatistics":
+        """Returns the statistics with `label` [...] in place of [..., 1]."""
+        if self.label is None:
+            return self
+        return dataclasses.replace(self, label=self.label[..., 0])
+
+    def _peak(self) -> jax.Array:
+        tau = jnp.broadcast_to(self.temperature, self.max.shape)
+        return over_temperature(jax.lax.stop_gradient(self.max), tau)
+
+    def _need(self, name: str) -> jax.Array:
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"`{name}` must have been computed, got None. Pass labels, or ask "
+                "for the statistics with linear_statistics."
+            )
+        return value
+
+
+def statistics(call: Call, wanted: tuple[str, ...] = ()) -> LogitStatistics:
+    """Computes the statistics of a call.
+
+    Args:
+      call: the checked call.
+      wanted: which of "mean", "expected", "argmax" and "rest" to compute.
+
+    Returns:
+      The statistics; `label`, where there are labels, is [..., K].
+    """
+    names = wanted if call.arrays.labels is None else ("label", *wanted)
+    return _run(Statistics(call.config, frozenset(names)), call.arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _run(fold: Statistics, arrays: Operands) -> LogitStatistics:
+    """Folds leading axes into rows, computes, and unfolds."""
+    config = fold.config
+    rows = arrays.hidden.shape[:-1]
+    operands = fold_rows(config, arrays)
+    dtype = dtypes.compute_dtype(arrays.hidden, arrays.kernel)
+    if math.prod(rows):
+        fields = stream(fold, operands)
+    else:
+        fields = fold.result(fold.finish(fold.start(0, operands), operands))
+    fields = jax.tree.map(lambda a: a.reshape(rows + a.shape[1:]), fields)
+    label = fields.label
+    if label is not None and operands.labels is not None:
+        valid = operands.labels.reshape(label.shape) >= 0
+        label = jnp.where(valid, label, jnp.nan)
+    tau = arrays.tau
+    temperature = jnp.asarray(config.static_tau, dtype) if tau is None else tau
+    return LogitStatistics(
+        **(fields._asdict() | {"label": label}), temperature=temperature
+    )
