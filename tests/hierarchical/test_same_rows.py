@@ -5,24 +5,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsoft import hierarchical_log_prob, hierarchical_log_probs
 from jaxsoft.hierarchical.same_rows import SameRows, take_rows
+from tests.hierarchical import cases
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 50])
 def test_sums_and_their_transpose(size):
     random = np.random.default_rng(size)
     rows = random.integers(0, 8, size)
-    values = jnp.asarray(random.standard_normal((size, 3)), "float32")
-    same = SameRows.of(jnp.asarray(rows, "int32"), 7)
-    own = np.asarray(same.rows)
+    values = random.standard_normal((size, 3)).astype("float32")
+
+    @jax.jit
+    def sums(rows, values):
+        same = SameRows.of(rows, 7)
+        return same.rows, same.add(values), same.spread(same.rows)
+
+    own, added, spread = map(np.asarray, sums(rows.astype("int32"), values))
     # Each once, and those that are no row are 7 or more.
     assert set(own[own < 7]) == set(rows[rows < 7])
     assert len(np.unique(own)) == size
     found, total = np.zeros((7, 3)), np.zeros((7, 3))
-    np.add.at(total, rows[rows < 7], np.asarray(values)[rows < 7])
-    found[own[own < 7]] = np.asarray(same.add(values))[own < 7]
+    np.add.at(total, rows[rows < 7], values[rows < 7])
+    found[own[own < 7]] = added[own < 7]
     np.testing.assert_allclose(found, total, atol=1e-5)
-    spread = np.asarray(same.spread(same.rows))
     np.testing.assert_array_equal(spread[rows < 7], rows[rows < 7])
 
 
@@ -31,31 +37,79 @@ def test_sums_and_their_transpose(size):
 @pytest.mark.many_cases
 def test_rows_and_their_derivatives(axis, dtype, x64):
     random = np.random.default_rng(0)
-    array = jnp.asarray(random.standard_normal((6, 5, 4)), dtype)
-    rows = jnp.asarray(random.integers(0, array.shape[axis], (30, 20)))
-    found = take_rows(array, rows, axis)
-    np.testing.assert_array_equal(found, jnp.take(array, rows, axis=axis))
+    array = random.standard_normal((6, 5, 4)).astype(jnp.dtype(dtype))
+    rows = random.integers(0, array.shape[axis], (30, 20))
+    taken = np.take(array, rows, axis=axis)
+    cotangent = random.standard_normal(taken.shape).astype(jnp.dtype(dtype))
 
     def plain(array):
         return jnp.take(array, rows, axis=axis)
 
-    def ours(array):
-        return take_rows(array, rows, axis)
+    def one(array, rows):
+        return take_rows(array, rows, axis).sum()
 
-    _, moved = jax.jvp(ours, (array,), (array,))
+    @jax.jit
+    def results(array, cotangent, rows):
+        def ours(array):
+            return take_rows(array, rows, axis)
+
+        wide = array.astype("float64"), cotangent.astype("float64")
+        return (
+            ours(array),
+            jax.jvp(ours, (array,), (array,))[1],
+            jax.vjp(ours, array)[1](cotangent)[0],
+            jax.vjp(plain, wide[0])[1](wide[1])[0],
+            jax.vmap(jax.grad(one), (None, 0))(array, rows),
+            jax.grad(one)(array, rows),
+        )
+
+    found, moved, gradient, exact, parts, whole = results(array, cotangent, rows)
+    np.testing.assert_array_equal(found, taken)
     np.testing.assert_array_equal(moved, found)
-    cotangent = jnp.asarray(random.standard_normal(found.shape), dtype)
-    (gradient,) = jax.vjp(ours, array)[1](cotangent)
-    exact = jax.vjp(plain, array.astype("float64"))[1](cotangent.astype("float64"))[0]
     assert gradient.dtype == dtype
     # Rounded once, whatever is added up.
     np.testing.assert_allclose(
-        gradient.astype("float64"),
+        np.asarray(gradient, "float64"),
         exact,
         rtol=float(jnp.finfo(dtype).eps),
         atol=3e-5,
     )
-    by_vmap = jax.vmap(jax.grad(lambda a, r: take_rows(a, r, axis).sum()), (None, 0))
-    parts = by_vmap(array, rows).astype("float64").sum(0)
-    whole = jax.grad(lambda a: ours(a).sum())(array).astype("float64")
+    parts = np.asarray(parts, "float64").sum(0)
+    whole = np.asarray(whole, "float64")
     np.testing.assert_array_equal(parts, whole)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "huffman of 4", "wide"])
+@pytest.mark.many_cases
+def test_bfloat16_gradients_of_many_tokens_do_not_stall(kind):
+    # A sum in bfloat16 would stop at 256 times its terms, of thousands at the root.
+    tree = cases.tree(kind, 40)
+    random = np.random.default_rng(0)
+    hidden, kernel, bias = cases.layer(tree, rows=2048, dtype="float32", scale=0.3)
+    layer = [np.asarray(a, jnp.bfloat16) for a in (hidden + 1, kernel, bias)]
+    labels = random.integers(0, 2, 2048) * 17
+    weights = random.uniform(0.5, 1.5, 2048).astype("float32")
+
+    @jax.jit
+    @jax.grad
+    def alone(layer, labels, weights):
+        hidden, kernel, bias = layer
+        found = hierarchical_log_prob(hidden, kernel, labels, tree, node_bias=bias)
+        return jnp.sum(found * weights.astype(found.dtype))
+
+    @jax.jit
+    @jax.grad
+    def plain(layer, labels, weights):
+        hidden, kernel, bias = layer
+        every = hierarchical_log_probs(hidden, kernel, tree, node_bias=bias)
+        return jnp.sum(every[jnp.arange(2048), labels] * weights)
+
+    found, whole = (f(layer, labels, weights) for f in (alone, plain))
+    with jax.enable_x64(True):
+        exact = alone([a.astype("float64") for a in layer], labels, weights)
+    for own, other, truth in zip(found, whole, exact, strict=True):
+        assert own.dtype == "bfloat16"
+        own, other, truth = (np.asarray(a, "float64") for a in (own, other, truth))
+        error = [np.abs(a - truth).max() for a in (own, other, 0 * truth)]
+        assert error[0] <= error[1] + 2e-3 * error[2], error
+        assert error[0] < 0.01 * error[2]

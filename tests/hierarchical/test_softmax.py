@@ -13,17 +13,18 @@ from jaxsoft.hierarchical import layer as node_logits
 from tests.hierarchical import cases
 
 
-def of_every_class(tree, hidden, kernel, **options):
-    """Returns [N, V] from the function of one class."""
-    rows, classes = len(hidden), tree.num_classes
-    labels = np.tile(np.arange(classes), (rows, 1))
-    every = jnp.repeat(hidden[:, None], classes, axis=1)
-    return hierarchical_log_prob(every, kernel, labels, tree, **options)
-
-
-def of_all(tree, hidden, kernel, **options):
-    """Returns [N, V] from the function of all classes."""
-    return hierarchical_log_probs(hidden, kernel, tree, **options)
+@jax.jit
+def all_and_own(hidden, kernel, bias, labels, tree, tau):
+    """Returns the log-probabilities of all classes, and of labels [..., N]."""
+    every = hierarchical_log_probs(
+        hidden, kernel, tree, node_bias=bias, temperature=tau
+    )
+    states = jnp.broadcast_to(hidden, (*labels.shape, hidden.shape[-1]))
+    tau = jnp.broadcast_to(tau, labels.shape)
+    own = hierarchical_log_prob(
+        states, kernel, labels, tree, node_bias=bias, temperature=tau
+    )
+    return every, own
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -36,33 +37,17 @@ def test_every_class_by_definition(kind, num_classes, dtype, x64):
     tau = np.random.default_rng(2).uniform(0.4, 2, len(hidden))
     wide = [a.astype("float64") for a in (hidden, kernel, bias)]
     exact = cases.log_probs(tree, *wide, temperature=tau)
-    options = {"node_bias": bias, "temperature": tau.astype(dtype)}
     tolerance = 1e-12 if dtype == "float64" else 3e-6
-    every = hierarchical_log_probs(hidden, kernel, tree, **options)
+    labels = np.random.default_rng(3).integers(0, num_classes, (3, len(hidden)))
+    every, own = map(
+        np.asarray, all_and_own(hidden, kernel, bias, labels, tree, tau.astype(dtype))
+    )
     assert every.dtype == dtype
     np.testing.assert_allclose(every, exact, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(np.exp(every).sum(1), 1, atol=tolerance)
-    labels = np.random.default_rng(3).integers(0, num_classes, (3, len(hidden)))
-    for label in labels:
-        found = hierarchical_log_prob(hidden, kernel, label, tree, **options)
-        assert found.dtype == dtype and (found <= 0).all()
-        truth = exact[np.arange(len(hidden)), label]
-        np.testing.assert_allclose(found, truth, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.many_cases
-def test_probabilities_of_a_thousand_classes_add_up(kind):
-    tree = cases.tree(kind, 1000)
-    hidden, kernel, bias = cases.layer(tree, dtype="float32", scale=3.0)
-    every = hierarchical_log_probs(hidden, kernel, tree, node_bias=bias)
-    np.testing.assert_allclose(np.exp(every, dtype="float64").sum(1), 1, atol=1e-5)
-    labels = np.arange(1000)
-    alone = hierarchical_log_prob(
-        np.repeat(hidden[:1], 1000, 0), kernel, labels, tree, node_bias=bias
-    )
-    np.testing.assert_allclose(np.exp(alone, dtype="float64").sum(), 1, atol=1e-5)
-    np.testing.assert_allclose(alone, every[0], rtol=1e-5, atol=1e-5)
+    assert own.dtype == dtype and (own <= 0).all()
+    truth = exact[np.arange(len(hidden)), labels]
+    np.testing.assert_allclose(own, truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["alone", "all"])
@@ -91,7 +76,7 @@ def test_gradients(kind, name, x64):
         return (exact * weights).sum()
 
     # Before the arrays change, which JAX may share.
-    found = jax.block_until_ready(jax.jit(jax.grad(total))(layer))
+    found = jax.device_get(jax.jit(jax.grad(total))(layer))
     for array, gradient in zip(layer, found, strict=True):
         for place in list(np.ndindex(array.shape))[:: max(1, array.size // 9)]:
             kept, sides = array[place], []
@@ -104,162 +89,76 @@ def test_gradients(kind, name, x64):
             )
 
 
+@jax.jit
+@jax.value_and_grad
+def one_node(logit, label):
+    """Returns the log-probability of a tree's only choice."""
+    layer = jnp.ones((1, 1)), logit.reshape(1, 1)
+    return hierarchical_log_prob(*layer, label[None], ClassTree.balanced(2))[0]
+
+
 @pytest.mark.parametrize("logit", [50.0, -50.0, 1000.0, -1000.0])
 def test_saturated_node_has_its_gradient(logit, x64):
-    tree = ClassTree.balanced(2)
-
-    def value(z, label):
-        return hierarchical_log_prob(
-            jnp.ones((1, 1)), z.reshape(1, 1), jnp.array([label]), tree
-        )[0]
-
     for label, sign in ((1, 1), (0, -1)):
-        found, gradient = jax.value_and_grad(value)(jnp.asarray(logit), label)
+        value, gradient = one_node(np.float64(logit), np.int32(label))
         odds = -sign * logit
         expected = -odds if odds > 40 else -np.exp(odds)
         slope = 1.0 if odds > 40 else np.exp(odds)
-        assert found == pytest.approx(expected, rel=1e-12)
+        assert value == pytest.approx(expected, rel=1e-12)
         assert gradient == pytest.approx(sign * slope, rel=1e-12)
 
 
-@pytest.mark.parametrize("arity", [2, 3])
-def test_limits_of_the_temperature(arity):
-    tree = ClassTree.balanced(9, arity)
-    hidden, kernel, _ = cases.layer(tree, dtype="float32")
-    kernel[0] = 0
-    for function in (of_every_class, of_all):
-        cold = np.exp(function(tree, hidden, kernel, temperature=0.0))
-        np.testing.assert_allclose(cold.sum(1), 1, atol=1e-6)
-        assert ((cold == 0) | (cold > 0.2)).all()
-        hot = function(tree, hidden, kernel, temperature=np.inf)
-        path = tree.paths(jnp.arange(9))
-        even = -np.log1p(np.asarray(path.num_rows)).sum(1)
-        np.testing.assert_allclose(hot, np.tile(even, (6, 1)), rtol=1e-5)
-        gradient = jax.grad(
-            lambda h, f=function: f(tree, h, kernel, temperature=0.0)[:, 0].sum()
-        )(hidden)
-        assert (np.asarray(gradient) == 0).all()
-    with pytest.raises(ValueError, match="`temperature` must not be negative"):
-        hierarchical_log_probs(hidden, kernel, tree, temperature=-1.0)
-
-
-def test_labels_that_are_no_class_and_masked_positions():
-    tree = ClassTree.huffman([5, 4, 3, 2, 1])
-    hidden, kernel, _ = cases.layer(tree, dtype="float32")
-    labels = np.array([0, -1, 5, -100, 4, 2])
-    found = np.asarray(hierarchical_log_prob(hidden, kernel, labels, tree))
-    assert np.isnan(found).tolist() == [False, True, True, True, False, False]
-    keep = np.array([True, False, False, False, True, False])
-    hidden[3], hidden[5] = np.inf, np.nan
-
-    def total(hidden, kernel, labels, keep=None):
-        return hierarchical_log_prob(hidden, kernel, labels, tree, where=keep).sum()
-
-    value, gradients = jax.value_and_grad(total, (0, 1))(hidden, kernel, labels, keep)
-    kept = np.array([0, 4])
-    alone = jax.value_and_grad(total, (0, 1))(hidden[kept], kernel, labels[kept])
-    np.testing.assert_allclose(value, alone[0], rtol=1e-6)
-    np.testing.assert_allclose(gradients[0][kept], alone[1][0], rtol=1e-6)
-    np.testing.assert_allclose(gradients[1], alone[1][1], rtol=1e-6)
-    assert (np.asarray(gradients[0])[~keep] == 0).all()
-    none = jax.value_and_grad(total, (0, 1))(hidden, kernel, labels, keep & False)
-    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(none))
-
-
-@pytest.mark.parametrize("name", ["alone", "all"])
-def test_transforms_and_leading_axes(name):
-    tree = cases.tree("huffman", 11)
-    hidden, kernel, bias = cases.layer(tree, dtype="float32")
-    labels = np.array([0, 10, 3, 3, 7, 9])
-
-    def call(hidden, labels, tree):
-        if name == "all":
-            return hierarchical_log_probs(hidden, kernel, tree, node_bias=bias)
-        return hierarchical_log_prob(hidden, kernel, labels, tree, node_bias=bias)
-
-    plain = call(hidden, labels, tree)
-    folded = call(hidden.reshape(2, 3, -1), labels.reshape(2, 3), tree)
-    mapped = jax.jit(jax.vmap(call, (0, 0, None)))(hidden, labels, tree)
-    for other in (folded.reshape(plain.shape), mapped):
-        np.testing.assert_allclose(other, plain, rtol=1e-6, atol=1e-6)
-    assert call(hidden[:0], labels[:0], tree).shape[0] == 0
-    assert call(hidden[0], labels[0], tree).shape == plain.shape[1:]
-
-
 def test_bfloat16_is_as_good_as_its_inputs():
-    tree = cases.tree("balanced", 300)
+    tree = cases.tree("balanced", 40)
     hidden, kernel, _ = cases.layer(tree, dtype="float32")
-    hidden, kernel = (jnp.asarray(a, "bfloat16") for a in (hidden, kernel))
+    hidden, kernel = (np.asarray(a, jnp.bfloat16) for a in (hidden, kernel))
     exact = cases.log_probs(
         tree, *(np.asarray(a, "float64") for a in (hidden, kernel)), 0.0
     )
-    every = hierarchical_log_probs(hidden, kernel, tree)
+
+    @jax.jit
+    def results(hidden, kernel):
+        def total(hidden, kernel):
+            own = hierarchical_log_prob(hidden, kernel, np.arange(6), tree)
+            return own.sum(), own
+
+        every = hierarchical_log_probs(hidden, kernel, tree)
+        (_, own), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(
+            hidden, kernel
+        )
+        return every, own, gradients
+
+    every, own, gradients = results(hidden, kernel)
     assert every.dtype == "float32"
     np.testing.assert_allclose(every, exact, rtol=2e-6, atol=2e-6)
-    found = hierarchical_log_prob(hidden, kernel, np.arange(6), tree)
-    np.testing.assert_allclose(found, exact[np.arange(6), np.arange(6)], rtol=2e-6)
-    gradients = jax.grad(
-        lambda h, k: hierarchical_log_prob(h, k, np.arange(6), tree).sum(), (0, 1)
-    )(hidden, kernel)
+    np.testing.assert_allclose(own, exact[np.arange(6), np.arange(6)], rtol=2e-6)
     assert all(g.dtype == "bfloat16" for g in gradients)
-
-
-@pytest.mark.parametrize("kind", ["balanced", "huffman of 4", "wide"])
-@pytest.mark.many_cases
-def test_bfloat16_gradients_of_many_tokens_do_not_stall(kind):
-    # A sum in bfloat16 would stop at 256 times its terms, of thousands at the root.
-    tree = cases.tree(kind, 300)
-    random = np.random.default_rng(0)
-    hidden, kernel, bias = cases.layer(tree, rows=4096, dtype="float32", scale=0.3)
-    layer = [jnp.asarray(a, "bfloat16") for a in (hidden + 1, kernel, bias)]
-    labels = random.integers(0, 2, 4096) * 17
-    weights = random.uniform(0.5, 1.5, 4096).astype("float32")
-
-    @jax.jit
-    @jax.grad
-    def alone(layer, labels, weights):
-        hidden, kernel, bias = layer
-        found = hierarchical_log_prob(hidden, kernel, labels, tree, node_bias=bias)
-        return jnp.sum(found * weights.astype(found.dtype))
-
-    @jax.jit
-    @jax.grad
-    def plain(layer, labels, weights):
-        hidden, kernel, bias = layer
-        every = hierarchical_log_probs(hidden, kernel, tree, node_bias=bias)
-        return jnp.sum(every[jnp.arange(4096), labels] * weights)
-
-    found, whole = (f(layer, labels, weights) for f in (alone, plain))
-    with jax.enable_x64(True):
-        exact = alone([a.astype("float64") for a in layer], labels, weights)
-    for own, other, truth in zip(found, whole, exact, strict=True):
-        assert own.dtype == "bfloat16"
-        own, other, truth = (np.asarray(a, "float64") for a in (own, other, truth))
-        error = [np.abs(a - truth).max() for a in (own, other, 0 * truth)]
-        assert error[0] <= error[1] + 2e-3 * error[2], error
-        assert error[0] < 0.01 * error[2]
 
 
 def test_products_of_other_platforms():
     # On CPU these are computed in another way.
     random = np.random.default_rng(0)
-    hidden = jnp.asarray(random.standard_normal((5, 8)), "float32")
-    kernel = jnp.asarray(random.standard_normal((5, 3, 2, 8)), "bfloat16")
-    rounded = hidden.astype("bfloat16").astype("float32")
+    hidden = random.standard_normal((5, 8)).astype("float32")
+    rounded = hidden.astype(jnp.bfloat16).astype("float32")
+    kernel = random.standard_normal((5, 3, 2, 8)).astype(jnp.bfloat16)
     options: dict[str, Any] = {"dtype": jnp.dtype("float32")}
     ours = functools.partial(node_logits._products, precision=None, **options)
     sums = functools.partial(node_logits._products_by_sums, **options)
-    tangents = (rounded[::-1], kernel[::-1])
-    for found, truth in zip(
-        jax.jvp(ours, (rounded, kernel), tangents),
-        jax.jvp(sums, (rounded, kernel), tangents),
-        strict=True,
-    ):
-        np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-5)
-    cotangent = jnp.asarray(random.standard_normal((5, 3, 2)), "float32")
-    found = jax.vjp(ours, hidden, kernel)[1](cotangent)
-    truth = jax.vjp(sums, hidden, kernel)[1](cotangent)
-    for own, other in zip(found, truth, strict=True):
+    cotangent = random.standard_normal((5, 3, 2)).astype("float32")
+
+    @jax.jit
+    def derivatives(hidden, rounded, kernel, cotangent):
+        tangents = (rounded[::-1], kernel[::-1])
+        return [
+            (
+                jax.jvp(products, (rounded, kernel), tangents),
+                jax.vjp(products, hidden, kernel)[1](cotangent),
+            )
+            for products in (ours, sums)
+        ]
+
+    results = derivatives(hidden, rounded, kernel, cotangent)
+    for own, other in zip(*map(jax.tree.leaves, results), strict=True):
         assert own.dtype == other.dtype
         np.testing.assert_allclose(
             own.astype("float32"), other.astype("float32"), rtol=1e-5, atol=1e-5
