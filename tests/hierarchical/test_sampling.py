@@ -1,5 +1,8 @@
 """Samples of trees come at the rates of their probabilities."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,18 +13,28 @@ from jaxsoft import ClassTree, hierarchical_log_probs, hierarchical_sample
 from tests.hierarchical import cases
 
 
+@functools.partial(jax.jit, static_argnames=("temperature", "draws"))
+def sample(key, layer, tree, temperature=1.0, draws=1):
+    """Returns a class for each row, or many for each."""
+    hidden, kernel, bias = layer
+    return hierarchical_sample(
+        key,
+        jnp.repeat(hidden, draws, axis=0),
+        kernel,
+        tree,
+        node_bias=bias,
+        temperature=temperature,
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.many_cases
 def test_frequencies(kind, dtype):
     tree = cases.tree(kind, 1000)
-    layer = [jnp.asarray(a, dtype) for a in cases.layer(tree, rows=1)]
-    hidden, kernel, bias = layer
+    layer = [a.astype(jnp.dtype(dtype)) for a in cases.layer(tree, rows=1)]
     tau, draws = 1.5, 200_000
-    every = jnp.broadcast_to(hidden, (draws, hidden.shape[1]))
-    found = hierarchical_sample(
-        jax.random.key(0), every, kernel, tree, node_bias=bias, temperature=tau
-    )
+    found = sample(jax.random.key(0), layer, tree, tau, draws)
     assert found.dtype == jnp.int32
     wide = [np.asarray(a, "float64") for a in layer]
     p = np.exp(cases.log_probs(tree, *wide, temperature=tau))[0]
@@ -42,40 +55,53 @@ def test_frequencies(kind, dtype):
 @pytest.mark.many_cases
 def test_temperature_of_zero_is_greedy(kind):
     tree = cases.tree(kind, 97)
-    hidden, kernel, bias = cases.layer(tree, dtype="float32")
-    options = {"node_bias": bias, "temperature": 0.0}
-    cold = hierarchical_log_probs(hidden, kernel, tree, **options)
-    for seed in range(3):
-        found = hierarchical_sample(
-            jax.random.key(seed), hidden, kernel, tree, **options
-        )
-        np.testing.assert_array_equal(found, np.argmax(cold, axis=1))
+    layer = cases.layer(tree, dtype="float32")
+
+    @jax.jit
+    def greedy_and_best():
+        hidden, kernel, bias = layer
+        options: dict[str, Any] = {"node_bias": bias, "temperature": 0.0}
+        cold = hierarchical_log_probs(hidden, kernel, tree, **options)
+        return [
+            hierarchical_sample(jax.random.key(seed), hidden, kernel, tree, **options)
+            for seed in range(3)
+        ], jnp.argmax(cold, axis=1)
+
+    greedy, best = greedy_and_best()
+    for own in greedy:
+        np.testing.assert_array_equal(own, best)
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3])
 def test_few_classes_and_leading_axes(num_classes):
     tree = ClassTree.huffman(np.ones(num_classes))
-    kernel = jnp.zeros((tree.num_rows, 3))
-    call = jax.jit(hierarchical_sample)
-    found = call(jax.random.key(0), jnp.ones((4, 50, 3)), kernel, tree)
-    assert found.shape == (4, 50)
-    assert set(np.asarray(found).ravel()) == {*range(num_classes)}
-    assert call(jax.random.key(0), jnp.ones((0, 3)), kernel, tree).shape == (0,)
+    kernel = np.zeros((tree.num_rows, 3), "float32")
+
+    @jax.jit
+    def draw(key, many, none):
+        return [hierarchical_sample(key, rows, kernel, tree) for rows in (many, none)]
+
+    many, none = np.ones((4, 50, 3), "float32"), np.ones((0, 3), "float32")
+    drawn, nothing = draw(jax.random.key(0), many, none)
+    assert drawn.shape == (4, 50)
+    assert set(np.asarray(drawn).ravel().tolist()) == {*range(num_classes)}
+    assert nothing.shape == (0,)
 
 
 def test_bits_belong_to_the_place_of_a_token():
     tree = cases.tree("huffman", 50)
-    hidden, kernel, _ = cases.layer(tree, rows=30, dtype="float32")
-    found = hierarchical_sample(jax.random.key(1), hidden, kernel, tree)
-    fewer = hierarchical_sample(jax.random.key(1), hidden[:7], kernel, tree)
+    hidden, kernel, bias = cases.layer(tree, rows=30, dtype="float32")
+    found, other = (
+        sample(jax.random.key(seed), (hidden, kernel, bias), tree) for seed in (1, 2)
+    )
+    fewer = sample(jax.random.key(1), (hidden[:7], kernel, bias), tree)
     np.testing.assert_array_equal(found[:7], fewer)
-    other = hierarchical_sample(jax.random.key(2), hidden, kernel, tree)
     assert (np.asarray(found) != np.asarray(other)).any()
 
 
 def test_a_nan_is_no_class():
-    tree = ClassTree.balanced(9)
-    hidden, kernel, _ = cases.layer(tree, dtype="float32")
+    tree = cases.tree("huffman", 50)
+    hidden, kernel, bias = cases.layer(tree, rows=30, dtype="float32")
     hidden[2, 0] = np.nan
-    found = np.asarray(hierarchical_sample(jax.random.key(0), hidden, kernel, tree))
-    assert (found == -1).tolist() == [False, False, True, False, False, False]
+    found = np.asarray(sample(jax.random.key(0), (hidden, kernel, bias), tree))
+    np.testing.assert_array_equal(found == -1, np.arange(30) == 2)
