@@ -9,7 +9,6 @@ allows, which passes over nodes with |w·v| >= 6.
 import heapq
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from jaxsoft import (
     hierarchical_log_probs,
     hierarchical_value_and_row_grad,
 )
+from tests.hierarchical import cases
 
 # Where gensim's and word2vec's tables of σ end: a node beyond is passed over.
 END = 6.0
@@ -83,13 +83,13 @@ class Case:
         self.hidden = random.standard_normal((rows, FEATURES))
         self.labels = random.integers(0, len(counts), rows)
         self.tree = ClassTree.from_paths([codes for codes, _ in self.words])
-        path = self.tree.paths(jnp.arange(len(counts)))
+        path = cases.paths(self.tree)
         # Our first child has the logit 0, the other one the row's: the weights of the
         # node where that is code 0, else the negative.
         self.node = np.full(self.tree.num_rows, -1)
         self.sign = np.zeros(self.tree.num_rows)
         for class_id, (codes, nodes) in enumerate(self.words):
-            first, number, choice = (np.asarray(field)[class_id] for field in path)
+            first, number, choice = path[:, class_id]
             inside = number > 0
             assert inside.sum() == len(codes) and number.max() == 1
             first, choice = first[inside], choice[inside]
@@ -129,25 +129,32 @@ def test_values_and_gradients_with_the_weights_copied_over(name, scale, x64):
     case = Case(COUNTS[name], scale)
     labels = case.labels
 
-    def total(hidden, kernel):
-        return hierarchical_log_prob(hidden, kernel, labels, case.tree).sum()
+    @jax.jit
+    def results(hidden, kernel):
+        def total(hidden, kernel):
+            own = hierarchical_log_prob(hidden, kernel, labels, case.tree)
+            return own.sum(), own
 
-    found = hierarchical_log_prob(case.hidden, case.kernel, labels, case.tree)
-    np.testing.assert_allclose(found, case.truth(labels), rtol=1e-12, atol=1e-14)
-    every = hierarchical_log_probs(case.hidden, case.kernel, case.tree)
+        (_, own), dense = jax.value_and_grad(total, (0, 1), has_aux=True)(
+            hidden, kernel
+        )
+        _, dhidden, gradient = hierarchical_value_and_row_grad(
+            hidden, kernel, labels, case.tree, reduction="sum"
+        )
+        by_rows = (-dhidden, -gradient.dense(case.tree.num_rows))
+        every = hierarchical_log_probs(hidden, kernel, case.tree)
+        return own, every, dense, by_rows
+
+    own, every, dense, by_rows = results(case.hidden, case.kernel)
+    np.testing.assert_allclose(own, case.truth(labels), rtol=1e-12, atol=1e-14)
     classes = np.tile(np.arange(case.tree.num_classes), (len(labels), 1))
     np.testing.assert_allclose(every, case.truth(classes), rtol=1e-12, atol=1e-14)
     of_hidden, of_weights = 0 * case.hidden, 0 * case.weights
     for row, label in enumerate(labels):
-        own = gradients(case.hidden[row], case.weights, *case.words[label])
-        of_hidden[row] += own[0]
-        of_weights += own[1]
+        slopes = gradients(case.hidden[row], case.weights, *case.words[label])
+        of_hidden[row] += slopes[0]
+        of_weights += slopes[1]
     of_kernel = case.sign[:, None] * of_weights[case.node]
-    dense = jax.grad(total, (0, 1))(case.hidden, case.kernel)
-    _, dhidden, gradient = hierarchical_value_and_row_grad(
-        case.hidden, case.kernel, labels, case.tree, reduction="sum"
-    )
-    by_rows = (-dhidden, -gradient.dense(case.tree.num_rows))
     for ours in (dense, by_rows):
         for one, truth in zip(ours, (of_hidden, of_kernel), strict=True):
             np.testing.assert_allclose(one, truth, rtol=1e-9, atol=1e-12)
@@ -158,7 +165,7 @@ def test_huffman_is_as_short(name):
     counts = np.asarray(COUNTS[name])
     lengths = np.array([len(codes) for codes, _ in words(counts)])
     tree = ClassTree.huffman(counts, max_depth=len(counts))
-    ours = np.asarray(tree.depths(jnp.arange(len(counts))))
+    ours = (cases.paths(tree)[1] > 0).sum(1)
     assert (ours * counts).sum() == (lengths * counts).sum()
     # Classes of other counts have the same lengths where these are all apart.
     if name in ("two", "zipf"):
@@ -171,6 +178,7 @@ def test_a_node_beyond_the_end_has_a_probability_and_a_gradient(x64):
     Both of its children then have the probability 1: those of all classes add up to 1
     only where no node is beyond the end.
     """
+    log_probs = jax.jit(hierarchical_log_probs)
     inside, beyond = Case(COUNTS["zipf"], 0.1), Case(COUNTS["zipf"], 20.0)
     for case, sums_to_one in ((inside, True), (beyond, False)):
         classes = np.tile(np.arange(case.tree.num_classes), (len(case.labels), 1))
@@ -178,7 +186,7 @@ def test_a_node_beyond_the_end_has_a_probability_and_a_gradient(x64):
         logits = np.abs(case.hidden @ case.weights.T)
         assert (logits < END).all() == sums_to_one
         assert (np.abs(cut - 1) < 1e-12).all() == sums_to_one
-        ours = hierarchical_log_probs(case.hidden, case.kernel, case.tree)
+        ours = log_probs(case.hidden, case.kernel, case.tree)
         np.testing.assert_allclose(np.exp(ours).sum(1), 1, atol=1e-12)
     assert (cut > 2).all()
     # The label is on the unlikely side of a node: the one that has most to learn.
@@ -189,9 +197,9 @@ def test_a_node_beyond_the_end_has_a_probability_and_a_gradient(x64):
             beyond.hidden[0], kernel, np.array(label), beyond.tree
         )
 
-    gradient = np.asarray(jax.grad(value)(jnp.asarray(beyond.kernel)))
+    gradient = np.asarray(jax.jit(jax.grad(value))(beyond.kernel))
     logit = beyond.kernel @ beyond.hidden[0]
-    rows = np.asarray(beyond.tree.paths(label).first_rows)
+    rows = cases.paths(beyond.tree)[0, label]
     wrong = [row for row in rows if abs(logit[row]) >= END and gradient[row].any()]
     norm = np.linalg.norm(beyond.hidden[0])
     steps = np.linalg.norm(gradient[wrong], axis=1) / norm
