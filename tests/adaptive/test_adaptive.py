@@ -60,6 +60,11 @@ class Case:
         self.truth = _definition(self.hidden, self.head, self.bias, self.tails, bands)
         self.log_prob = np.take_along_axis(self.truth, self.labels[:, None], 1)[:, 0]
 
+    @property
+    def layer(self):
+        """The arrays that a compiled function takes as one argument."""
+        return self.hidden, self.head, self.bias, self.tails
+
     def call(self, function, *middle, hidden=None, **options):
         """Calls a public function with this layer."""
         first = self.hidden if hidden is None else hidden
@@ -94,15 +99,51 @@ BANDS = [
 ]
 
 
+@functools.partial(jax.jit, static_argnames="counts")
+def _scores(layer, labels, bands, counts=()):
+    """Returns the log-probabilities of all classes and of labels, and the best ones."""
+    hidden, head, bias, tails = layer
+    return (
+        jaxsoft.adaptive_log_probs(hidden, head, tails, bands, head_bias=bias),
+        jaxsoft.adaptive_log_prob(hidden, head, tails, labels, bands, head_bias=bias),
+        [
+            jaxsoft.adaptive_top_k(hidden, head, tails, k, bands, head_bias=bias)
+            for k in counts
+        ],
+    )
+
+
+@jax.jit
+def _sample(layer, bands, temperature=None):
+    """Returns a class for each row; without a temperature, at the default one."""
+    hidden, head, bias, tails = layer
+    options = {} if temperature is None else {"temperature": temperature}
+    return jaxsoft.adaptive_sample(
+        KEY, hidden, head, tails, bands, head_bias=bias, **options
+    )
+
+
 @pytest.mark.parametrize("bands", BANDS)
-def test_log_probs_by_definition(bands):
-    case = Case(bands)
-    with jax.enable_x64(True):
-        every = case.call(jaxsoft.adaptive_log_probs)
-        own = case.call(jaxsoft.adaptive_log_prob, case.labels)
-    np.testing.assert_allclose(every, case.truth, atol=1e-12)
-    np.testing.assert_allclose(own, case.log_prob, atol=1e-12)
-    np.testing.assert_allclose(np.exp(every).sum(axis=1), 1, atol=1e-12)
+def test_scores_by_definition(bands):
+    counts = tuple(sorted({1, min(5, bands.num_classes), bands.num_classes}))
+    for scale in (0.3, 1.0, 3.0):
+        case = Case(bands, scale=scale)
+        with jax.enable_x64(True):
+            every, own, best = _scores(case.layer, case.labels, bands, counts)
+        np.testing.assert_allclose(every, case.truth, atol=1e-12)
+        np.testing.assert_allclose(own, case.log_prob, atol=1e-12)
+        np.testing.assert_allclose(np.exp(every).sum(axis=1), 1, atol=1e-12)
+        for k, (log_probs, ids) in zip(counts, best, strict=True):
+            order = np.argsort(-case.truth, axis=1, kind="stable")[:, :k]
+            np.testing.assert_array_equal(ids, order)
+            truth = np.take_along_axis(case.truth, order, 1)
+            np.testing.assert_allclose(log_probs, truth, atol=1e-12)
+
+
+@jax.jit
+def _log_probs(layer, bands):
+    hidden, head, bias, tails = layer
+    return jaxsoft.adaptive_log_probs(hidden, head, tails, bands, head_bias=bias)
 
 
 @pytest.mark.parametrize("num_classes", [*range(1, 41), 1000])
@@ -112,7 +153,7 @@ def test_probabilities_add_up(num_classes):
     case = Case(bands, rows=3, scale=2)
     for x64 in (False, True):
         with jax.enable_x64(x64):
-            found = np.asarray(case.call(jaxsoft.adaptive_log_probs), np.float64)
+            found = np.asarray(_log_probs(case.layer, bands), np.float64)
         total = np.exp(found).sum(axis=1)
         np.testing.assert_allclose(total, 1, atol=1e-13 if x64 else 1e-5)
 
@@ -143,6 +184,17 @@ def _plain_loss(hidden, head, bias, tails, tau, labels, bands, weights):
     return jnp.sum(by_rank[jnp.arange(len(ranks)), ranks] * weights)
 
 
+@jax.jit
+def _gradients(arguments, labels, bands, weights):
+    """Returns value and gradients, and those of the definition."""
+    return [
+        jax.value_and_grad(function, argnums=range(5))(
+            *arguments, labels, bands, weights
+        )
+        for function in (_loss, _plain_loss)
+    ]
+
+
 @pytest.mark.parametrize("bands", BANDS)
 @pytest.mark.parametrize("rows", [37, 600])
 @pytest.mark.many_cases
@@ -151,26 +203,24 @@ def test_gradients_by_definition(bands, rows):
     case = Case(bands, rows=rows)
     rng = np.random.default_rng(1)
     tau, weights = rng.uniform(0.5, 2, rows), rng.normal(size=rows)
-    arguments = (case.hidden, case.head, case.bias, case.tails, tau)
-    rest = (case.labels, bands, weights)
     with jax.enable_x64(True):
-        arguments = jax.tree.map(jnp.asarray, arguments)
-        found = jax.jit(jax.value_and_grad(_loss, argnums=range(5)))(*arguments, *rest)
-        truth = jax.value_and_grad(_plain_loss, argnums=range(5))(*arguments, *rest)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
+        results = _gradients((*case.layer, tau), case.labels, bands, weights)
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-10)
 
 
 def test_gradients_in_bfloat16_come_in_the_arguments_dtype():
     case = Case(ClassBands.in_order(60, (10, 30)))
-    narrow = jax.tree.map(
-        lambda a: jnp.asarray(a, jnp.bfloat16),
-        (case.hidden, case.head, case.bias, case.tails),
-    )
-    rows = len(case.labels)
-    value, gradients = jax.value_and_grad(_loss, argnums=range(4))(
-        *narrow, 1.0, case.labels, case.bands, jnp.ones(rows)
-    )
+    narrow = jax.tree.map(lambda a: np.asarray(a, jnp.bfloat16), case.layer)
+    weights = np.ones(len(case.labels), np.float32)
+
+    @jax.jit
+    def value_and_gradients(layer, labels, weights):
+        return jax.value_and_grad(_loss, argnums=range(4))(
+            *layer, 1.0, labels, case.bands, weights
+        )
+
+    value, gradients = value_and_gradients(narrow, case.labels, weights)
     assert value.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {
         jnp.dtype(jnp.bfloat16)
@@ -193,10 +243,11 @@ def test_a_tail_costs_what_its_tokens_cost():
             case.hidden, case.head, tails, labels, bands
         ).sum()
 
-    value, gradients = jax.value_and_grad(loss)(bad)
+    bad = jax.tree.map(lambda a: np.asarray(a, np.float32), bad)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(bad).compile()
+    value, gradients = compiled(bad)
     assert np.isfinite(value)
-    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradients))
-    compiled = jax.jit(loss).lower(bad).compile()
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(gradients))
     stored = compiled.memory_analysis()
     assert stored is not None
     assert stored.temp_size_in_bytes < 4 * 256 * 50_000 / 4
@@ -208,9 +259,7 @@ def test_samples_follow_the_probabilities(bands):
     case = Case(bands, rows=2)
     many = 20_000
     hidden = np.repeat(case.hidden, many, axis=0)
-    found = jaxsoft.adaptive_sample(
-        KEY, hidden, case.head, case.tails, bands, head_bias=case.bias
-    )
+    found = _sample((hidden, *case.layer[1:]), bands)
     for row, drawn in enumerate(np.asarray(found).reshape(2, many)):
         expected = np.exp(case.truth[row]) * many
         counts = np.bincount(drawn, minlength=bands.num_classes)
@@ -225,15 +274,7 @@ def test_samples_follow_the_probabilities(bands):
 def test_cold_samples_are_greedy_and_cold_rows_may_stand_beside_warm_ones():
     case = Case(ClassBands.in_order(60, (10, 30)), rows=8)
     tau = np.array([0.0, 1.0] * 4, np.float32)
-    found = jaxsoft.adaptive_sample(
-        KEY,
-        case.hidden,
-        case.head,
-        case.tails,
-        case.bands,
-        head_bias=case.bias,
-        temperature=tau,
-    )
+    found = _sample(case.layer, case.bands, tau)
     entries = (case.hidden @ case.head + case.bias).argmax(axis=1)
     for row in range(0, 8, 2):
         entry, rank = entries[row], entries[row]
@@ -246,33 +287,19 @@ def test_cold_samples_are_greedy_and_cold_rows_may_stand_beside_warm_ones():
 
 
 def test_a_nan_is_not_a_class():
-    case = Case(ClassBands.in_order(60, (10, 30)), rows=2)
-    hidden = case.hidden.copy()
+    case = Case(ClassBands.in_order(60, (10, 30)), rows=8)
+    hidden, tau = case.hidden.copy(), np.ones(8, np.float32)
     hidden[0] = np.nan
-    found = jaxsoft.adaptive_sample(KEY, hidden, case.head, case.tails, case.bands)
+    found = np.asarray(_sample((hidden, *case.layer[1:]), case.bands, tau))
     assert found[0] == -1
-    assert found[1] >= 0
-
-
-@pytest.mark.parametrize("bands", BANDS)
-@pytest.mark.parametrize("scale", [0.3, 3.0])
-@pytest.mark.many_cases
-def test_top_k_by_definition(bands, scale):
-    case = Case(bands, scale=scale)
-    for k in sorted({1, min(5, bands.num_classes), bands.num_classes}):
-        with jax.enable_x64(True):
-            log_probs, ids = case.call(jaxsoft.adaptive_top_k, k)
-        order = np.argsort(-case.truth, axis=1, kind="stable")[:, :k]
-        np.testing.assert_array_equal(ids, order)
-        truth = np.take_along_axis(case.truth, order, 1)
-        np.testing.assert_allclose(log_probs, truth, atol=1e-12)
+    assert (found[1:] >= 0).all()
 
 
 def test_equal_classes_are_ordered_by_rank():
     bands = ClassBands.in_order(6, (2, 4))
     tails = [AdaptiveTail(np.zeros((2, 1)), np.zeros((1, 2)))] * 2
     with jax.enable_x64(True):
-        log_probs, ids = jaxsoft.adaptive_top_k(
+        log_probs, ids = jax.jit(jaxsoft.adaptive_top_k, static_argnums=3)(
             np.zeros((1, 2)), np.zeros((2, 4)), tails, 6, bands
         )
     np.testing.assert_array_equal(ids, [range(6)])
@@ -281,17 +308,20 @@ def test_equal_classes_are_ordered_by_rank():
 
 def test_top_k_is_differentiable():
     case = Case(ClassBands.in_order(60, (10, 30)))
+
+    def best(hidden):
+        return case.call(jaxsoft.adaptive_top_k, 4, hidden=hidden)[0].sum()
+
+    def at(hidden):
+        every = case.call(jaxsoft.adaptive_log_probs, hidden=hidden)
+        return jax.lax.top_k(every, 4)[0].sum()
+
+    @jax.jit
+    def gradients(hidden):
+        return jax.grad(best)(hidden), jax.grad(at)(hidden)
+
     with jax.enable_x64(True):
-        hidden = jnp.asarray(case.hidden)
-
-        def best(hidden):
-            return case.call(jaxsoft.adaptive_top_k, 4, hidden=hidden)[0].sum()
-
-        def at(hidden):
-            every = case.call(jaxsoft.adaptive_log_probs, hidden=hidden)
-            return jax.lax.top_k(every, 4)[0].sum()
-
-        found, truth = jax.grad(best)(hidden), jax.grad(at)(hidden)
+        found, truth = gradients(case.hidden)
     np.testing.assert_allclose(found, truth, atol=1e-12)
 
 
@@ -299,24 +329,35 @@ def test_shapes_vmap_and_no_rows():
     case = Case(ClassBands.in_order(60, (10, 30)), rows=24)
     hidden = case.hidden.reshape(2, 3, 4, 6)
     labels = case.labels.reshape(2, 3, 4)
-    flat = case.call(jaxsoft.adaptive_log_prob, case.labels)
-    found = case.call(jaxsoft.adaptive_log_prob, labels, hidden=hidden)
-    np.testing.assert_allclose(np.ravel(found), flat, atol=1e-6)
+    none = np.zeros((0, 6), np.float32)
 
     def one(hidden, labels):
         return case.call(jaxsoft.adaptive_log_prob, labels, hidden=hidden)
 
-    np.testing.assert_allclose(jax.vmap(one)(hidden, labels), found, atol=1e-6)
-    gradient = jax.grad(lambda h: one(h, labels).sum())(hidden)
-    by_vmap = jax.vmap(jax.grad(lambda h, y: one(h, y).sum()))(hidden, labels)
+    def total(hidden, labels):
+        found = one(hidden, labels)
+        return found.sum(), found
+
+    @jax.jit
+    def results(flat, hidden, labels):
+        value_and_grad = jax.value_and_grad(total, has_aux=True)
+        (_, found), gradient = value_and_grad(hidden, labels)
+        (_, mapped), by_vmap = jax.vmap(value_and_grad)(hidden, labels)
+        empty = (
+            one(none, np.zeros(0, np.int32)),
+            case.call(jaxsoft.adaptive_log_probs, hidden=none),
+            case.call(jaxsoft.adaptive_top_k, 3, hidden=none)[1],
+            jaxsoft.adaptive_sample(KEY, none, case.head, case.tails, case.bands),
+        )
+        return one(*flat), (found, gradient), (mapped, by_vmap), empty
+
+    flat, (found, gradient), (mapped, by_vmap), empty = results(
+        (case.hidden, case.labels), hidden, labels
+    )
+    np.testing.assert_allclose(np.ravel(found), flat, atol=1e-6)
+    np.testing.assert_allclose(mapped, found, atol=1e-6)
     np.testing.assert_allclose(by_vmap, gradient, atol=1e-5)
-    none = np.zeros((0, 6), np.float32)
-    assert one(none, np.zeros(0, np.int32)).shape == (0,)
-    assert case.call(jaxsoft.adaptive_log_probs, hidden=none).shape == (0, 60)
-    assert case.call(jaxsoft.adaptive_top_k, 3, hidden=none)[1].shape == (0, 3)
-    assert jaxsoft.adaptive_sample(
-        KEY, none, case.head, case.tails, case.bands
-    ).shape == (0,)
+    assert [a.shape for a in empty] == [(0,), (0, 60), (0, 3), (0,)]
 
 
 def test_inside_shard_map():
@@ -330,32 +371,36 @@ def test_inside_shard_map():
 
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
     found = jax.jit(sharded)(case.hidden, case.labels)
-    whole = loss(case.hidden, case.labels)
+    whole = jax.jit(loss)(case.hidden, case.labels)
     np.testing.assert_allclose(found[0], whole[0], atol=1e-6)
     np.testing.assert_array_equal(found[1], whole[1])
 
 
+def _log_prob(layer, labels, bands):
+    hidden, head, bias, tails = layer
+    return jaxsoft.adaptive_log_prob(hidden, head, tails, labels, bands, head_bias=bias)
+
+
+_compiled_log_prob = jax.jit(_log_prob)
+
+
 def test_unknown_labels_are_nan():
     case = Case(ClassBands.from_counts(np.arange(60), cutoffs=(10, 30)), rows=4)
-    labels = np.array([-1, 60, 5, -100])
-    found = case.call(jaxsoft.adaptive_log_prob, labels)
+    labels = np.array([-1, 60, 5, -100], np.int32)
+    found = _compiled_log_prob(case.layer, labels, case.bands)
     np.testing.assert_array_equal(np.isnan(found), [True, True, False, True])
 
 
 def test_bands_are_arguments_of_a_program():
     bands = ClassBands.from_counts(np.arange(60), cutoffs=(10, 30))
     case = Case(bands, rows=4)
-
-    def log_prob(bands):
-        return jaxsoft.adaptive_log_prob(
-            case.hidden, case.head, case.tails, case.labels, bands
-        )
-
-    found = jax.jit(log_prob)(bands)
-    np.testing.assert_allclose(found, log_prob(bands), atol=1e-6)
-    exported = export.export(jax.jit(log_prob))(bands)
+    found = _compiled_log_prob(case.layer, case.labels, bands)
+    constant = jax.jit(lambda layer, labels: _log_prob(layer, labels, bands))
+    np.testing.assert_allclose(found, constant(case.layer, case.labels), atol=1e-6)
+    exported = export.export(_compiled_log_prob)(case.layer, case.labels, bands)
     again = export.deserialize(exported.serialize())
-    np.testing.assert_allclose(again.call(bands), found, atol=1e-6)
+    found_again = again.call(case.layer, case.labels, bands)
+    np.testing.assert_allclose(found_again, found, atol=1e-6)
 
 
 def _cost(weights, cutoffs, factor):
@@ -453,11 +498,18 @@ def test_every_part_runs_the_implementation_that_was_asked_for(monkeypatch):
     monkeypatch.setattr(registry, "resolve", recording)
     case = Case(_bands(20, (4, 9), False), rows=13)
     for implementation, expected in (("xla", {"xla"}), (None, {"xla", "reference"})):
+        log_prob = functools.partial(
+            case.call,
+            jaxsoft.adaptive_log_prob,
+            case.labels,
+            implementation=implementation,
+        )
+        # Implementations are chosen while a call is traced.
         chosen.clear()
-        case.call(jaxsoft.adaptive_log_prob, case.labels, implementation=implementation)
+        jax.eval_shape(log_prob)
         assert set(chosen.values()) == expected
     chosen.clear()
     sample = functools.partial(jaxsoft.adaptive_sample, KEY)
-    case.call(sample, implementation="xla")
+    jax.eval_shape(functools.partial(case.call, sample, implementation="xla"))
     assert "linear_sample" in chosen
     assert set(chosen.values()) == {"xla"}
