@@ -1,5 +1,6 @@
 """Sampled softmax: its samplers' laws, its estimate, and what it becomes."""
 
+import functools
 from typing import Any
 
 import jax
@@ -50,6 +51,13 @@ SAMPLERS: dict[str, Any] = {
 }
 
 
+@functools.partial(jax.jit, static_argnames="draws")
+def law(sampler, draws):
+    """Returns the log-probabilities of all classes, and draws."""
+    classes = jnp.arange(sampler.num_classes)
+    return sampler.log_prob(classes), sampler.sample(KEY, draws)
+
+
 @pytest.mark.parametrize("classes", [3, 1000, 100_003])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_follow_their_law(name, classes):
@@ -57,13 +65,13 @@ def test_samplers_follow_their_law(name, classes):
     sampler, weights = make(classes), weights(classes)
     expected = weights / weights.sum()
     assert sampler.num_classes == classes
-    log_q = sampler.log_prob(jnp.arange(classes))
+    log_q, ids = law(sampler, 400_000)
     q = np.exp(np.asarray(log_q, "float64"))
     # One part in 2^30 is every class's.
     rounding = 2.0**-30 * classes
     np.testing.assert_allclose(q, expected, rtol=1e-5 + rounding, atol=2.0**-29)
     assert q.sum() == pytest.approx(1, abs=1e-6)
-    ids = np.asarray(sampler.sample(KEY, 400_000))
+    ids = np.asarray(ids)
     assert ids.dtype == "int32" and ids.min() >= 0 and ids.max() < classes
     # Rare classes together, so that each cell is expected to hold a hundred.
     cells = np.minimum((np.cumsum(expected) * 500).astype(int), 499)
@@ -78,9 +86,9 @@ def test_a_class_of_count_zero_is_never_drawn_and_a_rare_one_is_possible():
     counts = np.array([0, 1e-12, 5, 0, 0, 3, 0])
     sampler = ClassSampler.unigram(counts)
     assert sampler.starts[-1] == 2**30
-    drawn = np.bincount(sampler.sample(KEY, 10_000), minlength=7)
+    log_q, ids = map(np.asarray, law(sampler, 10_000))
+    drawn = np.bincount(ids, minlength=7)
     assert ((drawn > 0) == (counts > 1e-6)).all()
-    log_q = np.asarray(sampler.log_prob(jnp.arange(7)))
     assert ((log_q == -np.inf) == (counts == 0)).all()
     assert log_q[1] == pytest.approx(-30 * np.log(2))
     assert ClassSampler.unigram([5]).sample(KEY, 3).tolist() == [0, 0, 0]
@@ -92,13 +100,11 @@ def test_value_and_gradients_by_definition(hits, layout, x64):
     hidden, kernel, bias, labels = layer()
     sampler = ClassSampler.log_uniform(30)
     tau = np.random.default_rng(1).uniform(0.5, 2, 6)
-    ids = np.asarray(sampler.sample(KEY, 50))
-    # Some are labels.
-    assert set(ids.tolist()) & set(labels.tolist())
-    q = np.asarray(sampler.log_prob(ids), "float64")
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=range(4), has_aux=True)
     def ours(hidden, kernel, bias, tau):
-        return sampled_softmax_loss(
+        losses = sampled_softmax_loss(
             KEY,
             hidden,
             kernel if layout == "hv" else kernel.T,
@@ -112,14 +118,19 @@ def test_value_and_gradients_by_definition(hits, layout, x64):
             kernel_layout=layout,
         )
 
-    found = ours(hidden, kernel, bias, tau)
+        ids = sampler.sample(KEY, 50)
+        return losses.sum(), (losses, ids, sampler.log_prob(ids))
+
+    arrays = (hidden, kernel, bias, tau)
+    # Before the arrays change, which JAX may share.
+    (_, sampled), gradients = jax.block_until_ready(ours(*arrays))
+    losses, ids, q = map(np.asarray, sampled)
+    # Some are labels.
+    assert set(ids.tolist()) & set(labels.tolist())
+    q = q.astype("float64")
     options = (labels, ids, q, tau[:, None], hits)
     expected = by_definition(hidden, kernel, bias, *options)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    arrays = (hidden, kernel, bias, tau)
-    gradients = jax.block_until_ready(
-        jax.jit(jax.grad(lambda *a: ours(*a).sum(), (0, 1, 2, 3)))(*arrays)
-    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
     for array, gradient in zip(arrays, gradients, strict=True):
         for place in list(np.ndindex(array.shape))[:: max(1, array.size // 7)]:
             kept, sides = array[place], []
@@ -134,23 +145,30 @@ def test_value_and_gradients_by_definition(hits, layout, x64):
 
 def test_becomes_the_full_softmax(x64):
     hidden, kernel, bias, labels = layer()
-    full = linear_cross_entropy(hidden, kernel, labels, bias=bias, reduction="none")
+
+    @jax.jit
+    def losses(sampler):
+        loss = functools.partial(
+            sampled_softmax_loss,
+            hidden=hidden,
+            kernel=kernel,
+            labels=labels,
+            sampler=sampler,
+            bias=bias,
+            reduction="none",
+        )
+        keys = jax.random.split(KEY, 20_000)
+        full = linear_cross_entropy(hidden, kernel, labels, bias=bias, reduction="none")
+        few = jax.vmap(functools.partial(loss, num_samples=4))(keys)
+        return full, loss(KEY, num_samples=1_000_000), few
+
     for name, (make, _) in SAMPLERS.items():
         # The law of "unigram" never draws class 0, so leave it to the others.
         if name == "unigram":
             continue
-        options: dict[str, Any] = {"sampler": make(30), "bias": bias}
-        found = sampled_softmax_loss(
-            KEY, hidden, kernel, labels, 1_000_000, reduction="none", **options
-        )
-        np.testing.assert_allclose(found, full, rtol=0.01)
+        full, many, few = losses(make(30))
+        np.testing.assert_allclose(many, full, rtol=0.01)
         # The sum itself is unbiased at any number of samples.
-        keys = jax.random.split(KEY, 20_000)
-        few = jax.vmap(
-            lambda key, options=options: sampled_softmax_loss(
-                key, hidden, kernel, labels, 4, reduction="none", **options
-            )
-        )(keys)
         sums = np.exp(few)
         error = sums.std(0) / np.sqrt(len(sums))
         assert (np.abs(sums.mean(0) - np.exp(full)) < 4.5 * error).all()
@@ -161,30 +179,37 @@ def test_masked_tokens_and_labels_that_are_no_class():
     labels[[1, 2, 3]] = [-1, 30, -100]
     sampler = ClassSampler.uniform(30)
 
-    def call(hidden, kernel, labels=labels, **options):
-        return sampled_softmax_loss(
-            KEY, hidden, kernel, labels, 9, sampler=sampler, **options
+    @jax.jit
+    def results(hidden, kernel, weights, mask):
+        def call(hidden, kernel, **options):
+            return sampled_softmax_loss(
+                KEY, hidden, kernel, labels, 9, sampler=sampler, **options
+            )
+
+        weighted = functools.partial(call, weights=weights, ignore_label=-100)
+        return (
+            call(hidden, kernel, reduction="none"),
+            jax.value_and_grad(weighted, argnums=(0, 1))(hidden, kernel),
+            call(hidden, kernel, weights=mask),
         )
 
-    each = np.asarray(call(hidden, kernel, reduction="none"))
-    assert np.isnan(each).tolist() == [False, True, True, True, False, False]
+    weights, nothing = np.array([2.0, 0, 0, 1, 0.5, 0], "float32"), np.zeros(6, bool)
+    per_token = np.asarray(results(hidden, kernel, weights, nothing)[0])
+    assert np.isnan(per_token).tolist() == [False, True, True, True, False, False]
     hidden[3] = np.nan
-    weights = np.array([2.0, 0, 0, 1, 0.5, 0], "float32")
-    options: dict[str, Any] = {"weights": weights, "ignore_label": -100}
-    value, gradients = jax.value_and_grad(
-        lambda h, k: call(h, k, **options), argnums=(0, 1)
-    )(hidden, kernel)
-    assert value == pytest.approx((2 * each[0] + 0.5 * each[4]) / 2.5, rel=1e-6)
+    _, (value, gradients), masked = results(hidden, kernel, weights, nothing)
+    expected = (2 * per_token[0] + 0.5 * per_token[4]) / 2.5
+    assert value == pytest.approx(expected, rel=1e-6)
     assert all(np.isfinite(leaf).all() for leaf in gradients)
     assert (np.asarray(gradients[0])[[1, 2, 3, 5]] == 0).all()
-    assert call(hidden, kernel, weights=np.zeros(6, bool)) == 0
+    assert masked == 0
 
 
 def test_limits_of_temperature_and_of_samples():
     hidden, kernel, _, labels = layer(dtype="float32")
     sampler = ClassSampler.uniform(30)
 
-    def call(hidden, tau, labels=labels):
+    def call(hidden, tau):
         return sampled_softmax_loss(
             KEY,
             hidden,
@@ -196,22 +221,30 @@ def test_limits_of_temperature_and_of_samples():
             reduction="none",
         )
 
-    cold = np.asarray(call(hidden, 0.0))
-    assert set(cold.tolist()) <= {0.0, np.inf}
-    assert (np.asarray(jax.grad(lambda h: call(h, 0.0).sum())(hidden)) == 0).all()
-    hot = np.asarray(call(hidden, np.inf))
-    ids = np.asarray(sampler.sample(KEY, 40))
-    others = (ids[None] != labels[:, None]).sum(1)
+    def total(hidden, tau):
+        losses = call(hidden, tau)
+        return losses.sum(), losses
+
+    @jax.jit
+    def results(hidden):
+        value_and_grad = jax.value_and_grad(total, has_aux=True)
+        # Each sample is the label: there is no other class.
+        alone = sampled_softmax_loss(
+            KEY, hidden, kernel[:, :1], 0 * labels, 3, sampler=ClassSampler.uniform(1)
+        )
+        cold, warm = (value_and_grad(hidden, tau) for tau in (0.0, 1.0))
+        return cold, call(hidden, np.inf), warm, sampler.sample(KEY, 40), alone
+
+    ((_, cold), slopes), hot, _, ids, alone = results(hidden)
+    assert set(np.asarray(cold).tolist()) <= {0.0, np.inf}
+    assert (np.asarray(slopes) == 0).all()
+    others = (np.asarray(ids)[None] != labels[:, None]).sum(1)
     np.testing.assert_allclose(hot, np.log1p(others * 30 / 40), rtol=1e-5)
+    assert alone == 0
     # Far apart: exact where all is said, and finite where nothing is.
-    for scale in (1e3, -1e3):
-        both = jax.value_and_grad(lambda h: call(h, 1.0).sum())(scale * hidden)
-        assert all(np.isfinite(leaf).all() for leaf in both)
-    # Each sample is the label: there is no other class.
-    one = sampled_softmax_loss(
-        KEY, hidden, kernel[:, :1], 0 * labels, 3, sampler=ClassSampler.uniform(1)
-    )
-    assert one == 0
+    for scale in (np.float32(1e3), np.float32(-1e3)):
+        warm = results(scale * hidden)[2]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(warm))
 
 
 def test_a_sampler_of_ones_own_and_leading_axes():
@@ -226,19 +259,26 @@ def test_a_sampler_of_ones_own_and_leading_axes():
         def log_prob(self, class_ids):
             return jnp.full(class_ids.shape, -np.log(15), "float32")
 
-    options: dict[str, Any] = {"sampler": First(), "bias": bias, "reduction": "none"}
-    found = sampled_softmax_loss(KEY, hidden, kernel, labels, 20, **options)
-    ids = np.asarray(First().sample(KEY, 20))
+    @jax.jit
+    def results(hidden, kernel, low):
+        options: dict[str, Any] = {"sampler": First(), "reduction": "none"}
+        loss = functools.partial(
+            sampled_softmax_loss, KEY, num_samples=20, bias=bias, **options
+        )
+        return (
+            First().sample(KEY, 20),
+            loss(hidden, kernel, labels),
+            loss(hidden.reshape(2, 3, -1), kernel, labels.reshape(2, 3)),
+            loss(*low, labels),
+        )
+
+    low = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    ids, found, folded, rough = map(np.asarray, results(hidden, kernel, low))
     expected = by_definition(
         hidden, kernel, bias, labels, ids, np.full(20, -np.log(15)), 1.0
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    folded = sampled_softmax_loss(
-        KEY, hidden.reshape(2, 3, -1), kernel, labels.reshape(2, 3), 20, **options
-    )
     np.testing.assert_allclose(folded.reshape(-1), found, rtol=1e-6)
-    low = jnp.asarray(hidden, "bfloat16"), jnp.asarray(kernel, "bfloat16")
-    rough = sampled_softmax_loss(KEY, *low, labels, 20, **options)
     assert rough.dtype == "float32"
     np.testing.assert_allclose(rough, found, rtol=0.05)
 
@@ -246,22 +286,24 @@ def test_a_sampler_of_ones_own_and_leading_axes():
 @pytest.mark.parametrize("layout", ["hv", "vh"])
 def test_bfloat16_gradients_of_many_tokens_do_not_stall(layout):
     # A sum in bfloat16 would stop at 256 times its terms.
-    hidden, kernel, bias, _ = layer(rows=4096, dtype="float32")
-    labels = np.random.default_rng(1).integers(0, 3, 4096)
+    hidden, kernel, bias, _ = layer(rows=2048, dtype="float32")
+    labels = np.random.default_rng(1).integers(0, 3, 2048)
     kernel = kernel if layout == "hv" else kernel.T
-    low = [jnp.asarray(a, "bfloat16") for a in (hidden + 1, kernel, bias)]
+    low = [a.astype(jnp.bfloat16) for a in (hidden + 1, kernel, bias)]
     sampler = ClassSampler.log_uniform(30)
 
-    def loss(layer):
+    @jax.jit
+    @jax.grad
+    def gradients(layer):
         hidden, kernel, bias = layer
         options: dict[str, Any] = {"bias": bias, "kernel_layout": layout}
         return sampled_softmax_loss(
-            KEY, hidden, kernel, labels, 4096, sampler=sampler, **options
+            KEY, hidden, kernel, labels, 2048, sampler=sampler, **options
         )
 
-    found = jax.grad(loss)(low)
+    found = gradients(low)
     with jax.enable_x64(True):
-        exact = jax.grad(loss)([a.astype("float64") for a in low])
+        exact = gradients([a.astype("float64") for a in low])
     for own, truth in zip(found, exact, strict=True):
         assert own.dtype == "bfloat16"
         own, truth = np.asarray(own, "float64"), np.asarray(truth)
