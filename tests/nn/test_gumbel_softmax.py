@@ -52,35 +52,43 @@ def test_optax_schedules_and_learned_temperatures():
     with jax.numpy_dtype_promotion("standard"):  # Optax relies on it.
         assert GumbelSoftmax(cosine).current_temperature() == 2.0
     layer = GumbelSoftmax(LearnableTemperature(0.7), rngs=nnx.Rngs(0))
-
-    def loss(layer):
-        return (layer(LOGITS, key=jax.random.key(0))[:, 0] ** 2).sum()
-
-    gradient = nnx.grad(loss)(layer)
-    assert np.abs(gradient["temperature"]["log_temperature"][...]) > 1e-4
     array = GumbelSoftmax(jnp.float32(0.7), rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(
-        array(LOGITS, key=jax.random.key(0)), layer(LOGITS, key=jax.random.key(0))
-    )
+
+    @nnx.jit
+    def results(layer, array):
+        def loss(layer):
+            relaxed = layer(LOGITS, key=jax.random.key(0))
+            return (relaxed[:, 0] ** 2).sum(), relaxed
+
+        gradient, relaxed = nnx.grad(loss, has_aux=True)(layer)
+        return gradient, relaxed, array(LOGITS, key=jax.random.key(0))
+
+    gradient, *relaxed = results(layer, array)
+    assert np.abs(gradient["temperature"]["log_temperature"][...]) > 1e-4
+    np.testing.assert_allclose(*relaxed)
 
 
 @pytest.mark.parametrize("axis", [0, -1])
 def test_evaluation_takes_the_lowest_argmax(axis):
     layer = GumbelSoftmax(axis=axis, rngs=nnx.Rngs(0))
     layer.eval()
-    ties = jnp.asarray([[1.0, 2.0, 2.0], [-jnp.inf, -jnp.inf, -jnp.inf]])
+    ties = np.array([[1.0, 2.0, 2.0], [-np.inf, -np.inf, -np.inf]], np.float32)
     logits = ties if axis else ties.T
-    out = layer(logits)
+    where = np.array([True, False, True])
+    where = where if axis else where[:, None]
+
+    @nnx.jit
+    def results(layer):
+        gradient = jax.grad(lambda x: (layer(x) * jnp.cos(x)).sum())(LOGITS)
+        drawn = layer(LOGITS, deterministic=False)
+        return layer(logits), layer(logits, where=where), gradient, drawn, layer(LOGITS)
+
+    out, masked, gradient, drawn, best = map(np.asarray, results(layer))
     truth = np.array([[0, 1, 0], [0, 0, 0]])
     np.testing.assert_array_equal(out if axis else out.T, truth)
-    where = jnp.asarray([True, False, True])
-    where = where if axis else where[:, None]
-    masked = layer(logits, where=where)
     np.testing.assert_array_equal((masked if axis else masked.T)[0], [0, 0, 1])
-    gradient = jax.grad(lambda x: (layer(x) * jnp.cos(x)).sum())(LOGITS)
     assert np.isfinite(gradient).all()
-    drawn = layer(LOGITS, deterministic=False)
-    assert (np.asarray(drawn) != np.asarray(layer(LOGITS))).any()
+    assert (drawn != best).any()
 
 
 def test_errors():
