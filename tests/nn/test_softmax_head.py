@@ -24,6 +24,11 @@ def _head(**options):
     return SoftmaxHead(8, 50, rngs=nnx.Rngs(0), **options)
 
 
+@nnx.jit
+def mean_loss(head):
+    return head.loss(HIDDEN, LABELS)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_logits_loss_and_log_prob_agree(tied, softcap):
@@ -32,37 +37,51 @@ def test_logits_loss_and_log_prob_agree(tied, softcap):
     head = _head(embedding=embedding, use_bias=True, logit_softcap=softcap)
     assert head.bias is not None
     head.bias[...] = jnp.linspace(-1, 1, 50)
-    logits = head(HIDDEN)
-    assert logits.shape == (6, 50) and logits.dtype == jnp.float32
-    for tau in (None, 0.5, jnp.linspace(0.5, 2, 6)):
-        value = 1.0 if tau is None else tau
-        column = value if np.ndim(value) == 0 else jnp.reshape(value, (6, 1))
-        per_token = head.loss(HIDDEN, LABELS, temperature=tau, reduction="none")
-        expected = jaxsoft.softmax_cross_entropy(logits, LABELS, column)
-        np.testing.assert_allclose(per_token, expected, rtol=1e-5)
-        np.testing.assert_allclose(
-            head.log_prob(HIDDEN, LABELS, temperature=tau), -expected, rtol=1e-5
+    taus = (None, 0.5, np.linspace(0.5, 2, 6, dtype=np.float32))
+
+    @nnx.jit
+    def results(head):
+        logits = head(HIDDEN)
+        at_taus = []
+        for tau in taus:
+            value = 1.0 if tau is None else tau
+            column = value if np.ndim(value) == 0 else np.reshape(value, (6, 1))
+            at_taus.append(
+                (
+                    head.loss(HIDDEN, LABELS, temperature=tau, reduction="none"),
+                    head.log_prob(HIDDEN, LABELS, temperature=tau),
+                    jaxsoft.softmax_cross_entropy(logits, LABELS, column),
+                )
+            )
+        options: Any = {"label_smoothing": 0.1, "z_loss": 0.1}
+        smoothed = (
+            head.loss(HIDDEN, LABELS, **options),
+            jaxsoft.softmax_cross_entropy(logits, LABELS, **options).mean(),
         )
-    np.testing.assert_allclose(
-        head.loss(HIDDEN, LABELS, label_smoothing=0.1, z_loss=0.1),
-        jaxsoft.softmax_cross_entropy(
-            logits, LABELS, label_smoothing=0.1, z_loss=0.1
-        ).mean(),
-        rtol=1e-5,
-    )
+        return logits, at_taus, smoothed
+
+    logits, at_taus, smoothed = results(head)
+    assert logits.shape == (6, 50) and logits.dtype == jnp.float32
+    for per_token, log_prob, expected in at_taus:
+        np.testing.assert_allclose(per_token, expected, rtol=1e-5)
+        np.testing.assert_allclose(log_prob, -expected, rtol=1e-5)
+    np.testing.assert_allclose(*smoothed, rtol=1e-5)
 
 
 def test_temperature_of_the_module_and_of_the_call():
-    cold = _head(temperature=0.5)
-    np.testing.assert_allclose(
-        cold.loss(HIDDEN, LABELS),
-        _head().loss(HIDDEN, LABELS, temperature=0.5),
-        rtol=1e-6,
-    )
-    array = _head(temperature=jnp.asarray(0.5))
-    np.testing.assert_allclose(
-        array.loss(HIDDEN, LABELS), cold.loss(HIDDEN, LABELS), rtol=1e-6
-    )
+    cold, array = _head(temperature=0.5), _head(temperature=jnp.asarray(0.5))
+
+    @nnx.jit
+    def losses(cold, plain, array):
+        return (
+            cold.loss(HIDDEN, LABELS),
+            plain.loss(HIDDEN, LABELS, temperature=0.5),
+            array.loss(HIDDEN, LABELS),
+        )
+
+    of_module, of_call, of_array = losses(cold, _head(), array)
+    np.testing.assert_allclose(of_module, of_call, rtol=1e-6)
+    np.testing.assert_allclose(of_array, of_module, rtol=1e-6)
     assert "temperature" not in nnx.to_flat_state(nnx.state(array, nnx.Param)).paths
 
 
@@ -78,27 +97,36 @@ def test_tied_gradients_add_up():
     model = Model(nnx.Rngs(0))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert [leaf.shape for leaf in leaves] == [(50, 8)]
-    grads = nnx.grad(lambda model: model(LABELS))(model)
 
     def plain(table):
         hidden = table[LABELS]
         logits = hidden @ table.T
         return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
 
-    expected = jax.grad(plain)(model.embedding.embedding[...])
-    (grad,) = jax.tree.leaves(grads)
+    @nnx.jit
+    def gradients(model):
+        own = nnx.grad(lambda model: model(LABELS))(model)
+        return own, jax.grad(plain)(model.embedding.embedding[...])
+
+    own, expected = gradients(model)
+    (grad,) = jax.tree.leaves(own)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_dtype_and_param_dtype():
     head = _head(dtype=jnp.bfloat16, param_dtype=jnp.float32)
     assert head.kernel is not None and head.kernel[...].dtype == jnp.float32
-    assert head(HIDDEN).dtype == jnp.float32
-    grads = nnx.grad(lambda head: head.loss(HIDDEN, LABELS))(head)
+
+    @nnx.jit
+    def results(head, exact):
+        value_and_grad = nnx.value_and_grad(lambda head: head.loss(HIDDEN, LABELS))
+        return head(HIDDEN), value_and_grad(head), exact.loss(HIDDEN, LABELS)
+
+    logits, (loss, grads), exact = results(head, _head())
+    assert logits.dtype == jnp.float32
     assert jax.tree.leaves(grads)[0].dtype == jnp.float32
-    exact = _head().loss(HIDDEN, LABELS)
-    np.testing.assert_allclose(head.loss(HIDDEN, LABELS), exact, rtol=1e-2)
-    assert head.loss(HIDDEN, LABELS) != exact
+    np.testing.assert_allclose(loss, exact, rtol=1e-2)
+    assert loss != exact
 
 
 def test_an_optax_step_lowers_the_loss():
@@ -127,20 +155,24 @@ def test_linen_model_through_the_bridge():
             return head(hidden, labels, nnx_method="loss")
 
     model = Model()
-    variables = model.init(jax.random.key(0), HIDDEN, LABELS)
+    variables = jax.jit(model.init)(jax.random.key(0), HIDDEN, LABELS)
 
-    def loss(variables):
-        return model.apply(variables, HIDDEN, LABELS)
+    @jax.jit
+    def results(variables):
+        def loss(variables):
+            return model.apply(variables, HIDDEN, LABELS)
 
-    value, grads = jax.value_and_grad(loss)(variables)
-    params: Any = variables["params"]
-    hidden = HIDDEN @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
-    kernel = jax.tree.leaves(params["head"]["kernel"])[0]
-    np.testing.assert_allclose(
-        value, jaxsoft.linear_cross_entropy(hidden, kernel, LABELS), rtol=1e-5
-    )
+        params: Any = variables["params"]
+        hidden = HIDDEN @ params["Dense_0"]["kernel"]
+        hidden += params["Dense_0"]["bias"][None]
+        kernel = jax.tree.leaves(params["head"]["kernel"])[0]
+        expected = jaxsoft.linear_cross_entropy(hidden, kernel, LABELS)
+        return jax.value_and_grad(loss)(variables), expected
+
+    (value, grads), expected = results(variables)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     moved = jax.tree.map(lambda a, g: a - 0.1 * g, variables, grads)
-    assert loss(moved) < value
+    assert results(moved)[0][0] < value
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -149,35 +181,44 @@ def test_sample_and_top_k_are_those_of_the_functions(tied):
     head = _head(embedding=embedding, use_bias=True, logit_softcap=2.0, temperature=0.5)
     assert head.bias is not None
     head.bias[...] = jnp.linspace(-1, 1, 50)
-    key, mask = jax.random.key(3), jnp.arange(50) % 3 > 0
-    logits = jnp.where(mask[None], head(HIDDEN), -jnp.inf)
-    param = head.kernel if embedding is None else embedding.embedding
-    assert param is not None
-    kernel = param[...]
-    options: Any = {
-        "bias": head.bias[...],
-        "logit_softcap": 2.0,
-        "class_mask": mask,
-        "kernel_layout": "vh" if tied else "hv",
-    }
-    for tau in (None, 0.0, jnp.linspace(0.5, 2, 6)):
-        value = 0.5 if tau is None else tau
-        drawn = head.sample(key, HIDDEN, temperature=tau, class_mask=mask)
-        expected = jaxsoft.linear_sample(
-            key, HIDDEN, kernel, temperature=value, **options
-        )
-        np.testing.assert_array_equal(drawn, expected)
-        assert mask[drawn].all()
-        log_probs, ids = head.top_k(HIDDEN, 4, temperature=tau, class_mask=mask)
-        np.testing.assert_array_equal(ids, jax.lax.top_k(logits, 4)[1])
-        for place in range(4):
-            np.testing.assert_allclose(
-                log_probs[:, place],
-                head.log_prob(HIDDEN, ids[:, place], temperature=tau, class_mask=mask),
-                rtol=1e-5,
-                atol=1e-6,
+    key, mask = jax.random.key(3), np.arange(50) % 3 > 0
+    taus = (None, 0.0, np.linspace(0.5, 2, 6, dtype=np.float32))
+
+    @nnx.jit
+    def results(head, embedding):
+        param = head.kernel if embedding is None else embedding.embedding
+        options: Any = {
+            "bias": head.bias[...],
+            "logit_softcap": 2.0,
+            "class_mask": mask,
+            "kernel_layout": "vh" if tied else "hv",
+        }
+        # The best classes as leading axes.
+        states = jnp.broadcast_to(HIDDEN, (4, *HIDDEN.shape))
+        at_taus = []
+        for tau in taus:
+            value = 0.5 if tau is None else tau
+            drawn = head.sample(key, HIDDEN, temperature=tau, class_mask=mask)
+            expected = jaxsoft.linear_sample(
+                key, HIDDEN, param[...], temperature=value, **options
             )
-    greedy = head.sample(key, HIDDEN, temperature=0.0, class_mask=mask)
+            best = head.top_k(HIDDEN, 4, temperature=tau, class_mask=mask)
+            for_each = tau if np.ndim(tau) == 0 else jnp.tile(tau, (4, 1))
+            log_prob = head.log_prob(
+                states, best[1].T, temperature=for_each, class_mask=mask
+            )
+            at_taus.append((drawn, expected, best, log_prob.T))
+        return head(HIDDEN), at_taus
+
+    logits, at_taus = results(head, embedding)
+    logits = np.where(mask, logits, -np.inf)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    for drawn, expected, (log_probs, ids), log_prob in at_taus:
+        np.testing.assert_array_equal(drawn, expected)
+        assert mask[np.asarray(drawn)].all()
+        np.testing.assert_array_equal(ids, order[:, :4])
+        np.testing.assert_allclose(log_probs, log_prob, rtol=1e-5, atol=1e-6)
+    greedy = at_taus[1][0]
     np.testing.assert_array_equal(greedy, logits.argmax(axis=-1))
 
 
@@ -200,7 +241,7 @@ def test_partition_metadata_places_the_parameters():
         jax.jit(
             lambda state: nnx.merge(nnx.graphdef(head), state).loss(HIDDEN, LABELS)
         )(nnx.state(head)),
-        _head(use_bias=True).loss(HIDDEN, LABELS),
+        mean_loss(_head(use_bias=True)),
         rtol=1e-6,
     )
 
@@ -232,7 +273,7 @@ def test_inside_shard_map():
         loss, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=P()
     )
     np.testing.assert_allclose(
-        mapped(state, HIDDEN, LABELS), _head().loss(HIDDEN, LABELS), rtol=1e-6
+        jax.jit(mapped)(state, HIDDEN, LABELS), mean_loss(_head()), rtol=1e-6
     )
     with pytest.raises(ValueError, match="`vocab_axis` must name axes of an enclosing"):
         _head(vocab_axis="vocab").loss(HIDDEN, LABELS)
@@ -247,17 +288,21 @@ def test_decoding_in_linen_through_the_bridge():
             return drawn, head(x, 3, nnx_method="top_k")
 
     model = Model()
-    variables = model.init(jax.random.key(0), HIDDEN)
-    result: Any = model.apply(variables, HIDDEN)
-    drawn, (log_probs, ids) = result
-    kernel = jax.tree.leaves(variables)[0]
-    np.testing.assert_array_equal(
-        drawn,
-        jaxsoft.linear_sample(jax.random.key(1), HIDDEN, kernel, temperature=0.7),
-    )
-    expected = jaxsoft.linear_top_k(HIDDEN, kernel, 3)
-    np.testing.assert_array_equal(ids, expected[1])
-    np.testing.assert_allclose(log_probs, expected[0], rtol=1e-6)
+    variables = jax.jit(model.init)(jax.random.key(0), HIDDEN)
+
+    @jax.jit
+    def results(variables):
+        kernel = jax.tree.leaves(variables)[0]
+        drawn = jaxsoft.linear_sample(
+            jax.random.key(1), HIDDEN, kernel, temperature=0.7
+        )
+        best = jaxsoft.linear_top_k(HIDDEN, kernel, 3)
+        return model.apply(variables, HIDDEN), (drawn, best)
+
+    (drawn, (log_probs, ids)), expected = results(variables)
+    np.testing.assert_array_equal(drawn, expected[0])
+    np.testing.assert_array_equal(ids, expected[1][1])
+    np.testing.assert_allclose(log_probs, expected[1][0], rtol=1e-6)
 
 
 def test_messages():
