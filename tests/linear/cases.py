@@ -90,7 +90,8 @@ def plain_loss(
     picked = jnp.take_along_axis(log_p, labels[:, None], 1)[:, 0]
     mean = jnp.sum(jnp.where(keep[None], log_p, 0), 1) / jnp.sum(keep).astype(dtype)
     loss = -(1 - label_smoothing) * picked - label_smoothing * mean
-    loss = loss + z_loss * lse**2 if z_loss else loss
+    if not (isinstance(z_loss, float) and z_loss == 0):
+        loss = loss + z_loss * lse**2
     if weights is None:
         return loss
     # What a token of weight 0 would lose counts for nothing, in its weight too.
