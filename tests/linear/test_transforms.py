@@ -17,7 +17,8 @@ BATCH, ROWS, FEATURES, CLASSES = 3, 10, 8, 300
 
 @pytest.fixture
 def batch():
-    hidden, kernel, labels = cases.layer(BATCH * ROWS, FEATURES, CLASSES)
+    layer = cases.layer(BATCH * ROWS, FEATURES, CLASSES)
+    hidden, kernel, labels = map(np.asarray, layer)
     return (
         hidden.reshape(BATCH, ROWS, FEATURES),
         kernel,
@@ -29,6 +30,15 @@ def loss(hidden, kernel, labels, **options):
     return linear_cross_entropy(hidden, kernel, labels, tile_bytes=TILE, **options)
 
 
+STEP = jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+
+def values_and_grads(hidden, kernel, labels):
+    """Returns the loss and the gradients of each example, one after the other."""
+    steps = [STEP(h, kernel, y) for h, y in zip(hidden, labels, strict=True)]
+    return jax.tree.map(lambda *a: np.stack(a), *steps)
+
+
 def close(a, b):
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-7)
@@ -36,50 +46,45 @@ def close(a, b):
 
 def test_vmap_folds_the_batch_into_rows(batch):
     hidden, kernel, labels = batch
-    mapped = jax.vmap(loss, (0, None, 0))
-    one_by_one = [loss(h, kernel, y) for h, y in zip(hidden, labels, strict=True)]
-    close(mapped(*batch), jnp.stack(one_by_one))
 
     def total(hidden, kernel):
-        return mapped(hidden, kernel, labels).sum()
+        losses = jax.vmap(loss, (0, None, 0))(hidden, kernel, labels)
+        return losses.sum(), losses
 
-    def looped(hidden, kernel):
-        return sum(loss(h, kernel, y) for h, y in zip(hidden, labels, strict=True))
-
-    close(
-        jax.grad(total, (0, 1))(hidden, kernel),
-        jax.grad(looped, (0, 1))(hidden, kernel),
-    )
-    text = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, kernel))
+    losses, grads = values_and_grads(*batch)
+    step = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    (_, mapped), by_both = step(hidden, kernel)
+    close(mapped, losses)
+    close(by_both, (grads[0], grads[1].sum(0)))
+    text = str(step.trace(hidden, kernel).jaxpr)
     assert f"[{BATCH},{FEATURES},{CLASSES}]" not in text
     assert f"[{BATCH * ROWS},{FEATURES}]" in text
 
 
 def test_per_example_gradients(batch):
-    hidden, kernel, labels = batch
-    mapped = jax.vmap(jax.grad(loss, (0, 1)), (0, None, 0))(*batch)
-    for index in range(BATCH):
-        expected = jax.grad(loss, (0, 1))(hidden[index], kernel, labels[index])
-        close(jax.tree.map(lambda g, i=index: g[i], mapped), expected)
+    mapped = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (0, None, 0)))(*batch)
+    close(mapped, values_and_grads(*batch)[1])
 
 
 def test_vmap_over_kernels_temperatures_and_twice(batch):
     hidden, kernel, labels = batch
-    kernels = jnp.stack([kernel, 2 * kernel, -kernel])
+    kernels = np.stack([kernel, 2 * kernel, -kernel])
     close(
-        jax.vmap(loss)(hidden, kernels, labels),
-        jnp.stack([loss(*args) for args in zip(hidden, kernels, labels, strict=True)]),
+        jax.jit(jax.vmap(loss))(hidden, kernels, labels),
+        np.stack([loss(*args) for args in zip(hidden, kernels, labels, strict=True)]),
     )
-    taus = jnp.asarray([0.5, 1.0, 2.0])
-    close(
-        jax.vmap(lambda t: loss(hidden, kernel, labels, temperature=t))(taus),
-        jnp.stack([loss(hidden, kernel, labels, temperature=t) for t in taus]),
-    )
-    twice = jax.vmap(jax.vmap(lambda h, y: loss(h, kernel, y)))(hidden, labels)
+
+    @jax.jit
+    def tempered(tau):
+        return loss(hidden, kernel, labels, temperature=tau)
+
+    taus = np.asarray([0.5, 1.0, 2.0], "float32")
+    close(jax.vmap(tempered)(taus), np.stack([tempered(t) for t in taus]))
+    twice = jax.jit(jax.vmap(jax.vmap(lambda h, y: loss(h, kernel, y))))(hidden, labels)
     close(twice, loss(hidden, kernel, labels, reduction="none"))
 
 
-def test_jit_remat_scan(batch):
+def test_eager_jit_remat_scan(batch):
     hidden, kernel, labels = batch
     grad = jax.grad(loss, (0, 1))
     expected = grad(hidden, kernel, labels)
@@ -92,21 +97,25 @@ def test_jit_remat_scan(batch):
 
         return jax.lax.scan(step, 0.0, (hidden, labels))[0] / BATCH
 
-    # A gradient by hidden alone first: what it caches must not leak.
-    jax.grad(loss)(hidden[0], kernel, labels[0])
-    close(jax.grad(scanned, (0, 1))(hidden, kernel), expected)
+    # A gradient by hidden alone is traced first: what it caches must not leak.
+    jax.jit(jax.grad(loss)).trace(hidden[0], kernel, labels[0])
+    close(jax.jit(jax.grad(scanned, (0, 1)))(hidden, kernel), expected)
 
 
 def test_forward_over_reverse(batch):
     hidden, kernel, labels = batch
 
-    def product(implementation):
-        grad = jax.grad(
-            lambda h: loss(h, kernel, labels, implementation=implementation)
-        )
-        return jax.jvp(grad, (hidden,), (hidden,))[1]
+    @jax.jit
+    def products(hidden):
+        def product(implementation):
+            grad = jax.grad(
+                lambda h: loss(h, kernel, labels, implementation=implementation)
+            )
+            return jax.jvp(grad, (hidden,), (hidden,))[1]
 
-    close(product("xla"), product("reference"))
+        return product("xla"), product("reference")
+
+    close(*products(hidden))
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda h: loss(h, kernel, labels), (hidden,), (hidden,))
 
@@ -129,7 +138,7 @@ def test_export_round_trip(batch):
 
     exported = jax.export.export(jax.jit(step))(*batch)
     restored = jax.export.deserialize(exported.serialize())
-    close(restored.call(*batch), step(*batch))
+    close(restored.call(*batch), jax.jit(step)(*batch))
 
 
 def test_statistics_are_exported(batch):
@@ -151,10 +160,13 @@ def test_inside_shard_map_with_tokens_sharded(batch):
         )
         return mapped(hidden, kernel, labels)
 
-    close(
-        jax.value_and_grad(total, (0, 1))(*batch),
-        jax.value_and_grad(lambda *a: loss(*a, reduction="sum"), (0, 1))(*batch),
+    def whole(*args):
+        return loss(*args, reduction="sum")
+
+    sharded, alone = (
+        jax.jit(jax.value_and_grad(f, (0, 1)))(*batch) for f in (total, whole)
     )
+    close(sharded, alone)
 
 
 def test_statistics_are_a_pytree(batch):
