@@ -96,7 +96,7 @@ def placement(fields):
             if not leaf.sharding.is_fully_replicated
         },
         "whole": sum(leaf.sharding.is_fully_replicated for _, leaf in leaves),
-        "gathered": re.findall(r"= (\S+) all-gather(?:-start)?\(", text),
+        "collectives": re.findall(r" = (.+?) (all-[a-z-]+?)(?:-start)?\(", text),
     }
 
 

@@ -97,8 +97,10 @@ def test_head_and_its_moments_are_sharded_and_nothing_else(runs):
 
 def test_step_gathers_no_kernel(runs):
     """[16, 272] is the whole kernel; hidden states of a device are [2 * 16, 16]."""
-    for gathered in runs["placement"]["gathered"]:
-        assert "272" not in gathered, gathered
+    collectives = runs["placement"]["collectives"]
+    assert "all-reduce" in [kind for _, kind in collectives]
+    for result, kind in collectives:
+        assert kind != "all-gather" or "272" not in result, result
 
 
 @pytest.mark.parametrize("head", HEADS)
