@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
@@ -12,10 +11,10 @@ from tests import truth
 X = truth.logits("range", (4, 6))
 LABELS = np.array([0, 5, 2, 3])
 CASES = {
-    "softmax": lambda x, tau: jaxsoft.softmax(x, tau),
-    "log_softmax": lambda x, tau: jaxsoft.log_softmax(x, tau),
-    "logsumexp": lambda x, tau: jaxsoft.logsumexp(x, tau),
-    "entropy": lambda x, tau: jaxsoft.entropy(x, tau),
+    "softmax": lambda x, tau: jaxsoft.softmax(x, temperature=tau),
+    "log_softmax": lambda x, tau: jaxsoft.log_softmax(x, temperature=tau),
+    "logsumexp": lambda x, tau: jaxsoft.logsumexp(x, temperature=tau),
+    "entropy": lambda x, tau: jaxsoft.entropy(x, temperature=tau),
     "cross_entropy": lambda x, tau: jaxsoft.softmax_cross_entropy(
         x, jnp.asarray(LABELS)[: x.shape[0]], tau, label_smoothing=0.1, z_loss=0.1
     ),
@@ -23,70 +22,101 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def function(request):
-    return CASES[request.param]
+def every(x, tau):
+    """Returns what each function makes of its arguments, all in one program."""
+    return {name: function(x, tau) for name, function in CASES.items()}
 
 
-def test_eager_equals_jit(function):
-    for tau in (1.0, 0.7, jnp.full((4, 1), 1.3)):
-        eager = function(X, tau)
-        for compiled in (
-            jax.jit(lambda x, t=tau: function(x, t))(X),
-            jax.jit(function)(X, tau),
-        ):
-            np.testing.assert_allclose(eager, compiled, rtol=5e-7, atol=1e-30)
+def assert_equal(found, expected, **tolerances):
+    assert found.keys() == expected.keys() == CASES.keys()
+    for name, result in found.items():
+        np.testing.assert_allclose(result, expected[name], err_msg=name, **tolerances)
 
 
-def test_vmap_over_logits_and_temperature(function):
-    taus = jnp.asarray([0.0, 0.5, 3.0])
-    stacked = jnp.stack([function(X, tau) for tau in taus])
-    mapped = jax.vmap(lambda tau: function(X, tau))(taus)
-    np.testing.assert_allclose(mapped, stacked, rtol=1e-6)
-    rows = jax.vmap(lambda x: CASES["entropy"](x[None], 0.5)[0])(X)
-    np.testing.assert_allclose(rows, jaxsoft.entropy(X, 0.5), rtol=1e-6)
+def total(function, x, tau):
+    out = function(x, tau)
+    weights = jnp.cos(jnp.arange(float(out.size))).reshape(out.shape)
+    return (out * weights).sum()
 
 
-def test_remat_and_scan_of_gradients(function):
-    def total(x):
-        out = function(x, jnp.full((4, 1), 0.9))
-        weights = jnp.cos(jnp.arange(float(out.size))).reshape(out.shape)
-        return (out * weights).sum()
-
-    grad = jax.grad(total)(jnp.asarray(X))
-    np.testing.assert_allclose(
-        jax.jit(jax.grad(jax.checkpoint(total)))(X), grad, rtol=2e-6, atol=1e-7
-    )
-
-    def scanned(x):
-        return jax.lax.scan(lambda c, _: (c + total(x), None), 0.0, length=3)[0]
-
-    np.testing.assert_allclose(
-        jax.grad(scanned)(jnp.asarray(X)), 3 * grad, rtol=2e-6, atol=1e-6
-    )
+COLUMN = np.full((4, 1), 0.9, "float32")
 
 
-def test_export_round_trip(function):
-    args = (jnp.asarray(X), jnp.full((4, 1), 0.9))
-    exported = jax.export.export(jax.jit(function))(*args)
+def test_eager_equals_jit():
+    for tau in (1.0, 0.7, np.full((4, 1), 1.3, "float32")):
+        eager = every(X, tau)
+        known = jax.jit(lambda x, t=tau: every(x, t))(X)
+        for compiled in (known, jax.jit(every)(X, tau)):
+            assert_equal(eager, compiled, rtol=5e-7, atol=1e-30)
+
+
+def test_vmap_over_logits_and_temperature():
+    taus = np.asarray([0.0, 0.5, 3.0], "float32")
+    alone = jax.jit(every)
+    stacked = jax.tree.map(lambda *a: np.stack(a), *[alone(X, tau) for tau in taus])
+    mapped = jax.jit(jax.vmap(lambda tau: every(X, tau)))(taus)
+    assert_equal(mapped, stacked, rtol=1e-6)
+    rows = jax.jit(jax.vmap(lambda x: CASES["entropy"](x[None], 0.5)[0]))(X)
+    np.testing.assert_allclose(rows, jaxsoft.entropy(X, temperature=0.5), rtol=1e-6)
+
+
+def test_remat_and_scan_of_gradients():
+    @jax.jit
+    def gradients(x):
+        def of(function):
+            def plain(x):
+                return total(function, x, COLUMN)
+
+            def scanned(x):
+                return jax.lax.scan(lambda c, _: (c + plain(x), None), 0.0, length=3)[0]
+
+            return [jax.grad(f)(x) for f in (plain, jax.checkpoint(plain), scanned)]
+
+        return {name: of(function) for name, function in CASES.items()}
+
+    for name, (grad, saved, scanned) in gradients(X).items():
+        grad = np.asarray(grad)
+        np.testing.assert_allclose(saved, grad, rtol=2e-6, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(
+            scanned, 3 * grad, rtol=2e-6, atol=1e-6, err_msg=name
+        )
+
+
+def test_export_round_trip():
+    compiled = jax.jit(every)
+    exported = jax.export.export(compiled)(X, COLUMN)
     restored = jax.export.deserialize(exported.serialize())
-    np.testing.assert_array_equal(restored.call(*args), jax.jit(function)(*args))
+    assert_equal(restored.call(X, COLUMN), compiled(X, COLUMN), rtol=0)
 
 
-@pytest.mark.many_cases
-def test_inside_shard_map(function):
+def test_inside_shard_map():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=(P("rows"), P("rows")), out_specs=P("rows")
-    )
-    args = (jnp.asarray(X), jnp.full((4, 1), 0.9))
-    np.testing.assert_allclose(mapped(*args), function(*args), rtol=1e-6)
-    grad = jax.grad(lambda x, tau: mapped(x, tau).sum())(*args)
-    plain = jax.grad(lambda x, tau: function(x, tau).sum())(*args)
-    np.testing.assert_allclose(grad, plain, rtol=2e-6, atol=1e-7)
+
+    def sharded(function):
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=(P("rows"), P("rows")), out_specs=P("rows")
+        )
+
+    def gradient(function, x, tau):
+        return jax.grad(lambda x, tau: function(x, tau).sum())(x, tau)
+
+    @jax.jit
+    def values_and_gradients(x, tau):
+        mapped = {name: sharded(function) for name, function in CASES.items()}
+        return [
+            (
+                {name: f(x, tau) for name, f in functions.items()},
+                {name: gradient(f, x, tau) for name, f in functions.items()},
+            )
+            for functions in (mapped, CASES)
+        ]
+
+    (mapped, grads), (plain, plain_grads) = values_and_gradients(X, COLUMN)
+    assert_equal(mapped, plain, rtol=1e-6)
+    assert_equal(grads, plain_grads, rtol=2e-6, atol=1e-7)
 
 
 def test_no_derivative_by_a_temperature_that_does_not_move():
     """A static temperature of 1 must leave no trace in the program."""
-    text = jax.jit(jaxsoft.softmax).lower(jnp.asarray(X)).as_text()
+    text = jax.jit(jaxsoft.softmax).lower(X).as_text()
     assert text.count("stablehlo.divide") == 1
