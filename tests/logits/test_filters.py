@@ -130,9 +130,9 @@ def test_a_filter_that_is_none_keeps_all(names):
     tau = np.full((ROWS, 1), 1.5, "float32")
     given = {n: ACTIVE[n] for n, on in zip(ACTIVE, names, strict=True) if on}
     some = filters.Filters(*(given.get(n) for n in ACTIVE))
-    some = jax.tree.map(lambda a: jnp.full((1, 1), a), some)
+    some = jax.tree.map(lambda a: np.full((1, 1), a), some)
     full = [np.full((ROWS, 1), given.get(n, NEUTRAL[n])) for n in ACTIVE]
-    found = filters.apply(jnp.asarray(x), 1.5, some)
+    found = np.asarray(jax.jit(filters.apply, static_argnums=1)(x, 1.5, some))
     np.testing.assert_array_equal(found > -jnp.inf, kept_by_us(x, tau, *full))
     np.testing.assert_array_equal(found, np.where(found > -jnp.inf, x, -np.inf))
 
@@ -160,7 +160,7 @@ def test_draws_are_kept_classes_at_their_rates(given):
     # Filters that drop nothing are given too: one program serves all.
     full = {"top_k": 200, "top_p": 1.0, "min_p": 0.0} | given
     kept, _ = true_row(x, 1.3, **full)
-    logits = jnp.broadcast_to(jnp.asarray(x, "float32"), (10_000, 200))
+    logits = np.broadcast_to(x.astype("float32"), (10_000, 200))
     drawn = np.asarray(jaxsoft.sample(KEY, logits, 1.3, **full))
     assert kept[drawn].all()
     names = np.flatnonzero(kept)
@@ -170,17 +170,17 @@ def test_draws_are_kept_classes_at_their_rates(given):
 
 def test_filters_of_each_row():
     rng = np.random.default_rng(3)
-    x = jnp.asarray(rng.standard_normal((4, 50, 3)), "float32")
-    top_k = jnp.asarray(rng.integers(1, 6, (4, 1, 3)))
-    top_p = jnp.asarray(rng.uniform(0.3, 1, (4, 1, 1)), "float32")
-    min_p = jnp.float32(0.1)
+    x = rng.standard_normal((4, 50, 3)).astype("float32")
+    top_k = rng.integers(1, 6, (4, 1, 3))
+    top_p = rng.uniform(0.3, 1, (4, 1, 1)).astype("float32")
+    min_p = np.float32(0.1)
     keys = jax.random.split(KEY, 300)
     draw = jax.vmap(
         lambda key: jaxsoft.sample(
             key, x, axis=1, top_k=top_k, top_p=top_p, min_p=min_p
         )
     )
-    drawn = np.asarray(draw(keys))
+    drawn = np.asarray(jax.jit(draw)(keys))
     for i, j in np.ndindex(4, 3):
         kept, _ = true_row(
             np.asarray(x[i, :, j], float), 1, top_k[i, 0, j], float(top_p[i, 0, 0]), 0.1
@@ -191,16 +191,16 @@ def test_filters_of_each_row():
 
 
 def test_vmap_over_filters():
-    x = jnp.asarray(truth.logits("unit", (6, 40)))
+    x = truth.logits("unit", (6, 40))
     mapped = jax.vmap(lambda k, p: jaxsoft.sample(KEY, x, top_k=k, min_p=p))
-    shares = jnp.asarray([0.0, 0.1, 1.0], "float32")
-    drawn = mapped(jnp.asarray([1, 4, 40]), shares)
+    shares = np.asarray([0.0, 0.1, 1.0], "float32")
+    drawn = jax.jit(mapped)(np.asarray([1, 4, 40], "int32"), shares)
     for k, p, ids in zip((1, 4, 40), (0.0, 0.1, 1.0), drawn, strict=True):
         np.testing.assert_array_equal(jaxsoft.sample(KEY, x, top_k=k, min_p=p), ids)
 
 
 def test_a_row_alone_whatever_its_tile():
-    x = jnp.asarray(truth.logits("unit", (70, 5000)))
+    x = truth.logits("unit", (70, 5000))
     drawn = jaxsoft.sample(KEY, x, top_k=50, top_p=0.9)
     np.testing.assert_array_equal(
         jaxsoft.sample(KEY, x[:9], top_k=50, top_p=0.9), drawn[:9]
