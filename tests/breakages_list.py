@@ -78,7 +78,11 @@ _CORE = (
         file="jaxsoft/_core/noise.py",
         before="jnp.full_like(number, ROWS)",
         after="jnp.full_like(number, BLOCKS)",
-        tests=("tests/core/test_noise.py", "tests/logits/test_sampling.py"),
+        tests=(
+            "tests/core/test_noise.py",
+            "tests/logits/test_sampling.py",
+            "tests/logits/test_draws.py",
+        ),
     ),
     Breakage(
         "unit-without-its-half",
@@ -94,7 +98,10 @@ _CORE = (
         file="jaxsoft/_core/block_sampling.py",
         before="better = after > before",
         after="better = after >= before",
-        tests=("tests/linear/test_sampling.py",),
+        tests=(
+            "tests/linear/test_sampling.py",
+            "tests/linear/test_draws.py",
+        ),
     ),
     Breakage(
         "inversion-stops-at-an-empty-class",
@@ -102,7 +109,10 @@ _CORE = (
         file="jaxsoft/_core/block_sampling.py",
         before="inside = jnp.sum(until <= target[:, None], axis=1)",
         after="inside = jnp.sum(until < target[:, None], axis=1)",
-        tests=("tests/logits/test_sampling.py",),
+        tests=(
+            "tests/logits/test_sampling.py",
+            "tests/logits/test_draws.py",
+        ),
     ),
     Breakage(
         "blocks-drawn-at-temperature-one",
@@ -110,7 +120,10 @@ _CORE = (
         file="jaxsoft/_core/block_sampling.py",
         before="perturbed += divide_by_temperature(tops, peak, tau)",
         after="perturbed += tops - peak",
-        tests=("tests/linear/test_sampling.py",),
+        tests=(
+            "tests/linear/test_sampling.py",
+            "tests/linear/test_draws.py",
+        ),
     ),
     Breakage(
         "mean-over-one-shard-of-tokens",
@@ -409,7 +422,11 @@ _LINEAR = (
         file="jaxsoft/linear/folds/draw.py",
         before="whole = (numbers * block >= first) & (ends <= first + classes)",
         after="whole = numbers * block >= first",
-        tests=("tests/linear/test_sampling.py", "tests/linear/test_sharding.py"),
+        tests=(
+            "tests/linear/test_sampling.py",
+            "tests/linear/test_draws.py",
+            "tests/linear/test_sharding.py",
+        ),
     ),
     Breakage(
         "higher-of-equal-classes",

@@ -21,7 +21,7 @@ RARE = 1e-5
 ROWS, CLASSES = 256, 8192
 
 
-def first_bits(words, count, generator="threefry"):
+def first_bits(words, count, generator: noise.Generator = "threefry"):
     """Returns the bits of the first classes, which `first_gumbel` turns into noise.
 
     Not under jit: a CPU's compiler does not end when given the cipher as one piece.

@@ -82,7 +82,10 @@ def test_far_logits_do_not_cancel(kind, offset):
 def of_bands(layer, bands, offset):
     """Returns value, gradient and log-probabilities of a layer, and draws from it."""
     hidden, head, tails = layer
-    tails = [AdaptiveTail(*tail, jnp.full(tail[1].shape[1], offset)) for tail in tails]
+    tails = [
+        AdaptiveTail(projection, kernel, jnp.full(kernel.shape[1], offset))
+        for projection, kernel in tails
+    ]
     head_bias = jnp.full(head.shape[1], offset)
 
     def loss(hidden):

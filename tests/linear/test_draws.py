@@ -3,6 +3,8 @@
 One shape serves most tests, since a sampler of another is another program.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ ROWS, CLASSES = 40, 700
 HIDDEN, KERNEL = map(np.asarray, cases.layer(ROWS, 8, CLASSES)[:2])
 
 
-def draw(hidden=HIDDEN, kernel=KERNEL, **options):
+def draw(hidden: Any = HIDDEN, kernel: Any = KERNEL, **options):
     return np.asarray(linear_sample(KEY, hidden, kernel, **options))
 
 

@@ -3,6 +3,8 @@
 One shape serves most tests, since a sampler of another is another program.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ ROWS, CLASSES = 3000, 300
 X = truth.logits("unit", (ROWS, CLASSES))
 
 
-def draw(x=X, temperature=1.0, **options):
+def draw(x: Any = X, temperature: Any = 1.0, **options):
     return np.asarray(jaxsoft.sample(KEY, x, temperature, **options))
 
 
