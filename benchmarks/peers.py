@@ -276,7 +276,9 @@ def softmax_implementations(without: frozenset[str]) -> list[Contender]:
     """
 
     def ours(implementation: Implementation | None) -> Callable[..., jax.Array]:
-        return lambda x, y, t: jaxsoft.softmax(x, t, implementation=implementation)
+        return lambda x, y, t: jaxsoft.softmax(
+            x, temperature=t, implementation=implementation
+        )
 
     return [
         Contender(name, ours(implementation), ours=True)
@@ -319,8 +321,8 @@ def softmax_of_torch(
 
 
 _OUR_SOFTMAX: dict[str, Callable[..., jax.Array]] = {
-    "softmax": lambda x, y, t: jaxsoft.softmax(x, t),
-    "log_softmax": lambda x, y, t: jaxsoft.log_softmax(x, t),
+    "softmax": lambda x, y, t: jaxsoft.softmax(x, temperature=t),
+    "log_softmax": lambda x, y, t: jaxsoft.log_softmax(x, temperature=t),
     "cross_entropy": lambda x, y, t: jaxsoft.softmax_cross_entropy(x, y, t),
 }
 

@@ -101,7 +101,7 @@ def test_as_a_temperature():
 
     @jax.jit
     def policy(step):
-        return jaxsoft.softmax(logits, schedule(step))
+        return jaxsoft.softmax(logits, temperature=schedule(step))
 
     np.testing.assert_allclose(policy(5)[1], 1 / (1 + np.exp(-4)), rtol=1e-6)
     assert policy(10).tolist() == [0, 1]

@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxsoft._core import noise
 from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature, is_zero
+from jaxsoft._core.temperature import divide_by_temperature, finite_peak, is_zero
 
 __all__ = [
     "Drawn",
@@ -175,7 +175,7 @@ def draw(
         sums = jnp.where(whole[None], sums, 0)
     zero = is_zero(tau, dtype)
     largest = jnp.max(tops, axis=1, keepdims=True)
-    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    peak = finite_peak(largest)
     perturbed = scores(sums, words, first_block, zero)
     perturbed += divide_by_temperature(tops, peak, tau)
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
@@ -309,7 +309,7 @@ def later(old: Drawn, new: Drawn, tau: float | jax.Array) -> Drawn:
       The better draw of each row.
     """
     largest = jnp.maximum(old.max, new.max)
-    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    peak = finite_peak(largest)
     before = old.score + divide_by_temperature(old.max, peak, tau)
     after = new.score + divide_by_temperature(new.max, peak, tau)
     better = after > before

@@ -110,7 +110,7 @@ def finite_peak(peak: jax.Array) -> jax.Array:
 
     All logits of a row without any kept class are -inf, and so they stay.
     """
-    return jnp.where(peak == -jnp.inf, 0, peak)
+    return jnp.where(peak == -jnp.inf, 0.0, peak)
 
 
 def finite(values: jax.Array) -> jax.Array:

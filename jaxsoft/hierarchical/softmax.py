@@ -13,6 +13,7 @@ from jaxsoft._core import checks
 from jaxsoft._core.products import matmul
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature import over_temperature
+from jaxsoft._core.tokens import token_weights
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
@@ -47,7 +48,7 @@ def hierarchical_log_prob(
     *,
     node_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
-    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     precision: Any = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -65,8 +66,9 @@ def hierarchical_log_prob(
       temperature: τ in [0, ∞], a scalar or [...], of every node's softmax. It is not
         the temperature of the distribution over the classes: that of a tree has no
         such form but at 1.
-      where: [...] booleans; False leaves a token out: its value and what it adds to
-        gradients are 0, whatever its label and hidden state.
+      weights: [...] booleans or reals, one weight a token, which its log-probability
+        is multiplied by; a token of weight 0 is 0, and adds 0 to gradients, whatever
+        its label and hidden state. None weights all by 1.
       precision: the precision of the products, as in `jnp.matmul`.
       implementation: None or "xla".
 
@@ -109,19 +111,18 @@ def hierarchical_log_prob(
     labels = checks.integer("labels", labels)
     checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
     flat = labels.reshape(-1)
-    keep = None
-    if where is not None:
-        keep = checks.boolean("where", where)
-        checks.shape("where", keep, layer.shape, "hidden.shape[:-1]")
-        keep = keep.reshape(-1)
-        flat = jnp.where(keep, flat, -1)
-        kept = jnp.where(keep[:, None], layer.hidden, 0)
-        layer = dataclasses.replace(layer, hidden=kept)
+    weight = token_weights(layer.shape, weights)
+    if weight is not None:
+        weight = weight.reshape(-1).astype(layer.dtype)
+        live = weight != 0
+        flat = jnp.where(live, flat, -1)
+        hidden_of_live = jnp.where(live[:, None], layer.hidden, 0)
+        layer = dataclasses.replace(layer, hidden=hidden_of_live)
     known = (flat >= 0) & (flat < tree.num_classes)
-    found = jnp.where(known, along_paths(layer, flat), jnp.nan)
-    if keep is not None:
-        found = jnp.where(keep, found, 0)
-    return found.reshape(layer.shape)
+    log_prob = jnp.where(known, along_paths(layer, flat), jnp.nan)
+    if weight is not None:
+        log_prob = weight * jnp.where(weight == 0, 0, log_prob)
+    return log_prob.reshape(layer.shape)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -78,7 +78,7 @@ def boltzmann_policy(
     """
     values = checks.floating("values", values)
     axis = checks.class_axis(axis, values, "values")
-    return softmax(values, temperature, axis=axis, where=where)
+    return softmax(values, temperature=temperature, axis=axis, where=where)
 
 
 def boltzmann_operator(
@@ -257,7 +257,9 @@ def _soft_argmax(axis, static_tau, x, tau, where, positions):
         positions = positions.astype(x.dtype)
         origin = positions[middle]
         relative = positions - origin[None]
-    p = softmax(x, pick_temperature(static_tau, tau), axis=axis, where=where)
+    p = softmax(
+        x, temperature=pick_temperature(static_tau, tau), axis=axis, where=where
+    )
     offset = jnp.tensordot(p, relative, (axis, 0), precision="highest")
     kept = x != -jnp.inf if where is None else (x != -jnp.inf) & where
     present = jnp.any(kept, axis).reshape(

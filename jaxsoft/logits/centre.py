@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsoft._core.temperature import divide_by_temperature
+from jaxsoft._core.temperature import divide_by_temperature, finite_peak
 
 __all__ = ["Centred", "centre"]
 
@@ -47,8 +47,7 @@ def centre(
         kept = kept & where
         x = jnp.where(where, x, -jnp.inf)
     if guard:
-        peak = jnp.max(x, axis=axis, keepdims=True)
-        peak = jnp.where(peak == -jnp.inf, 0, peak)
+        peak = finite_peak(jnp.max(x, axis=axis, keepdims=True))
     else:
         finite = jnp.maximum(x, jnp.finfo(x.dtype).min)
         peak = jnp.max(finite, axis=axis, keepdims=True)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, dtypes
 from jaxsoft._core.divergence_terms import SMALL, difference
-from jaxsoft._core.temperature import Temperature, finite, inverse
+from jaxsoft._core.temperature import Temperature, finite, finite_peak, inverse
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
@@ -166,7 +166,7 @@ def _consensus(head_axis, axis, x, tau, where):
     mixed = jax.nn.logsumexp(_others(log_p, head_axis), 0)
     mixed = jnp.moveaxis(mixed, 0, head_axis)
     peak = jnp.max(mixed, axis, keepdims=True)
-    gap = jnp.where(mixed == -jnp.inf, 0, mixed - jnp.where(peak == -jnp.inf, 0, peak))
+    gap = jnp.where(mixed == -jnp.inf, 0, mixed - finite_peak(peak))
     steep = jnp.where(mixed == -jnp.inf, -jnp.inf, finite(gap * value))
     return jnp.where(near, jnp.where(centred.kept, flat, -jnp.inf), steep)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core.temperature import divide_by_temperature
+from jaxsoft._core.temperature import divide_by_temperature, finite_peak
 
 __all__ = ["NONE", "Filters", "apply"]
 
@@ -48,7 +48,7 @@ def apply(x: jax.Array, tau: float | jax.Array, filters: Filters) -> jax.Array:
       [R, V] logits, -inf at dropped classes.
     """
     top = jnp.max(x, axis=1, keepdims=True)
-    peak = jnp.where(top == -jnp.inf, 0, top)
+    peak = finite_peak(top)
     if filters.top_k is not None:
         ones = (x != -jnp.inf).astype(jnp.int32)
         x = _first(x, ones, filters.top_k)

@@ -124,7 +124,7 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
     x = logits.astype(dtype)
     if labels is None:
         log_p = log_softmax(
-            x, pick_temperature(static_tau, tau), axis=axis, where=where
+            x, temperature=pick_temperature(static_tau, tau), axis=axis, where=where
         )
         weights = targets.astype(dtype)
         lost = log_p == -jnp.inf

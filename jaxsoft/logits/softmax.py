@@ -29,8 +29,8 @@ __all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
 
 def softmax(
     logits: ArrayLike,
-    temperature: ArrayLike = 1.0,
     *,
+    temperature: ArrayLike = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     implementation: Implementation | None = None,
@@ -71,9 +71,10 @@ def softmax(
       >>> import jax.numpy as jnp
       >>> import numpy as np
       >>> from jaxsoft import softmax
-      >>> print(np.asarray(softmax(jnp.array([1.0, 2.0, 3.0]), 0.5)).round(3))
+      >>> probabilities = softmax(jnp.array([1.0, 2.0, 3.0]), temperature=0.5)
+      >>> print(np.asarray(probabilities).round(3))
       [0.016 0.117 0.867]
-      >>> print(softmax(jnp.array([1.0, 3.0, 3.0]), 0.0))
+      >>> print(softmax(jnp.array([1.0, 3.0, 3.0]), temperature=0.0))
       [0.  0.5 0.5]
 
     References:
@@ -89,8 +90,8 @@ def softmax(
 
 def log_softmax(
     logits: ArrayLike,
-    temperature: ArrayLike = 1.0,
     *,
+    temperature: ArrayLike = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     implementation: Implementation | None = None,
@@ -126,7 +127,8 @@ def log_softmax(
       >>> import jax.numpy as jnp
       >>> import numpy as np
       >>> from jaxsoft import log_softmax
-      >>> print(np.asarray(log_softmax(jnp.array([0.0, 2.0]), 2.0)).round(4))
+      >>> log_probabilities = log_softmax(jnp.array([0.0, 2.0]), temperature=2.0)
+      >>> print(np.asarray(log_probabilities).round(4))
       [-1.3133 -0.3133]
 
     References:
@@ -138,8 +140,8 @@ def log_softmax(
 
 def logsumexp(
     logits: ArrayLike,
-    temperature: ArrayLike = 1.0,
     *,
+    temperature: ArrayLike = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     implementation: Implementation | None = None,
@@ -184,8 +186,8 @@ def logsumexp(
 
 def entropy(
     logits: ArrayLike,
-    temperature: ArrayLike = 1.0,
     *,
+    temperature: ArrayLike = 1.0,
     axis: int = -1,
     where: ArrayLike | None = None,
     implementation: Implementation | None = None,

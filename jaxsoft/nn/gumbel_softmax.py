@@ -151,7 +151,7 @@ class GumbelSoftmax(nnx.Module):
 
 def _argmax_one_hot(logits: ArrayLike, axis: int, where: ArrayLike | None) -> jax.Array:
     """Returns 1 at the lowest of the largest kept logits; 0 in a row without any."""
-    ties = softmax(logits, 0.0, axis=axis, where=where)
+    ties = softmax(logits, temperature=0.0, axis=axis, where=where)
     classes = ties.shape[axis]
     first = jnp.argmax(ties > 0, axis=axis)
     one_hot = jax.nn.one_hot(first, classes, axis=axis, dtype=ties.dtype)

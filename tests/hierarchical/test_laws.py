@@ -181,7 +181,7 @@ def masked_values(name, hidden, kernel, labels, keep) -> Any:
 
     def loss(hidden, kernel):
         if name == "alone":
-            found = hierarchical_log_prob(hidden, kernel, labels, tree, where=keep)
+            found = hierarchical_log_prob(hidden, kernel, labels, tree, weights=keep)
             return found.sum()
         sampler = ClassSampler.uniform(5)
         return sampled_softmax_loss(

@@ -58,7 +58,7 @@ def test_labels_that_are_no_class_and_masked_positions():
     hidden, kernel, _ = cases.layer(tree, dtype="float32")
 
     def total(hidden, kernel, labels, keep=None):
-        found = hierarchical_log_prob(hidden, kernel, labels, tree, where=keep)
+        found = hierarchical_log_prob(hidden, kernel, labels, tree, weights=keep)
         return found.sum(), found
 
     compiled = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))

@@ -84,7 +84,7 @@ def test_both_modes_and_second_derivatives():
 
     def function(implementation, x, tau):
         def loss(x, tau):
-            y = jaxsoft.softmax(x, tau, implementation=implementation)
+            y = jaxsoft.softmax(x, temperature=tau, implementation=implementation)
             return (y * jnp.cos(x)).sum()
 
         gradient = jax.grad(loss, (0, 1))
@@ -122,7 +122,7 @@ def test_values_against_float64():
     for shape in ((1, 1), (3, 139)):
         x = truth.logits("range", shape)
         with interpreted("mosaic_tpu"):
-            y = jaxsoft.softmax(x, 0.7, implementation="mosaic_tpu")
+            y = jaxsoft.softmax(x, temperature=0.7, implementation="mosaic_tpu")
         np.testing.assert_allclose(y, truth.softmax(x, np.float32(0.7)), 4e-6, 1e-9)
 
 

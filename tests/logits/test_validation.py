@@ -10,13 +10,55 @@ X = np.zeros((2, 3), "float32")
 Y = np.zeros(2, int)
 CALLS = [
     (jaxsoft.softmax, (X.astype(int),), {}, TypeError, "`logits` must have a floating"),
-    (jaxsoft.softmax, (X, True), {}, TypeError, "`temperature` must be a real number"),
-    (jaxsoft.softmax, (X, jnp.int32(1)), {}, TypeError, "`temperature` must have a fl"),
-    (jaxsoft.softmax, (X, -1.0), {}, ValueError, "not be negative or NaN, got -1.0"),
-    (jaxsoft.softmax, (X, float("nan")), {}, ValueError, "not be negative or NaN"),
-    (jaxsoft.softmax, (X, jnp.asarray([[1.0], [-2.0]])), {}, ValueError, "got -2.0"),
-    (jaxsoft.softmax, (X, np.ones(3, "f")), {}, ValueError, "class axis must have si"),
-    (jaxsoft.softmax, (X, np.ones((5, 1), "f")), {}, ValueError, "must broadcast to"),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"temperature": True},
+        TypeError,
+        "`temperature` must be a real number",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"temperature": jnp.int32(1)},
+        TypeError,
+        "`temperature` must have a fl",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"temperature": -1.0},
+        ValueError,
+        "not be negative or NaN, got -1.0",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"temperature": float("nan")},
+        ValueError,
+        "not be negative or NaN",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"temperature": jnp.asarray([[1.0], [-2.0]])},
+        ValueError,
+        "got -2.0",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"temperature": np.ones(3, "f")},
+        ValueError,
+        "class axis must have si",
+    ),
+    (
+        jaxsoft.softmax,
+        (X,),
+        {"temperature": np.ones((5, 1), "f")},
+        ValueError,
+        "must broadcast to",
+    ),
     (jaxsoft.softmax, (X,), {"axis": 2}, ValueError, "`axis` must name one of the 2"),
     (jaxsoft.softmax, (X,), {"axis": 1.0}, TypeError, "`axis` must be an int"),
     (jaxsoft.softmax, (X[:, :0],), {}, ValueError, "must have at least one class"),
@@ -112,6 +154,18 @@ def test_messages(function, args, options, kind, message):
 @pytest.mark.parametrize("name", ["log_softmax", "logsumexp", "entropy"])
 def test_all_functions_share_the_checks(name):
     with pytest.raises(ValueError, match="must not be negative"):
-        getattr(jaxsoft, name)(X, -0.5)
+        getattr(jaxsoft, name)(X, temperature=-0.5)
     with pytest.raises(NotImplementedError, match=name):
         getattr(jaxsoft, name)(X, implementation="mosaic_tpu")
+
+
+def test_a_second_position_is_no_temperature():
+    """In `jax.nn` it is the axis: `softmax(x, 0)` must not give one-hot rows here."""
+    for function in (
+        jaxsoft.softmax,
+        jaxsoft.log_softmax,
+        jaxsoft.logsumexp,
+        jaxsoft.entropy,
+    ):
+        with pytest.raises(TypeError, match="positional argument"):
+            function(X, 0)  # pyright: ignore[reportCallIssue]

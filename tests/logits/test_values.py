@@ -26,10 +26,10 @@ PLAIN = {
 def test_matches_float64(name, kind, tau):
     x = truth.logits(kind, (5, 257))
     tau = np.float32(tau)
-    value = getattr(jaxsoft, name)(x, float(tau))
+    value = getattr(jaxsoft, name)(x, temperature=float(tau))
     plain = PLAIN[name](jnp.asarray(x), tau)
     truth.assert_as_good(value, plain, getattr(truth, name)(x, float(tau)))
-    traced = jax.jit(getattr(jaxsoft, name))(x, tau)
+    traced = jax.jit(getattr(jaxsoft, name))(x, temperature=tau)
     truth.assert_as_good(traced, plain, getattr(truth, name)(x, float(tau)))
 
 
@@ -37,9 +37,9 @@ def test_matches_float64(name, kind, tau):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_computes_in_float32_and_rounds_once(name, dtype, x64):
     x = jnp.asarray(truth.logits("unit", (4, 33))).astype(dtype)
-    value = getattr(jaxsoft, name)(x, 0.7)
+    value = getattr(jaxsoft, name)(x, temperature=0.7)
     wide = jnp.float64 if dtype == "float64" else jnp.float32
-    expected = getattr(jaxsoft, name)(x.astype(wide), 0.7)
+    expected = getattr(jaxsoft, name)(x.astype(wide), temperature=0.7)
     reduces = name in ("logsumexp", "entropy")
     assert value.dtype == (wide if reduces else x.dtype)
     np.testing.assert_array_equal(value, expected.astype(value.dtype))
@@ -52,37 +52,43 @@ def test_computes_in_float32_and_rounds_once(name, dtype, x64):
 def test_huge_logits_are_finite_and_equal_under_jit(size, tau):
     x = jnp.asarray([[1.0, 0.5, 1.0, -1.0], [0.0, 0.25, -1.0, 0.0]]) * size
     x = x.astype(jnp.float32)
-    eager = jaxsoft.softmax(x, tau)
-    compiled = jax.jit(jaxsoft.softmax)(x, jnp.float32(tau))
+    eager = jaxsoft.softmax(x, temperature=tau)
+    compiled = jax.jit(jaxsoft.softmax)(x, temperature=jnp.float32(tau))
     exact = truth.softmax(x, float(np.float32(tau)))
-    for value in (eager, compiled, jax.jit(jaxsoft.softmax)(x, tau)):
+    for value in (eager, compiled, jax.jit(jaxsoft.softmax)(x, temperature=tau)):
         assert np.isfinite(value).all()
         assert truth.error(value, exact) < 1e-6
         np.testing.assert_allclose(np.sum(value, -1), 1, rtol=1e-6)
-    assert not np.isnan(jaxsoft.log_softmax(x, tau)).any()
-    assert not np.isnan(jaxsoft.logsumexp(x, tau)).any()
-    assert np.isfinite(jaxsoft.entropy(x, tau)).all()
+    assert not np.isnan(jaxsoft.log_softmax(x, temperature=tau)).any()
+    assert not np.isnan(jaxsoft.logsumexp(x, temperature=tau)).any()
+    assert np.isfinite(jaxsoft.entropy(x, temperature=tau)).all()
 
 
 def test_the_widest_range_at_a_huge_temperature():
     x = jnp.asarray([3e38, -3e38], jnp.float32)
     for tau in (1e38, jnp.float32(1e38)):
         np.testing.assert_allclose(
-            jaxsoft.softmax(x, tau), [0.99752738, 0.00247262], rtol=1e-5
+            jaxsoft.softmax(x, temperature=tau), [0.99752738, 0.00247262], rtol=1e-5
         )
 
 
 @pytest.mark.parametrize("tau", [0.0, 1e-40, np.float32(0), np.zeros((1, 1), "f")])
 def test_zero_temperature_is_the_limit(tau):
     x = jnp.asarray([[1.0, 3.0, 3.0, -jnp.inf]], jnp.float32)
-    np.testing.assert_array_equal(jaxsoft.softmax(x, tau), [[0, 0.5, 0.5, 0]])
-    log_p = jaxsoft.log_softmax(x, tau)
+    np.testing.assert_array_equal(
+        jaxsoft.softmax(x, temperature=tau), [[0, 0.5, 0.5, 0]]
+    )
+    log_p = jaxsoft.log_softmax(x, temperature=tau)
     np.testing.assert_allclose(log_p, [[-np.inf, -np.log(2), -np.log(2), -np.inf]])
-    np.testing.assert_allclose(jaxsoft.entropy(x, tau), [np.log(2)], rtol=1e-6)
-    np.testing.assert_array_equal(jaxsoft.logsumexp(x, tau), [np.inf])
-    np.testing.assert_array_equal(jaxsoft.logsumexp(-x[:, :3], tau), [-np.inf])
     np.testing.assert_allclose(
-        jaxsoft.logsumexp(jnp.zeros((1, 4)), tau), [np.log(4)], rtol=1e-6
+        jaxsoft.entropy(x, temperature=tau), [np.log(2)], rtol=1e-6
+    )
+    np.testing.assert_array_equal(jaxsoft.logsumexp(x, temperature=tau), [np.inf])
+    np.testing.assert_array_equal(
+        jaxsoft.logsumexp(-x[:, :3], temperature=tau), [-np.inf]
+    )
+    np.testing.assert_allclose(
+        jaxsoft.logsumexp(jnp.zeros((1, 4)), temperature=tau), [np.log(4)], rtol=1e-6
     )
     loss = jaxsoft.softmax_cross_entropy(x, jnp.asarray([1]), tau)
     np.testing.assert_allclose(loss, [np.log(2)], rtol=1e-6)
@@ -93,24 +99,28 @@ def test_infinite_temperature_is_uniform(tau):
     x = jnp.asarray([[1.0, 3e38, -3e38, -jnp.inf]], jnp.float32)
     third = np.float32(1 / 3)
     np.testing.assert_allclose(
-        jaxsoft.softmax(x, tau), [[third, third, third, 0]], rtol=1e-6
+        jaxsoft.softmax(x, temperature=tau), [[third, third, third, 0]], rtol=1e-6
     )
-    np.testing.assert_allclose(jaxsoft.entropy(x, tau), [np.log(3)], rtol=1e-6)
-    np.testing.assert_allclose(jaxsoft.logsumexp(x, tau), [np.log(3)], rtol=1e-6)
+    np.testing.assert_allclose(
+        jaxsoft.entropy(x, temperature=tau), [np.log(3)], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        jaxsoft.logsumexp(x, temperature=tau), [np.log(3)], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bad_traced_temperature_is_nan(name):
     x = jnp.asarray(truth.logits("unit", (2, 5)))
     for tau in (-1.0, jnp.nan):
-        out = jax.jit(getattr(jaxsoft, name))(x, jnp.float32(tau))
+        out = jax.jit(getattr(jaxsoft, name))(x, temperature=jnp.float32(tau))
         assert np.isnan(out).all()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nan_logits_stay_visible(name):
     x = jnp.asarray([[1.0, jnp.nan, 2.0], [1.0, 2.0, 3.0]], jnp.float32)
-    out = np.asarray(getattr(jaxsoft, name)(x, 0.5))
+    out = np.asarray(getattr(jaxsoft, name)(x, temperature=0.5))
     assert np.isnan(out[0]).all()
     assert np.isfinite(out[1]).all()
 
@@ -118,23 +128,25 @@ def test_nan_logits_stay_visible(name):
 def test_masked_classes_and_empty_rows():
     x = truth.logits("unit", (3, 6))
     where = np.array([[1, 0, 1, 1, 0, 1]] * 2 + [[0] * 6], bool)
-    p = jaxsoft.softmax(x, 0.5, where=where)
-    log_p = jaxsoft.log_softmax(x, 0.5, where=where)
+    p = jaxsoft.softmax(x, temperature=0.5, where=where)
+    log_p = jaxsoft.log_softmax(x, temperature=0.5, where=where)
     assert (np.asarray(p)[~where] == 0).all()
     assert (np.asarray(log_p)[~where] == -np.inf).all()
     assert truth.error(p[:2], truth.softmax(x[:2], 0.5, where[:2])) < 1e-6
     assert truth.error(log_p[:2], truth.log_softmax(x[:2], 0.5, where[:2])) < 1e-6
-    h = jaxsoft.entropy(x, 0.5, where=where)
+    h = jaxsoft.entropy(x, temperature=0.5, where=where)
     assert truth.error(h[:2], truth.entropy(x[:2], 0.5, where[:2])) < 1e-6
     assert h[2] == 0
-    lse = jaxsoft.logsumexp(x, 0.5, where=where)
+    lse = jaxsoft.logsumexp(x, temperature=0.5, where=where)
     assert truth.error(lse[:2], truth.logsumexp(x[:2], 0.5, where[:2])) < 1e-6
     assert lse[2] == -np.inf
     loss = jaxsoft.softmax_cross_entropy(
         x, np.zeros(3, int), where=where, label_smoothing=0.1, z_loss=0.1
     )
     assert loss[2] == 0
-    np.testing.assert_array_equal(p, jaxsoft.softmax(np.where(where, x, -np.inf), 0.5))
+    np.testing.assert_array_equal(
+        p, jaxsoft.softmax(np.where(where, x, -np.inf), temperature=0.5)
+    )
 
 
 def test_temperature_per_row_and_any_axis():
@@ -142,10 +154,10 @@ def test_temperature_per_row_and_any_axis():
     tau = np.random.default_rng(1).uniform(0.2, 3, (4, 1, 3)).astype("f")
     moved = np.moveaxis(x, 1, -1)
     expected = truth.softmax(moved, np.moveaxis(tau, 1, -1))
-    p = jaxsoft.softmax(x, tau, axis=1)
+    p = jaxsoft.softmax(x, temperature=tau, axis=1)
     assert truth.error(np.moveaxis(np.asarray(p), 1, -1), expected) < 1e-6
     for name in ("logsumexp", "entropy"):
-        value = getattr(jaxsoft, name)(x, tau, axis=1)
+        value = getattr(jaxsoft, name)(x, temperature=tau, axis=1)
         expected = getattr(truth, name)(moved, np.moveaxis(tau, 1, -1))
         assert truth.error(value, expected) < 1e-6
     labels = np.random.default_rng(2).integers(0, 7, (4, 3))
@@ -157,7 +169,7 @@ def test_temperature_per_row_and_any_axis():
 
 def test_probabilities_keep_the_order_of_logits():
     x = np.sort(np.random.default_rng(3).standard_normal((2, 4096)) * 20, -1)
-    p = np.asarray(jaxsoft.softmax(x.astype("f"), 0.9))
+    p = np.asarray(jaxsoft.softmax(x.astype("f"), temperature=0.9))
     assert (np.diff(p, axis=-1) >= 0).all()
     close = np.float32(1) + np.arange(64, dtype="f") * np.float32(2**-23)
     assert (np.diff(np.asarray(jaxsoft.softmax(close[None]))) >= 0).all()
@@ -171,12 +183,12 @@ def test_common_offset_changes_nothing(offset):
         jaxsoft.softmax,
         jaxsoft.log_softmax,
         jaxsoft.entropy,
-        lambda x, tau: jaxsoft.softmax_cross_entropy(x, labels, tau),
-        lambda x, tau: jaxsoft.distillation_loss(x, x[::-1], tau),
+        lambda x, temperature: jaxsoft.softmax_cross_entropy(x, labels, temperature),
+        lambda x, temperature: jaxsoft.distillation_loss(x, x[::-1], temperature),
     ):
         for tau in (1.0, 2.0):
-            moved = function(x + np.float32(offset), tau)
-            np.testing.assert_array_equal(moved, function(x, tau))
+            moved = function(x + np.float32(offset), temperature=tau)
+            np.testing.assert_array_equal(moved, function(x, temperature=tau))
 
 
 def test_cross_entropy_of_labels_smoothing_and_z_loss():
@@ -318,9 +330,9 @@ def test_distillation_of_disjoint_supports():
 
 def test_one_class_and_no_rows():
     x = jnp.zeros((3, 1))
-    np.testing.assert_array_equal(jaxsoft.softmax(x, 0.3), np.ones((3, 1)))
+    np.testing.assert_array_equal(jaxsoft.softmax(x, temperature=0.3), np.ones((3, 1)))
     np.testing.assert_array_equal(jaxsoft.entropy(x), np.zeros(3))
     loss = jaxsoft.softmax_cross_entropy(x, jnp.zeros(3, jnp.int32))
     np.testing.assert_array_equal(loss, np.zeros(3))
     assert jaxsoft.softmax(jnp.zeros((0, 5))).shape == (0, 5)
-    assert jaxsoft.logsumexp(jnp.zeros((0, 5)), 0.5).shape == (0,)
+    assert jaxsoft.logsumexp(jnp.zeros((0, 5)), temperature=0.5).shape == (0,)

@@ -82,7 +82,7 @@ def test_scaled_logits_have_the_tempered_softmax(tau, scale):
     logits = np.array([[1, 0.5, -1], [1, 1, -np.inf], [-1, -0.5, 0]], "float32")
     logits *= np.float32(scale)
     scaling = TemperatureScaling(tau)
-    expected = jaxsoft.softmax(logits, np.float32(tau))
+    expected = jaxsoft.softmax(logits, temperature=np.float32(tau))
     compiled, gradient = scaled_and_gradient(scaling, logits)
     for scaled in map(np.asarray, (scaling(logits), compiled)):
         assert not np.isnan(scaled).any()

@@ -278,7 +278,7 @@ def hessian(plan: Plan, parameters: Parameters, data: Data) -> jax.Array:
                 p = softmax(z, axis=0)[: plan.num_rows]
                 total = _outer(p, x, (1 - share) * part.weights)
             if part.targets is not None:
-                p = softmax(z, plan.temperature, axis=0)[: plan.num_rows]
+                p = softmax(z, temperature=plan.temperature, axis=0)[: plan.num_rows]
                 # Curvature is by the mass of the targets, which need not be 1.
                 mass = (1 - plan.label_smoothing) * jnp.sum(part.targets, 1)
                 mass = share * part.weights * (mass + plan.label_smoothing)
