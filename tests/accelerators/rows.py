@@ -64,7 +64,10 @@ def _report_all(platform, implementation, place, chip):
             hard = functools.partial(draw, hard=True, generator="threefry13")
             _report(platform, name, "hard", hard, (x, tau))
             continue
-        value = functools.partial(jaxsoft.softmax, implementation=implementation)
+
+        def value(x, tau=1.0):
+            return jaxsoft.softmax(x, temperature=tau, implementation=implementation)
+
         _report(platform, name, "value", value, (x, 0.7))
         _report(platform, name, "gradient", functools.partial(_vjp, value), (x, x))
         if name == "unaligned":

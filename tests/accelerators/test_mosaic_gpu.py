@@ -14,7 +14,7 @@ HEADS = {"llama3": (4096, 128256), "qwen3": (4096, 151936), "gemma3": (2560, 262
 
 def partials(rows, classes, floats=5, integers=1, chip=(132, False)):
     """Returns the MiB of the statistics of every split, and of their merge."""
-    blocks, splits = planning.choose(rows, classes, 128, *chip)
+    blocks, splits = planning.choose_gpu_blocks(rows, classes, 128, *chip)
     tile = blocks.block_rows * blocks.cluster
     padded = -(-rows // tile) * tile
     # Joining the splits may take as much again, beside a MiB of small change.

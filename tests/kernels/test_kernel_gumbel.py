@@ -11,12 +11,12 @@ import pytest
 import jaxsoft
 from jaxsoft._core import exact_sum, noise
 from jaxsoft._core.registry import Gpu
-from jaxsoft.kernels import nvidia
+from jaxsoft.kernels import chips
 from jaxsoft.kernels.rows.mosaic_gpu import call as mosaic_gpu
-from jaxsoft.kernels.rows.mosaic_gpu import gumbel as mosaic_gpu_gumbel
+from jaxsoft.kernels.rows.mosaic_gpu import gumbel
 from jaxsoft.kernels.rows.mosaic_gpu.call import Ring
 from jaxsoft.kernels.rows.mosaic_tpu import call as mosaic_tpu
-from jaxsoft.kernels.rows.mosaic_tpu.call import Blocks
+from jaxsoft.kernels.rows.mosaic_tpu.call import RowBlocks
 from tests.kernels.rows import KERNELS, ROWS, both, close, interpreted, logits
 
 
@@ -40,13 +40,15 @@ def take(monkeypatch):
 
     def take(chosen):
         def choose(*args):
-            noisy = args[-1] is True
-            return dataclasses.replace(chosen, keeps=noisy and chosen.keeps)
+            keeps = args[-1] is True and getattr(chosen, field)
+            return dataclasses.replace(chosen, **{field: keeps})
 
-        module = mosaic_tpu if isinstance(chosen, Blocks) else mosaic_gpu
-        monkeypatch.setattr(module, "choose", choose)
+        module, name, field = mosaic_gpu, "choose_ring", "keeps_noise"
+        if isinstance(chosen, RowBlocks):
+            module, name, field = mosaic_tpu, "choose_row_blocks", "keeps_perturbed"
+        monkeypatch.setattr(module, name, choose)
 
-    monkeypatch.setattr(nvidia, "gpus", lambda: [Gpu("9.0", 1)])
+    monkeypatch.setattr(chips, "gpus", lambda: [Gpu("9.0", 1)])
     jax.clear_caches()
     yield take
     jax.clear_caches()
@@ -84,7 +86,7 @@ def test_noise_of_bits_is_that_of_xla():
     @jax.jit
     def drawn(bits):
         wanted = noise._to_gumbel(bits, jnp.dtype("float32"))
-        return wanted, noise.gumbel_of_bits(bits), mosaic_gpu_gumbel.gumbel(bits)
+        return wanted, noise.gumbel_of_bits(bits), gumbel.gumbel(bits)
 
     wanted, found, of_gpu = drawn(bits)
     np.testing.assert_allclose(found, wanted, 1e-6, 1e-7)
@@ -126,8 +128,8 @@ def test_tpus_draw_what_xla_draws():
 
 BLOCKS = {
     # Two of 512 classes, drawn twice; and a block that has no room for noise.
-    "streamed": (600, "bfloat16", Blocks(16, 512, 16, 2**20, chunk=256)),
-    "whole": (257, "float32", Blocks(8, 257, 8, 2**20, chunk=256)),
+    "streamed": (600, "bfloat16", RowBlocks(16, 512, 16, 2**20, chunk=256)),
+    "whole": (257, "float32", RowBlocks(8, 257, 8, 2**20, chunk=256)),
 }
 
 
@@ -150,13 +152,21 @@ def test_tpus_draw_again_what_vmem_does_not_hold(case, take):
 # reads what two slots do not hold, and draws, again; the third has a line without its
 # pair; of the last, two blocks have one and two chunks.
 RINGS = {
-    "kept": (600, "float32", Ring(lines=5, chunk=2, slots=3, blocks=1, keeps=True)),
+    "kept": (
+        600,
+        "float32",
+        Ring(lines=5, chunk=2, slots=3, blocks=1, keeps_noise=True),
+    ),
     "streamed": (1000, "bfloat16", Ring(lines=8, chunk=2, slots=2, blocks=1)),
-    "odd": (300, "float16", Ring(lines=3, chunk=3, slots=1, blocks=1, keeps=True)),
+    "odd": (
+        300,
+        "float16",
+        Ring(lines=3, chunk=3, slots=1, blocks=1, keeps_noise=True),
+    ),
     "shared": (
         600,
         "float32",
-        Ring(5, chunk=2, slots=2, blocks=1, keeps=True, cluster=2),
+        Ring(5, chunk=2, slots=2, blocks=1, keeps_noise=True, cluster=2),
     ),
 }
 
@@ -187,15 +197,15 @@ def test_gpus_draw_what_xla_draws(case, take):
 @pytest.mark.parametrize(
     "kernel, chosen",
     [
-        ("mosaic_tpu", Blocks(8, 512, 8, 2**20, chunk=256)),
+        ("mosaic_tpu", RowBlocks(8, 512, 8, 2**20, chunk=256)),
         ("mosaic_gpu", Ring(lines=5, chunk=2, slots=2, blocks=1)),
         ("mosaic_gpu", RINGS["shared"][2]),
     ],
 )
 def test_noise_beside_a_large_offset_decides(kernel, chosen, take):
-    """Of sums that a float32 does not tell apart, the larger one is drawn."""
+    """The larger one is drawn of two sums that a float32 does not tell apart."""
     take(chosen)
-    # Of five classes that one thread of a GPU sees.
+    # These five classes are seen by one thread of a GPU.
     x = np.where(np.arange(600) % 128 == 3, 2.0**23, -np.inf)
     x = np.tile(x, (16, 1))
 
@@ -209,13 +219,13 @@ def test_noise_beside_a_large_offset_decides(kernel, chosen, take):
 @pytest.mark.parametrize(
     "kernel, chosen",
     [
-        ("mosaic_tpu", Blocks(8, 256, 8, 2**20, chunk=256)),
+        ("mosaic_tpu", RowBlocks(8, 256, 8, 2**20, chunk=256)),
         ("mosaic_gpu", Ring(lines=3, chunk=2, slots=2, blocks=1)),
     ],
 )
 def test_the_lowest_of_equals_is_drawn(kernel, chosen, take, monkeypatch):
     """As τ falls to 0; without noise, which has no equals."""
-    for module, name in ((noise, "gumbel_of_bits"), (mosaic_gpu_gumbel, "gumbel")):
+    for module, name in ((noise, "gumbel_of_bits"), (gumbel, "gumbel")):
         monkeypatch.setattr(module, name, lambda bits: jnp.zeros(bits.shape))
     take(chosen)
     x = jnp.asarray(np.random.default_rng(3).integers(-2, 2, (4, 300)), "float32")
@@ -228,17 +238,17 @@ def test_the_lowest_of_equals_is_drawn(kernel, chosen, take, monkeypatch):
 def test_noise_is_kept_where_it_fits_beside_its_row():
     for itemsize, kept, drawn in ((4, 196608, 196609), (2, 262144, 262145)):
         for classes in (1, 130, 1000, 28673, 131072, kept, drawn, 10**7):
-            ring = mosaic_gpu.choose(classes, itemsize, 1, True)
-            assert ring.keeps == (classes <= kept)
-            slot = ring.chunk * 128 * (itemsize + 4 * ring.keeps)
+            ring = mosaic_gpu.choose_ring(classes, itemsize, 1, True)
+            assert ring.keeps_noise == (classes <= kept)
+            slot = ring.chunk * 128 * (itemsize + 4 * ring.keeps_noise)
             assert ring.blocks * (ring.slots * slot + 2**10) <= 227 * 2**10
             assert ring.chunks == 1 or ring.chunk % 8 == 0
-    assert not mosaic_gpu.choose(1000, 4, 1).keeps
+    assert not mosaic_gpu.choose_ring(1000, 4, 1).keeps_noise
     with pytest.raises(ValueError, match="`slots` must be 13 to keep noise, got 2"):
-        Ring(lines=100, chunk=8, slots=2, blocks=1, keeps=True)
+        Ring(lines=100, chunk=8, slots=2, blocks=1, keeps_noise=True)
     for classes, keeps, whole in ((262144, 1, 1), (350000, 0, 1), (10**6, 0, 0)):
-        blocks = mosaic_tpu.choose(99, classes, (4, 4), 64 * 2**20, True)
-        assert (blocks.keeps, blocks.classes == classes) == (keeps, whole)
+        blocks = mosaic_tpu.choose_row_blocks(99, classes, (4, 4), 64 * 2**20, True)
+        assert (blocks.keeps_perturbed, blocks.classes == classes) == (keeps, whole)
         # Ciphers are of 256 classes.
         assert whole or blocks.classes % blocks.chunk == blocks.chunk % 256 == 0
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 from jaxsoft._core.registry import Gpu
-from jaxsoft.kernels import nvidia
+from jaxsoft.kernels import chips
 from jaxsoft.kernels.rows.mosaic_gpu import call as mosaic_gpu
 from jaxsoft.kernels.rows.mosaic_tpu import call as mosaic_tpu
 from tests import truth
@@ -21,14 +21,14 @@ from tests.kernels.rows import CLASSES, KERNELS, ROWS, both, close, interpreted,
 
 @pytest.fixture
 def short_blocks(monkeypatch):
-    """Makes TPUs take a row in pieces, read twice, of which the last sticks out."""
+    """Makes TPUs read a row twice, in pieces of which the last is not full."""
 
     def blocks(rows, classes, itemsizes, vmem, noisy):
         del rows, classes, vmem, noisy
         least = 16 if 2 in itemsizes else 8
-        return mosaic_tpu.Blocks(least, 128, least, 2**20, chunk=128)
+        return mosaic_tpu.RowBlocks(least, 128, least, 2**20, chunk=128)
 
-    monkeypatch.setattr(mosaic_tpu, "choose", blocks)
+    monkeypatch.setattr(mosaic_tpu, "choose_row_blocks", blocks)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -39,7 +39,7 @@ def value_and_gradients(implementation, x, cotangent, tau, **options):
     function = functools.partial(
         jaxsoft.softmax, implementation=implementation, **options
     )
-    y, back = jax.vjp(function, x, tau)
+    y, back = jax.vjp(lambda x, tau: function(x, temperature=tau), x, tau)
     return y, back(cotangent)
 
 
@@ -142,8 +142,8 @@ def test_gpus_take_row_after_row(case, monkeypatch):
     """Three rows in one block of threads: what is interpreted takes its time."""
     classes, ring = RINGS[case]
     dtype = case if case.startswith("float") else "float32"
-    monkeypatch.setattr(nvidia, "gpus", lambda: [Gpu("9.0", 1)])
-    monkeypatch.setattr(mosaic_gpu, "choose", lambda *_: ring)
+    monkeypatch.setattr(chips, "gpus", lambda: [Gpu("9.0", 1)])
+    monkeypatch.setattr(mosaic_gpu, "choose_ring", lambda *_: ring)
     x = logits("float32", classes=classes)[jnp.array([0, 1, 7])].astype(dtype)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), dtype)
     tau = jnp.asarray([[0.3], [2.0], [0.0]], "float32")
@@ -186,14 +186,14 @@ def test_rows_that_fit_are_read_once():
     for vmem in (64 * 2**20, 128 * 2**20):
         for classes in (1, 1000, 32768, 131072, 151936, 262144):
             for sizes in ((4, 4), (2, 2), (4, 4, 4), (2, 2, 2)):
-                blocks = mosaic_tpu.choose(16384, classes, sizes, vmem)
+                blocks = mosaic_tpu.choose_row_blocks(16384, classes, sizes, vmem)
                 width = -(-classes // 128) * 128
                 held = 2 * sum(sizes) * blocks.rows * min(width, blocks.classes + 127)
                 assert held < blocks.vmem_bytes < vmem
                 assert blocks.rows % blocks.strip == 0
                 if classes <= 151936:
                     assert blocks.classes == classes
-    long = mosaic_tpu.choose(100, 2**20 + 1, (4, 4), 64 * 2**20)
+    long = mosaic_tpu.choose_row_blocks(100, 2**20 + 1, (4, 4), 64 * 2**20)
     assert long.classes % 2048 == 0 and 0 < long.classes < 2**20
 
 
@@ -201,7 +201,7 @@ def test_rows_that_fit_shared_memory_are_read_once():
     for itemsize in (2, 4):
         for arrays in (1, 2):
             for classes in (1, 128, 1000, 32768, 50257, 131072, 262144, 10**7):
-                ring = mosaic_gpu.choose(classes, itemsize, arrays)
+                ring = mosaic_gpu.choose_ring(classes, itemsize, arrays)
                 held = ring.slots * ring.chunk * 128 * itemsize * arrays
                 assert ring.blocks >= 1 and ring.chunk <= 256
                 assert ring.blocks * (held + 2**10) <= 227 * 2**10
@@ -209,7 +209,7 @@ def test_rows_that_fit_shared_memory_are_read_once():
                 assert (ring.reads == 1) == (blocks <= 8)
                 assert ring.cluster == 1 or blocks > 1
                 assert (ring.chunks - 1) * ring.chunk < ring.lines
-    assert mosaic_gpu.choose(48 * 1024, 4, 1).cluster == 1
+    assert mosaic_gpu.choose_ring(48 * 1024, 4, 1).cluster == 1
     for slots, chunk, cluster, message in (
         (1, 8, 1, "`slots` must be 2 or more"),
         (2, 9, 1, "`chunk` must be"),

@@ -11,54 +11,17 @@ import numpy as np
 import pytest
 
 from jaxsoft import linear_cross_entropy, linear_log_prob, linear_statistics
-from jaxsoft._core.registry import Gpu
-from jaxsoft.kernels import nvidia
-from jaxsoft.kernels.layer.mosaic_gpu import hopper
+from jaxsoft.kernels import chips
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.folds.statistics import Statistics
 from jaxsoft.linear.tiles import Tiling, compute_tile
 from tests.kernels.interpreters import gpu_interpreter
+from tests.kernels.layers import TAUS, layer
 from tests.linear import cases
 
 WANTED = frozenset({"label", "mean", "expected", "argmax"})
 FIELDS = ("max", "log_sum", "label", "mean", "expected")
-# One of each kind: limits, both sides of 1, where a difference overflows, NaN.
-TAUS = [0.0, np.inf, 1e-40, 1.2e-38, 1e-3, 0.7, 1.0, 3.0, 1e38, -1.0, 0.3, 2.0, 5.0]
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Makes few blocks of small tiles: the interpreter compiles each block anew."""
-
-    def shrink(splits=2, cluster=1, stages=2):
-        def choose(rows, classes, swizzle, multiprocessors=132, tensor_memory=False):
-            del rows, multiprocessors
-            blocks = planning.Blocks(
-                classes=64,
-                stages=stages,
-                cluster=cluster,
-                swizzle=swizzle,
-                rows=128 if tensor_memory else 64,
-                tensor_memory=tensor_memory,
-            )
-            return blocks, min(splits, -(-classes // 64))
-
-        monkeypatch.setattr(planning, "choose", choose)
-
-    shrink()
-    return shrink
-
-
-@pytest.fixture(params=["9.0", "10.0"])
-def chip(request, monkeypatch):
-    """Takes the kernel for each chip."""
-    monkeypatch.setattr(nvidia, "gpus", lambda: [Gpu(request.param, 132)])
-
-
-def layer(rows, features, classes, layout, dtype="bfloat16"):
-    hidden, kernel, labels = cases.layer(rows, features, classes, dtype=dtype)
-    return hidden, kernel if layout == "hv" else kernel.T, labels.astype("int32")
 
 
 def close(mine, theirs, name, tau: Any = 1.0):
@@ -193,72 +156,9 @@ def test_gradients_batches_and_forward_over_reverse(small_tiles):
     np.testing.assert_allclose(ours[0][0], theirs[0][0], rtol=1e-6)
 
 
-def logits_of(plan: planning.Plan, inputs: planning.Inputs) -> tuple[Any, Any]:
-    """Returns stored logits of the rows of results, and what they count by."""
-    kernel = inputs.kernel.T if plan.transposed else inputs.kernel
-    u = jnp.matmul(inputs.hidden, kernel, preferred_element_type=jnp.float32)
-    u = jnp.pad(u, ((0, plan.rows - u.shape[0]), (0, 0)))
-    if inputs.bias is not None:
-        u = u + inputs.bias[None, : plan.classes]
-    if plan.softcap is not None:
-        capped = plan.softcap * jnp.tanh(u / plan.softcap)
-        u = jnp.where(u == -jnp.inf, u, capped)
-    if inputs.temper is None:
-        return u, (plan.scale, plan.factor, 1.0)
-    return u, tuple(inputs.temper[:, :, None])
-
-
-def as_promised(plan: planning.Plan, inputs: planning.Inputs) -> planning.Partials:
-    """What `hopper.run` promises, from stored logits."""
-    u, row = logits_of(plan, inputs)
-    size = -(-plan.tiles // plan.splits) * plan.blocks.classes
-    fields: dict[str, list[Any]] = {n: [] for n in (*plan.floats, *plan.integers)}
-    for start in range(0, size * plan.splits, size):
-        part = u[:, start : start + size]
-        empty = part.shape[1] == 0
-        part = jnp.full((plan.rows, 1), -jnp.inf) if empty else part
-        largest = part.max(1)
-        peak = jnp.where(largest == -jnp.inf, 0, largest)[:, None]
-        c = (part * row[0] - peak * row[0]) * row[1] * row[2]
-        weights, kept = jnp.exp2(c), part != -jnp.inf
-        labels = None if inputs.labels is None else inputs.labels[:, None]
-        columns = jnp.arange(part.shape[1])[None] + start
-        found = {
-            "max": largest,
-            "sum": weights.sum(1),
-            "label": None
-            if labels is None
-            else jnp.where(columns == labels, part, -jnp.inf).max(1),
-            "gap": jnp.where(kept, part - peak, 0).sum(1),
-            "weighted": (weights * jnp.where(weights == 0, 0, c)).sum(1),
-            "number": kept.sum(1, dtype=jnp.int32),
-            "argmax": part.argmax(1).astype(jnp.int32) + start,
-        }
-        for name, values in fields.items():
-            values.append(found[name])
-    stacked = {name: jnp.stack(values) for name, values in fields.items()}
-    integers = None
-    if plan.integers:
-        integers = jnp.stack([stacked[n] for n in plan.integers])
-    return planning.Partials(jnp.stack([stacked[n] for n in plan.floats]), integers)
-
-
-@pytest.mark.parametrize(
-    "layout, classes, taus",
-    [
-        ("vh", 1, 0.0),
-        ("vh", 7, TAUS),
-        ("vh", 1009, TAUS),
-        ("vh", 1009, 0.25),
-        ("hv", 16, np.inf),
-        ("hv", 752, 3e38),
-    ],
-)
-def test_what_surrounds_the_kernel(monkeypatch, layout, classes, taus):
-    """Padding, the tail, the splits and the temperatures, without an interpreter."""
-    monkeypatch.setattr(hopper, "run", as_promised)
-    rows = len(TAUS)
-    hidden, kernel, labels = layer(rows, 64, classes, layout)
+def check_forward(layout, classes, taus):
+    """Compares the statistics with XLA's, at the blocks that the shape chooses."""
+    hidden, kernel, labels = layer(len(TAUS), 64, classes, layout)
     tau = jnp.asarray(taus, jnp.float32) if isinstance(taus, list) else None
     config = Config(
         kernel_layout=layout,
@@ -279,6 +179,22 @@ def test_what_surrounds_the_kernel(monkeypatch, layout, classes, taus):
     for name in FIELDS:
         mine, theirs = (getattr(s.fields, name) for s in (got, expected))
         close(mine, theirs, name, taus)
+
+
+@pytest.mark.parametrize("classes, taus", [(1, 0.0), (7, TAUS)])
+def test_classes_that_no_kernel_reads(classes, taus):
+    """Fewer than 8 classes of a kernel [V, H] are the tail: no kernel runs."""
+    check_forward("vh", classes, taus)
+
+
+@pytest.mark.parametrize(
+    "layout, classes, taus",
+    [("vh", 1009, TAUS), ("vh", 1009, 0.25), ("hv", 16, np.inf), ("hv", 752, 3e38)],
+)
+def test_what_surrounds_the_kernel(layout, classes, taus):
+    """Padding, the tail, the splits and the temperatures, around the kernel."""
+    with gpu_interpreter():
+        check_forward(layout, classes, taus)
 
 
 def test_parts_join_as_tiles_merge():
@@ -311,16 +227,16 @@ def test_parts_join_as_tiles_merge():
 def test_blocks_and_splits_are_chosen_from_the_shape_alone():
     for rows in (1, 8, 128, 129, 256, 4096, 131072):
         for classes in (16, 4096, 128256, 151936, 262144):
-            blocks, splits = planning.choose(rows, classes, 128)
+            blocks, splits = planning.choose_gpu_blocks(rows, classes, 128)
             tiles = -(-classes // blocks.classes)
             row_tiles = -(-rows // blocks.block_rows)
             assert 1 <= splits <= tiles and row_tiles % blocks.cluster == 0
-            # Of the multiprocessors' time at most an eighth is lost at large heads.
+            # Large heads lose at most an eighth of the multiprocessors' time.
             busiest = -(-row_tiles * splits // 132) * -(-tiles // splits)
             if classes > 1e5:
                 assert row_tiles * tiles >= 0.875 * busiest * 132, (rows, classes)
-    assert planning.choose(4096, 128256, 128)[0].cluster == 2
-    assert planning.choose(8, 128256, 128, multiprocessors=16)[1] <= 16
+    assert planning.choose_gpu_blocks(4096, 128256, 128)[0].cluster == 2
+    assert planning.choose_gpu_blocks(8, 128256, 128, multiprocessors=16)[1] <= 16
 
 
 @pytest.mark.parametrize(
@@ -338,8 +254,8 @@ def test_blocks_and_splits_are_chosen_from_the_shape_alone():
 )
 def test_blocks_validate_themselves(options, message):
     with pytest.raises(ValueError, match=message):
-        planning.Blocks(**options)
-    assert dataclasses.replace(planning.Blocks(), classes=64).ring_bytes == 98304
+        planning.GpuBlocks(**options)
+    assert dataclasses.replace(planning.GpuBlocks(), classes=64).ring_bytes == 98304
 
 
 B = jnp.bfloat16
@@ -390,7 +306,7 @@ def test_other_devices_and_a_missing_package(monkeypatch):
         run()
     for capability in ("9.0", "10.0"):
         found[:] = [capability] * 2
-        assert nvidia.chip(("9.0", "10.0")) == (capability, 140)
+        assert chips.supported_gpu(("9.0", "10.0")) == (capability, 140)
     plain = builtins.__import__
 
     def without_absl(name, *args, **options):

@@ -1,5 +1,7 @@
 """Samples by the Mosaic GPU kernels: those of XLA's loops, from what groups come to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,22 +9,15 @@ import pytest
 
 from jaxsoft import linear_sample
 from jaxsoft._core import noise
-from jaxsoft.kernels.layer.mosaic_gpu import hopper
+from jaxsoft.kernels.layer.mosaic_gpu import hopper, sample
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
-from jaxsoft.kernels.layer.mosaic_gpu import sample as mosaic_gpu_sample
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.folds.draw import Draw, Drawing
 from tests.kernels.interpreters import gpu_interpreter
-from tests.kernels.test_mosaic_gpu import (  # noqa: F401
-    TAUS,
-    chip,
-    layer,
-    logits_of,
-    small_tiles,
-)
+from tests.kernels.layers import TAUS, layer
 
 
-def test_kernels_draw_what_loops_draw(small_tiles, chip):  # noqa: F811
+def test_kernels_draw_what_loops_draw(small_tiles, chip):
     """V = 211: two splits, a last tile that is cut, a tail of 3 and two blocks."""
     small_tiles()
     classes = 211
@@ -52,8 +47,25 @@ def test_kernels_draw_what_loops_draw(small_tiles, chip):  # noqa: F811
     assert (np.asarray(drawn) == -1).sum() == 1 and len(set(np.asarray(drawn))) > 8
 
 
+def logits_of(plan: planning.GpuPlan, inputs: planning.GpuInputs) -> tuple[Any, Any]:
+    """Returns stored logits of the rows of results, and what they count by."""
+    kernel = inputs.kernel.T if plan.transposed else inputs.kernel
+    u = jnp.matmul(inputs.hidden, kernel, preferred_element_type=jnp.float32)
+    u = jnp.pad(u, ((0, plan.rows - u.shape[0]), (0, 0)))
+    if inputs.bias is not None:
+        u = u + inputs.bias[None, : plan.classes]
+    if plan.softcap is not None:
+        capped = plan.softcap * jnp.tanh(u / plan.softcap)
+        u = jnp.where(u == -jnp.inf, u, capped)
+    if inputs.tau_factors is None:
+        return u, (plan.scale, plan.factor, 1.0)
+    return u, tuple(inputs.tau_factors[:, :, None])
+
+
+# This stands for `hopper.run` at sizes that give it some hundred blocks of threads: the
+# interpreter compiles each of them anew. The test above has the kernel itself.
 def groups_as_promised(
-    plan: planning.Plan, inputs: planning.Inputs
+    plan: planning.GpuPlan, inputs: planning.GpuInputs
 ) -> planning.Partials:
     """What `hopper.run` promises of groups, from stored logits."""
     assert plan.groups and not plan.integers
@@ -100,7 +112,7 @@ def test_what_surrounds_the_kernel(monkeypatch, layout, classes, tau):
     )
     words = noise.row_words(jax.random.key(1), rows)
     drawing, fold = Drawing(operands, words), Draw(config)
-    drawn = jax.jit(mosaic_gpu_sample.sample, static_argnums=0)(fold, drawing)
+    drawn = jax.jit(sample.sample, static_argnums=0)(fold, drawing)
     expected = jax.jit(lambda d: fold.by("xla").compute(d))(drawing)
     drawn, expected = np.asarray(drawn.class_id), np.asarray(expected.class_id)
     # Two ways to round a sum may tell a row's classes apart in a tie.

@@ -1,7 +1,7 @@
 """The Mosaic TPU kernels in JAX's interpreter of TPUs, which has races and garbage.
 
 What a block holds beyond its array is NaN there, as is all memory before it is written.
-Blocks are small, so that there are several of each kind and the last ones stick out.
+Blocks are small: there are several of each kind, and the last ones are not full.
 """
 
 import functools
@@ -16,10 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoft
 from jaxsoft import linear_cross_entropy, linear_log_prob, linear_statistics
-from jaxsoft.kernels.layer.mosaic_tpu import backward as mosaic_tpu_backward
-from jaxsoft.kernels.layer.mosaic_tpu import blocks as mosaic_tpu_blocks
-from jaxsoft.kernels.layer.mosaic_tpu import forward as mosaic_tpu
-from jaxsoft.kernels.layer.mosaic_tpu.blocks import Blocks, Layer
+from jaxsoft.kernels.layer.mosaic_tpu import backward, forward
+from jaxsoft.kernels.layer.mosaic_tpu import blocks as choices
+from jaxsoft.kernels.layer.mosaic_tpu.blocks import LayerShape, TpuBlocks
 from tests import truth
 from tests.kernels.interpreters import tpu_interpreter
 from tests.linear import cases
@@ -36,13 +35,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Takes blocks of 128 classes and of 32 rows in two strips; of 16 backward."""
-    monkeypatch.setattr(mosaic_tpu_blocks, "_STRIP", 16)
-    monkeypatch.setattr(mosaic_tpu_backward, "CHUNK", 16)
+    monkeypatch.setattr(choices, "_STRIP", 16)
+    monkeypatch.setattr(backward, "CHUNK", 16)
     for module, name, rows in (
-        (mosaic_tpu, "choose_forward", 32),
-        (mosaic_tpu_backward, "choose_backward", 16),
+        (forward, "choose_forward", 32),
+        (backward, "choose_backward", 16),
     ):
-        blocks = Blocks(rows, 128, 2**20)
+        blocks = TpuBlocks(rows, 128, 2**20)
         monkeypatch.setattr(module, name, lambda *_, chosen=blocks: chosen)
     jax.clear_caches()
     yield
@@ -298,18 +297,15 @@ def test_errors():
 
 
 def test_blocks_fit_and_are_balanced():
-    llama = Layer(4096, 4096, 128256, 2, 2, 2)
+    llama = LayerShape(4096, 4096, 128256, 2, 2, 2)
     small, large = 64 * 2**20, 128 * 2**20
-    forward = mosaic_tpu_blocks.choose_forward(llama, small)
+    forward = choices.choose_forward(llama, small)
     assert (forward.rows, forward.classes) == (1024, 1024)
     assert forward.vmem_bytes < small
-    both = [
-        mosaic_tpu_blocks.choose_backward(llama, True, True, vmem)
-        for vmem in (small, large)
-    ]
+    both = [choices.choose_backward(llama, True, True, vmem) for vmem in (small, large)]
     assert [(b.rows, b.classes) for b in both] == [(256, 512), (256, 1024)]
-    few = mosaic_tpu_blocks.choose_forward(Layer(1100, 64, 300, 4, 4, 4), small)
+    few = choices.choose_forward(LayerShape(1100, 64, 300, 4, 4, 4), small)
     assert (few.rows, few.classes, few.strip) == (768, 384, 256)
     for rows, classes, vmem in ((8, 128, 1), (272, 128, 1), (16, 64, 1), (16, 128, 0)):
         with pytest.raises(ValueError, match="must be"):
-            Blocks(rows, classes, vmem)
+            TpuBlocks(rows, classes, vmem)

@@ -26,11 +26,11 @@ from jaxsoft._core.temperature import inverse, is_ordinary
 from jaxsoft.logits.arguments import has_no_tangent
 from jaxsoft.logits.rows import Rows, to_rows
 
-__all__ = ["Plan", "gumbel_softmax", "softmax"]
+__all__ = ["RowPlan", "gumbel_softmax", "softmax"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RowPlan:
     """What is known of a call when it is traced.
 
     Attributes:
@@ -61,7 +61,7 @@ def softmax(
     """
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
     registry.check_dtype("rows", implementation, "logits", rows.logits.dtype)
-    return back(_compiled(Plan(implementation, static_tau), None, rows))
+    return back(_compiled(RowPlan(implementation, static_tau), None, rows))
 
 
 def gumbel_softmax(
@@ -82,12 +82,12 @@ def gumbel_softmax(
     static_tau, rows, back = to_rows(logits, temperature, axis, where)
     registry.check_dtype("rows", implementation, "logits", rows.logits.dtype)
     words = noise.row_words(key, rows.logits.shape[0])
-    plan = Plan(implementation, static_tau, generator, hard)
+    plan = RowPlan(implementation, static_tau, generator, hard)
     return back(_compiled(plan, words, rows))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _compiled(plan: Plan, words: jax.Array | None, rows: Rows) -> jax.Array:
+def _compiled(plan: RowPlan, words: jax.Array | None, rows: Rows) -> jax.Array:
     """Drops classes by -inf, gives rows their temperatures, and calls the kernel."""
     x, tau, where = rows
     if not x.size:
@@ -96,7 +96,8 @@ def _compiled(plan: Plan, words: jax.Array | None, rows: Rows) -> jax.Array:
         x = jnp.where(where, x, jnp.asarray(-jnp.inf, x.dtype))
     static = plan.static_tau
     if static is not None and not is_ordinary(static):
-        # The limits take more than a division, and that is written for arrays.
+        # At τ = 0 and τ = ∞ more than a division is needed, and kernels do it for
+        # temperatures that are arrays alone.
         tau = jnp.full((1, 1), static, jnp.float32)
         plan = dataclasses.replace(plan, static_tau=None)
     if tau is not None:
@@ -133,7 +134,7 @@ def _straight_through_jvp(plan, primals, tangents):
 _straight_through.defjvp(_straight_through_jvp, symbolic_zeros=True)
 
 
-def _tangent(plan: Plan, y: jax.Array, primals: Any, tangents: Any) -> jax.Array:
+def _tangent(plan: RowPlan, y: jax.Array, primals: Any, tangents: Any) -> jax.Array:
     """Returns y (u - Σ y u / Σ y) / τ, with u = dx - log y dτ."""
     tau, (dx, dtau, _) = primals[1], tangents
     scale = None if tau is None else inverse(tau, jnp.dtype(jnp.float32))
@@ -145,7 +146,7 @@ def _tangent(plan: Plan, y: jax.Array, primals: Any, tangents: Any) -> jax.Array
     return sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
-def _slope(plan: Plan, y, g, scale) -> jax.Array:
+def _slope(plan: RowPlan, y, g, scale) -> jax.Array:
     """Returns y (g - Σ y g / Σ y) / τ by a kernel; `scale` is 1/τ, or None."""
     return _bind(_slope_primitive, plan, y, g, scale)
 
@@ -159,7 +160,7 @@ def _formula(y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _bind(primitive: Primitive, plan: Plan, *args: Any) -> jax.Array:
+def _bind(primitive: Primitive, plan: RowPlan, *args: Any) -> jax.Array:
     """Calls a primitive with those arguments that are not None; compiled once."""
     given = tuple(a is not None for a in args)
     args = tuple(a for a in args if a is not None)
@@ -219,7 +220,7 @@ def _slope_jvp(primals, tangents, *, plan, given, jaxpr):
     return [out], [sum(terms) if terms else jnp.zeros_like(out)]
 
 
-def _static_scale(plan: Plan) -> jax.Array:
+def _static_scale(plan: RowPlan) -> jax.Array:
     assert plan.static_tau is not None
     return jnp.full((1, 1), 1 / plan.static_tau, jnp.float32)
 

@@ -11,14 +11,15 @@ machine code, and interpreted.
 """
 
 import functools
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft.kernels.layer.mosaic_gpu import body
 from jaxsoft.kernels.layer.mosaic_gpu import merge as merging
-from jaxsoft.kernels.layer.mosaic_gpu.plan import Inputs, Partials, Plan
+from jaxsoft.kernels.layer.mosaic_gpu.plan import GpuInputs, GpuPlan, Partials
+from jaxsoft.kernels.typing import Ref, Scratch
 
 __all__ = ["KERNEL_NAME", "SAMPLE_NAME", "run"]
 
@@ -32,7 +33,7 @@ _COPYING_WARP, _MULTIPLYING_WARP = 0, 1
 _COLUMNS = 64
 
 
-def run(plan: Plan, inputs: Inputs) -> Partials:
+def run(plan: GpuPlan, inputs: GpuInputs[jax.Array]) -> Partials[jax.Array]:
     """Returns the statistics of every row in every split or group, in one launch."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -53,55 +54,58 @@ def run(plan: Plan, inputs: Inputs) -> Partials:
     )(*inputs)
 
 
-def _scratch(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+def _scratch(plan: GpuPlan, inputs: GpuInputs[jax.Array]) -> Scratch:
     """Returns the memory and the barriers of a block of threads, by name."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     blocks = plan.blocks
 
-    def of_matrix_unit(number):
+    def matrix_unit_barrier(number):
         return plgpu.Barrier(num_barriers=number, orders_tensor_core=True)
 
     return {
-        **body.ring(plan, inputs.hidden.dtype),
+        **body.ring_scratch(plan, inputs.hidden.dtype),
         "accumulators": plgpu.TMEM((blocks.rows, 2 * blocks.classes), jnp.float32),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.stages),
-        "empty": of_matrix_unit(blocks.stages),
-        # Of the two accumulators: that the products are there, and were read.
-        "done": of_matrix_unit(2),
-        "free": of_matrix_unit(2),
+        "empty": matrix_unit_barrier(blocks.stages),
+        # An accumulator is done when it holds the products of a tile, and free when
+        # they were read.
+        "done": matrix_unit_barrier(2),
+        "free": matrix_unit_barrier(2),
         **body.side_scratch(plan, inputs),
     }
 
 
-def _statistics_kernel(plan: Plan, *refs, **scratch) -> None:
+def _statistics_kernel(plan: GpuPlan, *refs: Ref, **scratch: Ref) -> None:
     """Streams the classes of one split past one tile of rows."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    number = len(Inputs._fields)
-    inputs, results = Inputs(*refs[:number]), Partials(*refs[number:])
+    number = len(GpuInputs._fields)
+    inputs, results = GpuInputs(*refs[:number]), Partials(*refs[number:])
     warpgroup = lax.axis_index("warpgroup")
-    place = body.place_of(plan)
+    assigned = body.assignment_of_block(plan)
 
     @pl.when(warpgroup == _FEEDING)
     def _():
         @plgpu.warp_map
-        def _of_warp(warp):
+        def run_warp(warp):
             @pl.when(warp == _COPYING_WARP)
             def _():
-                _copy_tiles(plan, place, inputs, **scratch)
+                _copy_tiles(plan, assigned, inputs, **scratch)
 
             @pl.when(warp == _MULTIPLYING_WARP)
             def _():
-                _multiply_tiles(plan, place, **scratch)
+                _multiply_tiles(plan, assigned, **scratch)
 
     @pl.when(warpgroup == _MERGING)
     def _():
-        _fold_tiles(plan, place, inputs, results, **scratch)
+        _fold_tiles(plan, assigned, inputs, results, **scratch)
 
 
-def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
+def _copy_tiles(
+    plan: GpuPlan, assigned: body.Assignment, inputs: GpuInputs[Ref], **scratch: Ref
+) -> None:
     """Keeps the ring full."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -116,13 +120,14 @@ def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
         def _():
             plgpu.barrier_wait(scratch["empty"].at[slot])
 
-        if inputs.bias is not None:
+        bias = inputs.bias
+        if bias is not None:
 
             @pl.when(part == 0)
             def _():
-                body.copy_bias(plan, place, tile, inputs.bias, **scratch)
+                body.copy_bias(plan, assigned, tile, bias, **scratch)
 
-        of_hidden, of_kernel = body.windows(plan, place, tile, part)
+        of_hidden, of_kernel = body.windows(plan, assigned, tile, part)
         for ref, window, name in (
             (inputs.hidden, of_hidden, "hidden_tiles"),
             (inputs.kernel, of_kernel, "kernel_tiles"),
@@ -130,11 +135,11 @@ def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
             tiles = scratch[name].at[slot]
             plgpu.copy_gmem_to_smem(ref.at[window], tiles, full.at[slot])
 
-    lax.fori_loop(0, place.tiles * plan.steps, step, None)
-    body.drain_bias(place, **scratch)
+    lax.fori_loop(0, assigned.tiles * plan.steps, step, None)
+    body.drain_bias(assigned, **scratch)
 
 
-def _multiply_tiles(plan: Plan, place: body.Place, **scratch) -> None:
+def _multiply_tiles(plan: GpuPlan, assigned: body.Assignment, **scratch: Ref) -> None:
     """Has every tile multiplied; the matrix unit releases what it has read."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -166,17 +171,23 @@ def _multiply_tiles(plan: Plan, place: body.Place, **scratch) -> None:
         def _():
             plgpu.tcgen05_commit_arrive(scratch["done"].at[own])
 
-    lax.fori_loop(0, place.tiles * plan.steps, step, None)
+    lax.fori_loop(0, assigned.tiles * plan.steps, step, None)
 
 
-def _fold_tiles(plan, place: body.Place, inputs, results, **scratch) -> None:
+def _fold_tiles(
+    plan: GpuPlan,
+    assigned: body.Assignment,
+    inputs: GpuInputs[Ref],
+    results: Partials[Ref],
+    **scratch: Ref,
+) -> None:
     """Merges the tiles of the rows, and writes their statistics."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     blocks = plan.blocks
-    rows = pl.ds(place.row, blocks.rows)
-    row = body.row_of(plan, 0, rows, inputs, **scratch)
+    rows = pl.ds(assigned.row, blocks.rows)
+    row = body.load_row_facts(plan, 0, rows, inputs, **scratch)
 
     def step(tile, running):
         own = lax.rem(tile, 2)
@@ -190,12 +201,12 @@ def _fold_tiles(plan, place: body.Place, inputs, results, **scratch) -> None:
                 scratch["accumulators"].at[:, columns],
                 layout=merging.layout(blocks.layout),
             )
-            logits = body.chunks(plan, tile, place, column, products, **scratch)
+            logits = body.tile_logits(plan, tile, assigned, column, products, **scratch)
             if plan.groups:
-                groups = merging.groups(logits, row)
+                groups = merging.tile_groups(logits, row)
                 return body.store_groups(0, column, groups, **scratch)
-            start = (place.first + tile) * blocks.classes + column
-            return merging.merge(start, logits, running, row)
+            start = (assigned.first + tile) * blocks.classes + column
+            return merging.merge_tile(start, logits, running, row)
 
         if plan.groups:
             plgpu.wait_smem_to_gmem(0)
@@ -204,12 +215,12 @@ def _fold_tiles(plan, place: body.Place, inputs, results, **scratch) -> None:
         plgpu.barrier_arrive(scratch["free"].at[own])
         body.release_bias(tile, **scratch)
         if plan.groups:
-            body.copy_groups(plan, place, tile, 0, rows, results, **scratch)
+            body.copy_groups(plan, assigned, tile, 0, rows, results, **scratch)
         return running
 
-    first = None if plan.groups else merging.start(plan)
-    running = lax.fori_loop(0, place.tiles, step, first)
+    first = None if plan.groups else merging.initial_statistics(plan)
+    running = lax.fori_loop(0, assigned.tiles, step, first)
     if running is None:
         plgpu.wait_smem_to_gmem(0)
         return
-    body.write(plan, place, 0, rows, running, results, **scratch)
+    body.write(plan, assigned, 0, rows, running, results, **scratch)

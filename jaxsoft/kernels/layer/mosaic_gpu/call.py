@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxsoft._core import block_sampling, mesh_axes
 from jaxsoft._core.padding import round_up
 from jaxsoft._core.registry import Gpu
-from jaxsoft.kernels import nvidia
+from jaxsoft.kernels import chips
 from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
 from jaxsoft.linear.arguments import Config, Operands
@@ -54,8 +54,8 @@ def forward(fold: Statistics, operands: Operands) -> Saved:
     of_kernel, of_tail, aligned = _cut(config, local)
     parts = []
     if of_kernel is not None:
-        plan, found = _launch(config, of_kernel, chip, fold.wanted)
-        parts.append(_columns(plan, local.hidden.shape[0], found))
+        plan, partials = _launch(config, of_kernel, chip, fold.wanted)
+        parts.append(_columns(plan, local.hidden.shape[0], partials))
     if of_tail is not None:
         tail = _of_tail(fold, of_tail, aligned)
         parts.append({name: a[None] for name, a in tail.items()})
@@ -86,11 +86,11 @@ def groups(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
     tops = jnp.full((rows, count), -jnp.inf, jnp.float32)
     sums = jnp.zeros((rows, count), jnp.float32)
     if of_kernel is not None:
-        _, found = _launch(config, of_kernel, chip, groups=True)
+        _, partials = _launch(config, of_kernel, chip, groups=True)
         # Beyond its classes the last tile has empty groups.
         tops, sums = (
             _pad(array[:count, :rows].T, count, empty)
-            for array, empty in zip(found.floats, (-jnp.inf, 0.0), strict=True)
+            for array, empty in zip(partials.floats, (-jnp.inf, 0.0), strict=True)
         )
     if of_tail is not None:
         u = _tail_logits(config, of_tail).logits
@@ -143,8 +143,8 @@ def _check(config: Config, operands: Operands) -> Gpu:
             'Store the kernel as [V, H] with kernel_layout="vh", which takes any V, '
             "pad it once and mask the new classes",
         )
-    nvidia.check_pallas()
-    return nvidia.chip(_KERNELS)
+    chips.check_mosaic_gpu()
+    return chips.supported_gpu(_KERNELS)
 
 
 def _classes(config: Config, operands: Operands, start: int, stop: int) -> Operands:
@@ -188,7 +188,7 @@ def _launch(
     chip: Gpu,
     wanted: Collection[str] = (),
     groups: bool = False,
-) -> tuple[planning.Plan, planning.Partials]:
+) -> tuple[planning.GpuPlan, planning.Partials[jax.Array]]:
     """Returns what the kernel was asked for, and what it wrote."""
     (rows, features), classes = operands.hidden.shape, operands.num_classes(config)
     # Rows of shared memory, as wide as they divide those of both arrays. Past the last
@@ -196,11 +196,11 @@ def _launch(
     widths = math.gcd(features, *([classes] if config.class_axis == 1 else []))
     swizzle = next(s for s in (128, 64, 32) if widths % (s // 2) == 0)
     kernel = _KERNELS[chip.compute_capability]
-    tiles, splits = planning.choose(
+    tiles, splits = planning.choose_gpu_blocks(
         rows, classes, swizzle, chip.core_count, kernel is blackwell
     )
-    scale, factor = nvidia.static_temper(config.static_tau)
-    plan = planning.Plan(
+    scale, factor = chips.static_tau_factors(config.static_tau)
+    plan = planning.GpuPlan(
         rows=round_up(rows, tiles.block_rows * tiles.cluster),
         classes=classes,
         features=features,
@@ -219,29 +219,31 @@ def _launch(
     labels = operands.labels
     if labels is not None:
         labels = _pad(labels[:, 0], plan.rows, -1)
-    temper = None
+    tau_factors = None
     if factor is None:
-        temper = nvidia.temper(operands.temperature(config), rows)
-        temper = _pad(temper, plan.rows, 0.0)
+        tau_factors = chips.tau_factors(operands.temperature(config), rows)
+        tau_factors = _pad(tau_factors, plan.rows, 0.0)
     hidden = _pad(operands.hidden, round_up(rows, _ROWS), 0.0, axis=0)
-    inputs = planning.Inputs(
-        hidden, operands.kernel, _bias(plan, operands), labels, temper
+    inputs = planning.GpuInputs(
+        hidden, operands.kernel, _bias(plan, operands), labels, tau_factors
     )
     return plan, mesh_axes.like(kernel.run(plan, inputs), operands)
 
 
-def _columns(plan: planning.Plan, rows: int, found: planning.Partials) -> Columns:
+def _columns(
+    plan: planning.GpuPlan, rows: int, partials: planning.Partials[jax.Array]
+) -> Columns:
     """Returns what the kernel wrote as columns of `Statistics`, [splits, N, 1] each."""
-    columns = dict(zip(plan.floats, found.floats, strict=True))
-    if found.integers is not None:
-        columns |= zip(plan.integers, found.integers, strict=True)
+    columns = dict(zip(plan.floats, partials.floats, strict=True))
+    if partials.integers is not None:
+        columns |= zip(plan.integers, partials.integers, strict=True)
     if plan.expected:
         # c was in base 2.
         columns["weighted"] *= math.log(2)
     return {name: a[:, :rows, None] for name, a in columns.items()}
 
 
-def _bias(plan: planning.Plan, operands: Operands) -> jax.Array | None:
+def _bias(plan: planning.GpuPlan, operands: Operands) -> jax.Array | None:
     """Returns the bias with -inf at dropped classes, for whole tiles; or None."""
     bias, mask = operands.bias, operands.class_mask
     if bias is None and mask is None:

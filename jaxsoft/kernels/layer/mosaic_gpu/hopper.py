@@ -21,7 +21,13 @@ from jax import lax
 
 from jaxsoft.kernels.layer.mosaic_gpu import body
 from jaxsoft.kernels.layer.mosaic_gpu import merge as merging
-from jaxsoft.kernels.layer.mosaic_gpu.plan import COMPUTING, Inputs, Partials, Plan
+from jaxsoft.kernels.layer.mosaic_gpu.plan import (
+    COMPUTING,
+    GpuInputs,
+    GpuPlan,
+    Partials,
+)
+from jaxsoft.kernels.typing import Ref, Scalar, Scratch
 
 __all__ = ["KERNEL_NAME", "SAMPLE_NAME", "run"]
 
@@ -33,7 +39,7 @@ _COMPUTE_REGISTERS = 232
 _COPY_REGISTERS = 40
 
 
-def run(plan: Plan, inputs: Inputs) -> Partials:
+def run(plan: GpuPlan, inputs: GpuInputs[jax.Array]) -> Partials[jax.Array]:
     """Returns the statistics of every row in every split or group, in one launch."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -57,65 +63,69 @@ def run(plan: Plan, inputs: Inputs) -> Partials:
     )(*inputs)
 
 
-def _scratch(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+def _scratch(plan: GpuPlan, inputs: GpuInputs[jax.Array]) -> Scratch:
     """Returns the shared memory and the barriers of a block of threads, by name."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     stages = plan.blocks.stages
-    empty: Any = plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages)
-    if plan.blocks.cluster > 1:
+    if plan.blocks.cluster == 1:
+        empty = plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages)
+    else:
         # A tile of the kernel lands in both blocks: both must have room.
         empty = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_arrivals=COMPUTING, num_barriers=stages
         )
     return {
-        **body.ring(plan, inputs.hidden.dtype),
+        **body.ring_scratch(plan, inputs.hidden.dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "empty": empty,
         **body.side_scratch(plan, inputs),
     }
 
 
-def _statistics_kernel(plan: Plan, *refs, **scratch) -> None:
+def _statistics_kernel(plan: GpuPlan, *refs: Ref, **scratch: Ref) -> None:
     """Streams the classes of one split past one tile of rows."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    number = len(Inputs._fields)
-    inputs, results = Inputs(*refs[:number]), Partials(*refs[number:])
+    number = len(GpuInputs._fields)
+    inputs, results = GpuInputs(*refs[:number]), Partials(*refs[number:])
     warpgroup = lax.axis_index("warpgroup")
-    place = body.place_of(plan)
+    assigned = body.assignment_of_block(plan)
 
     @pl.when(warpgroup == COMPUTING)
     def _():
         plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
-        _copy_tiles(plan, place, inputs, **scratch)
+        _copy_tiles(plan, assigned, inputs, **scratch)
 
     @pl.when(warpgroup < COMPUTING)
     def _():
         plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        _fold_tiles(plan, place, warpgroup, inputs, results, **scratch)
+        _fold_tiles(plan, assigned, warpgroup, inputs, results, **scratch)
 
 
-def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
+def _copy_tiles(
+    plan: GpuPlan, assigned: body.Assignment, inputs: GpuInputs[Ref], **scratch: Ref
+) -> None:
     """Keeps the ring full, until all that was copied was used."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     blocks = plan.blocks
     full, empty = scratch["full"], scratch["empty"]
-    total = place.tiles * plan.steps
+    total = assigned.tiles * plan.steps
     multicast = "cluster" if blocks.cluster > 1 else None
 
     def copy(step, slot):
         tile, part = lax.div(step, plan.steps), lax.rem(step, plan.steps)
-        if inputs.bias is not None:
+        bias = inputs.bias
+        if bias is not None:
 
             @pl.when(part == 0)
             def _():
-                body.copy_bias(plan, place, tile, inputs.bias, **scratch)
+                body.copy_bias(plan, assigned, tile, bias, **scratch)
 
-        of_hidden, of_kernel = body.windows(plan, place, tile, part)
+        of_hidden, of_kernel = body.windows(plan, assigned, tile, part)
         plgpu.copy_gmem_to_smem(
             inputs.hidden.at[of_hidden],
             scratch["hidden_tiles"].at[slot],
@@ -143,42 +153,51 @@ def _copy_tiles(plan: Plan, place: body.Place, inputs: Any, **scratch) -> None:
     lax.fori_loop(0, ahead, fill, None)
     lax.fori_loop(ahead, total, refill, None)
     lax.fori_loop(jnp.maximum(total - blocks.stages, 0), total, drain, None)
-    body.drain_bias(place, **scratch)
+    body.drain_bias(assigned, **scratch)
 
 
-def _fold_tiles(plan, place: body.Place, warpgroup, inputs, results, **scratch) -> None:
+def _fold_tiles(
+    plan: GpuPlan,
+    assigned: body.Assignment,
+    warpgroup: Scalar,
+    inputs: GpuInputs[Ref],
+    results: Partials[Ref],
+    **scratch: Ref,
+) -> None:
     """Merges the tiles of one warpgroup's rows, and writes their statistics."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     blocks = plan.blocks
-    rows = pl.ds(place.row + warpgroup * blocks.rows, blocks.rows)
-    row = body.row_of(plan, warpgroup, rows, inputs, **scratch)
+    rows = pl.ds(assigned.row + warpgroup * blocks.rows, blocks.rows)
+    row = body.load_row_facts(plan, warpgroup, rows, inputs, **scratch)
 
     def step(tile, running):
         products = _product(plan, tile * plan.steps, warpgroup, **scratch)
         body.wait_for_bias(tile, **scratch)
-        logits = body.chunks(plan, tile, place, 0, products, **scratch)
-        start = (place.first + tile) * blocks.classes
+        logits = body.tile_logits(plan, tile, assigned, 0, products, **scratch)
+        start = (assigned.first + tile) * blocks.classes
         if plan.groups:
             plgpu.wait_smem_to_gmem(0)
-            groups = merging.groups(logits, row)
+            groups = merging.tile_groups(logits, row)
             body.store_groups(warpgroup, 0, groups, **scratch)
-            body.copy_groups(plan, place, tile, warpgroup, rows, results, **scratch)
+            body.copy_groups(plan, assigned, tile, warpgroup, rows, results, **scratch)
         else:
-            running = merging.merge(start, logits, running, row)
+            running = merging.merge_tile(start, logits, running, row)
         body.release_bias(tile, **scratch)
         return running
 
-    first = None if plan.groups else merging.start(plan)
-    running = lax.fori_loop(0, place.tiles, step, first)
+    first = None if plan.groups else merging.initial_statistics(plan)
+    running = lax.fori_loop(0, assigned.tiles, step, first)
     if running is None:
         plgpu.wait_smem_to_gmem(0)
         return
-    body.write(plan, place, warpgroup, rows, running, results, **scratch)
+    body.write(plan, assigned, warpgroup, rows, running, results, **scratch)
 
 
-def _product(plan: Plan, first_step, warpgroup, **scratch) -> jax.Array:
+def _product(
+    plan: GpuPlan, first_step: Scalar, warpgroup: Scalar, **scratch: Ref
+) -> jax.Array:
     """Returns the tile of products [R, B] that starts with a step of the ring.
 
     A slot is released one step late, when its wgmma is known to have ended.

@@ -7,32 +7,35 @@ into a few that need nothing of other threads, which then meet once a tile.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP, Plan
+from jaxsoft._core.temperature import finite_peak
+from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP, GpuPlan
+from jaxsoft.kernels.typing import Factors, Scalar
 
 __all__ = [
     "CHUNK",
-    "Row",
+    "RowFacts",
     "Running",
     "columns",
-    "groups",
+    "initial_statistics",
     "iota",
     "layout",
-    "merge",
-    "start",
+    "merge_tile",
     "tanh",
+    "tile_groups",
 ]
 
-# Columns that are folded at a time: 4 registers a thread for 64 rows, 8 for 128.
+# The columns that are folded at a time: 4 registers a thread for 64 rows, 8 for 128.
 CHUNK = 8
-# Stands for -inf in products with 0; 2 to it is 0.
+# A finite number in place of -inf: its product with 0 is 0, and 2 to its power is 0.
 _LOWEST = -1e4
-# Above every column, and safe to add one to.
+# A number above every column, to which a column can be added without overflow.
 _NO_COLUMN = 2**30
 # tanh(x) = x + x³ P(x²) below _SMALL; from a least-squares fit of relative errors.
 _SMALL = 0.55
@@ -54,37 +57,38 @@ class Running(NamedTuple):
     argmax: jax.Array | None
 
 
-class Row(NamedTuple):
+class RowFacts(NamedTuple):
     """What a computing warpgroup knows of its rows; None where there is none.
 
     Attributes:
       label: [R] int32.
-      temper: a, b and c of `Inputs`, [R] or floats each.
+      factors: a, b and c of `GpuInputs`, [R] or floats each.
       layout: the name of how threads share the accumulator.
     """
 
-    label: Any
-    temper: tuple[Any, Any, Any]
+    label: jax.Array | None
+    factors: Factors
     layout: str
 
     def centred(self, u: jax.Array, peak: jax.Array) -> jax.Array:
         """Returns (u - peak) / τ in base 2, of [R, B] or of [R]."""
-        before, factor, again = (columns(a, u.shape) for a in self.temper)
+        before, *others = (columns(a, u.shape) for a in self.factors)
         peak = columns(peak, u.shape)
         c = u - peak if before is None else u * before - peak * before
-        c = c * factor
-        return c if again is None else c * again
+        for factor in others:
+            c = c if factor is None else c * factor
+        return c
 
 
-def start(plan: Plan) -> Running:
+def initial_statistics(plan: GpuPlan) -> Running:
     """Returns the statistics of rows before their first tile, [R] each."""
 
-    def full(value, dtype: Any = jnp.float32):
+    def full(value: ArrayLike, dtype: DTypeLike = jnp.float32) -> jax.Array:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         shape = (plan.blocks.rows,)
-        own = layout(plan.blocks.layout, 1)
-        return plgpu.layout_cast(jnp.full(shape, value, dtype), own)
+        of_rows = layout(plan.blocks.layout, 1)
+        return plgpu.layout_cast(jnp.full(shape, value, dtype), of_rows)
 
     return Running(
         max=full(-jnp.inf),
@@ -97,7 +101,9 @@ def start(plan: Plan) -> Running:
     )
 
 
-def merge(first, chunks, running: Running, row: Row) -> Running:
+def merge_tile(
+    first: Scalar, chunks: list[jax.Array], running: Running, row: RowFacts
+) -> Running:
     """Merges a tile of logits into the running statistics.
 
     Args:
@@ -111,15 +117,16 @@ def merge(first, chunks, running: Running, row: Row) -> Running:
     """
     tile_max = functools.reduce(jnp.maximum, chunks).max(axis=1)
     new = jnp.maximum(running.max, tile_max)
-    # A row without any kept class so far is centred on 0: all its c are -inf.
-    peak = jnp.where(new == -jnp.inf, 0.0, new)
+    peak = finite_peak(new)
     back = row.centred(running.max, peak)
     rescale = jnp.exp2(back)
-    _, total, label, gap, number, weighted, argmax = running
+    label, argmax = running.label, running.argmax
+    gap, number, weighted = running.gap, running.number, running.weighted
     if argmax is not None:
         lowest = _lowest(chunks, tile_max, row.layout) + first
         argmax = jnp.where(tile_max > running.max, lowest, argmax)
     if label is not None:
+        assert row.label is not None
         label = jnp.maximum(label, _pick(chunks, row.label - first, row.layout))
     if gap is not None and number is not None:
         moved = jnp.where(number == 0, 0.0, running.max - peak)
@@ -128,25 +135,37 @@ def merge(first, chunks, running: Running, row: Row) -> Running:
         gap, number = gap + gaps, number + counted
     sums, terms = _sums_of_exponentials(chunks, peak, row, weighted is not None)
     if weighted is not None:
-        moved = weighted + total * jnp.maximum(back, _LOWEST)
+        assert terms is not None
+        moved = weighted + running.sum * jnp.maximum(back, _LOWEST)
         weighted = rescale * moved + terms.sum(axis=1)
-    total = rescale * total + sums.sum(axis=1)
-    return Running(new, total, label, gap, number, weighted, argmax)
+    return Running(
+        max=new,
+        sum=rescale * running.sum + sums.sum(axis=1),
+        label=label,
+        gap=gap,
+        number=number,
+        weighted=weighted,
+        argmax=argmax,
+    )
 
 
-def groups(chunks, row: Row) -> list[tuple[jax.Array, jax.Array]]:
+def tile_groups(
+    chunks: list[jax.Array], row: RowFacts
+) -> list[tuple[jax.Array, jax.Array]]:
     """Returns the maximum and the sum of exponentials of each group of a tile, [R]."""
-    found, size = [], GROUP // CHUNK
+    groups, size = [], GROUP // CHUNK
     for first in range(0, len(chunks), size):
         group = chunks[first : first + size]
         largest = functools.reduce(jnp.maximum, group).max(axis=1)
-        peak = jnp.where(largest == -jnp.inf, 0.0, largest)
+        peak = finite_peak(largest)
         sums, _ = _sums_of_exponentials(group, peak, row, False)
-        found.append((largest, sums.sum(axis=1)))
-    return found
+        groups.append((largest, sums.sum(axis=1)))
+    return groups
 
 
-def _sums_of_exponentials(chunks, peak, row: Row, expected: bool) -> tuple[Any, Any]:
+def _sums_of_exponentials(
+    chunks: list[jax.Array], peak: jax.Array, row: RowFacts, expected: bool
+) -> tuple[jax.Array, jax.Array | None]:
     """Returns Σ 2^c, and Σ 2^c c where it is wanted, of each chunk's column."""
     sums = terms = None
     for u in chunks:
@@ -156,22 +175,24 @@ def _sums_of_exponentials(chunks, peak, row: Row, expected: bool) -> tuple[Any, 
         if expected:
             term = weights * jnp.maximum(c, _LOWEST)
             terms = term if terms is None else terms + term
+    assert sums is not None
     return sums, terms
 
 
-def _pick(chunks, column, name: str) -> jax.Array:
+def _pick(chunks: list[jax.Array], column: jax.Array, name: str) -> jax.Array:
     """Returns the logits [R] in the given columns of a tile; -inf outside it."""
     picked = None
     for index, u in enumerate(chunks):
-        # Not iota + constant: all those columns would be kept in registers.
-        here = iota(u.shape, name) == columns(column - index * CHUNK, u.shape)
-        u = jnp.where(here, u, -jnp.inf)
+        # The offset is subtracted from the label's column: sums of iota and an offset
+        # would be kept in registers, one for each column of the tile.
+        is_label = iota(u.shape, name) == columns(column - index * CHUNK, u.shape)
+        u = jnp.where(is_label, u, -jnp.inf)
         picked = u if picked is None else jnp.maximum(picked, u)
     assert picked is not None
     return picked.max(axis=1)
 
 
-def _gaps(chunks, peak) -> tuple[jax.Array, jax.Array]:
+def _gaps(chunks: list[jax.Array], peak: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns Σ (u - peak) over the kept classes of a tile, and their number."""
     gaps = counts = 0.0
     for u in chunks:
@@ -182,13 +203,13 @@ def _gaps(chunks, peak) -> tuple[jax.Array, jax.Array]:
     return gaps.sum(axis=1), counts.sum(axis=1).astype(jnp.int32)
 
 
-def _lowest(chunks, tile_max, name: str) -> jax.Array:
+def _lowest(chunks: list[jax.Array], tile_max: jax.Array, name: str) -> jax.Array:
     """Returns the lowest column of a tile that reaches its maximum."""
     first = None
     for index, u in enumerate(chunks):
-        best = u == columns(tile_max, u.shape)
-        found = jnp.where(best, index * CHUNK, _NO_COLUMN)
-        first = found if first is None else jnp.minimum(first, found)
+        is_largest = u == columns(tile_max, u.shape)
+        column = jnp.where(is_largest, index * CHUNK, _NO_COLUMN)
+        first = column if first is None else jnp.minimum(first, column)
     assert first is not None
     return (first + iota(first.shape, name)).min(axis=1)
 
@@ -207,7 +228,17 @@ def tanh(x: jax.Array) -> jax.Array:
     return jnp.where(size < _SMALL, small, large)
 
 
-def columns(row: Any, shape: tuple[int, ...]) -> Any:
+@overload
+def columns(row: jax.Array, shape: tuple[int, ...]) -> jax.Array: ...
+
+
+@overload
+def columns(
+    row: float | jax.Array | None, shape: tuple[int, ...]
+) -> float | jax.Array | None: ...
+
+
+def columns(row, shape):
     """Returns [R] repeated for the columns of [R, B]; floats and None as they are."""
     if not isinstance(row, jax.Array) or row.ndim == len(shape):
         return row

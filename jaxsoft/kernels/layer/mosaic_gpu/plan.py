@@ -2,33 +2,34 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
-import jax
-
-from jaxsoft.kernels.nvidia import MULTIPROCESSORS
+from jaxsoft.kernels.chips import MULTIPROCESSORS
 
 __all__ = [
     "COMPUTING",
     "GROUP",
     "SHARED_MEMORY",
-    "Blocks",
-    "Inputs",
+    "GpuBlocks",
+    "GpuInputs",
+    "GpuPlan",
     "Partials",
-    "Plan",
-    "choose",
+    "choose_gpu_blocks",
 ]
 
-# A block may take so much of the shared memory of an H100 or an H200, and of a B200's.
+# The bytes of shared memory that a block may take on an H100, an H200 and a B200.
 SHARED_MEMORY = 232448
-# Hopper's warpgroups that multiply; one more copies.
+# The warpgroups of a block that multiply on Hopper; one more copies.
 COMPUTING = 2
-# Classes of a group, for samples: a part of each of their blocks, and of every tile.
+# The classes of a group, whose maximum and sum samples are drawn from. Their blocks of
+# classes have a whole number of groups, and so has every tile.
 GROUP = 32
+
+_Array = TypeVar("_Array")
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class GpuBlocks:
     """The tiles of the kernel.
 
     Attributes:
@@ -103,7 +104,7 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GpuPlan:
     """All that is known when the kernel is traced.
 
     Attributes:
@@ -114,7 +115,7 @@ class Plan:
       blocks: the tiles.
       splits: into how many parts the classes are split.
       softcap: the soft-cap, or None.
-      scale: by what logits are multiplied before they are centred; see `Inputs`.
+      scale: by what logits are multiplied before they are centred; see `GpuInputs`.
       factor: by what they are multiplied then, in base 2; None if a row has its own.
       labels: whether there are labels.
       mean: whether the mean is wanted.
@@ -128,7 +129,7 @@ class Plan:
     classes: int
     features: int
     transposed: bool
-    blocks: Blocks
+    blocks: GpuBlocks
     splits: int
     softcap: float | None
     scale: float
@@ -163,8 +164,8 @@ class Plan:
         return tuple(name for name, w in wanted if w)
 
 
-class Inputs(NamedTuple):
-    """The arrays that the kernel reads.
+class GpuInputs(NamedTuple, Generic[_Array]):
+    """The arrays that the kernel reads, or references to them.
 
     Attributes:
       hidden: [M, H] bfloat16 or float16, M a multiple of 8 and at least N.
@@ -172,38 +173,40 @@ class Inputs(NamedTuple):
       bias: [tiles · classes of a tile] float32, -inf at dropped classes and beyond V;
         or None.
       labels: [rows of results] int32, or None.
-      temper: [3, rows of results] float32; a logit u and the row's maximum m count as
-        ((u·a - m·a)·b)·c in base 2, with a, b and c the three of the row. Or None.
+      tau_factors: [3, rows of results] float32, or None. With a, b and c the three of a
+        row a logit u and the row's maximum m count as ((u·a - m·a)·b)·c in base 2.
     """
 
-    hidden: jax.Array
-    kernel: jax.Array
-    bias: jax.Array | None
-    labels: jax.Array | None
-    temper: jax.Array | None
+    hidden: _Array
+    kernel: _Array
+    bias: _Array | None
+    labels: _Array | None
+    tau_factors: _Array | None
 
 
-class Partials(NamedTuple):
+class Partials(NamedTuple, Generic[_Array]):
     """What the kernel writes: the fields of `Running`, of each split and row.
 
+    These are arrays, their types, or references to them.
+
     Attributes:
-      floats: [fields, splits, rows of results], in the order of `Plan.floats`; the sums
-        of exponentials are in base 2, as is c in `weighted`. [2, groups, rows of
+      floats: [fields, splits, rows of results], in the order of `GpuPlan.floats`; the
+        sums of exponentials are in base 2, as is c in `weighted`. [2, groups, rows of
         results], maximum and sum, where the plan wants groups.
-      integers: likewise, in the order of `Plan.integers`; None if there are none.
+      integers: likewise, in the order of `GpuPlan.integers`; None if there are none.
     """
 
-    floats: jax.Array
-    integers: jax.Array | None
+    floats: _Array
+    integers: _Array | None
 
 
-def choose(
+def choose_gpu_blocks(
     rows: int,
     classes: int,
     swizzle: int,
     multiprocessors: int = MULTIPROCESSORS,
     tensor_memory: bool = False,
-) -> tuple[Blocks, int]:
+) -> tuple[GpuBlocks, int]:
     """Returns the tiles of a problem, and into how many parts its classes are split.
 
     Args:
@@ -218,7 +221,7 @@ def choose(
       tiles that the busiest multiprocessor computes.
     """
     width = 256 if classes > 256 * multiprocessors // 2 else 128
-    blocks = Blocks(classes=width, swizzle=swizzle)
+    blocks = GpuBlocks(classes=width, swizzle=swizzle)
     if tensor_memory:
         blocks = dataclasses.replace(blocks, rows=128, tensor_memory=True)
     row_tiles = math.ceil(rows / blocks.block_rows)

@@ -15,8 +15,8 @@ from jax import lax
 
 from jaxsoft._core import block_sampling
 from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature, is_zero
-from jaxsoft.kernels.layer.mosaic_gpu import call as mosaic_gpu
+from jaxsoft._core.temperature import divide_by_temperature, finite_peak, is_zero
+from jaxsoft.kernels.layer.mosaic_gpu import call
 from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.folds.draw import Draw, Drawing, Drawn
@@ -57,7 +57,7 @@ def sample(fold: Draw, drawing: Drawing) -> Drawn:
 
     zero = is_zero(tau, totals.dtype)
     largest = jnp.max(of_block, axis=1, keepdims=True)
-    peak = jnp.where(largest == -jnp.inf, 0, largest)
+    peak = finite_peak(largest)
     scores = block_sampling.scores(totals, words, 0, zero)
     scores += divide_by_temperature(of_block, peak, tau)
     best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
@@ -89,7 +89,7 @@ def _of_blocks(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array
     """Returns the maxima and sums of groups, [N, blocks, groups of a block]."""
     classes = operands.num_classes(config)
     groups = block_sampling.block_size(classes) // GROUP
-    tops, sums = mosaic_gpu.groups(config, operands)
+    tops, sums = call.groups(config, operands)
     missing = -tops.shape[1] % groups
     found = []
     for array, empty in ((tops, -jnp.inf), (sums, 0.0)):

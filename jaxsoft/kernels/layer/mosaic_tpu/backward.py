@@ -8,12 +8,13 @@ rows, dhidden and what the temperature needs, live in HBM: those of a block of r
 fetched and written back by copies that run beside the products. What is not wanted is
 neither computed nor stored.
 
-Where the last block of classes sticks out, its part of the derivative and of the
-kernel is 0. Rows are padded where they do not fill their blocks.
+The last block of classes may reach beyond the arrays: its derivative and its part of
+the kernel are 0 there. Rows are padded where they do not fill their blocks.
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.dtypes import operand_dtype
-from jaxsoft.kernels import tpu
-from jaxsoft.kernels.layer.mosaic_tpu import tile as kernels
+from jaxsoft.kernels import chips
+from jaxsoft.kernels.layer.mosaic_tpu import tile as tiles
 from jaxsoft.kernels.layer.mosaic_tpu.blocks import (
     CHUNK,
     LANES,
-    Blocks,
+    TpuBlocks,
     choose_backward,
 )
-from jaxsoft.kernels.layer.mosaic_tpu.tile import Inputs, Problem
+from jaxsoft.kernels.layer.mosaic_tpu.tile import Problem, TpuInputs
+from jaxsoft.kernels.typing import Barrier, Index, Ref
 from jaxsoft.linear.arguments import Operands
 from jaxsoft.linear.folds.statistics import Rows, Statistics
 from jaxsoft.linear.tiles import Gradients, Wanted, dot
@@ -38,7 +39,10 @@ from jaxsoft.linear.tiles import Gradients, Wanted, dot
 __all__ = ["accumulate"]
 
 
-class _Results(NamedTuple):
+_Array = TypeVar("_Array")
+
+
+class _Results(NamedTuple, Generic[_Array]):
     """Gradients, their types, or references to them; None where not wanted.
 
     Attributes:
@@ -48,9 +52,9 @@ class _Results(NamedTuple):
       bias: [1, V] float32.
     """
 
-    sums: Any
-    kernel: Any
-    bias: Any
+    sums: _Array | None
+    kernel: _Array | None
+    bias: _Array | None
 
 
 def accumulate(
@@ -67,10 +71,10 @@ def accumulate(
     Returns:
       The gradients but `tau`, and the moments [N, 1], None if not wanted.
     """
-    problem, inputs = kernels.prepare(fold.config, operands)
+    problem, inputs = tiles.problem_and_inputs(fold.config, operands)
     layer = problem.layer
     wanted = wanted._replace(bias=wanted.bias and operands.bias is not None)
-    blocks = choose_backward(layer, wanted.hidden, wanted.kernel, tpu.vmem_bytes())
+    blocks = choose_backward(layer, wanted.hidden, wanted.kernel, chips.vmem_bytes())
     missing = -layer.rows % blocks.rows
     inputs, rows = _padded(inputs, rows.columns(), missing)
     inputs, rows = mesh_axes.like((inputs, rows), (inputs, rows))
@@ -85,20 +89,22 @@ def accumulate(
         if wanted.bias
         else None,
     )
-    found = _call(fold, problem, inputs, rows, results, blocks, wanted)
+    gradients = _call(fold, problem, inputs, rows, results, blocks, wanted)
     hidden = moments = None
-    if wanted.hidden:
-        hidden = found.sums[: layer.rows, : layer.features]
+    if gradients.sums is not None and wanted.hidden:
+        hidden = gradients.sums[: layer.rows, : layer.features]
         hidden = hidden.astype(operands.hidden.dtype)
-    if wanted.tau:
-        moments = found.sums[: layer.rows, width : width + 1]
+    if gradients.sums is not None and wanted.tau:
+        moments = gradients.sums[: layer.rows, width : width + 1]
     bias = None
-    if operands.bias is not None and wanted.bias:
-        bias = found.bias[0].astype(operands.bias.dtype)
-    return Gradients(hidden, found.kernel, bias, None), moments
+    if operands.bias is not None and gradients.bias is not None:
+        bias = gradients.bias[0].astype(operands.bias.dtype)
+    return Gradients(hidden, gradients.kernel, bias, None), moments
 
 
-def _padded(inputs: Inputs, rows: Rows, missing: int) -> tuple[Inputs, Rows]:
+def _padded(
+    inputs: TpuInputs[jax.Array], rows: Rows, missing: int
+) -> tuple[TpuInputs[jax.Array], Rows]:
     """Returns rows of whole blocks; those that are added contribute nothing.
 
     Their hidden states are 0, their largest logit is infinite, so that all their
@@ -125,19 +131,19 @@ def _padded(inputs: Inputs, rows: Rows, missing: int) -> tuple[Inputs, Rows]:
 def _call(
     fold: Statistics,
     problem: Problem,
-    inputs: Inputs,
+    inputs: TpuInputs[jax.Array],
     rows: Rows,
-    results: _Results,
-    blocks: Blocks,
+    results: _Results[jax.ShapeDtypeStruct],
+    blocks: TpuBlocks,
     wanted: Wanted,
-) -> _Results:
+) -> _Results[jax.Array]:
     """Calls the kernel."""
     layer = problem.layer
     grid = (
         pl.cdiv(layer.classes, blocks.classes),
         inputs.hidden.shape[0] // blocks.rows,
     )
-    specs = kernels.input_specs(problem, inputs, blocks, row_axis=1)
+    specs = tiles.input_specs(problem, inputs, blocks, row_axis=1)
     column = pl.BlockSpec((blocks.rows, 1), lambda _, row: (row, 0))
     out_specs = _Results(
         None if results.sums is None else pl.BlockSpec(memory_space=pl.ANY),
@@ -158,7 +164,7 @@ def _call(
     products = 1 + wanted.hidden + wanted.kernel
     work = layer.rows * layer.features * layer.classes
     passes = grid[0] * (inputs.hidden.nbytes + _bytes(results.sums) * 2)
-    (found,) = pl.pallas_call(
+    (gradients,) = pl.pallas_call(
         functools.partial(
             _gradients_kernel,
             fold=fold,
@@ -182,28 +188,28 @@ def _call(
         ),
         name="jaxsoft_statistics_backward",
     )(inputs, rows)
-    return found
+    return gradients
 
 
-def _bytes(result: Any) -> int:
+def _bytes(result: jax.ShapeDtypeStruct | None) -> int:
     """Returns the bytes of a result, 0 if it is not wanted."""
     return 0 if result is None else result.size * result.dtype.itemsize
 
 
 def _gradients_kernel(
-    inputs: Inputs,
+    inputs: TpuInputs[Ref],
     rows: Rows,
-    results: _Results,
+    results: _Results[Ref],
     *,
-    slots_ref: Any = None,
-    reads: Any = None,
-    writes: Any = None,
-    total_ref: Any = None,
+    slots_ref: Ref | None = None,
+    reads: Barrier | None = None,
+    writes: Barrier | None = None,
+    total_ref: Ref | None = None,
     fold: Statistics,
     problem: Problem,
-    blocks: Blocks,
+    blocks: TpuBlocks,
     wanted: Wanted,
-):
+) -> None:
     """Adds the contribution of one tile.
 
     Args:
@@ -221,13 +227,14 @@ def _gradients_kernel(
     """
     block, row_block = pl.program_id(0), pl.program_id(1)
     values = jax.tree.map(lambda ref: ref[...], rows)
-    strip = pl.ds(0, blocks.rows)
+    strip = pl.Slice(0, blocks.rows)
     sums = None
     if slots_ref is not None:
+        assert results.sums is not None and reads is not None and writes is not None
         sums = _RowSums(results.sums, slots_ref, reads, writes, blocks.rows)
 
     def step(ragged: bool) -> None:
-        tile = kernels.compute_tile(problem, inputs, blocks, block, strip, ragged)
+        tile = tiles.compute_tile(problem, inputs, blocks, block, strip, ragged)
         tau = inputs.temperature(problem.config, strip)
         d, moments = fold.slope(tau, values, tile, wanted.tau)
         if tile.slope is not None:
@@ -235,7 +242,7 @@ def _gradients_kernel(
         if results.bias is not None:
             new = jnp.sum(d, axis=0, keepdims=True)
             _add(results.bias, ..., new, row_block == 0)
-        d = d.astype(operand_dtype(inputs.hidden, inputs.kernel))
+        d = d.astype(problem.dtype)
         if total_ref is not None:
             _add_to_kernel(problem, inputs, total_ref, d)
         if sums is None:
@@ -248,12 +255,13 @@ def _gradients_kernel(
             _add(slot_ref, (slice(None), pl.ds(lane, 1)), moments, block == 0)
         sums.give()
 
-    kernels.each_block(0, problem.layer.classes, blocks.classes, step)
-    if total_ref is not None:
+    tiles.each_block(0, problem.layer.classes, blocks.classes, step)
+    if total_ref is not None and results.kernel is not None:
+        kernel_ref = results.kernel
 
         @pl.when(row_block == pl.num_programs(1) - 1)
         def _():
-            _write_kernel(problem, results.kernel, total_ref)
+            _write_kernel(problem, kernel_ref, total_ref)
 
 
 class _RowSums(NamedTuple):
@@ -271,13 +279,13 @@ class _RowSums(NamedTuple):
       rows: R.
     """
 
-    hbm_ref: Any
-    slots_ref: Any
-    reads: Any
-    writes: Any
+    hbm_ref: Ref
+    slots_ref: Ref
+    reads: Barrier
+    writes: Barrier
     rows: int
 
-    def take(self) -> Any:
+    def take(self) -> Ref:
         """Returns the slot of this step, its sums there but for the first classes."""
         if self._blocks() == 1:
             return self.slots_ref.at[0]
@@ -306,48 +314,50 @@ class _RowSums(NamedTuple):
     def _blocks(self) -> int:
         return self.hbm_ref.shape[0] // self.rows
 
-    def _steps(self):
+    def _steps(self) -> int | jax.Array:
         return pl.num_programs(0) * self._blocks()
 
-    def _step(self):
+    def _step(self) -> jax.Array:
         return pl.program_id(0) * self._blocks() + pl.program_id(1)
 
-    def _read(self, step):
+    def _read(self, step: jax.Array):
         slot = step % 2
         return pltpu.make_async_copy(
             self._of(step), self.slots_ref.at[slot], self.reads.at[slot]
         )
 
-    def _write(self, step):
+    def _write(self, step: jax.Array):
         slot = step % 2
         return pltpu.make_async_copy(
             self.slots_ref.at[slot], self._of(step), self.writes.at[slot]
         )
 
-    def _of(self, step):
+    def _of(self, step: jax.Array) -> Ref:
         start = pl.multiple_of(step % self._blocks() * self.rows, self.rows)
         return self.hbm_ref.at[pl.ds(start, self.rows), :]
 
 
-def _each_chunk(features: int, step) -> None:
+def _each_chunk(features: int, step: Callable[[pl.Slice], None]) -> None:
     """Runs a step for slices that cover the features."""
     whole = features // CHUNK if features > CHUNK else 0
     if whole:
 
         @pl.loop(0, whole)
         def _(index):
-            step(pl.ds(pl.multiple_of(index * CHUNK, CHUNK), CHUNK))
+            step(pl.Slice(pl.multiple_of(index * CHUNK, CHUNK), CHUNK))
 
     if features > whole * CHUNK:
-        step(pl.ds(whole * CHUNK, features - whole * CHUNK))
+        step(pl.Slice(whole * CHUNK, features - whole * CHUNK))
 
 
-def _add(ref, at, new: jax.Array, first: jax.Array) -> None:
+def _add(ref: Ref, at: Index, new: jax.Array, first: jax.Array) -> None:
     """Adds to what a reference holds, which before the first time is arbitrary."""
     ref[at] = jnp.where(first, 0, ref[at]) + new
 
 
-def _add_to_kernel(problem: Problem, inputs: Inputs, total_ref, d: jax.Array) -> None:
+def _add_to_kernel(
+    problem: Problem, inputs: TpuInputs[Ref], total_ref: Ref, d: jax.Array
+) -> None:
     """Adds a tile's part to the block of dkernel."""
     first = pl.program_id(1) == 0
 
@@ -360,7 +370,12 @@ def _add_to_kernel(problem: Problem, inputs: Inputs, total_ref, d: jax.Array) ->
 
 
 def _add_to_hidden(
-    problem: Problem, inputs: Inputs, slot_ref, d: jax.Array, start, ragged: bool
+    problem: Problem,
+    inputs: TpuInputs[Ref],
+    slot_ref: Ref,
+    d: jax.Array,
+    start: jax.Array,
+    ragged: bool,
 ) -> None:
     """Adds a tile's part to the sums of its rows."""
     first, axis = pl.program_id(0) == 0, problem.config.class_axis
@@ -369,14 +384,14 @@ def _add_to_hidden(
         at = (chunk, slice(None)) if axis == 1 else (slice(None), chunk)
         kernel = inputs.kernel[at].astype(d.dtype)
         if ragged:
-            kernel = kernels.inside(problem, start, kernel, axis, 0)
+            kernel = tiles.inside(problem, start, kernel, axis, 0)
         new = dot(d, kernel, (1, axis), problem.config.precision, jnp.float32)
         _add(slot_ref, (slice(None), chunk), new, first)
 
     _each_chunk(problem.layer.features, add)
 
 
-def _write_kernel(problem: Problem, kernel_ref, total_ref) -> None:
+def _write_kernel(problem: Problem, kernel_ref: Ref, total_ref: Ref) -> None:
     """Writes the block of dkernel in its layout and dtype."""
 
     def write(chunk):

@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 from jaxsoft._core.padding import round_up
-from jaxsoft.kernels.tpu import SMALLEST_VMEM, VMEM_SHARE
+from jaxsoft.kernels.chips import SMALLEST_VMEM, VMEM_SHARE
 
-__all__ = ["LANES", "Blocks", "Layer", "choose_backward", "choose_forward"]
+__all__ = ["LANES", "LayerShape", "TpuBlocks", "choose_backward", "choose_forward"]
 
 # A vector register has 8 sublanes of 128 lanes; bfloat16 packs two rows in a sublane.
 LANES = 128
@@ -20,21 +21,23 @@ _STRIP = 256
 _ROWS = (1024, 768, 512, 256, 128, 64, 32, 16)
 _CLASSES = (1024, 768, 512, 384, 256, 128)
 
-# What is kept is read once, what streams past it once for each block of it: some 400
-# products a number of bytes are what chips have time for. Along the other axis a
-# matrix unit wants 128 rows or more for each of its loads.
+# The cost of a choice is _KEPT over the size of the block that stays in VMEM plus
+# _STREAMED over that of the blocks that stream past it. What stays is read once, what
+# streams once for each block that stays: chips have time for some 400 products for each
+# number read. Along the other axis a matrix unit wants 128 rows or more for each of its
+# loads.
 _KEPT = 400
 _STREAMED = 128
 
-# How many float32 tiles of logits a step holds at once, beside its operands.
+# The float32 tiles of logits that a step holds at once, beside its operands.
 _TILES = 6
 
-# Features are worked on in chunks where their products are added up.
+# The features of a chunk, where products are added up chunk by chunk.
 CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class TpuBlocks:
     """The sizes of the blocks of a kernel.
 
     Attributes:
@@ -67,7 +70,7 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """The sizes that a choice of blocks depends on.
 
     Attributes:
@@ -103,7 +106,7 @@ class Layer:
         return total
 
 
-def choose_forward(layer: Layer, vmem: int = SMALLEST_VMEM) -> Blocks:
+def choose_forward(layer: LayerShape, vmem: int = SMALLEST_VMEM) -> TpuBlocks:
     """Chooses the blocks of the forward kernel.
 
     Args:
@@ -130,8 +133,8 @@ def choose_forward(layer: Layer, vmem: int = SMALLEST_VMEM) -> Blocks:
 
 
 def choose_backward(
-    layer: Layer, hidden: bool, kernel: bool, vmem: int = SMALLEST_VMEM
-) -> Blocks:
+    layer: LayerShape, hidden: bool, kernel: bool, vmem: int = SMALLEST_VMEM
+) -> TpuBlocks:
     """Chooses the blocks of the backward kernel.
 
     Args:
@@ -160,12 +163,18 @@ def choose_backward(
         # The products of a chunk of features.
         return total + (rows + classes) * min(CHUNK, layer.width) * 4
 
-    # One strip: its sums are on their way while it is worked on.
+    # A block has one strip: its sums are on their way while it is worked on.
     rows = [size for size in _ROWS if size <= _STRIP]
     return _choose(layer, vmem, used, lambda r, c: _KEPT / c + _STREAMED / r, rows)
 
 
-def _choose(layer: Layer, vmem: int, used, cost, all_rows) -> Blocks:
+def _choose(
+    layer: LayerShape,
+    vmem: int,
+    used: Callable[[int, int], int],
+    cost: Callable[[int, int], float],
+    all_rows: Sequence[int],
+) -> TpuBlocks:
     """Returns the blocks of the least cost among those that fit."""
     budget = int(vmem * VMEM_SHARE)
     pairs = itertools.product(all_rows, _CLASSES)
@@ -174,7 +183,7 @@ def _choose(layer: Layer, vmem: int, used, cost, all_rows) -> Blocks:
         rows = round_up(rows, _row_multiple(rows))
         classes = _balanced(layer.classes, classes, LANES)
         if used(rows, classes) <= budget:
-            return Blocks(rows, classes, budget)
+            return TpuBlocks(rows, classes, budget)
     raise NotImplementedError(
         f"`hidden` must have fewer features H for the mosaic_tpu implementation, got "
         f"{layer.features}: the smallest blocks take {used(_ROW_MULTIPLE, LANES)} "

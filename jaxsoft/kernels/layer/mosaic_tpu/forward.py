@@ -6,13 +6,13 @@ is merged into running statistics of its rows, one a lane of the output's block:
 2·N·H·V flops, one read of the kernel for each block of rows, a few hundred bytes a row
 written. `backward.py` has the derivative.
 
-Where the last block of classes sticks out its logits are -inf; rows that stick out are
-computed from arbitrary numbers and not written.
+The last block of classes may reach beyond the arrays: its logits there are -inf. The
+last block of rows may too: its rows there are computed from arbitrary numbers, and not
+written.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxsoft._core import mesh_axes
-from jaxsoft.kernels import tpu
-from jaxsoft.kernels.layer.mosaic_tpu import tile as kernels
-from jaxsoft.kernels.layer.mosaic_tpu.blocks import LANES, Blocks, choose_forward
-from jaxsoft.kernels.layer.mosaic_tpu.tile import Inputs, Problem
+from jaxsoft.kernels import chips
+from jaxsoft.kernels.layer.mosaic_tpu import tile as tiles
+from jaxsoft.kernels.layer.mosaic_tpu.blocks import LANES, TpuBlocks, choose_forward
+from jaxsoft.kernels.layer.mosaic_tpu.tile import Problem, TpuInputs
+from jaxsoft.kernels.typing import Ref
 from jaxsoft.linear.arguments import Operands
 from jaxsoft.linear.folds.statistics import Columns, Saved, Statistics
 
@@ -46,28 +47,28 @@ def forward(fold: Statistics, operands: Operands) -> Saved:
 
 def _run(fold: Statistics, operands: Operands) -> Columns:
     """Calls the kernel."""
-    problem, inputs = kernels.prepare(fold.config, operands)
+    problem, inputs = tiles.problem_and_inputs(fold.config, operands)
     # The kernel's temperature may be an array where that of the call is static.
     fold = dataclasses.replace(fold, config=problem.config)
     inputs = mesh_axes.like(inputs, inputs)
     layer = problem.layer
-    blocks = choose_forward(layer, tpu.vmem_bytes())
-    floats, integers = _names(_start(fold, inputs, 1))
+    blocks = choose_forward(layer, chips.vmem_bytes())
+    floats, integers = _names(_initial(fold, inputs, 1))
     rows = pl.BlockSpec((blocks.rows, LANES), lambda row, _: (row, 0))
     shape = (layer.rows, LANES)
-    outputs = [mesh_axes.type_of(inputs.hidden, shape, jnp.float32)]
+    types = [mesh_axes.type_of(inputs.hidden, shape, jnp.float32)]
     if integers:
-        outputs.append(mesh_axes.type_of(inputs.hidden, shape, jnp.int32))
+        types.append(mesh_axes.type_of(inputs.hidden, shape, jnp.int32))
     body = functools.partial(
         _statistics_kernel, fold=fold, problem=problem, blocks=blocks
     )
     row_blocks = pl.cdiv(layer.rows, blocks.rows)
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         body,
         grid=(row_blocks, pl.cdiv(layer.classes, blocks.classes)),
-        in_specs=[kernels.input_specs(problem, inputs, blocks, row_axis=0)],
-        out_specs=[rows] * len(outputs),
-        out_shape=outputs,
+        in_specs=[tiles.input_specs(problem, inputs, blocks, row_axis=0)],
+        out_specs=[rows] * len(types),
+        out_shape=types,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,
@@ -79,9 +80,9 @@ def _run(fold: Statistics, operands: Operands) -> Columns:
         ),
         name="jaxsoft_statistics_forward",
     )(inputs)
-    columns = dict(zip(floats, _columns(found[0], len(floats)), strict=True))
+    columns = dict(zip(floats, _columns(outputs[0], len(floats)), strict=True))
     if integers:
-        columns |= zip(integers, _columns(found[1], len(integers)), strict=True)
+        columns |= zip(integers, _columns(outputs[1], len(integers)), strict=True)
     return columns
 
 
@@ -90,7 +91,7 @@ def _columns(array: jax.Array, number: int) -> list[jax.Array]:
     return [array[:, lane : lane + 1] for lane in range(number)]
 
 
-def _start(fold: Statistics, inputs: Inputs, rows: int) -> Columns:
+def _initial(fold: Statistics, inputs: TpuInputs, rows: int) -> Columns:
     """Returns the statistics of rows before their first tile."""
     labels = 0 if inputs.labels is None else 1
     return fold.empty(rows, labels, jnp.dtype(jnp.float32))
@@ -103,8 +104,12 @@ def _names(columns: Columns) -> tuple[list[str], list[str]]:
 
 
 def _statistics_kernel(
-    inputs: Inputs, *outputs, fold: Statistics, problem: Problem, blocks: Blocks
-):
+    inputs: TpuInputs[Ref],
+    *outputs: Ref,
+    fold: Statistics,
+    problem: Problem,
+    blocks: TpuBlocks,
+) -> None:
     """Merges the tile of one step into the statistics of its rows.
 
     Args:
@@ -116,7 +121,7 @@ def _statistics_kernel(
       blocks: the sizes of the blocks.
     """
     block = pl.program_id(1)
-    start = _start(fold, inputs, blocks.rows)
+    start = _initial(fold, inputs, blocks.rows)
     columns = [
         (name, ref, lane)
         for names, ref in zip(_names(start), outputs, strict=False)
@@ -129,13 +134,13 @@ def _statistics_kernel(
             ref[:, lane : lane + 1] = start[name]
 
     def step(ragged: bool) -> None:
-        kernels.each_strip(blocks, functools.partial(merge, ragged))
+        tiles.each_strip(blocks, functools.partial(merge, ragged))
 
-    def merge(ragged: bool, strip: Any) -> None:
-        tile = kernels.compute_tile(problem, inputs, blocks, block, strip, ragged)
+    def merge(ragged: bool, strip: pl.Slice) -> None:
+        tile = tiles.compute_tile(problem, inputs, blocks, block, strip, ragged)
         old = {name: ref[strip, lane : lane + 1] for name, ref, lane in columns}
         new = fold.merge(old, tile, inputs.temperature(problem.config, strip))
         for name, ref, lane in columns:
             ref[strip, lane : lane + 1] = new[name]
 
-    kernels.each_block(1, problem.layer.classes, blocks.classes, step)
+    tiles.each_block(1, problem.layer.classes, blocks.classes, step)

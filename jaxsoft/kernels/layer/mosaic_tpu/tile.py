@@ -2,33 +2,37 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxsoft._core.dtypes import operand_dtype
 from jaxsoft._core.temperature import is_ordinary
-from jaxsoft.kernels.layer.mosaic_tpu.blocks import Blocks, Layer
+from jaxsoft.kernels.layer.mosaic_tpu.blocks import LayerShape, TpuBlocks
+from jaxsoft.kernels.typing import Ref, Tau
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.tiles import Tile, capped, columns_of, dot
 
 __all__ = [
-    "Inputs",
     "Problem",
+    "TpuInputs",
     "compute_tile",
     "each_block",
     "each_strip",
     "input_specs",
     "inside",
-    "prepare",
+    "problem_and_inputs",
 ]
 
 
-class Inputs(NamedTuple):
-    """What tiles are computed from: arrays, or references to their blocks.
+_Array = TypeVar("_Array")
+
+
+class TpuInputs(NamedTuple, Generic[_Array]):
+    """What tiles are computed from: arrays, references to their blocks, or their specs.
 
     Attributes:
       hidden: [N, H].
@@ -39,13 +43,13 @@ class Inputs(NamedTuple):
       labels: [N, 1] int32, -1 for none; or None.
     """
 
-    hidden: Any
-    kernel: Any
-    offsets: Any
-    tau: Any
-    labels: Any
+    hidden: _Array
+    kernel: _Array
+    offsets: _Array | None
+    tau: _Array | None
+    labels: _Array | None
 
-    def temperature(self, config: Config, strip: Any) -> float | jax.Array:
+    def temperature(self: "TpuInputs[Ref]", config: Config, strip: pl.Slice) -> Tau:
         """The temperature of a strip's rows, as a float or as [R, 1]."""
         if self.tau is not None:
             return self.tau[strip, :]
@@ -63,46 +67,58 @@ class Problem:
       layer: the sizes.
       biased: whether there is a bias.
       dropping: whether there is a class mask.
+      dtype: of the operands of the matrix products.
     """
 
     config: Config
-    layer: Layer
+    layer: LayerShape
     biased: bool
     dropping: bool
+    dtype: jnp.dtype
 
 
-def prepare(config: Config, operands: Operands) -> tuple[Problem, Inputs]:
-    """Returns the problem and the inputs of a kernel."""
+def problem_and_inputs(
+    config: Config, operands: Operands
+) -> tuple[Problem, TpuInputs[jax.Array]]:
+    """Returns what is known of a kernel's work, and what it reads."""
     hidden, kernel, bias, tau, labels, mask, _ = operands
     rows, features = hidden.shape
     assert labels is None or labels.shape[1] == 1
     static = config.static_tau
     if static is not None and not is_ordinary(static):
-        # The limits take more than a division, and that is written for arrays.
+        # At τ = 0 and τ = ∞ more than a division is needed, and the kernels do it for
+        # temperatures that are arrays alone.
         tau = jnp.full(rows, static, jnp.float32)
         config = dataclasses.replace(config, static_tau=None)
     offsets = None if bias is None else bias.astype(jnp.float32)
     if mask is not None:
         offsets = jnp.where(mask, 0.0 if offsets is None else offsets, -jnp.inf)
-    layer = Layer(
+    dtype = operands.matmul_dtype()
+    layer = LayerShape(
         rows,
         features,
         operands.num_classes(config),
         hidden.dtype.itemsize,
         kernel.dtype.itemsize,
-        operands.matmul_dtype().itemsize,
+        dtype.itemsize,
     )
-    inputs = Inputs(
+    inputs = TpuInputs(
         hidden,
         kernel,
         None if offsets is None else offsets.astype(jnp.float32)[None],
         None if tau is None else tau.astype(jnp.float32)[:, None],
         labels,
     )
-    return Problem(config, layer, bias is not None, mask is not None), inputs
+    problem = Problem(config, layer, bias is not None, mask is not None, dtype)
+    return problem, inputs
 
 
-def input_specs(problem: Problem, inputs: Inputs, blocks: Blocks, row_axis: int):
+def input_specs(
+    problem: Problem,
+    inputs: TpuInputs[jax.Array],
+    blocks: TpuBlocks,
+    row_axis: int,
+) -> TpuInputs[pl.BlockSpec]:
     """Returns the specifications of the inputs' blocks.
 
     Args:
@@ -112,7 +128,7 @@ def input_specs(problem: Problem, inputs: Inputs, blocks: Blocks, row_axis: int)
       row_axis: the axis of the grid of two that runs over blocks of rows.
 
     Returns:
-      `Inputs` of block specifications.
+      Those of the inputs that there are.
     """
     features = problem.layer.features
 
@@ -127,23 +143,22 @@ def input_specs(problem: Problem, inputs: Inputs, blocks: Blocks, row_axis: int)
     if problem.config.class_axis == 0:
         shape = (blocks.classes, features)
         kernel = pl.BlockSpec(shape, lambda *grid: (grid[1 - row_axis], 0))
-    specs = Inputs(rows(features), kernel, classes(1), rows(1), rows(1))
-    return Inputs(
-        *(
-            None if array is None else spec
-            for spec, array in zip(specs, inputs, strict=True)
-        )
+    specs = TpuInputs(rows(features), kernel, classes(1), rows(1), rows(1))
+    return specs._replace(
+        **{name: None for name, array in inputs._asdict().items() if array is None}
     )
 
 
-def each_block(axis: int, size: int, block: int, step) -> None:
-    """Runs a step, told whether its block sticks out: the last one may.
+def each_block(axis: int, size: int, block: int, step: Callable[[bool], None]) -> None:
+    """Runs a step, told whether its block is ragged.
+
+    A block is ragged if it reaches beyond the array, as the last one may.
 
     Args:
       axis: of the grid.
       size: of the array's axis.
       block: of the block's.
-      step: a function of whether the block sticks out.
+      step: a function of whether the block is ragged.
     """
     if size % block == 0:
         step(False)
@@ -154,24 +169,24 @@ def each_block(axis: int, size: int, block: int, step) -> None:
     pl.when(pl.program_id(axis) == last)(functools.partial(step, True))
 
 
-def each_strip(blocks: Blocks, step) -> None:
+def each_strip(blocks: TpuBlocks, step: Callable[[pl.Slice], None]) -> None:
     """Runs a step for the slice of every strip of rows of a block."""
     size = blocks.strip
     if size == blocks.rows:
-        step(pl.ds(0, size))
+        step(pl.Slice(0, size))
         return
 
     @pl.loop(0, blocks.rows // size)
     def _(index):
-        step(pl.ds(pl.multiple_of(index * size, size), size))
+        step(pl.Slice(pl.multiple_of(index * size, size), size))
 
 
 def compute_tile(
     problem: Problem,
-    inputs: Inputs,
-    blocks: Blocks,
+    inputs: TpuInputs[Ref],
+    blocks: TpuBlocks,
     block: jax.Array,
-    strip: Any,
+    strip: pl.Slice,
     ragged: bool,
 ) -> Tile:
     """Computes the tile of a strip of the rows that are in VMEM.
@@ -182,22 +197,22 @@ def compute_tile(
       blocks: their sizes.
       block: the index of the block of classes.
       strip: the slice of the rows.
-      ragged: whether that block sticks out of the kernel: what it holds there is
+      ragged: whether that block reaches beyond the kernel: what it holds there is
         arbitrary, and counts for nothing.
 
     Returns:
       The tile.
     """
     config, size = problem.config, blocks.classes
-    dtype = operand_dtype(inputs.hidden, inputs.kernel)
     start = block * size
-    hidden = inputs.hidden[strip, :].astype(dtype)
-    kernel = inputs.kernel[...].astype(dtype)
+    hidden = inputs.hidden[strip, :].astype(problem.dtype)
+    kernel = inputs.kernel[...].astype(problem.dtype)
     axes = (1, 1 - config.class_axis)
     u = dot(hidden, kernel, axes, config.precision, jnp.float32)
     offsets = None if inputs.offsets is None else inputs.offsets[...]
     u, slope = capped(u, offsets if problem.biased else None, config.softcap)
     if problem.dropping:
+        assert offsets is not None
         u = jnp.where(offsets == -jnp.inf, -jnp.inf, u)
     if ragged:
         u = inside(problem, start, u, 1, -jnp.inf)
@@ -209,7 +224,9 @@ def compute_tile(
     return Tile(start, kernel, u, masked, labels, slope)
 
 
-def inside(problem: Problem, start: jax.Array, array: jax.Array, axis: int, fill):
+def inside(
+    problem: Problem, start: jax.Array, array: jax.Array, axis: int, fill: float
+) -> jax.Array:
     """Returns a block whose axis runs over classes from `start`, filled beyond V."""
     ids = lax.broadcasted_iota(jnp.int32, array.shape, axis)
     return jnp.where(ids < problem.layer.classes - start, array, fill)

@@ -10,27 +10,35 @@ machine code, and interpreted.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsoft._core import mesh_axes
-from jaxsoft.kernels import nvidia
+from jaxsoft.kernels import chips
 from jaxsoft.kernels.rows.mosaic_gpu.gumbel import Gumbel
-from jaxsoft.kernels.rows.mosaic_gpu.ring import Meeting, Refs, Ring, choose, stream
-from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, Slope, Softmax
-from jaxsoft.kernels.rows.primitive import Plan
+from jaxsoft.kernels.rows.mosaic_gpu.ring import (
+    Meeting,
+    Refs,
+    Ring,
+    choose_ring,
+    stream,
+)
+from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, Slope, Softmax, Task
+from jaxsoft.kernels.rows.primitive import RowPlan
+from jaxsoft.kernels.typing import Barrier, Ref, Scratch
 
-__all__ = ["Ring", "backward", "choose", "forward"]
+__all__ = ["Ring", "backward", "choose_ring", "forward"]
 
 _CAPABILITIES = ("9.0", "10.0")
-# Multiprocessors of a GPU that are sure to be neighbours: a cluster has those of one
-# group of them.
+# The multiprocessors of a GPU come in groups of neighbours, at least this many in each;
+# a cluster lies within one group.
 _NEIGHBOURS = 16
 
 
-def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
+def forward(
+    plan: RowPlan, x: jax.Array, tau: jax.Array | None, words: jax.Array | None
+) -> jax.Array:
     """Returns softmax(x / τ), or the same of perturbed logits.
 
     Args:
@@ -46,20 +54,22 @@ def forward(plan: Plan, x: jax.Array, tau: Any, words: Any) -> jax.Array:
       NotImplementedError: on GPUs other than Hopper's and Blackwell's.
       ModuleNotFoundError: without absl-py, which Pallas imports.
     """
-    static, rows = None, None
+    static = of_rows = None
     if tau is None:
-        scale, factor = nvidia.static_temper(plan.static_tau)
+        scale, factor = chips.static_tau_factors(plan.static_tau)
         static = (scale if scale != 1 else None, factor, None)
     else:
-        rows = nvidia.temper(tau, x.shape[0])
+        of_rows = chips.tau_factors(tau, x.shape[0])
     if words is None:
-        return _call("jaxsoft_softmax_forward", Softmax(static), (x,), rows)
+        return _call("jaxsoft_softmax_forward", Softmax(static), (x,), of_rows)
     assert plan.generator is not None
     task = Gumbel(static, plan.generator, plan.hard)
-    return _call("jaxsoft_gumbel_softmax_forward", task, (x,), rows, words)
+    return _call("jaxsoft_gumbel_softmax_forward", task, (x,), of_rows, words)
 
 
-def backward(plan: Plan, y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
+def backward(
+    plan: RowPlan, y: jax.Array, g: jax.Array, scale: jax.Array | None
+) -> jax.Array:
     """Returns y (g - Σ y g / Σ y) / τ.
 
     Args:
@@ -76,16 +86,16 @@ def backward(plan: Plan, y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
       ModuleNotFoundError: without absl-py, which Pallas imports.
     """
     static = None if plan.static_tau is None else (1 / plan.static_tau,)
-    rows = None if scale is None else scale[:, 0][None]
-    return _call("jaxsoft_softmax_backward", Slope(static), (y, g), rows)
+    of_rows = None if scale is None else scale[:, 0][None]
+    return _call("jaxsoft_softmax_backward", Slope(static), (y, g), of_rows)
 
 
 def _call(
     name: str,
-    task: Any,
+    task: Task,
     arrays: tuple[jax.Array, ...],
-    temper: Any,
-    words: Any = None,
+    factors: jax.Array | None,
+    words: jax.Array | None = None,
 ) -> jax.Array:
     """Runs a task over rows.
 
@@ -93,18 +103,18 @@ def _call(
       name: of the kernel.
       task: what to fold and what to write.
       arrays: [R, V] each, in one dtype.
-      temper: [K, R], numbers for each row; None where the task has them.
+      factors: [K, R], numbers for each row; None where the task has them.
       words: [R, 2] uint32, or None.
 
     Returns:
       [R, V] in the dtype of the arrays.
     """
-    nvidia.check_pallas()
+    chips.check_mosaic_gpu()
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     dtype = arrays[0].dtype
     rows, classes = arrays[0].shape
-    ring = choose(classes, dtype.itemsize, len(arrays), words is not None)
+    ring = choose_ring(classes, dtype.itemsize, len(arrays), words is not None)
     width = ring.lines * LINE
     if width > classes:
         # TMA needs rows of 16 bytes, and lines are whole.
@@ -114,16 +124,16 @@ def _call(
     else:
         padded = arrays
     shaped = [a.reshape(rows, ring.lines, LINE) for a in padded]
-    out_type: Any = jax.ShapeDtypeStruct(shaped[0].shape, dtype)
+    out_type = (jax.ShapeDtypeStruct(shaped[0].shape, dtype),)
     groups = min(rows, _groups(ring))
-    cluster: dict[str, Any] = {}
+    cluster = {}
     if ring.cluster > 1:
         table = (groups, 2, ring.cluster, LINE)
-        out_type = out_type, jax.ShapeDtypeStruct(table, jnp.float32)
+        out_type += (jax.ShapeDtypeStruct(table, jnp.float32),)
         cluster = {"cluster": (ring.cluster,), "cluster_names": ("part",)}
-    numbers = [a for a in (temper, words) if a is not None]
-    has = (temper is not None, words is not None)
-    found = plgpu.kernel(
+    numbers = [a for a in (factors, words) if a is not None]
+    has = (factors is not None, words is not None)
+    out, *_ = plgpu.kernel(
         functools.partial(_kernel, task, ring, has, rows, groups),
         out_type=out_type,
         scratch_types=_scratch(ring, len(arrays), dtype),
@@ -138,15 +148,13 @@ def _call(
             unsafe_no_auto_barriers=task.private,
         ),
     )(*shaped, *numbers)
-    if ring.cluster > 1:
-        found, _ = found
-    found = mesh_axes.like(found, arrays)
-    return found.reshape(rows, width)[:, :classes]
+    out = mesh_axes.like(out, arrays)
+    return out.reshape(rows, width)[:, :classes]
 
 
 def _groups(ring: Ring) -> int:
     """Returns how many blocks, or clusters of them, run at the same time."""
-    cores = nvidia.chip(_CAPABILITIES).core_count
+    cores = chips.supported_gpu(_CAPABILITIES).core_count
     if ring.cluster == 1:
         return cores * ring.blocks
     # Rows are dealt out in advance: a cluster that had to wait would double the time.
@@ -154,15 +162,13 @@ def _groups(ring: Ring) -> int:
     return max(1, neighbours * ring.blocks // ring.cluster)
 
 
-def _scratch(ring: Ring, arrays: int, dtype: jnp.dtype) -> dict[str, Any]:
+def _scratch(ring: Ring, arrays: int, dtype: jnp.dtype) -> Scratch:
     """Returns the shared memory and barriers of a ring, by name."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     slots = (ring.slots, ring.chunk, LINE)
-    scratch: dict[str, Any] = {
-        f"slots{i}": plgpu.SMEM(slots, dtype) for i in range(arrays)
-    }
-    if ring.keeps:
+    scratch: Scratch = {f"slots{i}": plgpu.SMEM(slots, dtype) for i in range(arrays)}
+    if ring.keeps_noise:
         scratch["noise"] = plgpu.SMEM(slots, jnp.float32)
     scratch["full"] = plgpu.Barrier(num_arrivals=arrays, num_barriers=ring.slots)
     if ring.cluster > 1:
@@ -175,15 +181,36 @@ def _scratch(ring: Ring, arrays: int, dtype: jnp.dtype) -> dict[str, Any]:
     return scratch
 
 
-def _kernel(task, ring: Ring, has, rows: int, groups: int, *refs, full, **scratch):
-    """Streams rows, by arguments as Pallas gives them."""
+def _kernel(
+    task: Task,
+    ring: Ring,
+    has: tuple[bool, bool],
+    rows: int,
+    groups: int,
+    *refs: Ref,
+    full: Barrier,
+    **scratch,
+) -> None:
+    """Streams rows, by arguments as Pallas gives them.
+
+    Args:
+      task: what to fold and what to write.
+      ring: how a row passes.
+      has: whether there are factors and keys of rows.
+      rows: of the arrays.
+      groups: of blocks.
+      *refs: the arrays, what there is of factors and keys, the result, and the table of
+        a cluster.
+      full: a barrier for each slot.
+      **scratch: the rest of `_scratch`.
+    """
     places = scratch.pop("meeting", None)
     noise = scratch.pop("noise", None)
     stages = [scratch[f"slots{i}"] for i in range(len(scratch))]
-    rest = iter(refs)
-    inputs = [next(rest) for _ in stages]
-    temper, words = (next(rest) if h else None for h in has)
-    out = next(rest)
-    meeting = None if places is None else Meeting(next(rest), *places)
-    gathered = Refs(inputs, out, temper, words, stages, noise, full, meeting)
+    remaining = iter(refs)
+    inputs = [next(remaining) for _ in stages]
+    factors, words = (next(remaining) if h else None for h in has)
+    out = next(remaining)
+    meeting = None if places is None else Meeting(next(remaining), *places)
+    gathered = Refs(inputs, out, factors, words, stages, noise, full, meeting)
     stream(task, ring, rows, groups, gathered)

@@ -15,7 +15,8 @@ bits); that of longer rows is drawn again in the second pass.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,13 @@ from jax import lax
 
 from jaxsoft._core import noise
 from jaxsoft._core.exact_sum import LOWEST, above, exact_sum, gap
-from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, Chunk, full
+from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, Chunk, Task, full
+from jaxsoft.kernels.typing import Factors, Scalar
 
 __all__ = ["Gumbel", "gumbel"]
 
-_BEYOND = 2**30
+# The class of no number; any class is lower.
+_NO_CLASS = 2**30
 # -log(1 - u) = u P(u) below _SMALL; from a least-squares fit of relative errors.
 _SMALL = 0.25
 _LOG = (
@@ -39,6 +42,8 @@ _LOG = (
     0.0896221027,
     0.33377340,
 )
+
+_Carry = TypeVar("_Carry")
 
 
 def gumbel(bits: jax.Array) -> jax.Array:
@@ -54,65 +59,80 @@ def gumbel(bits: jax.Array) -> jax.Array:
     series = jnp.full(u.shape, _LOG[-1], u.dtype)
     for coefficient in _LOG[-2::-1]:
         series = series * u + coefficient
-    found = -jnp.log(jnp.where(u < _SMALL, u * series, -jnp.log(1 - u)))
-    # Of a logarithm in base 2 this is a product, and without a sum of its own compilers
-    # fuse it with the next: unrounded noise in one pass, rounded noise in the other.
-    return found + 0.0
+    drawn = -jnp.log(jnp.where(u < _SMALL, u * series, -jnp.log(1 - u)))
+    # The outer logarithm is a product, since the hardware's has base 2. Compilers would
+    # fuse that product with the sum that follows, in one pass and not in the other: one
+    # pass alone would round the noise. This sum is there to be fused instead.
+    return drawn + 0.0
+
+
+class _Peak(NamedTuple):
+    """The largest perturbed logit, an exact sum, that a thread or a row has.
+
+    Attributes:
+      top: the logit, rounded.
+      rest: what rounding has taken of it.
+      best: its lowest class, or None.
+    """
+
+    top: jax.Array
+    rest: jax.Array
+    best: jax.Array | None
 
 
 class _Best(NamedTuple):
-    """What was found, by each thread or of a row.
+    """What a thread or a block has found of a row: its peak and its sum.
 
     Attributes:
       top: the largest perturbed logit, rounded.
       rest: what rounding has taken of it.
       total: Σ exp((x - top) / τ).
-      best: its lowest class, or None.
+      best: the peak's lowest class, or None.
     """
 
-    top: Any
-    rest: Any
-    total: Any
-    best: Any
+    top: jax.Array
+    rest: jax.Array
+    total: jax.Array
+    best: jax.Array | None
+
+    @property
+    def peak(self) -> _Peak:
+        """The peak alone."""
+        return _Peak(self.top, self.rest, self.best)
 
 
 class _Result(NamedTuple):
     """What probabilities are made of.
 
     Attributes:
-      top: the largest perturbed logit, rounded.
-      rest: what rounding has taken of it.
-      best: its lowest class, or None.
-      best_weight: what exp((x - top) / τ) is multiplied by for the best class.
-      weight: and for the others.
+      peak: the row's largest perturbed logit.
+      best_weight: what exp((x - peak) / τ) is multiplied by for the best class.
+      weight: what it is multiplied by for the others.
     """
 
-    top: Any
-    rest: Any
-    best: Any
-    best_weight: Any
-    weight: Any
+    peak: _Peak
+    best_weight: jax.Array
+    weight: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Gumbel:
+class Gumbel(Task[_Best, _Result]):
     """The largest perturbed logit and the sum of a row, then its probabilities.
 
     Attributes:
-      static: the factors of `nvidia.temper`, None for 1, if they are static.
+      static: the factors of `chips.tau_factors`, if they are static.
       generator: of the bits.
       hard: whether the result is one-hot.
     """
 
-    static: Any
+    static: Factors | None
     generator: noise.Generator
     hard: bool
 
-    # What columns beyond a row are; those of TMA are 0.
-    fill = -math.inf
+    fill: ClassVar = -math.inf
     # A thread reads of shared memory what copies or it itself has written: there is
     # nothing to wait for before and after each line.
-    private = True
+    private: ClassVar = True
 
     @property
     def _chooses(self) -> bool:
@@ -126,121 +146,136 @@ class Gumbel:
         def line(value):
             return full((LINE,), value, itemsize)
 
-        best = line(jnp.int32(_BEYOND)) if self._chooses else None
+        best = line(jnp.int32(_NO_CLASS)) if self._chooses else None
         top, rest, total = (line(jnp.float32(v)) for v in (*LOWEST, 0.0))
         return _Best(top, rest, total, best)
 
-    def fold(self, chunk: Chunk, found: _Best) -> _Best:
-        """Merges a chunk into what was found; keeps its noise if there is room."""
+    def fold(self, chunk: Chunk, carry: _Best) -> _Best:
+        """Merges a chunk into the carry; keeps its noise if there is room."""
 
-        def merge(first, found):
+        def merge(first, old):
             lines = list(self._lines(chunk, first, draws=True))
-            new = found
+            peak = old.peak
             for line, top, rest in lines:
-                ids = None if new.best is None else self._ids(chunk, line)
-                new = _higher(new, _Best(top, rest, None, ids))
-            total = found.total * _weight(chunk.temper, found.top, found.rest, new)
+                ids = None if peak.best is None else self._ids(chunk, line)
+                peak = _higher(peak, _Peak(top, rest, ids))
+            total = old.total * _weight(chunk.factors, old.top, old.rest, peak)
             for _, top, rest in lines:
-                total = total + _weight(chunk.temper, top, rest, new)
-            return new._replace(total=total)
+                total = total + _weight(chunk.factors, top, rest, peak)
+            return _Best(peak.top, peak.rest, total, peak.best)
 
-        return _each_piece(chunk, merge, found)
+        return _fold_pieces(chunk, merge, carry)
 
-    def meet(self, temper: Any, found: _Best) -> tuple[Any, ...]:
+    def meet(self, factors: Factors, carry: _Best) -> tuple[jax.Array, ...]:
         """Returns the largest perturbed logit, the sum and the best of a block."""
-        top = jnp.max(found.top)
-        rest = jnp.max(jnp.where(found.top == top, found.rest, LOWEST[0]))
-        row = _Best(top, rest, None, None)
-        total = jnp.sum(found.total * _weight(temper, found.top, found.rest, row))
-        if found.best is None:
+        top = jnp.max(carry.top)
+        rest = jnp.max(jnp.where(carry.top == top, carry.rest, LOWEST[0]))
+        peak = _Peak(top, rest, None)
+        total = jnp.sum(carry.total * _weight(factors, carry.top, carry.rest, peak))
+        if carry.best is None:
             return top, rest, total
-        here = (found.top == top) & (found.rest == rest)
-        best = jnp.min(jnp.where(here, found.best, _BEYOND))
-        # In two halves: a float32 has 24 bits.
+        is_peak = (carry.top == top) & (carry.rest == rest)
+        best = jnp.min(jnp.where(is_peak, carry.best, _NO_CLASS))
+        # A class goes in two halves: a float32 holds integers of 24 bits.
         halves = (lax.shift_right_logical(best, 16), best & 0xFFFF)
         return top, rest, total, *(half.astype(jnp.float32) for half in halves)
 
-    def finish(self, temper: Any, each: list[tuple[Any, ...]]) -> _Result:
+    def finish(
+        self, factors: Factors, of_blocks: list[tuple[jax.Array, ...]]
+    ) -> _Result:
         """Returns what the row's probabilities are made of."""
         blocks = []
-        for top, rest, total, *halves in each:
+        for top, rest, total, *halves in of_blocks:
             best = None
             if halves:
                 high, low = (half.astype(jnp.int32) for half in halves)
                 best = high * 2**16 + low
             blocks.append(_Best(top, rest, total, best))
-        found = functools.reduce(functools.partial(_together, temper), blocks)
-        top, rest, total, best = found
-        inverse = 1 / jnp.where(total == 0, 1.0, total)
-        if best is None:
-            return _Result(top, rest, None, inverse, inverse)
-        # In a row with NaN the sum is NaN, and all that it touches.
-        lost = inverse - inverse
+        row = functools.reduce(functools.partial(_join, factors), blocks)
+        inverse = 1 / jnp.where(row.total == 0, 1.0, row.total)
+        if row.best is None:
+            return _Result(row.peak, inverse, inverse)
+        # In a row with a NaN the sum is NaN. Then so is this difference, which is 0
+        # otherwise, and with it every weight of the row.
+        zero_or_nan = inverse - inverse
         if self.hard:
-            return _Result(top, rest, best, 1 + lost, lost)
-        # Of `nvidia.temper`; 1 or less but at τ = 0.
-        zero = temper[2] > 1
-        weights = (jnp.where(zero, w, inverse) for w in (1 + lost, lost))
-        return _Result(top, rest, best, *weights)
+            return _Result(row.peak, 1 + zero_or_nan, zero_or_nan)
+        # The third of `chips.tau_factors` is above 1 at τ = 0 alone.
+        third = factors[2]
+        assert third is not None
+        is_zero = third > 1
+        weights = (
+            jnp.where(is_zero, w, inverse) for w in (1 + zero_or_nan, zero_or_nan)
+        )
+        return _Result(row.peak, *weights)
 
     def write(self, chunk: Chunk, result: _Result) -> None:
         """Overwrites a chunk by its probabilities."""
         stage = chunk.stages[0]
 
-        def write(first, _):
+        def weight(line: Scalar) -> jax.Array:
+            if result.peak.best is None:
+                return result.weight
+            is_best = self._ids(chunk, line) == result.peak.best
+            return jnp.where(is_best, result.best_weight, result.weight)
+
+        def write(first: Scalar, _: None) -> None:
             if self.hard:
-                lines = [(first + i, None, None) for i in range(chunk.piece)]
-            else:
-                lines = self._lines(chunk, first, draws=not chunk.keeps)
-            for line, top, rest in lines:
-                p = result.weight
-                if result.best is not None:
-                    here = self._ids(chunk, line) == result.best
-                    p = jnp.where(here, result.best_weight, p)
-                if not self.hard:
-                    p = _weight(chunk.temper, top, rest, result) * p
+                for line in [first + i for i in range(chunk.piece)]:
+                    stage[chunk.slot, line] = weight(line).astype(stage.dtype)
+                return
+            draws = chunk.noise is None
+            for line, top, rest in self._lines(chunk, first, draws):
+                p = weight(line)
+                p = _weight(chunk.factors, top, rest, result.peak) * p
                 stage[chunk.slot, line] = p.astype(stage.dtype)
 
-        _each_piece(chunk, write, None)
+        _fold_pieces(chunk, write, None)
 
-    def _lines(self, chunk: Chunk, first: Any, draws: bool):
+    def _lines(
+        self, chunk: Chunk, first: Scalar, draws: bool
+    ) -> Iterator[tuple[Scalar, jax.Array, jax.Array]]:
         """Yields a piece's lines with their perturbed logits, as exact sums.
 
         Args:
           chunk: where they are.
-          first: of the piece in the chunk.
+          first: the piece's first line in the chunk.
           draws: whether noise is drawn, and kept if there is room, or was kept.
         """
+        kept = chunk.noise
         for pair in range(0, chunk.piece, 2):
             lines = [first + i for i in range(pair, min(pair + 2, chunk.piece))]
-            if draws:
-                # Without a second word for a line that has no neighbour.
+            if draws or kept is None:
+                # A line without a neighbour leaves half of the words unused.
                 drawn = self._pair(chunk, lines[0])[: len(lines)]
             else:
-                drawn = [chunk.noise[chunk.slot, line] for line in lines]
-            for line, own in zip(lines, drawn, strict=True):
-                if draws and chunk.keeps:
-                    chunk.noise[chunk.slot, line] = own
+                drawn = [kept[chunk.slot, line] for line in lines]
+            for line, line_noise in zip(lines, drawn, strict=True):
+                if draws and kept is not None:
+                    kept[chunk.slot, line] = line_noise
                 (x,) = chunk.load((chunk.slot, line))
-                yield line, *exact_sum(x, own)
+                yield line, *exact_sum(x, line_noise)
 
-    def _pair(self, chunk: Chunk, line: Any) -> list[jax.Array]:
+    def _pair(self, chunk: Chunk, line: Scalar) -> list[jax.Array]:
         """Returns the noise of a line of the chunk and of the next."""
+        assert chunk.words is not None
         counters = (chunk.first + line) * (LINE // 2) + _iota()
         counters = counters.astype(jnp.uint32)
         pair = noise.pair_bits(chunk.words, noise.CLASSES, counters, self.generator)
         return [gumbel(bits) for bits in pair]
 
-    def _ids(self, chunk: Chunk, line: Any) -> jax.Array:
+    def _ids(self, chunk: Chunk, line: Scalar) -> jax.Array:
         """Returns the classes of a line of the chunk."""
         return (chunk.first + line) * LINE + _iota()
 
 
-def _each_piece(chunk: Chunk, function: Any, carry: Any) -> Any:
+def _fold_pieces(
+    chunk: Chunk, function: Callable[[Scalar, _Carry], _Carry], carry: _Carry
+) -> _Carry:
     """Folds a function over the first lines of the chunk's pieces.
 
-    In a loop: ciphers are long, and those of a chunk would not fit the multiprocessor's
-    cache of instructions.
+    It is a loop: ciphers are long, and those of a chunk would not fit the
+    multiprocessor's cache of instructions.
     """
     if chunk.lines == chunk.piece:
         return function(0, carry)
@@ -251,29 +286,32 @@ def _each_piece(chunk: Chunk, function: Any, carry: Any) -> Any:
     return lax.fori_loop(0, chunk.lines // chunk.piece, step, carry)
 
 
-def _weight(temper: Any, top: Any, rest: Any, peak: Any) -> jax.Array:
-    """Returns exp((x - peak) / τ) of perturbed logits and what they are centred on."""
+def _weight(
+    factors: Factors, top: jax.Array, rest: jax.Array, peak: _Peak
+) -> jax.Array:
+    """Returns exp((x - peak) / τ) of perturbed logits x, which are exact sums."""
     c = gap(top, rest, peak.top, peak.rest)
-    for factor in temper:
+    for factor in factors:
         c = c if factor is None else c * factor
     return jnp.exp2(c)
 
 
-def _higher(one: _Best, other: _Best) -> _Best:
-    """Returns the higher peak, of equal ones the first, without a total."""
+def _higher(one: _Peak, other: _Peak) -> _Peak:
+    """Returns the higher peak, of equal ones the first."""
     higher = above(other.top, other.rest, one.top, one.rest)
     top = jnp.where(higher, other.top, one.top)
     rest = jnp.where(higher, other.rest, one.rest)
-    best = None if one.best is None else jnp.where(higher, other.best, one.best)
-    return _Best(top, rest, None, best)
+    if one.best is None or other.best is None:
+        return _Peak(top, rest, None)
+    return _Peak(top, rest, jnp.where(higher, other.best, one.best))
 
 
-def _together(temper: Any, one: _Best, other: _Best) -> _Best:
+def _join(factors: Factors, one: _Best, other: _Best) -> _Best:
     """Returns what two blocks found, the one of lower classes first."""
-    row = _higher(one, other)
-    total = one.total * _weight(temper, one.top, one.rest, row)
-    total = total + other.total * _weight(temper, other.top, other.rest, row)
-    return row._replace(total=total)
+    peak = _higher(one.peak, other.peak)
+    total = one.total * _weight(factors, one.top, one.rest, peak)
+    total = total + other.total * _weight(factors, other.top, other.rest, peak)
+    return _Best(peak.top, peak.rest, total, peak.best)
 
 
 def _iota() -> jax.Array:

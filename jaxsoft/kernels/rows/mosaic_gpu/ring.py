@@ -13,27 +13,35 @@ they tell each other what they found.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core.padding import round_up
-from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, PIECE, Chunk
+from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, PIECE, Chunk, Task
+from jaxsoft.kernels.typing import Barrier, Factors, Index, Ref, Scalar
 
-__all__ = ["Refs", "Ring", "choose", "stream"]
+__all__ = ["Meeting", "Refs", "Ring", "choose_ring", "stream"]
 
-# Of a chunk; TMA copies at most 256 lines at a time.
+# The bytes of a chunk of one array: at most 64 lines, of the 256 that TMA copies at a
+# time.
 _CHUNK_BYTES = 16 * 2**10
-# Shared memory of a multiprocessor that blocks can have, and what is left beside a
-# ring: barriers, reductions, and a KiB that the hardware takes of each block.
+# The shared memory of a multiprocessor that its blocks can have.
 _SHARED_BYTES = 227 * 2**10
+# The bytes that a block needs beside its ring: barriers, reductions, and a KiB that the
+# hardware takes of each block.
 _SPARE_BYTES = 3 * 2**10
-# More blocks on a multiprocessor would not make it busier.
+# More blocks than these on a multiprocessor would not make it busier.
 _MOST_BLOCKS = 8
-# Of blocks that share a row: as many as every such GPU can place.
+# How many blocks can share a row. Every GPU that has this kernel can place 8.
 _CLUSTERS = (1, 2, 4, 8)
+# The bytes of a number of noise.
 _NOISE_BYTES = 4
+
+_Carry = TypeVar("_Carry")
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,8 @@ class Ring:
       chunk: lines of a chunk.
       slots: chunks that fit, at most the share of a block.
       blocks: of threads, on a multiprocessor.
-      keeps: whether each slot has its noise beside it, so that none is drawn twice.
+      keeps_noise: whether each slot has its noise beside it, so that none is drawn
+        twice.
       cluster: blocks that share a row.
     """
 
@@ -53,7 +62,7 @@ class Ring:
     chunk: int
     slots: int
     blocks: int
-    keeps: bool = False
+    keeps_noise: bool = False
     cluster: int = 1
 
     def __post_init__(self):
@@ -69,14 +78,14 @@ class Ring:
             )
         if self.chunk % min(PIECE, self.chunk):
             raise ValueError(f"`chunk` must be a multiple of 8, got {self.chunk}.")
-        if self.keeps and self.slots < self.share:
+        if self.keeps_noise and self.slots < self.share:
             raise ValueError(
                 f"`slots` must be {self.share} to keep noise, got {self.slots}."
             )
 
     @property
     def chunks(self) -> int:
-        """The chunks of a row, of which the last may stick out."""
+        """The chunks of a row; the last one may have fewer lines than a chunk."""
         return math.ceil(self.lines / self.chunk)
 
     @property
@@ -90,7 +99,7 @@ class Ring:
         return 2 - self.slots / self.share
 
 
-def choose(classes: int, itemsize: int, arrays: int, noisy: bool = False) -> Ring:
+def choose_ring(classes: int, itemsize: int, arrays: int, noisy: bool = False) -> Ring:
     """Chooses the ring.
 
     Args:
@@ -110,45 +119,45 @@ def choose(classes: int, itemsize: int, arrays: int, noisy: bool = False) -> Rin
         chunk = round_up(chunk, PIECE)
     chunks = math.ceil(lines / chunk)
 
-    def ring(cluster: int, keeps: bool) -> Ring | None:
-        slot = (arrays * itemsize + keeps * _NOISE_BYTES) * chunk * LINE
+    def ring(cluster: int, keeps_noise: bool) -> Ring | None:
+        slot = (arrays * itemsize + keeps_noise * _NOISE_BYTES) * chunk * LINE
         share = math.ceil(chunks / cluster)
-        # Lines of `Meeting`.
+        # A cluster's blocks also hold the lines of `Meeting` in shared memory.
         spare = _SPARE_BYTES + (cluster > 1) * (1 + cluster) * LINE * 4
         slots = min(share, (_SHARED_BYTES - spare) // slot)
-        if keeps and slots < share:
+        if keeps_noise and slots < share:
             return None
         blocks = min(_MOST_BLOCKS, _SHARED_BYTES // (slots * slot + spare))
-        return Ring(lines, chunk, slots, blocks, keeps, cluster)
+        return Ring(lines, chunk, slots, blocks, keeps_noise, cluster)
 
     clusters = [cluster for cluster in _CLUSTERS if cluster <= chunks]
     rings = [ring(cluster, noisy) for cluster in clusters]
-    whole = [one for one in rings if one is not None and one.slots == one.share]
-    roomy = [one for one in whole if one.cluster == 1 or one.blocks > 1]
-    for one in roomy or whole:
-        return one
-    longest = ring(clusters[-1], False)
-    assert longest is not None
-    return longest
+    whole = [r for r in rings if r is not None and r.slots == r.share]
+    roomy = [r for r in whole if r.cluster == 1 or r.blocks > 1]
+    if whole:
+        return (roomy or whole)[0]
+    largest_cluster = ring(clusters[-1], False)
+    assert largest_cluster is not None
+    return largest_cluster
 
 
 class Meeting(NamedTuple):
-    """What the blocks of a cluster tell each other of a row through.
+    """Where the blocks of a cluster tell each other what they found of a row.
 
     Attributes:
-      table: in the device's memory, [G, 2, B, 128]: of G clusters' B blocks, for rows
-        of even and of odd index.
-      own: a line of it in shared memory, [128].
-      all: those of a row in shared memory, [B, 128].
-      written: the cluster's barrier.
-      arrived: the block's.
+      table: in the device's memory, [G, 2, B, 128]: a line of each of the B blocks of G
+        clusters, for rows of even and of odd index.
+      line: the block's line, in shared memory, [128].
+      lines: those of all blocks of the cluster, in shared memory, [B, 128].
+      written: the cluster's barrier: every block has written its line to the table.
+      arrived: the block's barrier: the lines have arrived in its shared memory.
     """
 
-    table: Any
-    own: Any
-    all: Any
-    written: Any
-    arrived: Any
+    table: Ref
+    line: Ref
+    lines: Ref
+    written: Barrier
+    arrived: Barrier
 
 
 class Refs(NamedTuple):
@@ -156,26 +165,26 @@ class Refs(NamedTuple):
 
     Attributes:
       inputs: [R, L, 128] each.
-      out: the same.
-      temper: [K, R], numbers for each row, or None.
+      out: [R, L, 128].
+      factors: [K, R], numbers for each row, or None.
       words: [R, 2], keys for each row, or None.
       stages: a ring for each input, [S, C, 128].
       noise: a ring for noise, or None.
       full: a barrier for each slot.
-      meeting: of the blocks of a cluster, or None.
+      meeting: where the blocks of a cluster meet, or None without clusters.
     """
 
-    inputs: Any
-    out: Any
-    temper: Any
-    words: Any
-    stages: Any
-    noise: Any
-    full: Any
+    inputs: list[Ref]
+    out: Ref
+    factors: Ref | None
+    words: Ref | None
+    stages: list[Ref]
+    noise: Ref | None
+    full: Barrier
     meeting: Meeting | None
 
 
-def stream(task: Any, ring: Ring, rows: int, groups: int, refs: Refs) -> None:
+def stream(task: Task, ring: Ring, rows: int, groups: int, refs: Refs) -> None:
     """Streams the rows of a block, or of a cluster of them, through shared memory.
 
     Args:
@@ -189,43 +198,42 @@ def stream(task: Any, ring: Ring, rows: int, groups: int, refs: Refs) -> None:
     count = lax.div(rows - group + (groups - 1), groups)
     part = _part(ring)
 
-    def row(index):
-        temper, words, number = task.static, None, group + index * groups
-        if refs.temper is not None:
-            temper = tuple(refs.temper[i, number] for i in range(refs.temper.shape[0]))
+    def stream_row(index, _):
+        factors, words, row = task.static, None, group + index * groups
+        if refs.factors is not None:
+            number = refs.factors.shape[0]
+            factors = tuple(refs.factors[i, row] for i in range(number))
         if refs.words is not None:
-            words = tuple(refs.words[number, i] for i in range(2))
-        place = _Place(index, number, groups, count)
-        return _Row(task, ring, refs, place, part, temper, words)
+            words = tuple(refs.words[row, i] for i in range(2))
+        assert factors is not None
+        position = _RowPosition(index, row, groups, count)
+        _RowStream(task, ring, refs, position, part, factors, words).run()
 
-    def each_row(index, _):
-        row(index).run()
-
-    start = _Place(0, group, groups, count)
-    first = _Row(task, ring, refs, start, part, None, None)
+    first_row = _RowPosition(0, group, groups, count)
+    first = _RowStream(task, ring, refs, first_row, part, (), None)
     lax.fori_loop(0, part.slots, lambda p, _: first.copy(group, p, p), None)
-    lax.fori_loop(0, count, each_row, None)
+    lax.fori_loop(0, count, stream_row, None)
 
 
 class _Part(NamedTuple):
-    """What a block has of each row.
+    """The part of each row that one block has.
 
     Attributes:
       first: its first chunk.
-      chunks: how many.
+      chunks: how many it has.
       slots: how many of them fit.
     """
 
-    first: Any
-    chunks: Any
-    slots: Any
+    first: Scalar
+    chunks: Scalar
+    slots: Scalar
 
 
 def _part(ring: Ring) -> _Part:
     """Returns the part of this block."""
     if ring.cluster == 1:
         return _Part(0, ring.chunks, ring.slots)
-    # Parts of whole chunks, alike but for one.
+    # The blocks' parts are whole chunks, and differ by one chunk at most.
     block = lax.axis_index("part")
     first, end = (
         lax.div(number * ring.chunks, ring.cluster) for number in (block, block + 1)
@@ -233,45 +241,49 @@ def _part(ring: Ring) -> _Part:
     return _Part(first, end - first, lax.min(end - first, ring.slots))
 
 
-class _Place(NamedTuple):
-    """Which row it is: its number among the group's, and in the arrays.
+class _RowPosition(NamedTuple):
+    """Which row it is, of those that a group streams one after another.
 
     Attributes:
-      index: among those of the group.
-      row: in the arrays.
-      step: from a row of the group to its next.
+      index: its number among the group's rows.
+      row: its number in the arrays.
+      step: from a row of the group to its next, in the arrays.
       count: of the group's rows.
     """
 
-    index: Any
-    row: Any
+    index: Scalar
+    row: Scalar
     step: int
-    count: Any
+    count: Scalar
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-    """A row of which a block's part passes through its shared memory.
+class _RowStream(Generic[_Carry, _Result]):
+    """The way of one row through the shared memory of one block.
 
-    Chunks are numbered in the part.
+    The block has a part of the row, whose chunks are numbered from 0. First they are
+    folded in this order, and a chunk that has no slot yet is copied into the slot of
+    the chunk that was just folded. Then they are written in the opposite order, and
+    copies refill the slots that they leave: first with chunks of this row that gave
+    their slots up, which have to be written too, then with the next row's first chunks.
 
     Attributes:
       task: what to fold and what to write.
-      ring: how it passes.
+      ring: how the row passes.
       refs: the arrays.
-      place: which row it is.
+      position: which row it is.
       part: what the block has of it.
-      temper: the numbers of the row that the task needs.
-      words: of its key, or None.
+      factors: the numbers of the row that the task needs.
+      words: the words of its key, or None.
     """
 
-    task: Any
+    task: Task[_Carry, _Result]
     ring: Ring
     refs: Refs
-    place: _Place
+    position: _RowPosition
     part: _Part
-    temper: Any
-    words: Any
+    factors: Factors
+    words: tuple[jax.Array, ...] | None
 
     def run(self) -> None:
         """Folds the row, writes it, and lets the next one in."""
@@ -279,15 +291,17 @@ class _Row:
 
         chunks = self.part.chunks
         start = self.task.start(self.ring.chunk, self.refs.stages[0].dtype.itemsize)
-        found = lax.fori_loop(0, chunks, self.fold, start)
-        found = self.task.meet(self.temper, found)
-        result = self.task.finish(self.temper, self.exchange(found))
+        carry = lax.fori_loop(0, chunks, self.fold, start)
+        of_block = self.task.meet(self.factors, carry)
+        result = self.task.finish(self.factors, self.exchange(of_block))
         lax.fori_loop(0, chunks, self.write, result)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        # Zero, but not when traced: the last chunk of a row sticks out.
-        self.refill(lax.rem(self.place.index, 1))
+        # This is chunk 0, as a traced number. With a Python 0 Pallas would check the
+        # copies' bounds when it traces them, and refuse the last chunk of a row, which
+        # may reach beyond the array.
+        self.refill(lax.rem(self.position.index, 1))
 
-    def slot(self, chunk: Any) -> Any:
+    def slot(self, chunk: Scalar) -> Scalar:
         """Returns the slot of a chunk.
 
         Chunk p of the block's even rows has slot p mod S, of its odd rows slot
@@ -295,25 +309,25 @@ class _Row:
         wants first.
         """
         slots = self.part.slots
-        odd, slot = lax.rem(self.place.index, 2), lax.rem(chunk, slots)
+        odd, slot = lax.rem(self.position.index, 2), lax.rem(chunk, slots)
         return slot + odd * (slots - 1 - 2 * slot)
 
-    def chunk(self, chunk: Any, slot: Any) -> Chunk:
+    def chunk(self, chunk: Scalar, slot: Scalar) -> Chunk:
         """Returns what the task sees of a chunk."""
         refs, first = self.refs, self.first_line(chunk)
-        return Chunk(refs.stages, refs.noise, slot, first, self.temper, self.words)
+        return Chunk(refs.stages, refs.noise, slot, first, self.factors, self.words)
 
-    def first_line(self, chunk: Any) -> Any:
+    def first_line(self, chunk: Scalar) -> Scalar:
         """Returns the first line of a chunk in its row."""
         return (self.part.first + chunk) * self.ring.chunk
 
-    def lines(self, chunk: Any) -> Any:
+    def lines(self, chunk: Scalar) -> Index:
         """Returns the lines of a chunk in its row."""
         from jax.experimental import pallas as pl
 
         return pl.ds(self.first_line(chunk), self.ring.chunk)
 
-    def copy(self, row: Any, chunk: Any, slot: Any) -> None:
+    def copy(self, row: Scalar, chunk: Scalar, slot: Scalar) -> None:
         """Starts to copy a chunk of each input into a slot."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -322,7 +336,7 @@ class _Row:
             window = ref.at[row, self.lines(chunk)]
             plgpu.copy_gmem_to_smem(window, stage.at[slot], refs.full.at[slot])
 
-    def fold(self, chunk: Any, found: Any) -> Any:
+    def fold(self, chunk: Scalar, carry: _Carry) -> _Carry:
         """Waits for a chunk and folds it; copies the one that takes its slot."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -330,7 +344,7 @@ class _Row:
         ring, slot = self.ring, self.slot(chunk)
         plgpu.barrier_wait(self.refs.full.at[slot])
         self.fill_beyond(chunk, slot)
-        found = self.task.fold(self.chunk(chunk, slot), found)
+        carry = self.task.fold(self.chunk(chunk, slot), carry)
         if ring.slots < ring.share:
             following = chunk + self.part.slots
 
@@ -338,11 +352,11 @@ class _Row:
             def _():
                 # Past this no thread still reads the slot.
                 plgpu.commit_smem()
-                self.copy(self.place.row, following, slot)
+                self.copy(self.position.row, following, slot)
 
-        return found
+        return carry
 
-    def fill_beyond(self, chunk: Any, slot: Any) -> None:
+    def fill_beyond(self, chunk: Scalar, slot: Scalar) -> None:
         """Fills the lines of the last chunk that are beyond the row."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -358,32 +372,35 @@ class _Row:
                 stage[slot, line] = jnp.full((LINE,), self.task.fill, stage.dtype)
             plgpu.commit_smem()
 
-    def exchange(self, found: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    def exchange(self, of_block: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
         """Returns what each block of the cluster found of the row."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         meeting = self.refs.meeting
         if meeting is None:
-            return [found]
+            return [of_block]
         layout = plgpu.Layout.WG_STRIDED((LINE,), vec_size=1)
         lane = plgpu.broadcasted_iota(jnp.int32, (LINE,), 0, layout=layout)
         line = jnp.zeros((LINE,), jnp.float32)
-        for index, number in enumerate(found):
+        for index, number in enumerate(of_block):
             line = jnp.where(lane == index, number, line)
-        meeting.own[...] = line
+        meeting.line[...] = line
         plgpu.commit_smem()
-        # A block is at most one row ahead of another, which may still read its row's.
-        table = meeting.table.at[lax.axis_index("group"), lax.rem(self.place.index, 2)]
-        plgpu.copy_smem_to_gmem(meeting.own, table.at[lax.axis_index("part")])
+        # A block is at most one row ahead of another, which may still read the lines of
+        # its own row: even and odd rows have lines of their own.
+        table = meeting.table.at[
+            lax.axis_index("group"), lax.rem(self.position.index, 2)
+        ]
+        plgpu.copy_smem_to_gmem(meeting.line, table.at[lax.axis_index("part")])
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(meeting.written)
         plgpu.barrier_wait(meeting.written)
-        plgpu.copy_gmem_to_smem(table, meeting.all, meeting.arrived)
+        plgpu.copy_gmem_to_smem(table, meeting.lines, meeting.arrived)
         plgpu.barrier_wait(meeting.arrived)
-        blocks, numbers = range(self.ring.cluster), range(len(found))
-        return [tuple(meeting.all[b, i] for i in numbers) for b in blocks]
+        blocks, numbers = range(self.ring.cluster), range(len(of_block))
+        return [tuple(meeting.lines[b, i] for i in numbers) for b in blocks]
 
-    def write(self, step: Any, result: Any) -> Any:
+    def write(self, step: Scalar, result: _Result) -> _Result:
         """Overwrites a chunk by its result and copies it out, the last chunk first."""
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -399,7 +416,7 @@ class _Row:
 
         self.task.write(self.chunk(chunk, slot), result)
         plgpu.commit_smem()
-        window = refs.out.at[self.place.row, self.lines(chunk)]
+        window = refs.out.at[self.position.row, self.lines(chunk)]
         plgpu.copy_smem_to_gmem(refs.stages[0].at[slot], window)
 
         @pl.when(step > 0)
@@ -410,17 +427,17 @@ class _Row:
 
         return result
 
-    def refill(self, chunk: Any) -> None:
+    def refill(self, chunk: Scalar) -> None:
         """Copies what comes next into the slot that a chunk had."""
         from jax.experimental import pallas as pl
 
         slots, slot = self.part.slots, self.slot(chunk)
-        _, row, step, _ = self.place
+        row, step = self.position.row, self.position.step
 
         @pl.when(chunk >= slots)
         def _():
             self.copy(row, chunk - slots, slot)
 
-        @pl.when((chunk < slots) & (self.place.index + 1 < self.place.count))
+        @pl.when((chunk < slots) & (self.position.index + 1 < self.position.count))
         def _():
             self.copy(row + step, slots - 1 - chunk, slot)

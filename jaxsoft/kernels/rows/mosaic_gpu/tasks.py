@@ -8,16 +8,21 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["LINE", "PIECE", "Chunk", "Slope", "Softmax", "centred", "full"]
+from jaxsoft.kernels.typing import Factors, Index, Ref, Scalar
+
+__all__ = ["LINE", "PIECE", "Chunk", "Slope", "Softmax", "Task", "centred", "full"]
 
 # Numbers in a line, and the most lines of a piece.
 LINE = 128
 PIECE = 8
+
+_Carry = TypeVar("_Carry")
+_Result = TypeVar("_Result")
 
 
 class Chunk(NamedTuple):
@@ -25,24 +30,19 @@ class Chunk(NamedTuple):
 
     Attributes:
       stages: the slots of each array, [S, C, 128].
-      noise: those of noise, float32, if it is kept.
+      noise: the slots of noise, float32, if it is kept.
       slot: where the chunk is.
       first: its first line in the row.
-      temper: the numbers of the row that the task needs.
+      factors: the numbers of the row that the task needs.
       words: the two words of the row's key, if there is one.
     """
 
-    stages: Any
-    noise: Any
-    slot: Any
-    first: Any
-    temper: Any
-    words: Any
-
-    @property
-    def keeps(self) -> bool:
-        """Whether noise is kept."""
-        return self.noise is not None
+    stages: list[Ref]
+    noise: Ref | None
+    slot: Scalar
+    first: Scalar
+    factors: Factors
+    words: tuple[jax.Array, ...] | None
 
     @property
     def lines(self) -> int:
@@ -54,24 +54,24 @@ class Chunk(NamedTuple):
         """The lines of a piece, of which a chunk has a whole number."""
         return min(PIECE, self.lines)
 
-    def windows(self) -> list[Any]:
+    def windows(self) -> list[Index]:
         """Returns where each piece is."""
         from jax.experimental import pallas as pl
 
         starts = range(0, self.lines, self.piece)
         return [(self.slot, pl.ds(start, self.piece)) for start in starts]
 
-    def load(self, where: Any) -> list[jax.Array]:
+    def load(self, window: Index) -> list[jax.Array]:
         """Returns a window of each array, in float32."""
-        return [stage[where].astype(jnp.float32) for stage in self.stages]
+        return [stage[window].astype(jnp.float32) for stage in self.stages]
 
 
-def full(shape: tuple[int, ...], value: Any, itemsize: int) -> jax.Array:
+def full(shape: tuple[int, ...], value: jax.Array, itemsize: int) -> jax.Array:
     """Returns a constant as threads hold what they load.
 
     Args:
       shape: of a piece.
-      value: the constant, of a dtype of JAX.
+      value: the constant, a scalar.
       itemsize: the bytes of a number that is loaded.
 
     Returns:
@@ -84,134 +84,186 @@ def full(shape: tuple[int, ...], value: Any, itemsize: int) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value), layout)
 
 
-def centred(temper: Any, x: jax.Array, peak: Any) -> jax.Array:
-    """Returns (x - peak) / τ in base 2."""
-    before, factor, again = temper
+def centred(factors: Factors, x: jax.Array, peak: jax.Array) -> jax.Array:
+    """Returns (x - peak) / τ in base 2, by the factors of `chips.tau_factors`."""
+    before, *others = factors
     c = x - peak if before is None else x * before - peak * before
-    c = c * factor
-    return c if again is None else c * again
+    for factor in others:
+        c = c if factor is None else c * factor
+    return c
 
 
-class _Pieces(abc.ABC):
-    """A task that takes pieces as threads load them fastest."""
+class Task(abc.ABC, Generic[_Carry, _Result]):
+    """What a kernel does with rows: it folds chunks, then it overwrites them.
 
-    # Whether a thread reads of shared memory nothing that other threads wrote.
-    private = False
-    starts: ClassVar[tuple[float, float]]
+    Threads fold by themselves; those of a block meet once a row, then the blocks that
+    share the row. A subclass is a frozen dataclass: a task is part of the program.
+
+    Attributes:
+      static: the factors of all rows, None if each row has its own.
+      fill: what numbers beyond a row's last class are; those that TMA writes are 0.
+      private: whether a thread reads of shared memory nothing that another thread
+        wrote.
+    """
+
+    static: Factors | None
+    fill: ClassVar[float]
+    private: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def merge(self, temper: Any, found: Any, pieces: Any) -> Any:
-        """Merges pieces ([P, 128] of each array) into what was found."""
+    def start(self, lines: int, itemsize: int) -> _Carry:
+        """Returns what each thread has found before the first chunk.
+
+        Args:
+          lines: of a chunk.
+          itemsize: the bytes of a number that is loaded.
+        """
 
     @abc.abstractmethod
-    def meet(self, temper: Any, found: Any) -> tuple[Any, ...]:
+    def fold(self, chunk: Chunk, carry: _Carry) -> _Carry:
+        """Returns what each thread has found with one more chunk."""
+
+    @abc.abstractmethod
+    def meet(self, factors: Factors, carry: _Carry) -> tuple[jax.Array, ...]:
         """Returns what a block's threads found together, in float32 numbers."""
 
     @abc.abstractmethod
-    def finish(self, temper: Any, each: list[tuple[Any, ...]]) -> Any:
-        """Returns what `result` needs of the row from what each of its blocks found."""
+    def finish(
+        self, factors: Factors, of_blocks: list[tuple[jax.Array, ...]]
+    ) -> _Result:
+        """Returns what `write` needs of a row.
+
+        Args:
+          factors: of the row.
+          of_blocks: what `meet` returned in each block that has a part of the row.
+        """
 
     @abc.abstractmethod
-    def result(self, temper: Any, result: Any, *piece: jax.Array) -> jax.Array:
+    def write(self, chunk: Chunk, result: _Result) -> None:
+        """Overwrites the first array's chunk by the result."""
+
+
+class _PieceTask(Task[tuple[jax.Array, ...], _Result]):
+    """A task that takes pieces as threads load them fastest.
+
+    Attributes:
+      starts: what each thread starts from, one float32 number for each of those that it
+        finds.
+    """
+
+    starts: ClassVar[tuple[float, ...]]
+
+    @abc.abstractmethod
+    def merge_pieces(
+        self,
+        factors: Factors,
+        carry: tuple[jax.Array, ...],
+        pieces: list[list[jax.Array]],
+    ) -> tuple[jax.Array, ...]:
+        """Returns the carry with pieces, [P, 128] of each array."""
+
+    @abc.abstractmethod
+    def result(self, factors: Factors, result: _Result, *piece: jax.Array) -> jax.Array:
         """Returns what overwrites a piece of the first array."""
 
-    def start(self, lines: int, itemsize: int) -> Any:
-        """Returns what each thread has found before the first chunk."""
+    def start(self, lines: int, itemsize: int) -> tuple[jax.Array, ...]:
+        """Returns the starts, as pieces."""
         shape = (min(PIECE, lines), LINE)
         return tuple(full(shape, jnp.float32(v), itemsize) for v in self.starts)
 
-    def fold(self, chunk: Chunk, found: Any) -> Any:
-        """Merges a chunk into what was found."""
-        pieces = [chunk.load(where) for where in chunk.windows()]
-        return self.merge(chunk.temper, found, pieces)
+    def fold(self, chunk: Chunk, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Merges the pieces of a chunk."""
+        pieces = [chunk.load(window) for window in chunk.windows()]
+        return self.merge_pieces(chunk.factors, carry, pieces)
 
-    def write(self, chunk: Chunk, result: Any) -> None:
-        """Overwrites the first array's chunk by the result."""
+    def write(self, chunk: Chunk, result: _Result) -> None:
+        """Overwrites each piece of the chunk."""
         stage = chunk.stages[0]
-        for where in chunk.windows():
-            new = self.result(chunk.temper, result, *chunk.load(where))
-            stage[where] = new.astype(stage.dtype)
+        for window in chunk.windows():
+            new = self.result(chunk.factors, result, *chunk.load(window))
+            stage[window] = new.astype(stage.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax(_Pieces):
+class Softmax(_PieceTask[tuple[jax.Array, jax.Array]]):
     """The largest logit and the sum of a row, then its probabilities.
 
     Attributes:
-      static: the factors of `nvidia.temper`, None for 1, if they are static.
+      static: the factors of `chips.tau_factors`, if they are static.
     """
 
-    static: Any
+    static: Factors | None
 
-    # What columns beyond a row are; those of TMA are 0.
-    fill = -math.inf
+    fill: ClassVar = -math.inf
     starts: ClassVar = (float(jnp.finfo(jnp.float32).min), 0.0)
 
-    def merge(self, temper, found, pieces):
+    def merge_pieces(self, factors, carry, pieces):
         """Merges the largest logits and the sums."""
-        peak, total = found
+        peak, total = carry
         xs = [x for (x,) in pieces]
         top = functools.reduce(jnp.maximum, xs, peak)
-        total = total * jnp.exp2(centred(temper, peak, top))
+        total = total * jnp.exp2(centred(factors, peak, top))
         for x in xs:
-            total = total + jnp.exp2(centred(temper, x, top))
+            total = total + jnp.exp2(centred(factors, x, top))
         return top, total
 
-    def meet(self, temper, found):
+    def meet(self, factors, carry):
         """Returns the largest logit and the sum of a block."""
-        peak, total = found
+        peak, total = carry
         top = jnp.max(peak)
-        return top, jnp.sum(total * jnp.exp2(centred(temper, peak, top)))
+        return top, jnp.sum(total * jnp.exp2(centred(factors, peak, top)))
 
-    def finish(self, temper, each):
+    def finish(self, factors, of_blocks):
         """Returns the row's largest logit, and one over its sum."""
-        (top, total), *others = each
-        for peak, more in others:
+        (top, total), *others = of_blocks
+        for peak, block_total in others:
             both = jnp.maximum(top, peak)
-            total = total * jnp.exp2(centred(temper, top, both))
-            total = total + more * jnp.exp2(centred(temper, peak, both))
+            total = total * jnp.exp2(centred(factors, top, both))
+            total = total + block_total * jnp.exp2(centred(factors, peak, both))
             top = both
         return top, 1 / jnp.where(total == 0, 1.0, total)
 
-    def result(self, temper, result, *piece):
+    def result(self, factors, result, *piece):
         """Returns the probabilities of a piece."""
         (x,) = piece
         top, inverse = result
-        return jnp.exp2(centred(temper, x, top)) * inverse
+        return jnp.exp2(centred(factors, x, top)) * inverse
 
 
 @dataclasses.dataclass(frozen=True)
-class Slope(_Pieces):
+class Slope(_PieceTask[jax.Array]):
     """Σ y g and Σ y of a row, then y (g - Σ y g / Σ y) / τ.
 
     Attributes:
-      static: 1/τ, if it is static.
+      static: 1/τ alone, if it is static.
     """
 
-    static: Any
-    fill = 0.0
+    static: Factors | None
+
+    fill: ClassVar = 0.0
     starts: ClassVar = (0.0, 0.0)
 
-    def merge(self, temper, found, pieces):
+    def merge_pieces(self, factors, carry, pieces):
         """Adds up pieces of y and g."""
-        del temper
-        weighted, total = found
+        del factors
+        weighted, total = carry
         for y, g in pieces:
             weighted, total = weighted + y * g, total + y
         return weighted, total
 
-    def meet(self, temper, found):
+    def meet(self, factors, carry):
         """Returns both sums of a block."""
-        del temper
-        return tuple(jnp.sum(a) for a in found)
+        del factors
+        return tuple(jnp.sum(a) for a in carry)
 
-    def finish(self, temper, each):
+    def finish(self, factors, of_blocks):
         """Returns the mean of g."""
-        del temper
-        weighted, total = (sum(numbers) for numbers in zip(*each, strict=True))
+        del factors
+        weighted, total = (sum(of_one) for of_one in zip(*of_blocks, strict=True))
         return weighted / jnp.where(total == 0, 1.0, total)
 
-    def result(self, temper, result, *piece):
+    def result(self, factors, result, *piece):
         """Returns the product with a piece."""
-        (scale,), (y, g) = temper, piece
+        (scale,), (y, g) = factors, piece
+        assert scale is not None
         return y * (g - result) * scale

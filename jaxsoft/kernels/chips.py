@@ -1,4 +1,8 @@
-"""What kernels for NVIDIA GPUs share: the package, the device, and temperatures."""
+"""What kernels know of the chips that they run on, and how GPUs divide by τ.
+
+Kernels for GPUs do not divide: they multiply each difference of logits by factors that
+plain XLA makes of a row's temperature, once.
+"""
 
 import math
 from collections.abc import Collection
@@ -11,20 +15,39 @@ from jaxsoft._core.temperature import Temperature, is_ordinary
 
 __all__ = [
     "MULTIPROCESSORS",
-    "check_pallas",
-    "chip",
-    "static_temper",
-    "temper",
+    "SMALLEST_VMEM",
+    "VMEM_SHARE",
+    "check_mosaic_gpu",
+    "static_tau_factors",
+    "supported_gpu",
+    "tau_factors",
+    "vmem_bytes",
 ]
 
-# Of an H100 and of an H200.
+# The smallest VMEM of a TPU core since v5e: v5e and v6e have 128 MiB, v5p and 7x have
+# this.
+SMALLEST_VMEM = 64 * 2**20
+# The share of a core's VMEM that a kernel takes: the compiler keeps some for itself.
+VMEM_SHARE = 3 / 4
+
+# The multiprocessors that an H100 and an H200 have.
 MULTIPROCESSORS = 132
 _NAMES = {"9.0": "Hopper", "10.0": "Blackwell"}
 
 _LOG2_E = math.log2(math.e)
 
 
-def check_pallas() -> None:
+def vmem_bytes() -> int:
+    """Returns the VMEM of a core of the default TPU; of the smallest without a TPU."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return SMALLEST_VMEM
+
+
+def check_mosaic_gpu() -> None:
     """Requires what Pallas imports and JAX does not install."""
     try:
         import jax.experimental.pallas.mosaic_gpu  # noqa: F401
@@ -38,7 +61,7 @@ def check_pallas() -> None:
         ) from error
 
 
-def chip(capabilities: Collection[str]) -> Gpu:
+def supported_gpu(capabilities: Collection[str]) -> Gpu:
     """Returns what the GPUs that a program will run on are; they must be alike.
 
     Without a GPU, as where a program is compiled for one that is elsewhere, it is an
@@ -63,14 +86,14 @@ def chip(capabilities: Collection[str]) -> Gpu:
     return Gpu(found.pop(), min(device.core_count for device in devices))
 
 
-def static_temper(tau: float | None) -> tuple[float, float | None]:
-    """Returns a and b of `temper` as floats, for a temperature that is static.
+def static_tau_factors(tau: float | None) -> tuple[float, float | None]:
+    """Returns a and b of `tau_factors` as floats, for a temperature that is static.
 
     Args:
       tau: the temperature if it is static.
 
     Returns:
-      Both for an ordinary temperature, for which c is 1; 1 and None otherwise.
+      Both for an ordinary temperature, whose c is 1; 1 and None for all others.
     """
     if tau is None or not is_ordinary(tau):
         return 1.0, None
@@ -79,22 +102,30 @@ def static_temper(tau: float | None) -> tuple[float, float | None]:
     return scale, _LOG2_E / (tau * scale)
 
 
-def temper(tau: float | jax.Array, rows: int) -> jax.Array:
-    """Returns what each row's logits are multiplied by, [3, N] float32.
+def tau_factors(tau: float | jax.Array, rows: int) -> jax.Array:
+    """Returns the factors a, b and c of every row's differences of logits.
 
-    `(x a - m a) b c` is (x - m) / τ in base 2. c is 1 but at the limits.
-    At τ = 0 and τ = ∞ the two factors overflow or vanish for every difference but 0 and
-    -inf, which stay what they are: no case of its own in the kernel.
+    `(x a - m a) b c` is (x - m) / τ in base 2. The third factor c differs from 1 only
+    at τ = 0 and τ = ∞. There b and c are the largest or the smallest float: their
+    product with any difference but 0 and -inf overflows or vanishes, and these two stay
+    what they are. So the limits need no case of their own in the kernel.
+
+    Args:
+      tau: the temperature, a float or [N, 1].
+      rows: N.
+
+    Returns:
+      [3, N] float32.
     """
     info = jnp.finfo(jnp.float32)
     if isinstance(tau, float):
         tau = jnp.full((rows, 1), tau, jnp.float32)
     parts = Temperature.prepare(tau, jnp.dtype(jnp.float32))
-    hot = jnp.isinf(parts.value)
+    is_infinite = jnp.isinf(parts.value)
     limit = jnp.where(parts.is_zero, info.max, info.tiny)
-    limited = parts.is_zero | hot
-    factor = jnp.where(limited, limit, _LOG2_E / jnp.where(hot, 1, parts.divisor))
-    # A negative τ is NaN, and so is all that comes of it.
-    factor = jnp.where(jnp.isnan(parts.value), jnp.nan, factor)
-    again = jnp.where(limited, limit, 1)
-    return jnp.stack([parts.scale[:, 0], factor[:, 0], again[:, 0]])
+    at_limit = parts.is_zero | is_infinite
+    b = jnp.where(at_limit, limit, _LOG2_E / jnp.where(is_infinite, 1, parts.divisor))
+    # A negative temperature is NaN, and so is everything computed from it.
+    b = jnp.where(jnp.isnan(parts.value), jnp.nan, b)
+    c = jnp.where(at_limit, limit, 1)
+    return jnp.stack([parts.scale[:, 0], b[:, 0], c[:, 0]])
