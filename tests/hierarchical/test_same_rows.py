@@ -34,7 +34,6 @@ def test_sums_and_their_transpose(size):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.many_cases
 def test_rows_and_their_derivatives(axis, dtype, x64):
     random = np.random.default_rng(0)
     array = random.standard_normal((6, 5, 4)).astype(jnp.dtype(dtype))
