@@ -19,10 +19,10 @@ TILE = 4 * 8 * 128
 def layer(dtype="float32"):
     hidden, kernel, _ = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
     rng = np.random.default_rng(4)
-    values = jnp.asarray(rng.standard_normal((CLASSES, WIDTH)), dtype)
-    bias = jnp.asarray(rng.standard_normal(CLASSES), dtype)
-    tau = jnp.linspace(0.4, 2, ROWS, dtype="float64" if dtype == "float64" else None)
-    return hidden, kernel, values, bias, tau
+    values = rng.standard_normal((CLASSES, WIDTH)).astype(dtype)
+    bias = rng.standard_normal(CLASSES).astype(dtype)
+    tau = np.linspace(0.4, 2, ROWS).astype("float64" if dtype == "float64" else "f")
+    return *map(np.asarray, (hidden, kernel, values, bias)), tau
 
 
 def gumbel(key, dtype):
@@ -51,6 +51,12 @@ def streamed(hidden, kernel, values, bias, tau, key=None, **options):
     )
 
 
+@jax.jit
+def plain_values(hidden, kernel, values):
+    logits = jnp.matmul(hidden, kernel, preferred_element_type="float32")
+    return jax.nn.softmax(logits / 0.7).astype(values.dtype) @ values
+
+
 @pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values(kind, dtype):
@@ -60,11 +66,10 @@ def test_values(kind, dtype):
     assert out.dtype == values.dtype
     u = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
     true = truth.softmax(u, 0.7) @ np.asarray(values, np.float64)
-    logits = jnp.matmul(hidden, kernel, preferred_element_type="float32")
-    plain = jax.nn.softmax(logits / 0.7).astype(dtype) @ values
+    plain = plain_values(hidden, kernel, values)
     truth.assert_as_good(
-        out.astype("float32"),
-        plain.astype("float32"),
+        np.asarray(out, "float32"),
+        np.asarray(plain, "float32"),
         true,
         slack=2e-6 if dtype == "float32" else 4e-3,
     )
@@ -74,38 +79,48 @@ def test_values(kind, dtype):
 def test_gradients(seed, x64):
     args = layer("float64")
     key = None if seed is None else jax.random.key(seed)
-    weights = jnp.cos(jnp.arange(float(ROWS * WIDTH))).reshape(ROWS, WIDTH)
-    pairs = [
-        jax.value_and_grad(lambda *a, f=f: (f(*a, key=key) * weights).sum(), range(5))(
-            *args
-        )
-        for f in (streamed, stored)
-    ]
-    for a, b in zip(*map(jax.tree.leaves, pairs), strict=True):
+    weights = np.cos(np.arange(ROWS * WIDTH)).reshape(ROWS, WIDTH)
+
+    @jax.jit
+    def both(*args):
+        def total(function, *args):
+            return (function(*args, key=key) * weights).sum()
+
+        step = jax.value_and_grad(total, range(1, 6))
+        return step(streamed, *args), step(stored, *args)
+
+    for a, b in zip(*map(jax.tree.leaves, both(*args)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_straight_through():
     args, key = layer(), jax.random.key(0)
-    hidden, kernel, values, bias, _ = args
-    hard = streamed(*args, key=key, hard=True)
-    u = 0.9 * jnp.tanh((hidden @ kernel + bias[None]) / 0.9) + gumbel(key, "float32")
-    np.testing.assert_array_equal(hard, values[jnp.argmax(u, 1)])
-    np.testing.assert_array_equal(
-        streamed(*args, hard=True), values[jnp.argmax(u - gumbel(key, "float32"), 1)]
-    )
+    _, _, values, _, _ = args
 
-    def total(*a, hard):
-        return jnp.sin(streamed(*a, key=key, hard=hard)).sum()
+    @jax.jit
+    def samples(hidden, kernel, values, bias, tau):
+        args = (hidden, kernel, values, bias, tau)
+        u = 0.9 * jnp.tanh((hidden @ kernel + bias[None]) / 0.9)
+        best = [jnp.argmax(logits, 1) for logits in (u + gumbel(key, u.dtype), u)]
+        drawn = [streamed(*args, key=k, hard=True) for k in (key, None)]
+        return drawn, best
 
-    def through(*a):
-        soft = streamed(*a, key=key)
-        picked = streamed(*a, key=key, hard=True)
+    for drawn, best in zip(*samples(*args), strict=True):
+        np.testing.assert_array_equal(drawn, values[np.asarray(best)])
+
+    def hard(*args):
+        return jnp.sin(streamed(*args, key=key, hard=True)).sum()
+
+    def through(*args):
+        soft = streamed(*args, key=key)
+        picked = streamed(*args, key=key, hard=True)
         return jnp.sin(soft + jax.lax.stop_gradient(picked - soft)).sum()
 
     # With respect to all but the values, whose gradient is that of the mixture too.
-    ours = jax.grad(functools.partial(total, hard=True), range(5))(*args)
-    for a, b in zip(ours, jax.grad(through, range(5))(*args), strict=True):
+    both = jax.jit(
+        lambda *args: [jax.grad(f, range(5))(*args) for f in (hard, through)]
+    )
+    for a, b in zip(*both(*args), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -119,19 +134,23 @@ def test_noise_does_not_depend_on_tiles():
 
 def test_limits_masks_and_shapes():
     hidden, kernel, values, _, _ = layer()
-    best = jnp.argmax(hidden @ kernel, 1)
+    best = np.argmax(hidden @ kernel, 1)
     cold = linear_expected(hidden, kernel, values, temperature=0.0)
     np.testing.assert_array_equal(cold, values[best])
     hot = linear_expected(hidden, kernel, values, temperature=float("inf"))
-    mean = jnp.broadcast_to(values.mean(0), hot.shape)
+    mean = np.broadcast_to(values.mean(0), hot.shape)
     np.testing.assert_allclose(hot, mean, atol=1e-6)
-    none = jnp.zeros(CLASSES, bool)
+    none = np.zeros(CLASSES, bool)
     for options in ({}, {"key": jax.random.key(0), "hard": True}):
         call = functools.partial(linear_expected, class_mask=none, **options)
-        np.testing.assert_array_equal(call(hidden, kernel, values), 0)
-        grads = jax.grad(lambda *a, c=call: c(*a).sum(), range(3))(
-            hidden, kernel, values
-        )
+
+        def total(*args, call=call):
+            mixture = call(*args)
+            return mixture.sum(), mixture
+
+        step = jax.jit(jax.grad(total, range(3), has_aux=True))
+        grads, mixture = step(hidden, kernel, values)
+        np.testing.assert_array_equal(mixture, 0)
         assert all((np.asarray(g) == 0).all() for g in grads)
     folded = linear_expected(hidden.reshape(3, 4, FEATURES), kernel, values)
     assert folded.shape == (3, 4, WIDTH)
@@ -150,8 +169,9 @@ def test_vmap_folds_rows():
     def whole(kernel):
         return jnp.sin(linear_expected(hidden, kernel, values)).sum()
 
+    mapped = jax.jit(jax.grad(total))
     np.testing.assert_allclose(
-        jax.grad(total)(kernel), jax.grad(whole)(kernel), atol=1e-6
+        mapped(kernel), jax.jit(jax.grad(whole))(kernel), atol=1e-6
     )
-    text = str(jax.make_jaxpr(jax.grad(total))(kernel))
+    text = str(mapped.trace(kernel).jaxpr)
     assert f"[3,{FEATURES},{CLASSES}]" not in text
