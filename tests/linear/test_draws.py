@@ -83,7 +83,10 @@ def test_temperatures():
     hot = draw(np.ones((3000, 8), "float32"), kernel, temperature=np.inf)
     assert chi_square(hot, np.full(CLASSES, 1 / CLASSES)) > 1e-4
     ties = with_logits(np.isin(np.arange(CLASSES), [300, 650]))
-    np.testing.assert_array_equal(draw(*ties, temperature=0.0), 300)
+    # In one tile, and in two.
+    for budget in (None, 1):
+        cold = draw(*ties, temperature=0.0, tile_bytes=budget)
+        np.testing.assert_array_equal(cold, 300)
     traced = jax.jit(lambda tau: linear_sample(KEY, hidden, kernel, temperature=tau))
     np.testing.assert_array_equal(traced(-1.0), -1)
 
