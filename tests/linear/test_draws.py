@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import ArrayLike
 
 from jaxsoft import linear_sample
 from tests.linear import cases
@@ -20,7 +21,7 @@ ROWS, CLASSES = 40, 700
 HIDDEN, KERNEL = map(np.asarray, cases.layer(ROWS, 8, CLASSES)[:2])
 
 
-def draw(hidden: Any = HIDDEN, kernel: Any = KERNEL, **options):
+def draw(hidden: ArrayLike = HIDDEN, kernel: ArrayLike = KERNEL, **options):
     return np.asarray(linear_sample(KEY, hidden, kernel, **options))
 
 

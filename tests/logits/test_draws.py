@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import ArrayLike
 
 import jaxsoft
 from jaxsoft._core import block_sampling, noise
@@ -21,7 +22,7 @@ ROWS, CLASSES = 3000, 300
 X = truth.logits("unit", (ROWS, CLASSES))
 
 
-def draw(x: Any = X, temperature: Any = 1.0, **options):
+def draw(x: ArrayLike = X, temperature: ArrayLike = 1.0, **options):
     return np.asarray(jaxsoft.sample(KEY, x, temperature, **options))
 
 
