@@ -38,7 +38,7 @@ _CORE = (
         file="jaxsoft/_core/temperature.py",
         before="value = jnp.where(value < 0, jnp.nan, value)",
         after="value = jnp.where(value < 0, 0, value)",
-        tests=("tests/logits/test_validation.py", "tests/logits/test_values.py"),
+        tests=("tests/logits/test_validation.py", "tests/logits/test_limits.py"),
     ),
     Breakage(
         "limits-of-temperature-have-a-slope",
@@ -54,7 +54,7 @@ _CORE = (
         file="jaxsoft/_core/temperature.py",
         before="return probabilities * jnp.where(probabilities == 0, 0, values)",
         after="return probabilities * values",
-        tests=("tests/logits/test_values.py",),
+        tests=("tests/logits/test_limits.py", "tests/logits/test_values.py"),
     ),
     Breakage(
         "nan-temperature-accepted",
@@ -78,11 +78,7 @@ _CORE = (
         file="jaxsoft/_core/noise.py",
         before="jnp.full_like(number, ROWS)",
         after="jnp.full_like(number, BLOCKS)",
-        tests=(
-            "tests/core/test_noise.py",
-            "tests/logits/test_sampling.py",
-            "tests/logits/test_draws.py",
-        ),
+        tests=("tests/core/test_noise.py", "tests/logits/test_draws.py"),
     ),
     Breakage(
         "unit-without-its-half",
@@ -98,10 +94,7 @@ _CORE = (
         file="jaxsoft/_core/block_sampling.py",
         before="better = after > before",
         after="better = after >= before",
-        tests=(
-            "tests/linear/test_sampling.py",
-            "tests/linear/test_draws.py",
-        ),
+        tests=("tests/linear/test_draws.py",),
     ),
     Breakage(
         "inversion-stops-at-an-empty-class",
@@ -109,10 +102,7 @@ _CORE = (
         file="jaxsoft/_core/block_sampling.py",
         before="inside = jnp.sum(until <= target[:, None], axis=1)",
         after="inside = jnp.sum(until < target[:, None], axis=1)",
-        tests=(
-            "tests/logits/test_sampling.py",
-            "tests/logits/test_draws.py",
-        ),
+        tests=("tests/logits/test_draws.py",),
     ),
     Breakage(
         "blocks-drawn-at-temperature-one",
@@ -139,7 +129,7 @@ _CORE = (
         file="jaxsoft/_core/tokens.py",
         before="jnp.where(keep, result, 0)",
         after="result",
-        tests=("tests/linear/test_values.py", "tests/linear/test_validation.py"),
+        tests=("tests/linear/test_counting.py", "tests/linear/test_validation.py"),
     ),
     Breakage(
         "wide-products-rounded-narrow",
@@ -198,7 +188,7 @@ _LOGITS = (
         file="jaxsoft/logits/losses.py",
         before="(label >= 0) & (label < classes)",
         after="label < classes",
-        tests=("tests/logits/test_values.py", "tests/logits/test_validation.py"),
+        tests=("tests/logits/test_limits.py", "tests/logits/test_validation.py"),
     ),
     Breakage(
         "smoothing-moves-dropped-classes",
@@ -350,7 +340,7 @@ _LINEAR = (
         file="jaxsoft/linear/arguments.py",
         before="valid = (classes >= 0) & (classes < num_classes)",
         after="valid = classes >= 0",
-        tests=("tests/linear/test_values.py", "tests/linear/test_validation.py"),
+        tests=("tests/linear/test_counting.py", "tests/linear/test_validation.py"),
     ),
     Breakage(
         "slope-of-entropy-in-a-layer",
@@ -422,11 +412,7 @@ _LINEAR = (
         file="jaxsoft/linear/folds/draw.py",
         before="whole = (numbers * block >= first) & (ends <= first + classes)",
         after="whole = numbers * block >= first",
-        tests=(
-            "tests/linear/test_sampling.py",
-            "tests/linear/test_draws.py",
-            "tests/linear/test_sharding.py",
-        ),
+        tests=("tests/linear/test_draws.py", "tests/linear/test_sharding.py"),
     ),
     Breakage(
         "higher-of-equal-classes",

@@ -3,8 +3,6 @@
 One shape serves most tests, since a sampler of another is another program.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np

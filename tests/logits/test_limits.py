@@ -1,0 +1,186 @@
+"""Limits, masks and labels of the logits room.
+
+None of it is of the machine code, so this is a file that is compiled quickly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoft
+from tests import truth
+from tests.logits.test_values import FUNCTIONS, divergence
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-40, np.float32(0), np.zeros((1, 1), "f")])
+def test_zero_temperature_is_the_limit(tau):
+    x = jnp.asarray([[1.0, 3.0, 3.0, -jnp.inf]], jnp.float32)
+    np.testing.assert_array_equal(
+        jaxsoft.softmax(x, temperature=tau), [[0, 0.5, 0.5, 0]]
+    )
+    log_p = jaxsoft.log_softmax(x, temperature=tau)
+    np.testing.assert_allclose(log_p, [[-np.inf, -np.log(2), -np.log(2), -np.inf]])
+    np.testing.assert_allclose(
+        jaxsoft.entropy(x, temperature=tau), [np.log(2)], rtol=1e-6
+    )
+    np.testing.assert_array_equal(jaxsoft.logsumexp(x, temperature=tau), [np.inf])
+    np.testing.assert_array_equal(
+        jaxsoft.logsumexp(-x[:, :3], temperature=tau), [-np.inf]
+    )
+    np.testing.assert_allclose(
+        jaxsoft.logsumexp(jnp.zeros((1, 4)), temperature=tau), [np.log(4)], rtol=1e-6
+    )
+    loss = jaxsoft.softmax_cross_entropy(x, jnp.asarray([1]), tau)
+    np.testing.assert_allclose(loss, [np.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [float("inf"), np.float32(np.inf)])
+def test_infinite_temperature_is_uniform(tau):
+    x = jnp.asarray([[1.0, 3e38, -3e38, -jnp.inf]], jnp.float32)
+    third = np.float32(1 / 3)
+    np.testing.assert_allclose(
+        jaxsoft.softmax(x, temperature=tau), [[third, third, third, 0]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        jaxsoft.entropy(x, temperature=tau), [np.log(3)], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        jaxsoft.logsumexp(x, temperature=tau), [np.log(3)], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bad_traced_temperature_is_nan(name):
+    x = jnp.asarray(truth.logits("unit", (2, 5)))
+    for tau in (-1.0, jnp.nan):
+        out = jax.jit(getattr(jaxsoft, name))(x, temperature=np.float32(tau))
+        assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nan_logits_stay_visible(name):
+    x = jnp.asarray([[1.0, jnp.nan, 2.0], [1.0, 2.0, 3.0]], jnp.float32)
+    out = np.asarray(getattr(jaxsoft, name)(x, temperature=0.5))
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
+
+
+def test_masked_classes_and_empty_rows():
+    x = truth.logits("unit", (3, 6))
+    where = np.array([[1, 0, 1, 1, 0, 1]] * 2 + [[0] * 6], bool)
+    p = jaxsoft.softmax(x, temperature=0.5, where=where)
+    log_p = jaxsoft.log_softmax(x, temperature=0.5, where=where)
+    assert (np.asarray(p)[~where] == 0).all()
+    assert (np.asarray(log_p)[~where] == -np.inf).all()
+    assert truth.error(p[:2], truth.softmax(x[:2], 0.5, where[:2])) < 1e-6
+    assert truth.error(log_p[:2], truth.log_softmax(x[:2], 0.5, where[:2])) < 1e-6
+    h = jaxsoft.entropy(x, temperature=0.5, where=where)
+    assert truth.error(h[:2], truth.entropy(x[:2], 0.5, where[:2])) < 1e-6
+    assert h[2] == 0
+    lse = jaxsoft.logsumexp(x, temperature=0.5, where=where)
+    assert truth.error(lse[:2], truth.logsumexp(x[:2], 0.5, where[:2])) < 1e-6
+    assert lse[2] == -np.inf
+    loss = jaxsoft.softmax_cross_entropy(
+        x, np.zeros(3, int), where=where, label_smoothing=0.1, z_loss=0.1
+    )
+    assert loss[2] == 0
+    np.testing.assert_array_equal(
+        p, jaxsoft.softmax(np.where(where, x, -np.inf), temperature=0.5)
+    )
+
+
+def test_temperature_per_row_and_any_axis():
+    x = truth.logits("range", (4, 7, 3))
+    tau = np.random.default_rng(1).uniform(0.2, 3, (4, 1, 3)).astype("f")
+    moved = np.moveaxis(x, 1, -1)
+    expected = truth.softmax(moved, np.moveaxis(tau, 1, -1))
+    p = jaxsoft.softmax(x, temperature=tau, axis=1)
+    assert truth.error(np.moveaxis(np.asarray(p), 1, -1), expected) < 1e-6
+    for name in ("logsumexp", "entropy"):
+        value = getattr(jaxsoft, name)(x, temperature=tau, axis=1)
+        expected = getattr(truth, name)(moved, np.moveaxis(tau, 1, -1))
+        assert truth.error(value, expected) < 1e-6
+    labels = np.random.default_rng(2).integers(0, 7, (4, 3))
+    loss = jaxsoft.softmax_cross_entropy(x, labels, tau, axis=1)
+    log_p = truth.log_softmax(moved, np.moveaxis(tau, 1, -1))
+    picked = np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    assert truth.error(loss, -picked) < 1e-6
+
+
+def test_cross_entropy_of_targets():
+    x = truth.logits("unit", (3, 5))
+    targets = np.abs(truth.logits("unit", (3, 5), seed=1))
+    where = np.array([True, True, False, True, True])
+    expected = -(targets * truth.log_softmax(x, 2.0)).sum(-1)
+    loss = jaxsoft.softmax_cross_entropy(x, None, 2.0, targets=targets)
+    assert truth.error(loss, expected) < 1e-6
+    on_labels = jax.nn.one_hot(jnp.asarray([0, 1, 4]), 5)
+    one_hot = jaxsoft.softmax_cross_entropy(
+        x, targets=on_labels, where=where, label_smoothing=0.3, z_loss=0.1
+    )
+    labels = jaxsoft.softmax_cross_entropy(
+        x, jnp.asarray([0, 1, 4]), where=where, label_smoothing=0.3, z_loss=0.1
+    )
+    np.testing.assert_allclose(one_hot, labels, rtol=1e-6)
+    dropped = jaxsoft.softmax_cross_entropy(x, targets=targets, where=where)
+    assert np.isinf(dropped).all()
+
+
+def test_bad_labels_are_nan_and_can_be_masked():
+    x = truth.logits("unit", (5, 4))
+    labels = np.asarray([-100, -1, 4, 2, 0], "int32")
+    loss = jaxsoft.softmax_cross_entropy(x, labels)
+    np.testing.assert_array_equal(np.isnan(loss), [1, 1, 1, 0, 0])
+
+    @jax.jit
+    @jax.value_and_grad
+    def masked(x):
+        loss = jaxsoft.softmax_cross_entropy(x, labels)
+        return jnp.where((labels >= 0) & (labels < 4), loss, 0).sum()
+
+    value, grad = masked(x)
+    np.testing.assert_allclose(
+        value, jaxsoft.softmax_cross_entropy(x[3:], labels[3:]).sum(), rtol=1e-6
+    )
+    assert (np.asarray(grad)[:3] == 0).all()
+    unsigned = jaxsoft.softmax_cross_entropy(x[:1], jnp.asarray([200], jnp.uint8))
+    assert np.isnan(unsigned).all()
+
+
+def test_label_of_a_dropped_class_is_infinite_with_finite_gradient():
+    x = truth.logits("unit", (1, 4))
+    where = np.asarray([True, False, True, True])
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(x):
+        return jaxsoft.softmax_cross_entropy(x, jnp.asarray([1]), where=where)[0]
+
+    value, grad = loss(x)
+    assert value == np.inf
+    assert np.isfinite(grad).all() and grad[0, 1] == 0
+
+
+def test_distillation_of_disjoint_supports():
+    inf = np.float32(np.inf)
+    student = np.array([[0.0, 1.0, -inf]], "f")
+    teacher = np.array([[-inf, 1.0, 0.0]], "f")
+    assert jaxsoft.distillation_loss(student, teacher)[0] == np.inf
+    reverse = jaxsoft.distillation_loss(student, teacher, divergence="reverse_kl")
+    assert reverse[0] == np.inf
+    value = jaxsoft.distillation_loss(student, teacher, divergence="jensen_shannon")
+    exact = divergence("jensen_shannon", student, teacher, 1.0)
+    assert truth.error(value, exact) < 1e-6
+    empty = jaxsoft.distillation_loss(student, teacher, where=np.zeros(3, bool))
+    assert empty[0] == 0
+
+
+def test_one_class_and_no_rows():
+    x = jnp.zeros((3, 1))
+    np.testing.assert_array_equal(jaxsoft.softmax(x, temperature=0.3), np.ones((3, 1)))
+    np.testing.assert_array_equal(jaxsoft.entropy(x), np.zeros(3))
+    loss = jaxsoft.softmax_cross_entropy(x, jnp.zeros(3, jnp.int32))
+    np.testing.assert_array_equal(loss, np.zeros(3))
+    assert jaxsoft.softmax(jnp.zeros((0, 5))).shape == (0, 5)
+    assert jaxsoft.logsumexp(jnp.zeros((0, 5)), temperature=0.5).shape == (0,)
