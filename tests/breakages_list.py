@@ -35,7 +35,7 @@ _CORE = (
     Breakage(
         "negative-temperature-is-zero",
         kind="unvalidated input",
-        file="jaxsoft/_core/temperature.py",
+        file="jaxsoft/_core/numerics.py",
         before="value = jnp.where(value < 0, jnp.nan, value)",
         after="value = jnp.where(value < 0, 0, value)",
         tests=("tests/logits/test_validation.py", "tests/logits/test_limits.py"),
@@ -43,7 +43,7 @@ _CORE = (
     Breakage(
         "limits-of-temperature-have-a-slope",
         kind="wrong limit",
-        file="jaxsoft/_core/temperature.py",
+        file="jaxsoft/_core/numerics.py",
         before="return jnp.where(limit, 0, 1 /",
         after="return jnp.where(limit, 1, 1 /",
         tests=("tests/logits/test_gradients.py",),
@@ -51,7 +51,7 @@ _CORE = (
     Breakage(
         "zero-times-minus-infinity",
         kind="dropped guard",
-        file="jaxsoft/_core/temperature.py",
+        file="jaxsoft/_core/numerics.py",
         before="return probabilities * jnp.where(probabilities == 0, 0, values)",
         after="return probabilities * values",
         tests=("tests/logits/test_limits.py", "tests/logits/test_values.py"),
@@ -134,10 +134,10 @@ _CORE = (
     Breakage(
         "wide-products-rounded-narrow",
         kind="wrong dtype of an accumulator",
-        file="jaxsoft/_core/products.py",
+        file="jaxsoft/_core/numerics.py",
         before="jnp.matmul(a, b, precision=precision, preferred_element_type=dtype)",
         after="jnp.matmul(a, b, precision=precision).astype(dtype)",
-        tests=("tests/core/test_products.py",),
+        tests=("tests/core/test_numerics.py",),
     ),
     Breakage(
         "side-of-the-fitted-bound",
@@ -441,7 +441,7 @@ _LINEAR = (
     Breakage(
         "argmax-counts-from-its-shard",
         kind="off-by-one block",
-        file="jaxsoft/linear/sharding.py",
+        file="jaxsoft/_core/mesh_axes.py",
         before="jnp.where(reached, argmax + offset(axes, number), none)",
         after="jnp.where(reached, argmax, none)",
         tests=("tests/linear/test_sharding.py",),
@@ -449,7 +449,7 @@ _LINEAR = (
     Breakage(
         "once-on-every-shard",
         kind="counted by every shard",
-        file="jaxsoft/linear/sharding.py",
+        file="jaxsoft/_core/mesh_axes.py",
         before="lax.axis_index(axes) == 0",
         after="lax.axis_index(axes) >= 0",
         tests=("tests/linear/test_sharding.py",),

@@ -15,8 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core import noise
-from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature, finite_peak, is_zero
+from jaxsoft._core.numerics import (
+    compute_dtype,
+    divide_by_temperature,
+    finite_peak,
+    is_zero,
+)
 
 __all__ = [
     "Drawn",

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, registry
-from jaxsoft._core.dtypes import compute_dtype, operand_dtype
 from jaxsoft._core.exporting import exportable_namedtuple
-from jaxsoft._core.products import matmul
+from jaxsoft._core.numerics import compute_dtype, matmul, operand_dtype
 from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.row_blocks import take

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, registry
-from jaxsoft._core.dtypes import compute_dtype, operand_dtype
+from jaxsoft._core.numerics import (
+    compute_dtype,
+    divide_by_temperature,
+    is_zero,
+    operand_dtype,
+)
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import divide_by_temperature, is_zero
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.same_rows import take_rows
 

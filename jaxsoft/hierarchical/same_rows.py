@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core.numerics import compute_dtype
 
 __all__ = ["SameRows", "take_rows"]
 

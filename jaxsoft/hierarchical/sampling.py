@@ -9,8 +9,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import noise
+from jaxsoft._core.numerics import is_zero
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import is_zero
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,

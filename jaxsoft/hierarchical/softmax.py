@@ -10,9 +10,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.products import matmul
+from jaxsoft._core.numerics import matmul, over_temperature
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import over_temperature
 from jaxsoft._core.tokens import token_weights
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (

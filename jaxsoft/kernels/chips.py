@@ -10,8 +10,8 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._core.numerics import Temperature, is_ordinary
 from jaxsoft._core.registry import Gpu, gpus
-from jaxsoft._core.temperature import Temperature, is_ordinary
 
 __all__ = [
     "MULTIPROCESSORS",
@@ -97,7 +97,7 @@ def static_tau_factors(tau: float | None) -> tuple[float, float | None]:
     """
     if tau is None or not is_ordinary(tau):
         return 1.0, None
-    # As in temperature.py: a difference of logits must not overflow before τ divides.
+    # As in numerics.py: a difference of logits must not overflow before τ divides.
     scale = 0.25 if tau > 1 else 1.0
     return scale, _LOG2_E / (tau * scale)
 

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes, registry
-from jaxsoft._core.dtypes import operand_dtype
+from jaxsoft._core import checks, mesh_axes, numerics, registry
+from jaxsoft._core.numerics import operand_dtype
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear import sharding
 
 __all__ = [
     "Axes",
@@ -171,14 +170,14 @@ class Operands(NamedTuple):
         """V, of all shards and without padding."""
         if config.total_classes is not None:
             return config.total_classes
-        return self.num_classes(config) * sharding.size(config.vocab_axes)
+        return self.num_classes(config) * mesh_axes.size(config.vocab_axes)
 
     def local(self, config: Config) -> "Operands":
         """Returns the same with class ids that count from this shard's first class."""
         if not config.vocab_axes:
             return self
         number = self.num_classes(config)
-        start = sharding.offset(config.vocab_axes, number)
+        start = mesh_axes.offset(config.vocab_axes, number)
 
         def localize(classes):
             if classes is None:
@@ -231,7 +230,7 @@ def prepare(
     class_mask: ArrayLike | None = None,
     kernel_layout: KernelLayout = "hv",
     precision: Any = None,
-    vocab_axis: MeshAxes | sharding.Classes = None,
+    vocab_axis: MeshAxes | mesh_axes.Classes = None,
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,
     prefix: str = "",
@@ -260,7 +259,7 @@ def prepare(
       What is known at trace time, and the arrays.
     """
     chosen = registry.resolve(name, implementation)
-    axes = sharding.check_axes("vocab_axis", vocab_axis)
+    axes = mesh_axes.check_axes("vocab_axis", vocab_axis)
     if axes and chosen == "reference":
         raise NotImplementedError(
             '`implementation` must be None or "xla" with a vocab_axis, got "reference".'
@@ -275,7 +274,7 @@ def prepare(
         )
         if logit_softcap == 0:
             raise ValueError(f"`{prefix}logit_softcap` must be positive, got 0.")
-    tau = checks.temperature(temperature, dtypes.compute_dtype(hidden, kernel))
+    tau = checks.temperature(temperature, numerics.compute_dtype(hidden, kernel))
     if isinstance(tau, jax.Array) and tau.ndim:
         rows = f"{prefix}hidden.shape[:-1] or ()"
         checks.shape("temperature", tau, hidden.shape[:-1], rows)
@@ -290,7 +289,7 @@ def prepare(
         implementation=chosen,
         vocab_axes=axes,
         total_classes=(
-            vocab_axis.number if isinstance(vocab_axis, sharding.Classes) else None
+            vocab_axis.number if isinstance(vocab_axis, mesh_axes.Classes) else None
         ),
     )
     array_tau = tau if isinstance(tau, jax.Array) else None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
+from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature_fit import (
     DEFAULT_BOUNDS,
@@ -19,7 +19,6 @@ from jaxsoft._core.temperature_fit import (
     row_weights,
 )
 from jaxsoft._core.tokens import token_weights
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import Call, KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
@@ -98,7 +97,7 @@ def linear_fit_temperature(
       Guo, Pleiss, Sun and Weinberger, On Calibration of Modern Neural Networks,
       arXiv:1706.04599.
     """
-    axes = sharding.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_axes("token_axes", token_axes)
     hidden = checks.floating("hidden", hidden)
     labels = checks.integer("labels", labels)
     checks.shape("labels", labels, hidden.shape[:-1], "hidden.shape[:-1]")
@@ -133,7 +132,7 @@ def _fit(config, token_axes, bounds, arrays, weights) -> TemperatureFit:
         of_tokens = statistics(call, ("mean", "expected"))
         return _row_fit(of_tokens.with_one_label())
 
-    dtype = dtypes.compute_dtype(arrays.hidden, arrays.kernel)
+    dtype = numerics.compute_dtype(arrays.hidden, arrays.kernel)
     return fit_rows(rows, row_weights(weights), bounds, dtype, token_axes)
 
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.dtypes import compute_dtype, operand_dtype
+from jaxsoft._core.numerics import compute_dtype, operand_dtype, over_temperature
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import over_temperature
 from jaxsoft.linear.arguments import prepare
 from jaxsoft.linear.folds.statistics import statistics
 

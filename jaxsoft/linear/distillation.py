@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.divergence_terms import DIVERGENCES, excess
+from jaxsoft._core.numerics import is_zero
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import is_zero
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import (
     KernelLayout,
     MeshAxes,
@@ -121,7 +120,7 @@ def linear_distillation(
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("divergence", divergence, DIVERGENCES)
-    axes = sharding.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_axes("token_axes", token_axes)
     checks.finite_temperature(temperature)
     student_hidden = checks.floating("student_hidden", student_hidden)
     teacher_hidden = checks.floating("teacher_hidden", teacher_hidden)
@@ -276,7 +275,7 @@ def linear_distillation_top_k(
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("remaining", remaining, ("other", "renormalize", "ignore"))
-    axes = sharding.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_axes("token_axes", token_axes)
     hidden = checks.floating("hidden", hidden)
     ids = checks.integer("teacher_ids", teacher_ids)
     log_p = checks.floating("teacher_log_probs", teacher_log_probs)

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, noise
+from jaxsoft._core import checks, mesh_axes, noise
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import (
     KernelLayout,
     MeshAxes,
@@ -101,7 +100,7 @@ def linear_expected(
       Jang, Gu and Poole, Categorical Reparameterization with Gumbel-Softmax,
       arXiv:1611.01144; Bengio et al., arXiv:1308.3432 (straight-through).
     """
-    rows_over = sharding.check_axes("token_axes", token_axes)
+    rows_over = mesh_axes.check_axes("token_axes", token_axes)
     call = prepare(
         "linear_expected",
         hidden,
@@ -141,6 +140,6 @@ def _expected(
         return jnp.zeros(shape, values.dtype)
     words = None
     if key is not None:
-        words = noise.row_words(key, count, sharding.offset(rows_over, count))
+        words = noise.row_words(key, count, mesh_axes.offset(rows_over, count))
     mixed = Mixed(fold_rows(fold.config, arrays), values, words)
     return stream(fold, mixed).mixture.reshape(shape)

@@ -15,7 +15,7 @@ that knows which of its arguments have a tangent.
 XLA's partitioner gathers whatever a loop slices along a sharded axis: the kernel, and
 hidden states. Rows are independent and classes merge, so both can stay where they are:
 compiled for several devices, a fold runs for one shard of rows and classes, with the
-collectives of `sharding.py` inside, as in `jax.shard_map`.
+collectives of `mesh_axes.py` inside, as in `jax.shard_map`.
 """
 
 import abc
@@ -274,7 +274,7 @@ def _bind(program: _Program, *args: Any) -> Any:
     axes, result_axes = program.axes(*args), program.result_axes(args[0], result)
     # A kernel in an interpreter has effects: one device runs it, and in order.
     interpreted = program.platform is not None and jaxpr.effects
-    if not interpreted and not any(map(mesh_axes.axes, flat)):
+    if not interpreted and not any(map(mesh_axes.varying_axes, flat)):
         # Outside shard_map XLA may have to share the function among devices.
         shared = _shared(program, jaxpr_as_fun(jaxpr), tree, axes, result_axes)
         jaxpr = jax.make_jaxpr(shared)(*flat)

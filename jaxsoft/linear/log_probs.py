@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxsoft._core import mesh_axes
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import statistics
 
@@ -94,7 +94,7 @@ def linear_log_prob(
       Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300; Wijmans et al., Cut Your
       Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
     """
-    sharding.check_axes("token_axes", token_axes)
+    mesh_axes.check_axes("token_axes", token_axes)
     call = prepare(
         "linear_log_prob",
         hidden,
@@ -178,7 +178,7 @@ def linear_log_prob_at(
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
       arXiv:2411.09009.
     """
-    sharding.check_axes("token_axes", token_axes)
+    mesh_axes.check_axes("token_axes", token_axes)
     call = prepare(
         "linear_log_prob_at",
         hidden,

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
@@ -119,7 +118,7 @@ def linear_cross_entropy(
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     smoothing = checks.scalar_in("label_smoothing", label_smoothing, 0, 1)
     z_weight = checks.scalar_in("z_loss", z_loss, 0, float("inf"))
-    axes = sharding.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_axes("token_axes", token_axes)
     hidden = checks.floating("hidden", hidden)
     labels = checks.integer("labels", labels)
     checks.shape("labels", labels, hidden.shape[:-1], "hidden.shape[:-1]")

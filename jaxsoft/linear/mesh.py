@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsoft.linear import sharding
+from jaxsoft._core import mesh_axes
 from jaxsoft.linear.arguments import MeshAxes
 
 __all__ = ["over_mesh"]
@@ -84,7 +84,7 @@ def over_mesh(
             "`function` must be one of jaxsoft's linear_* functions, which take "
             f"vocab_axis and token_axes, got {function!r}."
         )
-    classes, tokens = sharding.names(vocab_axis), sharding.names(token_axes)
+    classes, tokens = mesh_axes.names(vocab_axis), mesh_axes.names(token_axes)
     for name, axes in (("vocab_axis", classes), ("token_axes", tokens)):
         for axis in axes:
             if axis not in mesh.axis_names:
@@ -145,7 +145,7 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
         return function(
             **arrays,
             **static,
-            vocab_axis=sharding.Classes(classes, number) if classes else None,
+            vocab_axis=mesh_axes.Classes(classes, number) if classes else None,
             token_axes=tokens,
         )
 

@@ -5,8 +5,7 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 
-from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature, finite_peak
+from jaxsoft._core.numerics import compute_dtype, divide_by_temperature, finite_peak
 from jaxsoft.linear.arguments import Config, Operands
 
 __all__ = ["logits", "statistics"]

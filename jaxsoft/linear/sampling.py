@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import noise
+from jaxsoft._core import mesh_axes, noise
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import (
     KernelLayout,
     MeshAxes,
@@ -91,7 +90,7 @@ def linear_sample(
       Gumbel, Statistical Theory of Extreme Values, 1954; Maddison, Tarlow and Minka,
       A* Sampling, arXiv:1411.0030 (Gumbel-max over groups of classes).
     """
-    rows_over = sharding.check_axes("token_axes", token_axes)
+    rows_over = mesh_axes.check_axes("token_axes", token_axes)
     call = prepare(
         "linear_sample",
         *lax.stop_gradient((jnp.asarray(hidden), jnp.asarray(kernel))),
@@ -124,6 +123,6 @@ def _sample(
     count = math.prod(shape)
     if not count:
         return jnp.zeros(shape, jnp.int32)
-    words = noise.row_words(key, count, sharding.offset(rows_over, count))
+    words = noise.row_words(key, count, mesh_axes.offset(rows_over, count))
     drawing = Drawing(fold_rows(fold.config, arrays), words)
     return stream(fold, drawing).class_id.reshape(shape)

@@ -4,8 +4,8 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
+from jaxsoft._core import mesh_axes
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
@@ -91,7 +91,7 @@ def linear_statistics(
       arXiv:1805.02867; Wijmans et al., Cut Your Losses in Large-Vocabulary Language
       Models, arXiv:2411.09009.
     """
-    sharding.check_axes("token_axes", token_axes)
+    mesh_axes.check_axes("token_axes", token_axes)
     call = prepare(
         "linear_statistics",
         hidden,

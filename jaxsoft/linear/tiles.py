@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.padding import round_up
+from jaxsoft._core.numerics import compute_dtype, round_up
 from jaxsoft.linear.arguments import Config, Operands, axes_of, has_axes
 
 __all__ = [

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
-from jaxsoft._core.dtypes import compute_dtype
+from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core.numerics import compute_dtype
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import (
     KernelLayout,
     MeshAxes,
@@ -88,7 +87,7 @@ def linear_top_k(
       Milakov and Gimelshein, Online normalizer calculation for softmax,
       arXiv:1805.02867 (softmax fused with top-k).
     """
-    sharding.check_axes("token_axes", token_axes)
+    mesh_axes.check_axes("token_axes", token_axes)
     call = prepare(
         "linear_top_k",
         hidden,

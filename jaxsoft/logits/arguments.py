@@ -6,7 +6,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
+from jaxsoft._core import checks, numerics
 
 __all__ = [
     "check_temperature",
@@ -29,7 +29,7 @@ def check_temperature(
     temperature: ArrayLike, logits: jax.Array, axis: int
 ) -> float | jax.Array:
     """Returns the temperature as a float or an array of the rank of `logits`."""
-    tau = checks.temperature(temperature, dtypes.compute_dtype(logits))
+    tau = checks.temperature(temperature, numerics.compute_dtype(logits))
     if not isinstance(tau, jax.Array):
         return tau
     if tau.ndim == 0:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
-from jaxsoft._core.temperature import times
+from jaxsoft._core import checks, numerics
+from jaxsoft._core.numerics import times
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
@@ -139,7 +139,7 @@ def boltzmann_operator(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _compiled_operator(axis, static_tau, values, tau, where):
-    x = values.astype(dtypes.compute_dtype(values))
+    x = values.astype(numerics.compute_dtype(values))
     return _operator(axis, static_tau, x, tau, where)
 
 
@@ -231,7 +231,7 @@ def soft_argmax(
     logits = checks.floating("logits", logits)
     axis = checks.class_axis(axis, logits)
     where = check_where(where, logits)
-    dtype = dtypes.compute_dtype(logits)
+    dtype = numerics.compute_dtype(logits)
     if positions is not None:
         positions = checks.floating("positions", positions)
         classes = logits.shape[axis]
@@ -240,7 +240,7 @@ def soft_argmax(
                 f"`positions` must have shape (V,) or (V, D) with V = {classes}, "
                 f"got {positions.shape}."
             )
-        dtype = dtypes.compute_dtype(logits, positions)
+        dtype = numerics.compute_dtype(logits, positions)
     logits = logits.astype(dtype)
     tau = check_temperature(temperature, logits, axis)
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)

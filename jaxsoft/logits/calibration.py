@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
-from jaxsoft._core.temperature import divide_by_temperature, times
+from jaxsoft._core import checks, numerics
+from jaxsoft._core.numerics import divide_by_temperature, times
 from jaxsoft._core.temperature_fit import (
     DEFAULT_BOUNDS,
     RowFit,
@@ -104,7 +104,7 @@ def fit_temperature(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _fit(axis, bounds, logits, labels, where, weights) -> TemperatureFit:
-    dtype = dtypes.compute_dtype(logits)
+    dtype = numerics.compute_dtype(logits)
     x, classes = logits.astype(dtype), logits.shape[axis]
     valid = (labels >= 0) & (labels < classes)
     label = jnp.where(valid, labels, 0).astype(jnp.int32)[..., None]
@@ -218,7 +218,7 @@ def calibration_bins(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _bins(number, probabilities, labels, weights) -> CalibrationBins:
-    dtype = dtypes.compute_dtype(probabilities)
+    dtype = numerics.compute_dtype(probabilities)
     classes = probabilities.shape[-1]
     confidence = jnp.max(probabilities, -1).astype(dtype).reshape(-1)
     best = jnp.argmax(probabilities, -1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsoft._core.temperature import divide_by_temperature, finite_peak
+from jaxsoft._core.numerics import divide_by_temperature, finite_peak
 
 __all__ = ["Centred", "centre"]
 

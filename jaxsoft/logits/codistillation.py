@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
+from jaxsoft._core import checks, numerics
 from jaxsoft._core.divergence_terms import SMALL, difference
-from jaxsoft._core.temperature import Temperature, finite, finite_peak, inverse
+from jaxsoft._core.numerics import Temperature, finite, finite_peak, inverse
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
@@ -121,7 +121,7 @@ def _check_head_axis(head_axis: int, axis: int, logits: jax.Array) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _codistillation(head_axis, axis, static_tau, logits, tau, where):
-    x = logits.astype(dtypes.compute_dtype(logits))
+    x = logits.astype(numerics.compute_dtype(logits))
     fixed_tau = jax.lax.stop_gradient(pick_temperature(static_tau, tau))
     teacher = _consensus(head_axis, axis, jax.lax.stop_gradient(x), fixed_tau, where)
     if tau is not None:

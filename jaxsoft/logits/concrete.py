@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
-from jaxsoft._core.temperature import is_zero
+from jaxsoft._core import checks, numerics
+from jaxsoft._core.numerics import is_zero
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.softmax import logsumexp
 
@@ -77,7 +77,7 @@ def concrete_log_prob(
 def _log_prob(
     static_tau: float | None, log_space: bool, y: jax.Array, rows: Rows
 ) -> jax.Array:
-    dtype = dtypes.compute_dtype(y, rows.logits)
+    dtype = numerics.compute_dtype(y, rows.logits)
     tau = jnp.asarray(rows.temperature(static_tau), dtype)
     if tau.ndim == 0:
         tau = tau.reshape(1, 1)

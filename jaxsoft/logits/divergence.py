@@ -12,7 +12,7 @@ from jaxsoft._core.divergence_terms import (
     half_scaled,
     half_step,
 )
-from jaxsoft._core.temperature import Temperature, finite, inverse
+from jaxsoft._core.numerics import Temperature, finite, inverse
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.softmax import exponentials

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core.temperature import divide_by_temperature, finite_peak
+from jaxsoft._core.numerics import divide_by_temperature, finite_peak
 
 __all__ = ["NONE", "Filters", "apply"]
 

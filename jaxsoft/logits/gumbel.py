@@ -8,8 +8,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, noise, registry
+from jaxsoft._core.numerics import inverse
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import inverse
 from jaxsoft.logits import perturbation
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.rows import Rows, to_rows

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
+from jaxsoft._core import checks, numerics
 from jaxsoft._core.divergence_terms import DIVERGENCES
-from jaxsoft._core.temperature import (
+from jaxsoft._core.numerics import (
     divide_by_temperature,
     finite,
     inverse,
@@ -120,7 +120,7 @@ class _Options(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _cross_entropy(options, logits, tau, where, labels, targets):
     axis, static_tau, smoothing, z_weight = options
-    dtype = dtypes.compute_dtype(logits)
+    dtype = numerics.compute_dtype(logits)
     x = logits.astype(dtype)
     if labels is None:
         log_p = log_softmax(
@@ -273,7 +273,7 @@ def distillation_loss(
     axis = checks.class_axis(axis, student, "student_logits")
     where = check_where(where, student)
     checks.one_of("divergence", divergence, DIVERGENCES)
-    dtype = dtypes.compute_dtype(student, teacher)
+    dtype = numerics.compute_dtype(student, teacher)
     student, teacher = student.astype(dtype), teacher.astype(dtype)
     tau = check_temperature(temperature, student, axis)
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)

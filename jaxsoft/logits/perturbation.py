@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core import dtypes, noise
-from jaxsoft._core.temperature import is_zero
+from jaxsoft._core import noise, numerics
+from jaxsoft._core.numerics import is_zero
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.rows import Rows, in_tiles
 from jaxsoft.logits.softmax import exponentials
@@ -40,7 +40,7 @@ def _noisy(
 
     Centred first: beside an offset of 10⁶ noise would lose most of its bits.
     """
-    x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
+    x = rows.logits.astype(numerics.compute_dtype(rows.logits))
     drawn = noise.first_gumbel(
         words, noise.CLASSES, x.shape[1], x.dtype, generator, fused=fused
     )

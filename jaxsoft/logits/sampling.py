@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoft._core import block_sampling, checks, dtypes, noise
+from jaxsoft._core import block_sampling, checks, noise, numerics
 from jaxsoft.logits import filters
 from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 
@@ -99,7 +99,7 @@ def _filter(name: str, value: Any, logits: jax.Array, axis: int) -> jax.Array | 
     if value is None:
         return None
     whole = name == "top_k"
-    dtype = jnp.int32 if whole else dtypes.compute_dtype(logits)
+    dtype = jnp.int32 if whole else numerics.compute_dtype(logits)
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if isinstance(value, numbers.Real):
@@ -175,7 +175,7 @@ def _draw_filtered(
 ) -> jax.Array:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
-    x = rows.logits.astype(dtypes.compute_dtype(rows.logits))
+    x = rows.logits.astype(numerics.compute_dtype(rows.logits))
     if rows.where is not None:
         x = jnp.where(rows.where, x, -jnp.inf)
     x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes
-from jaxsoft._core.temperature import divide_by_temperature, is_zero, over_temperature
+from jaxsoft._core import checks, numerics
+from jaxsoft._core.numerics import divide_by_temperature, is_zero, over_temperature
 
 __all__ = ["scaled_logits"]
 
@@ -25,7 +25,7 @@ def scaled_logits(logits: ArrayLike, temperature: jax.Array) -> jax.Array:
     """
     logits = checks.floating("logits", logits)
     checks.class_axis(-1, logits)
-    dtype = dtypes.compute_dtype(logits)
+    dtype = numerics.compute_dtype(logits)
     x = logits.astype(dtype)
     tau = temperature.astype(dtype).reshape((1,) * x.ndim)
     # The limit at τ = 0 has no gradient.

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes, registry
+from jaxsoft._core import checks, numerics, registry
+from jaxsoft._core.numerics import finite, inverse, over_temperature, times
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import finite, inverse, over_temperature, times
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
@@ -267,7 +267,7 @@ def _compiled(
     tau: jax.Array | None,
     where: jax.Array | None,
 ) -> jax.Array:
-    x = logits.astype(dtypes.compute_dtype(logits))
+    x = logits.astype(numerics.compute_dtype(logits))
     result = function(axis, static_tau, x, tau, where)
     return result.astype(logits.dtype) if result.ndim == logits.ndim else result
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, dtypes, noise
-from jaxsoft._core.temperature import inverse
+from jaxsoft._core import checks, noise, numerics
+from jaxsoft._core.numerics import inverse
 from jaxsoft.logits import perturbation
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.centre import centre
@@ -108,7 +108,7 @@ def _reinmax_jvp(static_tau, primals, tangents):
     tau = pick_temperature(static_tau, tau_array)
 
     def slope(x, class_ids, dx):
-        dtype = dtypes.compute_dtype(x)
+        dtype = numerics.compute_dtype(x)
         # A row with nothing to draw may hold NaN: it is given zeros, and no slope.
         empty = class_ids[:, None] < 0
         dx, wide = dx.astype(dtype), jnp.where(empty, 0, x.astype(dtype))
@@ -238,7 +238,7 @@ def _mean_slope(
     moving: dict[str, Any],
 ) -> jax.Array:
     """Returns the mean over draws of noise of the tangent of the relaxed sample."""
-    dtype = dtypes.compute_dtype(x)
+    dtype = numerics.compute_dtype(x)
     # A row with nothing to draw may hold NaN: it is given zeros and class 0, no slope.
     empty = class_ids[:, None] < 0
     x = jnp.where(empty, 0, x.astype(dtype))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxsoft._core import checks, dtypes
+from jaxsoft._core import checks, numerics
 from jaxsoft._core.temperature_fit import check_bounds
 
 __all__ = ["LearnableTemperature"]
@@ -72,7 +72,7 @@ class LearnableTemperature(nnx.Module):
     def __call__(self) -> jax.Array:
         """Returns τ, a float32 scalar (float64 for a float64 parameter)."""
         log_tau = self.log_temperature[...]
-        log_tau = log_tau.astype(dtypes.compute_dtype(log_tau))
+        log_tau = log_tau.astype(numerics.compute_dtype(log_tau))
         return _clipped_exp(*self.bounds, log_tau)
 
 

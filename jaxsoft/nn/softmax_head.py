@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft._core import checks, dtypes
+from jaxsoft._core import checks, numerics
 from jaxsoft._core.registry import Implementation
 from jaxsoft.linear.arguments import MeshAxes
 from jaxsoft.linear.log_probs import linear_log_prob
@@ -176,8 +176,8 @@ class SoftmaxHead(nnx.Module):
           `vocab_axis`, the logits of this shard's classes.
         """
         hidden, kernel, bias = self._promote(hidden)
-        wide = dtypes.compute_dtype(hidden, kernel)
-        operand = dtypes.operand_dtype(hidden, kernel)
+        wide = numerics.compute_dtype(hidden, kernel)
+        operand = numerics.operand_dtype(hidden, kernel)
         axis = 0 if self.embedding is None else 1
         logits = jax.lax.dot_general(
             hidden.astype(operand),

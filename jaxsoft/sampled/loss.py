@@ -12,11 +12,15 @@ from jax.typing import ArrayLike
 from numpy import typing as npt
 
 from jaxsoft._core import checks, registry
-from jaxsoft._core.dtypes import compute_dtype, operand_dtype
 from jaxsoft._core.exporting import exportable_dataclass
-from jaxsoft._core.products import matmul
+from jaxsoft._core.numerics import (
+    compute_dtype,
+    is_zero,
+    matmul,
+    operand_dtype,
+    over_temperature,
+)
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.temperature import is_zero, over_temperature
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
 from jaxsoft.hierarchical.layer import products_of_rows
 from jaxsoft.hierarchical.same_rows import take_rows

@@ -22,7 +22,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike
 
 from jaxsoft._core import mesh_axes, noise, registry
-from jaxsoft._core.temperature import inverse, is_ordinary
+from jaxsoft._core.numerics import inverse, is_ordinary
 from jaxsoft.logits.arguments import has_no_tangent
 from jaxsoft.logits.rows import Rows, to_rows
 

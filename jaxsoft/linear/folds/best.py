@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature, finite_peak
-from jaxsoft.linear import sharding
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.numerics import compute_dtype, divide_by_temperature, finite_peak
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold, stream
 from jaxsoft.linear.folds.statistics import Statistics
@@ -67,7 +66,7 @@ class Best(Fold):
     def step(self, carry: _Carry, tile: Tile, part: Operands, index: Any) -> _Carry:
         del index
         u, tau = tile.logits, part.temperature(self.config)
-        first = sharding.offset(self.config.vocab_axes, part.num_classes(self.config))
+        first = mesh_axes.offset(self.config.vocab_axes, part.num_classes(self.config))
         logits, columns = lax.top_k(u, min(self.k, u.shape[1]))
         columns = jnp.where(logits == -jnp.inf, -1, first + tile.start + columns)
         logits, ids = self._best((carry.logits, logits), (carry.ids, columns))
@@ -86,13 +85,13 @@ class Best(Fold):
             ]
             logits, ids = self._best((gathered[0],), (gathered[1],))
             # They are the same on every shard, and now known to be.
-            logits, ids = sharding.maximum(logits, axes), sharding.maximum(ids, axes)
+            logits, ids = mesh_axes.maximum(logits, axes), mesh_axes.maximum(ids, axes)
             peak = finite_peak(logits[:, :1])
             rescale = jnp.exp(divide_by_temperature(carry.logits[:, :1], peak, tau))
             total = lax.psum(total * rescale[:, 0], axes)
             # So are temperatures.
             if isinstance(tau, jax.Array):
-                tau = sharding.maximum(tau, axes)
+                tau = mesh_axes.maximum(tau, axes)
         c = divide_by_temperature(logits, finite_peak(logits[:, :1]), tau)
         log_sum = jnp.log(jnp.where(total == 0, 1, total))[:, None]
         return _Result(c - log_sum, ids)

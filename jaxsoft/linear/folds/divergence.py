@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.divergence_terms import difference, excess, half_scaled, half_step
-from jaxsoft._core.temperature import (
+from jaxsoft._core.numerics import (
     Temperature,
     divide_by_temperature,
     finite,
@@ -21,7 +21,6 @@ from jaxsoft._core.temperature import (
     inverse,
     is_zero,
 )
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.folds.statistics import Saved, Statistics
@@ -174,7 +173,7 @@ class TwoLayers(Fold):
         tau = arrays.layers.student.temperature(self.config)
         zero = is_zero(tau, carry.loss.dtype)
         sums = jax.tree.map(lambda a: jnp.where(zero, 0, a), carry)
-        total = sharding.add(sums._asdict(), self.config.vocab_axes)
+        total = mesh_axes.add(sums._asdict(), self.config.vocab_axes)
         sums = _Sums._make(total[name][:, 0] for name in _Sums._fields)
         return _Saved(sums, arrays.rows)
 
@@ -242,7 +241,7 @@ class TwoLayers(Fold):
             tiles=tiles,
         )
         if moments is not None:
-            first = sharding.once(2 * sums.loss, self.config.vocab_axes)
+            first = mesh_axes.once(2 * sums.loss, self.config.vocab_axes)
             change = finite((first - moments[:, 0])[:, None]) * inverse(tau, dtype)
             gradients = gradients._replace(tau=change[:, 0] * cotangent)
         return gradients.of_operands()

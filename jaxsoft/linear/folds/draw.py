@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core import block_sampling
-from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature, finite_peak, is_zero
-from jaxsoft.linear import sharding
+from jaxsoft._core import block_sampling, mesh_axes
+from jaxsoft._core.numerics import (
+    compute_dtype,
+    divide_by_temperature,
+    finite_peak,
+    is_zero,
+)
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.tiles import Tiling, compute_tile, tiles_of
@@ -90,7 +93,7 @@ class Draw(Fold):
         classes = operands.num_classes(self.config)
         total = operands.all_classes(self.config)
         return _Vocabulary(
-            sharding.offset(self.config.vocab_axes, classes),
+            mesh_axes.offset(self.config.vocab_axes, classes),
             classes,
             total,
             block_sampling.block_size(total),
@@ -199,7 +202,7 @@ class Draw(Fold):
         at = block_sampling.place(words, zero, carry.max.dtype)
         first = self._vocabulary(arrays.operands).first
         edges = self._edges(arrays)
-        all_edges = 2 * sharding.size(axes)
+        all_edges = 2 * mesh_axes.size(axes)
         # The edges of all shards, [edges, N], in the order of the classes.
         all_numbers = lax.all_gather(jnp.stack([e.number for e in edges]), axes)
         all_numbers = all_numbers.reshape(all_edges)
@@ -240,12 +243,12 @@ class Draw(Fold):
         tau = arrays.operands.temperature(self.config)
         row_tau = tau.T if isinstance(tau, jax.Array) else tau
         tops, scores, ids = (jnp.stack(a) for a in zip(*candidates, strict=True))
-        top = sharding.maximum(jnp.max(tops, axis=0), axes)
+        top = mesh_axes.maximum(jnp.max(tops, axis=0), axes)
         scores += divide_by_temperature(tops, finite_peak(top)[None], row_tau)
-        best = sharding.maximum(jnp.max(scores, axis=0), axes)
+        best = mesh_axes.maximum(jnp.max(scores, axis=0), axes)
         none = jnp.iinfo(jnp.int32).max
         here = (scores == best[None]) & (ids >= 0)
-        class_id = sharding.lowest(jnp.min(jnp.where(here, ids, none), axis=0), axes)
+        class_id = mesh_axes.lowest(jnp.min(jnp.where(here, ids, none), axis=0), axes)
         class_id = jnp.where(class_id == none, -1, class_id)
         return block_sampling.Drawn(top, best, class_id)
 

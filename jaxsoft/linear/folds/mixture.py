@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core import noise
-from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import (
+from jaxsoft._core import mesh_axes, noise
+from jaxsoft._core.numerics import (
+    compute_dtype,
     divide_by_temperature,
     finite_peak,
     inverse,
     times,
 )
-from jaxsoft.linear import sharding
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.tiles import Share, Tile, Tiling, Wanted, accumulate, dot
@@ -130,7 +129,7 @@ class Mixture(Fold):
         if words is None:
             return tile
         classes = operands.num_classes(self.config)
-        first = sharding.offset(self.config.vocab_axes, classes)
+        first = mesh_axes.offset(self.config.vocab_axes, classes)
         ids = first + tile.start + lax.iota(jnp.int32, tile.logits.shape[1])
         bits = noise.paired_gumbel(words, noise.CLASSES, ids, tile.logits.dtype)
         return tile._replace(logits=tile.logits + bits)
@@ -161,12 +160,12 @@ class Mixture(Fold):
     def finish(self, carry: _Carry, arrays: Mixed) -> _Saved:
         axes = self.config.vocab_axes
         tau = arrays.operands.temperature(self.config)
-        largest = sharding.maximum(carry.max, axes)
+        largest = mesh_axes.maximum(carry.max, axes)
         rescale = jnp.exp(divide_by_temperature(carry.max, finite_peak(largest), tau))
         sums = {"total": carry.sum * rescale, "mixture": carry.mixture * rescale}
         if self.hard:
             sums["picked"] = self._picked(carry, arrays, largest)
-        sums = sharding.add(sums, axes)
+        sums = mesh_axes.add(sums, axes)
         total = jnp.where(sums["total"] == 0, 1, sums["total"])
         mixture = sums["mixture"] / total
         return _Saved(largest[:, 0], total[:, 0], mixture, sums.get("picked"))
@@ -177,11 +176,11 @@ class Mixture(Fold):
         They are 0 on all shards but the one that has the class.
         """
         axes = self.config.vocab_axes
-        offset = sharding.offset(axes, arrays.operands.num_classes(self.config))
+        offset = mesh_axes.offset(axes, arrays.operands.num_classes(self.config))
         reached = (carry.max == largest)[:, 0]
         none = jnp.iinfo(jnp.int32).max
         classes = offset + carry.argmax
-        first = sharding.lowest(jnp.where(reached, classes, none), axes)
+        first = mesh_axes.lowest(jnp.where(reached, classes, none), axes)
         ours = reached & (classes == first) & (carry.max[:, 0] > -jnp.inf)
         picked = jnp.take(arrays.values, carry.argmax, axis=0, mode="clip")
         return jnp.where(ours[:, None], picked.astype(carry.mixture.dtype), 0)

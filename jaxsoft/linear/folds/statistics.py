@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxsoft._core import dtypes, registry
+from jaxsoft._core import mesh_axes, numerics, registry
 from jaxsoft._core.exporting import exportable_dataclass
-from jaxsoft._core.temperature import (
+from jaxsoft._core.numerics import (
     divide_by_temperature,
     finite,
     finite_peak,
@@ -34,7 +34,7 @@ from jaxsoft._core.temperature import (
     over_temperature,
     times,
 )
-from jaxsoft.linear import reference, sharding
+from jaxsoft.linear import reference
 from jaxsoft.linear.arguments import Axes, Call, Operands, fold_rows
 from jaxsoft.linear.fold import Fold, stream
 from jaxsoft.linear.tiles import Share, Tile, Wanted, accumulate
@@ -370,7 +370,7 @@ class _Argmax(_Statistic):
     def field(self, sums, total, finish):
         reached = finish.columns["max"] == finish.largest
         argmax = finish.columns["argmax"]
-        return sharding.lowest_argmax(argmax, reached, finish.shard, finish.axes)[:, 0]
+        return mesh_axes.lowest_argmax(argmax, reached, finish.shard, finish.axes)[:, 0]
 
 
 class _Rest(_Statistic):
@@ -435,7 +435,7 @@ class Statistics(Fold):
 
     def start(self, rows: int, arrays: Operands) -> Columns:
         labels = 0 if arrays.labels is None else arrays.labels.shape[1]
-        return self.empty(rows, labels, dtypes.compute_dtype(*arrays[:2]))
+        return self.empty(rows, labels, numerics.compute_dtype(*arrays[:2]))
 
     def empty(self, rows: int, labels: int, dtype: DTypeLike) -> Columns:
         """Returns the columns of R rows with K labels before their first tile."""
@@ -482,7 +482,7 @@ class Statistics(Fold):
     def finish(self, carry: Columns, arrays: Operands) -> Saved:
         axes = self.config.vocab_axes
         tau = arrays.temperature(self.config)
-        largest = sharding.maximum(carry["max"], axes)
+        largest = mesh_axes.maximum(carry["max"], axes)
         move = _Move.of(carry["max"], largest, tau)
         finish = _Finish(
             arrays,
@@ -496,7 +496,7 @@ class Statistics(Fold):
         sums = {"total": move.rescale * carry["sum"]}
         for statistic in self.statistics:
             sums |= statistic.sums(statistic.moved(carry, move), move, finish)
-        sums = sharding.add(sums, axes)
+        sums = mesh_axes.add(sums, axes)
         total = jnp.where(largest == -jnp.inf, 1, sums["total"])
         fields, saved = {}, {}
         for statistic in self.statistics:
@@ -688,7 +688,7 @@ def _run(fold: Statistics, arrays: Operands) -> LogitStatistics:
     config = fold.config
     rows = arrays.hidden.shape[:-1]
     operands = fold_rows(config, arrays)
-    dtype = dtypes.compute_dtype(arrays.hidden, arrays.kernel)
+    dtype = numerics.compute_dtype(arrays.hidden, arrays.kernel)
     if math.prod(rows):
         fields = stream(fold, operands)
     else:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._core import block_sampling, mesh_axes
-from jaxsoft._core.padding import round_up
+from jaxsoft._core.numerics import round_up
 from jaxsoft._core.registry import Gpu
 from jaxsoft.kernels import chips
 from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft._core.temperature import finite_peak
+from jaxsoft._core.numerics import finite_peak
 from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP, GpuPlan
 from jaxsoft.kernels.typing import Factors, Scalar
 

@@ -14,8 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core import block_sampling
-from jaxsoft._core.dtypes import compute_dtype
-from jaxsoft._core.temperature import divide_by_temperature, finite_peak, is_zero
+from jaxsoft._core.numerics import (
+    compute_dtype,
+    divide_by_temperature,
+    finite_peak,
+    is_zero,
+)
 from jaxsoft.kernels.layer.mosaic_gpu import call
 from jaxsoft.kernels.layer.mosaic_gpu.plan import GROUP
 from jaxsoft.linear.arguments import Config, Operands

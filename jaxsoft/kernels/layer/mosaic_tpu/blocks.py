@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from jaxsoft._core.padding import round_up
+from jaxsoft._core.numerics import round_up
 from jaxsoft.kernels.chips import SMALLEST_VMEM, VMEM_SHARE
 
 __all__ = ["LANES", "LayerShape", "TpuBlocks", "choose_backward", "choose_forward"]

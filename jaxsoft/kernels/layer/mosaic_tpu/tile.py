@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxsoft._core.temperature import is_ordinary
+from jaxsoft._core.numerics import is_ordinary
 from jaxsoft.kernels.layer.mosaic_tpu.blocks import LayerShape, TpuBlocks
 from jaxsoft.kernels.typing import Ref, Tau
 from jaxsoft.linear.arguments import Config, Operands

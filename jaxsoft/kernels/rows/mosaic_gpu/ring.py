@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core.padding import round_up
+from jaxsoft._core.numerics import round_up
 from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, PIECE, Chunk, Task
 from jaxsoft.kernels.typing import Barrier, Factors, Index, Ref, Scalar
 

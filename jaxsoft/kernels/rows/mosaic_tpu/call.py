@@ -25,8 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.padding import round_up
-from jaxsoft._core.temperature import divide_by_temperature
+from jaxsoft._core.numerics import divide_by_temperature, round_up
 from jaxsoft.kernels import chips
 from jaxsoft.kernels.rows.mosaic_tpu import gumbel
 from jaxsoft.kernels.rows.mosaic_tpu.strips import (

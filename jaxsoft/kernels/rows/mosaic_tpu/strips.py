@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxsoft._core.temperature import divide_by_temperature
+from jaxsoft._core.numerics import divide_by_temperature
 from jaxsoft.kernels.typing import ChunkStep, Ref, Scalar, Tau
 
 __all__ = ["FOLDING", "WRITING", "Strip", "fold_chunks", "merge_chunk"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsoft._core.products import matmul
+from jaxsoft._core.numerics import matmul
 from tests.accelerators.mosaic_tpu import products
 
 

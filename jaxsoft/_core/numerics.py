@@ -1,26 +1,52 @@
-"""Division by a temperature, with its limits: the one place that does it.
+"""Arithmetic that all rooms share: its dtypes, division by a temperature, products.
 
-Differences are centred before they are divided. Centring first keeps every
-probability finite at any finite logits and temperature; dividing first does not
-(the quotient overflows, or two fusions round it differently).
+Differences are centred before they are divided by a temperature, here and nowhere else.
+Centring first keeps every probability finite at any finite logits and temperature;
+dividing first does not (the quotient overflows, or two fusions round it differently).
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 __all__ = [
     "Temperature",
+    "compute_dtype",
     "divide_by_temperature",
     "finite",
     "finite_peak",
     "inverse",
     "is_ordinary",
     "is_zero",
+    "matmul",
+    "operand_dtype",
     "over_temperature",
+    "round_up",
     "times",
 ]
+
+
+def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """Returns the dtype of statistics: float64 if any input is, else float32."""
+    if any(a.dtype == jnp.float64 for a in arrays):
+        return jnp.dtype(jnp.float64)
+    return jnp.dtype(jnp.float32)
+
+
+def operand_dtype(a: jax.Array, b: jax.Array) -> jnp.dtype:
+    """Returns the dtype in which two arrays are multiplied: theirs, or one wider.
+
+    Unlike `jnp.promote_types` it does not depend on JAX's promotion mode.
+    """
+    return a.dtype if a.dtype == b.dtype else compute_dtype(a, b)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """Returns the smallest multiple that is at least `size`."""
+    return -(-size // multiple) * multiple
 
 
 class Temperature(NamedTuple):
@@ -117,3 +143,38 @@ def finite(values: jax.Array) -> jax.Array:
     """Clips ±inf to the largest finite numbers, so that 0 times it is 0."""
     bound = jnp.finfo(values.dtype).max
     return jnp.clip(values, -bound, bound)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def matmul(a: jax.Array, b: jax.Array, precision: Any, dtype: jnp.dtype) -> jax.Array:
+    """Returns a @ b, added up and stored in a dtype that may be wider than theirs.
+
+    JAX's own derivative multiplies cotangents of the wide dtype by narrow operands, at
+    a fraction of the rate of narrow products. Here cotangents and tangents are rounded
+    to the operands' dtype first, as the derivative of `linear_statistics` rounds them.
+
+    Args:
+      a: [M, K].
+      b: [K, N], of the same dtype.
+      precision: of the products.
+      dtype: of the result.
+
+    Returns:
+      [M, N].
+    """
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=dtype)
+
+
+@functools.partial(matmul.defjvp, symbolic_zeros=True)
+def _matmul_jvp(
+    precision: Any, dtype: jnp.dtype, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    (a, b), (of_a, of_b) = primals, tangents
+    value = matmul(a, b, precision, dtype)
+    # The transpose of a product takes what the product returns: the operands' dtype.
+    moved = jnp.zeros(value.shape, a.dtype)
+    if not isinstance(of_a, SymbolicZero):
+        moved += jnp.matmul(of_a, b, precision=precision)
+    if not isinstance(of_b, SymbolicZero):
+        moved += jnp.matmul(a, of_b, precision=precision)
+    return value, moved.astype(dtype)
