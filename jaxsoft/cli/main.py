@@ -192,7 +192,8 @@ def _compare(stop: StopRequest, config: LanguageModelConfig, seconds: float) -> 
     """Compares heads, prints the table, and returns the exit code."""
     from rich.console import Console
 
-    from jaxsoft.training.console import ConsoleListener, summarise_comparison
+    from jaxsoft.training.console import ConsoleListener
+    from jaxsoft.training.language_model.summary import summarise_comparison
     from jaxsoft.training.run_directory import RunDirectory
 
     console = Console()
@@ -209,7 +210,8 @@ def _train_until(
     """Trains, prints the summary, and returns the exit code."""
     from rich.console import Console
 
-    from jaxsoft.training.console import ConsoleListener, summarise
+    from jaxsoft.training.console import ConsoleListener
+    from jaxsoft.training.language_model.summary import summarise
     from jaxsoft.training.run_directory import RunDirectory
 
     console = Console()

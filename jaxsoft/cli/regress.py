@@ -6,20 +6,21 @@ import sys
 from typing import Any
 
 from jaxsoft.cli.text import fail, farewell, flag
-from jaxsoft.training.checkpoints import CheckpointError
-from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
-from jaxsoft.training.language_model.config import read_config
-from jaxsoft.training.language_model.trainer import (
+from jaxsoft.training.errors import (
+    CheckpointError,
     MissingExtraError,
+    ModelFileError,
     NonFiniteLossError,
-    require_train_extra,
+    PredictionError,
+    RunDirectoryError,
+    TableError,
+    TrainingInterrupted,
 )
+from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.regression.job import train_regression
-from jaxsoft.training.regression.prediction import PredictionError, predict_table
-from jaxsoft.training.regression.saving import ModelFileError
+from jaxsoft.training.regression.prediction import predict_table
 from jaxsoft.training.regression.settings import RegressConfig
-from jaxsoft.training.regression.tables import TableError
-from jaxsoft.training.run_directory import RunDirectoryError
+from jaxsoft.training.running import read_config, require_train_extra
 
 __all__ = ["add_commands"]
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
-from jaxsoft.training.interruption import TrainingInterrupted
+from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.run_directory import RunDirectory
 
 __all__ = ["fail", "farewell", "flag"]

@@ -14,9 +14,7 @@ from typing import Any
 
 import jax
 
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read back; the message says which."""
+from jaxsoft.training.errors import CheckpointError
 
 
 @dataclass(frozen=True)

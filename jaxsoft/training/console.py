@@ -1,12 +1,10 @@
-"""A training run on a terminal, or in a log: progress and the closing summary."""
+"""A training run on a terminal, or in a log."""
 
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,14 +14,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-from jaxsoft.training.language_model.comparison import ComparisonReport
-from jaxsoft.training.reporting import FinalReport, Listener
+from jaxsoft.training.reporting import Listener
 
 # Where there is no terminal to redraw, a line at most this often.
 _LOG_SECONDS = 10.0
-_MIB = 2**20
 
 
 class ConsoleListener(Listener):
@@ -122,95 +117,6 @@ class ConsoleListener(Listener):
 def say(console: Console, text: str) -> None:
     """Prints text as it is: no markup, no colouring, no wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def summarise(console: Console, report: FinalReport, files: list[Path]) -> None:
-    """Prints the samples, the measurements and the files of a finished run.
-
-    Args:
-        console: Where to print.
-        report: The measurements.
-        files: The run's files.
-    """
-    say(console, "\n--- prompt ---")
-    say(console, printable(report.prompt))
-    for sample in report.samples:
-        say(console, f"\n--- sampled at temperature {sample.temperature:g} ---")
-        say(console, printable(sample.text))
-    say(console, "\n--- result ---")
-    for line in summary_lines(report):
-        say(console, line)
-    say(console, "files: " + ", ".join(str(file) for file in files))
-
-
-def summary_lines(report: FinalReport) -> list[str]:
-    """The measurements of a finished run, a line each."""
-    memory = report.memory
-    gain = report.unigram_entropy - report.loss
-    side = "below" if gain > 0 else "above"
-    lines = [
-        f"head: {report.head}",
-        f"steps: {report.step:,} in {clock(report.seconds)}, after "
-        f"{report.compile_seconds:.1f} s of compilation",
-        f"validation loss: {report.loss:.3f} nats a token, perplexity "
-        f"{report.perplexity:,.1f} ({report.tokens_evaluated:,} tokens)",
-        f"unigram entropy of the corpus: {report.unigram_entropy:.3f} nats; the "
-        f"validation loss is {abs(gain):.3f} nats {side} it",
-        "training frequencies on the validation tokens: "
-        f"{report.unigram_cross_entropy:.3f} nats",
-        f"stored logits would take {memory.stored_logits / _MIB:,.1f} MiB a step, "
-        f"{memory.stored_logits_with_gradient / _MIB:,.1f} MiB with their gradient"
-        + (f", on each of {memory.devices} devices" if memory.devices > 1 else ""),
-    ]
-    if memory.step_temporaries is None:
-        lines.append("the compiled step's memory: not reported on this platform")
-    else:
-        lines.append(
-            f"the compiled step's temporaries take "
-            f"{memory.step_temporaries / _MIB:,.1f} MiB in all"
-        )
-    return lines
-
-
-def summarise_comparison(
-    console: Console, report: ComparisonReport, files: list[Path]
-) -> None:
-    """Prints the table of a comparison of heads, and its files.
-
-    Args:
-        console: Where to print.
-        report: The measurements.
-        files: Where they are.
-    """
-    table = Table(box=box.MARKDOWN)
-    columns = ("perplexity", "steps", "ms a step", "head ms", "state MiB", "temp MiB")
-    table.add_column("head", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=name == "perplexity")
-    for one in report.heads:
-        temporary = one.cost.temporary_bytes
-        table.add_row(
-            one.head,
-            f"{one.perplexity:,.1f}",
-            f"{one.steps:,}",
-            f"{1e3 * one.step_seconds:,.0f}",
-            f"{1e3 * one.cost.seconds:,.1f}",
-            f"{one.cost.state_bytes / _MIB:,.1f}",
-            "?" if temporary is None else f"{temporary / _MIB:,.1f}",
-        )
-    say(console, "")
-    console.print(table)
-    for line in (
-        f"each head was trained for {report.seconds:g} s on {report.tokens_per_step:,} "
-        f"tokens a step, V = {report.vocab_size:,}, H = {report.features}",
-        "perplexity by full normalised probabilities, on "
-        f"{report.tokens_evaluated:,} validation tokens; unigram entropy of the corpus "
-        f"{report.unigram_entropy:.3f} nats",
-        "head ms, state and temp are of the head's step alone: loss, gradients and "
-        "update; state is parameters, moments and tables",
-        "files: " + ", ".join(str(file) for file in files),
-    ):
-        say(console, line)
 
 
 def printable(text: str) -> str:

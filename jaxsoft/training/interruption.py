@@ -3,28 +3,9 @@
 import signal
 from types import FrameType, TracebackType
 
+from jaxsoft.training.errors import TrainingInterrupted
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """A signal stopped the run.
-
-    Attributes:
-        signal_number: Which signal.
-        step: The step whose checkpoint was saved on the way out; None where the
-            signal came before the first step, or for the second time.
-    """
-
-    def __init__(self, signal_number: int, step: int | None = None):
-        """Keeps what happened.
-
-        Args:
-            signal_number: Which signal.
-            step: The step saved on the way out, if any.
-        """
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.signal_number = signal_number
-        self.step = step
 
 
 class StopRequest:

@@ -15,13 +15,9 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsoft.training.language_model.tokens import MIN_VOCAB_SIZE
+from jaxsoft.training.errors import MeshError
 
 AXES = DATA, VOCAB = ("data", "vocab")
-
-
-class MeshError(ValueError):
-    """The mesh does not fit devices, batch or vocabulary; the message says how."""
 
 
 def parse_mesh(text: str) -> Mesh:
@@ -92,29 +88,6 @@ def usable_mesh(mesh: Mesh | None, batch_size: int) -> Mesh:
             f"{batch_size}; give {-(-batch_size // size) * size}, or another `mesh`."
         )
     return mesh
-
-
-def check_vocabulary(mesh: Mesh, num_classes: int, head: str = "full") -> None:
-    """Raises `MeshError` unless each shard of the head has as many classes.
-
-    Args:
-        mesh: With both axes.
-        num_classes: Tokens of the vocabulary in use.
-        head: The kind of head: only a full one can be cut.
-    """
-    size = mesh.shape[VOCAB]
-    if size > 1 and head != "full":
-        raise MeshError(
-            f"`mesh` must have one device along vocab with `head` {head!r}, got "
-            f"{size}; only a full head is cut."
-        )
-    if num_classes % size:
-        fitting = num_classes - num_classes % size
-        fitting += 0 if fitting >= MIN_VOCAB_SIZE else size
-        raise MeshError(
-            f"the vocabulary must be a multiple of the {size} devices along vocab, got "
-            f"{num_classes} tokens; give `vocab_size` {fitting}, or another `mesh`."
-        )
 
 
 def placed(mesh: Mesh, abstract: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoft.logits.calibration import CalibrationBins, calibration_bins
-from jaxsoft.training.language_model.trainer import MissingExtraError
+from jaxsoft.training.errors import MissingExtraError
 from jaxsoft.training.run_directory import save_figure
 
 __all__ = ["reliability_diagram"]

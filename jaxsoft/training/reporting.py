@@ -1,82 +1,9 @@
-"""What a training run tells: progress while it runs, measurements at its end."""
+"""Whoever is told of a run's progress."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from jaxsoft.training.heads import HeadKind
-from jaxsoft.training.language_model.steps import MemoryReport
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), or infinity."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Text drawn from the trained model.
-
-    Attributes:
-        temperature: 0 is greedy.
-        text: The continuation, without the prompt.
-    """
-
-    temperature: float
-    text: str
-
-
-@dataclass(frozen=True)
-class FinalReport:
-    """What a finished run measured; also the last line of its metrics.
-
-    Attributes:
-        step: Updates made.
-        loss: Validation loss in nats a token, by full normalised probabilities.
-        tokens_evaluated: Validation tokens behind `loss`.
-        unigram_entropy: Entropy of the token frequencies of the whole corpus.
-        unigram_cross_entropy: Loss of the training frequencies on the validation
-            tokens: what a model without context reaches.
-        vocab_size: `V` in use.
-        memory: Stored logits against the compiled step.
-        prompt: What the samples continue.
-        samples: One a temperature.
-        compile_seconds: Time spent compiling, in the last process of the run.
-        seconds: Time spent on steps, in all processes of the run.
-        head: What was trained: "full", "hierarchical", "adaptive" or "sampled".
-    """
-
-    step: int
-    loss: float
-    tokens_evaluated: int
-    unigram_entropy: float
-    unigram_cross_entropy: float
-    vocab_size: int
-    memory: MemoryReport
-    prompt: str
-    samples: tuple[Sample, ...]
-    compile_seconds: float
-    seconds: float
-    head: HeadKind = "full"
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity, exp(loss)."""
-        return perplexity(self.loss)
-
-    def record(self) -> dict[str, Any]:
-        """The metrics line."""
-        return {"event": "final", **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "FinalReport":
-        """Reads a metrics line back."""
-        fields = {name: value for name, value in record.items() if name != "event"}
-        fields["memory"] = MemoryReport(**fields["memory"])
-        fields["samples"] = tuple(Sample(**sample) for sample in fields["samples"])
-        return cls(**fields)
+__all__ = ["Listener"]
 
 
 class Listener:

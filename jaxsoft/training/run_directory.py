@@ -20,12 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from jaxsoft.training.errors import RunDirectoryError
+
 # Fields of a metrics line that differ between equal runs.
 WALL_CLOCK_FIELDS = frozenset({"seconds", "tokens_per_second", "compile_seconds"})
-
-
-class RunDirectoryError(ValueError):
-    """The run's folder cannot be used as asked; the message says why."""
 
 
 class RunDirectory:

@@ -19,9 +19,9 @@ from sklearn.datasets import dump_svmlight_file
 from jaxsoft.cli import main as cli
 from jaxsoft.cli import regress as cli_regress
 from jaxsoft.training import SoftmaxRegression, TrainingInterrupted
+from jaxsoft.training.errors import TableError
 from jaxsoft.training.regression.prediction import predict_table
 from jaxsoft.training.regression.saving import save_model
-from jaxsoft.training.regression.tables import TableError
 
 REPOSITORY = Path(__file__).parents[2]
 LABELS = np.arange(60) % 3

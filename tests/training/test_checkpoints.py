@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsoft.training.checkpoints import CheckpointError, Checkpoints, Progress
+from jaxsoft.training.checkpoints import Checkpoints, Progress
+from jaxsoft.training.errors import CheckpointError
 
 
 def make_state(scale):

@@ -4,14 +4,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxsoft.training.console import (
-    ConsoleListener,
-    printable,
-    summarise,
-    summary_lines,
-)
+from jaxsoft.training.console import ConsoleListener, printable
+from jaxsoft.training.language_model.report import FinalReport, Sample
 from jaxsoft.training.language_model.steps import MemoryReport
-from jaxsoft.training.reporting import FinalReport, Sample
+from jaxsoft.training.language_model.summary import summarise, summary_lines
 
 REPORT = FinalReport(
     step=150,

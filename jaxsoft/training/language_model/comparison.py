@@ -16,17 +16,17 @@ from jaxsoft.training.language_model.config import LanguageModelConfig
 from jaxsoft.training.language_model.head_cost import HeadCost, measure_head
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.preparation import prepare
+from jaxsoft.training.language_model.report import perplexity
 from jaxsoft.training.language_model.steps import Programs
 from jaxsoft.training.language_model.tokens import TokenCache
 from jaxsoft.training.language_model.trainer import (
     FINAL_EVALUATION,
-    check_finite,
     head_plan,
-    require_train_extra,
 )
 from jaxsoft.training.language_model.windows import Windows
-from jaxsoft.training.reporting import Listener, perplexity
+from jaxsoft.training.reporting import Listener
 from jaxsoft.training.run_directory import RunDirectory
+from jaxsoft.training.running import check_finite, require_train_extra
 from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
 
 # Validations of each head, evenly over its time; the last is the larger one.

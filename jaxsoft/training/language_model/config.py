@@ -1,23 +1,21 @@
-"""What a training run is: its configuration, and when two of them are the same run."""
+"""What a language model's training run is: its configuration."""
 
 import dataclasses
 import math
 import os
-from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from jaxsoft._core import checks
 from jaxsoft.training.heads import HEADS, HeadKind
 from jaxsoft.training.language_model.tokens import MIN_VOCAB_SIZE
 from jaxsoft.training.language_model.transformer import TransformerConfig
-from jaxsoft.training.run_directory import RunDirectory, RunDirectoryError
+from jaxsoft.training.running import read_config
+
+__all__ = ["FREE_FIELDS", "LanguageModelConfig", "load_config"]
 
 # A run resumed with other values of these is still the same run; the corpus itself is
 # compared by its digest, wherever it lies now.
-_FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "checkpoint_every"})
-
-Config = TypeVar("Config")
+FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "checkpoint_every"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,46 +111,3 @@ def load_config(out: str | os.PathLike[str]) -> LanguageModelConfig:
         RunDirectoryError: There is none.
     """
     return read_config(out, LanguageModelConfig)
-
-
-def read_config(out: str | os.PathLike[str], kind: type[Config]) -> Config:
-    """Reads the configuration of the run in a folder.
-
-    Args:
-        out: The folder.
-        kind: The class of the configuration.
-
-    Returns:
-        The configuration that the run was started with.
-
-    Raises:
-        RunDirectoryError: There is none.
-    """
-    directory = RunDirectory(out)
-    description = directory.description()
-    try:
-        return kind(**description["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{directory.config} is not the configuration of a run ({error})."
-        ) from error
-
-
-def check_same(config: Any, stored: Any, free: Set[str] = _FREE_FIELDS) -> None:
-    """Compares the configuration asked for with that of the run to resume.
-
-    Args:
-        config: Asked for.
-        stored: The run's, of the same class.
-        free: Fields that may differ.
-
-    Raises:
-        RunDirectoryError: A field that matters differs.
-    """
-    for field in dataclasses.fields(config):
-        asked, had = getattr(config, field.name), getattr(stored, field.name)
-        if field.name not in free and asked != had:
-            raise RunDirectoryError(
-                f"the run in {config.out} has `{field.name}` {had!r}, not {asked!r}; "
-                "resume it with the same, or start another run."
-            )

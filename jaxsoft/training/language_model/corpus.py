@@ -21,14 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxsoft.training.errors import CorpusError
+
 VALIDATION_FRACTION = 0.05
 
 # Not the standard library's own sources, though they lie in its folder.
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
-
-
-class CorpusError(ValueError):
-    """The corpus cannot be trained on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,21 @@
 """From a corpus to tokens that are enough for a run."""
 
+from jax.sharding import Mesh
+
+from jaxsoft.training.errors import CorpusError, MeshError
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.language_model.config import LanguageModelConfig
-from jaxsoft.training.language_model.corpus import Corpus, CorpusError, read_corpus
-from jaxsoft.training.language_model.tokens import TokenCache, prepare_tokens
+from jaxsoft.training.language_model.corpus import Corpus, read_corpus
+from jaxsoft.training.language_model.tokens import (
+    MIN_VOCAB_SIZE,
+    TokenCache,
+    prepare_tokens,
+)
 from jaxsoft.training.language_model.windows import Windows
+from jaxsoft.training.mesh import VOCAB
 from jaxsoft.training.reporting import Listener
+
+__all__ = ["check_vocabulary", "prepare"]
 
 
 def prepare(
@@ -36,6 +46,29 @@ def prepare(
     )
     _check_large_enough(config, corpus, tokens)
     return corpus, tokens
+
+
+def check_vocabulary(mesh: Mesh, num_classes: int, head: str = "full") -> None:
+    """Raises `MeshError` unless each shard of the head has as many classes.
+
+    Args:
+        mesh: With both axes.
+        num_classes: Tokens of the vocabulary in use.
+        head: The kind of head: only a full one can be cut.
+    """
+    size = mesh.shape[VOCAB]
+    if size > 1 and head != "full":
+        raise MeshError(
+            f"`mesh` must have one device along vocab with `head` {head!r}, got "
+            f"{size}; only a full head is cut."
+        )
+    if num_classes % size:
+        fitting = num_classes - num_classes % size
+        fitting += 0 if fitting >= MIN_VOCAB_SIZE else size
+        raise MeshError(
+            f"the vocabulary must be a multiple of the {size} devices along vocab, got "
+            f"{num_classes} tokens; give `vocab_size` {fitting}, or another `mesh`."
+        )
 
 
 def _describe_corpus(corpus: Corpus, listener: Listener) -> None:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxsoft.training.language_model.corpus import Corpus, CorpusError
+from jaxsoft.training.errors import CorpusError
+from jaxsoft.training.language_model.corpus import Corpus
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,10 +8,8 @@ a function of seed and step.
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import math
 import time
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,19 +19,26 @@ from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.heads import HeadPlan
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.language_model.config import (
+    FREE_FIELDS,
     LanguageModelConfig,
-    check_same,
     load_config,
 )
 from jaxsoft.training.language_model.corpus import Corpus
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
-from jaxsoft.training.language_model.preparation import prepare
+from jaxsoft.training.language_model.preparation import check_vocabulary, prepare
+from jaxsoft.training.language_model.report import FinalReport, Sample
 from jaxsoft.training.language_model.steps import Programs, TrainState
 from jaxsoft.training.language_model.tokens import DOCUMENT_START_ID, TokenCache
 from jaxsoft.training.language_model.windows import Windows
-from jaxsoft.training.mesh import check_vocabulary, usable_mesh
-from jaxsoft.training.reporting import FinalReport, Listener, Sample
-from jaxsoft.training.run_directory import RunDirectory, RunDirectoryError
+from jaxsoft.training.mesh import usable_mesh
+from jaxsoft.training.reporting import Listener
+from jaxsoft.training.run_directory import RunDirectory
+from jaxsoft.training.running import (
+    check_finite,
+    check_same,
+    check_same_surroundings,
+    require_train_extra,
+)
 from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
 
 if TYPE_CHECKING:
@@ -41,37 +46,10 @@ if TYPE_CHECKING:
 
 SAMPLE_TEMPERATURES = (0.0, 0.7, 1.0)
 
-_EXTRA_PACKAGES = (
-    "grain",
-    "matplotlib",
-    "orbax",
-    "rich",
-    "safetensors",
-    "sklearn",
-    "tokenizers",
-)
 # The last validation reads this many times the tokens of those on the way.
 FINAL_EVALUATION = 4
 # Length of the prompt that the samples get from the validation text.
 _PROMPT_TOKENS = 24
-
-
-class MissingExtraError(ImportError):
-    """A package of the extra `train` is not installed."""
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient became infinite or NaN; the message names the step."""
-
-
-def require_train_extra() -> None:
-    """Raises `MissingExtraError` unless the extra `train` is installed."""
-    missing = [name for name in _EXTRA_PACKAGES if not _is_installed(name)]
-    if missing:
-        raise MissingExtraError(
-            f"training needs {', '.join(missing)}, which the extra `train` installs: "
-            'pip install "jaxsoft[train]"'
-        )
 
 
 def train_language_model(
@@ -116,7 +94,7 @@ def train_language_model(
     listener, stop = listener or Listener(), stop or StopRequest()
     mesh, directory = usable_mesh(mesh, config.batch_size), RunDirectory(config.out)
     if resume:
-        check_same(config, load_config(config.out))
+        check_same(config, load_config(config.out), FREE_FIELDS)
         finished = directory.final_record()
         if finished is not None:
             report = FinalReport.from_record(finished)
@@ -128,7 +106,7 @@ def train_language_model(
     check_vocabulary(mesh, tokens.facts.vocab_size, config.head)
     description = _description(config, corpus, tokens, mesh)
     if resume:
-        check_same_surroundings(directory, description, listener)
+        check_same_surroundings(directory, description, listener, ("corpus", "tokens"))
     run = _Run(config, directory, tokens, mesh, listener, stop)
     stop.check()
     if not resume:
@@ -303,42 +281,10 @@ class _Run:
         return middle[: min(_PROMPT_TOKENS, len(middle) - 1)].tolist()
 
 
-def check_finite(measured: Mapping[str, float], where: str, advice: str) -> None:
-    """Raises `NonFiniteLossError` before anything of a bad step is written."""
-    if not all(math.isfinite(value) for value in measured.values()):
-        values = ", ".join(f"{name} {value}" for name, value in measured.items())
-        raise NonFiniteLossError(f"{where}: {values}; {advice}")
-
-
 def head_plan(config: LanguageModelConfig, tokens: TokenCache) -> HeadPlan:
     """The head of a run, made from the training tokens' counts."""
     counts = tokens.counts("train").tolist()
     return HeadPlan(config.head, tuple(counts), config.num_samples)
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def check_same_surroundings(
-    directory: RunDirectory,
-    description: Mapping[str, Any],
-    listener: Listener,
-    digested: Sequence[str] = ("corpus", "tokens"),
-) -> None:
-    """Raises if what has a digest changed; notes if versions, device or mesh did."""
-    stored = directory.description()
-    for part in digested:
-        if stored.get(part, {}).get("digest") != description[part]["digest"]:
-            raise RunDirectoryError(
-                f"the {part} of the run in {directory.path} changed since it started; "
-                "start another run."
-            )
-    for part in ("versions", "device", "mesh"):
-        if stored.get(part) != description.get(part):
-            listener.note(
-                f"{part} changed since the run started: it goes on, but not bit for bit"
-            )
 
 
 def _description(

@@ -16,12 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxsoft.training.errors import RunDirectoryError, TableError
 from jaxsoft.training.interruption import StopRequest
-from jaxsoft.training.language_model.config import check_same, read_config
-from jaxsoft.training.language_model.trainer import (
-    check_same_surroundings,
-    require_train_extra,
-)
 from jaxsoft.training.regression.measures import (
     Predictions,
     class_indices,
@@ -35,12 +31,16 @@ from jaxsoft.training.regression.scaling import Scaling, choose_scaling, fold
 from jaxsoft.training.regression.settings import FREE_FIELDS, RegressConfig
 from jaxsoft.training.regression.tables import (
     Table,
-    TableError,
     check_range,
     read_table,
 )
 from jaxsoft.training.reporting import Listener
-from jaxsoft.training.run_directory import RunDirectoryError
+from jaxsoft.training.running import (
+    check_same,
+    check_same_surroundings,
+    read_config,
+    require_train_extra,
+)
 
 __all__ = ["train_regression"]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsoft.logits.calibration import expected_calibration_error
-from jaxsoft.training.regression.tables import TableError
+from jaxsoft.training.errors import TableError
 from jaxsoft.training.reliability import reliability_diagram
 
 __all__ = ["Measures", "Predictions", "class_indices", "measure", "predict"]

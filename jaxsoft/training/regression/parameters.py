@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from sklearn.utils import check_random_state
 
 from jaxsoft._core import checks
-from jaxsoft.training.mesh import DATA, MeshError
+from jaxsoft.training.errors import MeshError
+from jaxsoft.training.mesh import DATA
 from jaxsoft.training.regression.full_batch import Options
 from jaxsoft.training.regression.inputs import Rows
 from jaxsoft.training.regression.minibatch import BATCH_SIZE

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsoft.training.language_model.trainer import require_train_extra
+from jaxsoft.training.errors import PredictionError
 from jaxsoft.training.regression.measures import (
     Measures,
     class_indices,
@@ -18,14 +18,11 @@ from jaxsoft.training.regression.measures import (
 from jaxsoft.training.regression.saving import load_model
 from jaxsoft.training.regression.tables import Table, check_range, read_rows
 from jaxsoft.training.run_directory import replacing
+from jaxsoft.training.running import require_train_extra
 
-__all__ = ["PredictionError", "PredictionReport", "predict_table"]
+__all__ = ["PredictionReport", "predict_table"]
 
 _MODEL_NAME = "model.safetensors"
-
-
-class PredictionError(ValueError):
-    """Predictions cannot be written as asked; the message says why."""
 
 
 @dataclass(frozen=True)

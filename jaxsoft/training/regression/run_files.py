@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoft.training.errors import RunDirectoryError
 from jaxsoft.training.run_directory import (
     RunDirectory,
-    RunDirectoryError,
     save_figure,
     write_atomically,
 )

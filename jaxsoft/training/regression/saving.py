@@ -14,20 +14,17 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from jaxsoft.training.errors import ModelFileError
 from jaxsoft.training.regression.head_files import pack_head, unpack_head
 from jaxsoft.training.run_directory import replacing
 
-__all__ = ["FORMAT", "ModelFileError", "load_model", "save_model"]
+__all__ = ["FORMAT", "load_model", "save_model"]
 
 Estimator = TypeVar("Estimator")
 
 FORMAT = 1
 _KEY = "jaxsoft"
 _HEAD = "head_"
-
-
-class ModelFileError(ValueError):
-    """A model's file cannot be read or written; the message says why."""
 
 
 def save_model(estimator: Any, path: str | os.PathLike[str]) -> Path:

@@ -16,9 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsoft.training.checkpoints import CheckpointError, Checkpoints, Progress
-from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
-from jaxsoft.training.language_model.trainer import NonFiniteLossError
+from jaxsoft.training.checkpoints import Checkpoints, Progress
+from jaxsoft.training.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    TrainingInterrupted,
+)
+from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.regression.objective import Data, Plan
 from jaxsoft.training.reporting import Listener
 

@@ -14,14 +14,11 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from jaxsoft._core import checks
+from jaxsoft.training.errors import SvmlightError
 from jaxsoft.training.regression.sources import SparseRows
 
 _ARRAYS = ("data", "indices", "indptr", "labels")
 _FORMAT = 1
-
-
-class SvmlightError(ValueError):
-    """A libsvm file, or the folder made from it, cannot be read; says where and why."""
 
 
 def svmlight_to_memmap(

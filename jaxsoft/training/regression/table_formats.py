@@ -15,6 +15,10 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from jaxsoft.training.errors import TableError
+
+__all__ = ["Contents", "Wanted", "read_csv", "read_digits", "read_libsvm", "read_npz"]
+
 # Lines of a CSV file that are turned into numbers at a time.
 _CHUNK = 4096
 # A longer label is a text, not the name of a class.
@@ -38,10 +42,6 @@ _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
 )
-
-
-class TableError(ValueError):
-    """A table cannot be used; the message names the file and the place in it."""
 
 
 class Wanted(NamedTuple):

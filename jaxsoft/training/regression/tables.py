@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxsoft.training.errors import TableError
 from jaxsoft.training.regression.table_formats import (
     Contents,
-    TableError,
     Wanted,
     read_csv,
     read_digits,
@@ -25,7 +25,7 @@ from jaxsoft.training.regression.table_formats import (
     read_npz,
 )
 
-__all__ = ["Table", "TableError", "check_range", "read_rows", "read_table"]
+__all__ = ["Table", "check_range", "read_rows", "read_table"]
 
 DIGITS = "scikit-learn's digits"
 # From here on floats do not tell whole numbers apart.

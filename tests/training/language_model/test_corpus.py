@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from jaxsoft.training.language_model.corpus import CorpusError, read_corpus
+from jaxsoft.training.errors import CorpusError
+from jaxsoft.training.language_model.corpus import read_corpus
 
 
 def write(root, **texts):

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from jaxsoft.training import LanguageModelConfig, MeshError, parse_mesh
 from jaxsoft.training.heads import HEADS
-from jaxsoft.training.mesh import check_vocabulary, usable_mesh
+from jaxsoft.training.language_model.preparation import check_vocabulary
+from jaxsoft.training.mesh import usable_mesh
 
 # One worker: its runs serve many tests.
 SCRIPT = Path(__file__).with_name("runs_on_meshes.py")

@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 
+from jaxsoft.training.errors import CorpusError
 from jaxsoft.training.language_model import tokens as tokens_module
-from jaxsoft.training.language_model.corpus import CorpusError, read_corpus
+from jaxsoft.training.language_model.corpus import read_corpus
 from jaxsoft.training.language_model.tokens import default_cache_dir, prepare_tokens
 from jaxsoft.training.language_model.windows import Windows
 from jaxsoft.training.unigram import (

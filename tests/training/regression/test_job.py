@@ -18,13 +18,13 @@ from jaxsoft.training import (
     TrainingInterrupted,
     run_directory,
 )
+from jaxsoft.training.errors import TableError
 from jaxsoft.training.regression.estimator import SoftmaxRegression
 from jaxsoft.training.regression.job import train_regression
 from jaxsoft.training.regression.report import RegressionReport
 from jaxsoft.training.regression.run_files import RegressionDirectory
 from jaxsoft.training.regression.saving import load_model
 from jaxsoft.training.regression.settings import RegressConfig
-from jaxsoft.training.regression.tables import TableError
 
 ROWS = 90
 NAMES = np.array(["ant", "bee", "cat"])

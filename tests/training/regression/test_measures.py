@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from jaxsoft import expected_calibration_error
+from jaxsoft.training.errors import TableError
 from jaxsoft.training.regression import measures
 from jaxsoft.training.regression.measures import (
     Measures,
@@ -22,7 +23,7 @@ from jaxsoft.training.regression.report import RegressionReport
 from jaxsoft.training.regression.run_files import RegressionDirectory
 from jaxsoft.training.regression.scaling import choose_scaling, fold
 from jaxsoft.training.regression.summary import summarise_regression
-from jaxsoft.training.regression.tables import Table, TableError, check_range
+from jaxsoft.training.regression.tables import Table, check_range
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(60) % 3

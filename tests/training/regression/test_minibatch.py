@@ -15,8 +15,8 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
 from jaxsoft.training import MeshError
-from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
-from jaxsoft.training.language_model.trainer import NonFiniteLossError
+from jaxsoft.training.errors import NonFiniteLossError, TrainingInterrupted
+from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.regression.minibatch import minibatch_solver
 from jaxsoft.training.regression.solving import check_finite, solve
 from jaxsoft.training.regression.sources import BatchOrder, as_source

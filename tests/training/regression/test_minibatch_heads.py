@@ -14,7 +14,8 @@ from flax import nnx
 
 from jaxsoft import ClassTree
 from jaxsoft.nn import HierarchicalSoftmaxHead
-from jaxsoft.training.interruption import StopRequest, TrainingInterrupted
+from jaxsoft.training.errors import TrainingInterrupted
+from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.regression import decisions, head_predictions
 from jaxsoft.training.regression.minibatch import minibatch_solver
 from jaxsoft.training.regression.solving import solve

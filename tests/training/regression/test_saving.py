@@ -17,7 +17,8 @@ from jaxsoft.nn import (
     HierarchicalSoftmaxHead,
     SoftmaxHead,
 )
-from jaxsoft.training.regression.saving import ModelFileError, load_model, save_model
+from jaxsoft.training.errors import ModelFileError
+from jaxsoft.training.regression.saving import load_model, save_model
 from jaxsoft.training.run_directory import replacing
 
 FEATURES = np.random.default_rng(0).normal(size=(40, 3))

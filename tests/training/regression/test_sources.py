@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse as sp
 from sklearn.datasets import dump_svmlight_file, load_svmlight_file
 
+from jaxsoft.training.errors import SvmlightError
 from jaxsoft.training.regression.sources import (
     BatchOrder,
     DenseRows,
@@ -17,7 +18,6 @@ from jaxsoft.training.regression.sources import (
     as_source,
 )
 from jaxsoft.training.regression.svmlight import (
-    SvmlightError,
     load_svmlight_memmap,
     svmlight_to_memmap,
 )

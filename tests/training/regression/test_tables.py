@@ -8,7 +8,8 @@ import pytest
 from scipy.sparse import csr_matrix, issparse, save_npz
 from sklearn.datasets import dump_svmlight_file, load_digits
 
-from jaxsoft.training.regression.tables import TableError, read_rows, read_table
+from jaxsoft.training.errors import TableError
+from jaxsoft.training.regression.tables import read_rows, read_table
 
 IRIS = "width,height,kind\n1,2.5,a\n3,4,b\n\n-1e3,0,a\n"
 

@@ -1,0 +1,131 @@
+"""What every run checks: its packages, its losses, and the run that it resumes."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from jaxsoft.training.errors import (
+    MissingExtraError,
+    NonFiniteLossError,
+    RunDirectoryError,
+)
+from jaxsoft.training.reporting import Listener
+from jaxsoft.training.run_directory import RunDirectory
+
+__all__ = [
+    "check_finite",
+    "check_same",
+    "check_same_surroundings",
+    "read_config",
+    "require_train_extra",
+]
+
+_EXTRA_PACKAGES = (
+    "grain",
+    "matplotlib",
+    "orbax",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "tokenizers",
+)
+
+
+class _RunConfig(Protocol):
+    """A dataclass that says what a run is."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def out(self) -> str:
+        """Folder of the run."""
+        ...
+
+
+Config = TypeVar("Config", bound=_RunConfig)
+
+
+def require_train_extra() -> None:
+    """Raises `MissingExtraError` unless the extra `train` is installed."""
+    missing = [
+        name for name in _EXTRA_PACKAGES if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise MissingExtraError(
+            f"training needs {', '.join(missing)}, which the extra `train` installs: "
+            'pip install "jaxsoft[train]"'
+        )
+
+
+def check_finite(measured: Mapping[str, float], where: str, advice: str) -> None:
+    """Raises `NonFiniteLossError` before anything of a bad step is written."""
+    if not all(math.isfinite(value) for value in measured.values()):
+        values = ", ".join(f"{name} {value}" for name, value in measured.items())
+        raise NonFiniteLossError(f"{where}: {values}; {advice}")
+
+
+def read_config(out: str | os.PathLike[str], kind: type[Config]) -> Config:
+    """Reads the configuration of the run in a folder.
+
+    Args:
+        out: The folder.
+        kind: The class of the configuration.
+
+    Returns:
+        The configuration that the run was started with.
+
+    Raises:
+        RunDirectoryError: There is none.
+    """
+    directory = RunDirectory(out)
+    description = directory.description()
+    try:
+        return kind(**description["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{directory.config} is not the configuration of a run ({error})."
+        ) from error
+
+
+def check_same(config: Config, stored: Config, free: Set[str]) -> None:
+    """Compares the configuration asked for with that of the run to resume.
+
+    Args:
+        config: Asked for.
+        stored: The run's, of the same class.
+        free: Fields that may differ.
+
+    Raises:
+        RunDirectoryError: A field that matters differs.
+    """
+    for field in dataclasses.fields(config):
+        asked, had = getattr(config, field.name), getattr(stored, field.name)
+        if field.name not in free and asked != had:
+            raise RunDirectoryError(
+                f"the run in {config.out} has `{field.name}` {had!r}, not {asked!r}; "
+                "resume it with the same, or start another run."
+            )
+
+
+def check_same_surroundings(
+    directory: RunDirectory,
+    description: Mapping[str, Any],
+    listener: Listener,
+    digested: Sequence[str],
+) -> None:
+    """Raises if what has a digest changed; notes if versions, device or mesh did."""
+    stored = directory.description()
+    for part in digested:
+        if stored.get(part, {}).get("digest") != description[part]["digest"]:
+            raise RunDirectoryError(
+                f"the {part} of the run in {directory.path} changed since it started; "
+                "start another run."
+            )
+    for part in ("versions", "device", "mesh"):
+        if stored.get(part) != description.get(part):
+            listener.note(
+                f"{part} changed since the run started: it goes on, but not bit for bit"
+            )
