@@ -29,7 +29,7 @@ def add_command(commands: Any) -> None:
     """Adds the subcommand.
 
     Args:
-        commands: What `add_subparsers` returned.
+      commands: what `add_subparsers` returned.
     """
     devices = commands.add_parser(
         "devices",

@@ -74,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: The words after the program's name; None reads them from `sys`.
+      arguments: the words after the program's name; None reads them from `sys`.
 
     Returns:
-        The exit code.
+      The exit code.
     """
     parsed = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = parsed.run

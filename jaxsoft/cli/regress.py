@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     """Adds the subcommands.
 
     Args:
-        commands: What `add_subparsers` returned.
+      commands: what `add_subparsers` returned.
     """
     regress = commands.add_parser(
         "regress",

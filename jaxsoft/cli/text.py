@@ -20,10 +20,10 @@ def fail(command: str, error: Exception, code: int, fields: Iterable[str]) -> in
     """Prints an error as one line, options spelled as flags; returns the code.
 
     Args:
-        command: The subcommand.
-        error: What went wrong.
-        code: The exit code.
-        fields: Names that are options of the subcommand.
+      command: the subcommand.
+      error: what went wrong.
+      code: the exit code.
+      fields: names that are options of the subcommand.
     """
     pattern = f"`({'|'.join(fields)})`"
     text = re.sub(pattern, lambda match: flag(match[1]), " ".join(str(error).split()))
@@ -40,10 +40,10 @@ def farewell(
     """Says where an interrupted run stands and how to resume it.
 
     Args:
-        interruption: What stopped it.
-        words: The command that resumes it.
-        out: Its folder.
-        unit: What it counts.
+      interruption: what stopped it.
+      words: the command that resumes it.
+      out: its folder.
+      unit: what it counts.
     """
     command = shlex.join(words)
     if interruption.step is not None:

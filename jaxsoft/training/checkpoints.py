@@ -22,10 +22,10 @@ class Progress:
     """Where a run stands after a step.
 
     Attributes:
-        step: Number of updates made.
-        next_batch: Index of the batch that the next step reads. The data order is a
-            function of the seed and this index, so it is all there is to keep.
-        seconds: Time spent on steps so far, in all processes of the run.
+      step: number of updates made.
+      next_batch: index of the batch that the next step reads. The data order is a
+        function of the seed and this index, so it is all there is to keep.
+      seconds: time spent on steps so far, in all processes of the run.
     """
 
     step: int
@@ -44,8 +44,8 @@ class Checkpoints:
         """Opens the folder, which is made where it is missing.
 
         Args:
-            directory: Where the checkpoints are.
-            keep: How many to keep, the newest.
+          directory: where the checkpoints are.
+          keep: how many to keep, the newest.
         """
         import orbax.checkpoint as ocp
 
@@ -82,11 +82,11 @@ class Checkpoints:
         """Saves; returns when the checkpoint is complete on disk.
 
         Args:
-            state: A pytree of arrays.
-            progress: Where the run stands; its `step` names the checkpoint.
+          state: a pytree of arrays.
+          progress: where the run stands; its `step` names the checkpoint.
 
         Raises:
-            CheckpointError: The disk refuses.
+          CheckpointError: the disk refuses.
         """
         import orbax.checkpoint as ocp
 
@@ -111,15 +111,15 @@ class Checkpoints:
         """Reads the newest checkpoint.
 
         Args:
-            abstract_state: The state's structure, as `jax.eval_shape` gives it. A
-                leaf with a sharding is read into it, on whatever devices it was
-                saved; one without is read onto the first device.
+          abstract_state: the state's structure, as `jax.eval_shape` gives it. A
+            leaf with a sharding is read into it, on whatever devices it was
+            saved; one without is read onto the first device.
 
         Returns:
-            The state, bit for bit as saved, and where the run stood.
+          The state, bit for bit as saved, and where the run stood.
 
         Raises:
-            CheckpointError: There is none, or it does not fit `abstract_state`.
+          CheckpointError: there is none, or it does not fit `abstract_state`.
         """
         import orbax.checkpoint as ocp
 

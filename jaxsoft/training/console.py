@@ -37,13 +37,13 @@ class ConsoleListener(Listener):
         """Keeps the console.
 
         Args:
-            console: Where to print.
-            unit: What progress is counted in.
-            things: What the rate counts; a record has it as `<things>_per_second`.
-            measure: What the loss is called.
-            digits: Decimals of the loss.
-            remaining: Show the time left; not for a run that may end before its last
-                step.
+          console: where to print.
+          unit: what progress is counted in.
+          things: what the rate counts; a record has it as `<things>_per_second`.
+          measure: what the loss is called.
+          digits: decimals of the loss.
+          remaining: show the time left; not for a run that may end before its last
+            step.
         """
         self._console, self._unit = console, unit
         self._things, self._measure, self._digits = things, measure, digits

@@ -29,11 +29,11 @@ class HeadPlan:
     """A head, and the counts of the classes that it is made from.
 
     Attributes:
-        kind: "full" is `SoftmaxHead`; "hierarchical" goes down the Huffman tree of the
-            counts; "adaptive" has two tails, cut where they cost least; "sampled" is
-            trained on classes drawn by their counts.
-        counts: `[V]`, how often each class comes in training.
-        num_samples: Classes that the sampled head draws a step.
+      kind: "full" is `SoftmaxHead`; "hierarchical" goes down the Huffman tree of the
+        counts; "adaptive" has two tails, cut where they cost least; "sampled" is
+        trained on classes drawn by their counts.
+      counts: `[V]`, how often each class comes in training.
+      num_samples: classes that the sampled head draws a step.
     """
 
     kind: HeadKind
@@ -78,11 +78,11 @@ class HeadPlan:
         """Makes the head.
 
         Args:
-            features: `H`.
-            rngs: Source of the initial parameters.
+          features: `H`.
+          rngs: source of the initial parameters.
 
         Returns:
-            A module of `jaxsoft.nn`.
+          A module of `jaxsoft.nn`.
         """
         options: dict[str, Any] = {
             "use_bias": True,

@@ -18,7 +18,7 @@ class StopRequest:
     delivers signals there.
 
     Attributes:
-        received: The signal, or None.
+      received: the signal, or None.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class StopRequest:
         """Raises `TrainingInterrupted` if a signal was received.
 
         Args:
-            step: The step that is saved, if any.
+          step: the step that is saved, if any.
         """
         if self.received is not None:
             raise TrainingInterrupted(self.received, step)

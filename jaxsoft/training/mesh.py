@@ -24,15 +24,15 @@ def parse_mesh(text: str) -> Mesh:
     """Makes a mesh of all devices.
 
     Args:
-        text: Axes and their sizes, such as "data=2,vocab=4"; an axis left out has
-            size 1.
+      text: axes and their sizes, such as "data=2,vocab=4"; an axis left out has
+        size 1.
 
     Returns:
-        The mesh, with the axes `data` and `vocab`.
+      The mesh, with the axes `data` and `vocab`.
 
     Raises:
-        MeshError: The text is something else, or the sizes do not multiply to the
-            number of devices.
+      MeshError: the text is something else, or the sizes do not multiply to the
+        number of devices.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -62,14 +62,14 @@ def usable_mesh(mesh: Mesh | None, batch_size: int) -> Mesh:
     """Returns a mesh with both axes.
 
     Args:
-        mesh: With the axes `data` and `vocab` or one of them, or None.
-        batch_size: Sequences a step.
+      mesh: with the axes `data` and `vocab` or one of them, or None.
+      batch_size: sequences a step.
 
     Returns:
-        The same devices, or the first one for None.
+      The same devices, or the first one for None.
 
     Raises:
-        MeshError: The mesh has other axes, or `data` does not divide the batch.
+      MeshError: the mesh has other axes, or `data` does not divide the batch.
     """
     if mesh is None:
         return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1), AXES)
@@ -94,12 +94,12 @@ def placed(mesh: Mesh, abstract: Any) -> Any:
     """Says where the arrays of a training state lie.
 
     Args:
-        mesh: With both axes.
-        abstract: The state's structure; its Flax variables' metadata decides, and
-            whatever has none is replicated.
+      mesh: with both axes.
+      abstract: the state's structure; its Flax variables' metadata decides, and
+        whatever has none is replicated.
 
     Returns:
-        The structure with a sharding on every leaf.
+      The structure with a sharding on every leaf.
     """
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(

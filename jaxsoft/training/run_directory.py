@@ -30,7 +30,7 @@ class RunDirectory:
     """The files of one run.
 
     Attributes:
-        own_names: Names of all files and folders that a run may have.
+      own_names: names of all files and folders that a run may have.
     """
 
     own_names: tuple[str, ...] = (
@@ -47,7 +47,7 @@ class RunDirectory:
         """Names the folder; touches nothing.
 
         Args:
-            path: The folder, which may not exist yet.
+          path: the folder, which may not exist yet.
         """
         self.path = Path(path)
         self.config = self.path / "config.json"
@@ -85,7 +85,7 @@ class RunDirectory:
         """Makes the folder and writes what the run is, first of all its files.
 
         Args:
-            description: JSON-serialisable contents of `config.json`.
+          description: JSON-serialisable contents of `config.json`.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class RunDirectory:
         """Copies the tokenizer's file, unless it is there.
 
         Args:
-            tokenizer: The file.
+          tokenizer: the file.
         """
         if self.tokenizer.exists():
             return
@@ -145,7 +145,7 @@ class RunDirectory:
         """Drops the metrics lines after a step, and the "final" one.
 
         Args:
-            step: The checkpoint's step; 0 drops all.
+          step: the checkpoint's step; 0 drops all.
         """
         kept = [
             json.dumps(record) + "\n"
@@ -158,8 +158,8 @@ class RunDirectory:
         """Draws the loss curve from the metrics file.
 
         Args:
-            unigram: Height in nats of the reference line, the unigram entropy.
-            final: The "final" metrics line, not yet in the file.
+          unigram: height in nats of the reference line, the unigram entropy.
+          final: the "final" metrics line, not yet in the file.
         """
         curves: dict[str, list[tuple[int, float]]] = {"train": [], "validation": []}
         for record in self.records():
@@ -178,7 +178,7 @@ class RunDirectory:
         """Makes the folder and writes the measurements of all heads.
 
         Args:
-            text: JSON.
+          text: JSON.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -194,8 +194,8 @@ class RunDirectory:
         """Draws validation losses over training time.
 
         Args:
-            curves: Of each head, seconds and losses.
-            unigram: Height in nats of the reference line, the unigram entropy.
+          curves: of each head, seconds and losses.
+          unigram: height in nats of the reference line, the unigram entropy.
         """
         figure, axes = _figure("seconds of training", unigram)
         for head, curve in curves.items():
@@ -245,9 +245,9 @@ def replacing(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
     Its name is random, so that no file of the user's is touched.
 
     Args:
-        path: The file to replace, or to make.
-        mode: "x" or "xb".
-        options: Of `open`.
+      path: the file to replace, or to make.
+      mode: "x" or "xb".
+      options: of `open`.
     """
     partial = path.with_name(f".jaxsoft-{secrets.token_hex(8)}")
     try:

@@ -71,14 +71,14 @@ def read_config(out: str | os.PathLike[str], kind: type[Config]) -> Config:
     """Reads the configuration of the run in a folder.
 
     Args:
-        out: The folder.
-        kind: The class of the configuration.
+      out: the folder.
+      kind: the class of the configuration.
 
     Returns:
-        The configuration that the run was started with.
+      The configuration that the run was started with.
 
     Raises:
-        RunDirectoryError: There is none.
+      RunDirectoryError: there is none.
     """
     directory = RunDirectory(out)
     description = directory.description()
@@ -94,12 +94,12 @@ def check_same(config: Config, stored: Config, free: Set[str]) -> None:
     """Compares the configuration asked for with that of the run to resume.
 
     Args:
-        config: Asked for.
-        stored: The run's, of the same class.
-        free: Fields that may differ.
+      config: asked for.
+      stored: the run's, of the same class.
+      free: fields that may differ.
 
     Raises:
-        RunDirectoryError: A field that matters differs.
+      RunDirectoryError: a field that matters differs.
     """
     for field in dataclasses.fields(config):
         asked, had = getattr(config, field.name), getattr(stored, field.name)

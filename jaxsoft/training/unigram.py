@@ -7,8 +7,8 @@ def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy in nats of the distribution that counts `[V]` describe.
 
     Example:
-        >>> round(unigram_entropy(np.array([1, 1, 2])), 4)
-        1.0397
+      >>> round(unigram_entropy(np.array([1, 1, 2])), 4)
+      1.0397
     """
     probabilities = counts[counts > 0] / counts.sum()
     return float(-(probabilities * np.log(probabilities)).sum())

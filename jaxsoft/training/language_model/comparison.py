@@ -40,15 +40,15 @@ class HeadReport:
     """What became of one head.
 
     Attributes:
-        head: Its kind.
-        steps: Updates that the time allowed.
-        seconds: Time spent on them.
-        step_seconds: Of a step of the whole model; the median.
-        loss: Validation loss in nats a token, by full normalised probabilities.
-        curve: Seconds and validation losses on the way; the last one is of more
-            tokens.
-        cost: Of the head alone.
-        compile_seconds: Of the model's programs; no part of `seconds`.
+      head: its kind.
+      steps: updates that the time allowed.
+      seconds: time spent on them.
+      step_seconds: of a step of the whole model; the median.
+      loss: validation loss in nats a token, by full normalised probabilities.
+      curve: seconds and validation losses on the way; the last one is of more
+        tokens.
+      cost: of the head alone.
+      compile_seconds: of the model's programs; no part of `seconds`.
     """
 
     head: HeadKind
@@ -71,14 +71,14 @@ class ComparisonReport:
     """All heads, and what they were measured with.
 
     Attributes:
-        seconds: Time of training that each head was given.
-        vocab_size: `V` in use.
-        features: `H`.
-        tokens_per_step: `N`.
-        tokens_evaluated: Validation tokens behind each head's `loss`.
-        unigram_entropy: Entropy of the token frequencies of the whole corpus.
-        unigram_cross_entropy: Loss of the training frequencies on validation tokens.
-        heads: One report each.
+      seconds: time of training that each head was given.
+      vocab_size: `V` in use.
+      features: `H`.
+      tokens_per_step: `N`.
+      tokens_evaluated: validation tokens behind each head's `loss`.
+      unigram_entropy: entropy of the token frequencies of the whole corpus.
+      unigram_cross_entropy: loss of the training frequencies on validation tokens.
+      heads: one report each.
     """
 
     seconds: float
@@ -105,22 +105,22 @@ def compare_heads(
     that time. `config.out` receives `comparison.json` and `comparison.png`.
 
     Args:
-        config: What to train on; its head, steps, checkpoints and samples are unused.
-        seconds: Time of training steps that each head is given: compilation and
-            validation are not counted.
-        listener: Told of progress, in seconds.
-        stop: Asked between steps whether to stop.
+      config: what to train on; its head, steps, checkpoints and samples are unused.
+      seconds: time of training steps that each head is given: compilation and
+        validation are not counted.
+      listener: told of progress, in seconds.
+      stop: asked between steps whether to stop.
 
     Returns:
-        The measurements.
+      The measurements.
 
     Raises:
-        MissingExtraError: The extra `train` is not installed.
-        ValueError: `seconds` is not positive.
-        CorpusError: The corpus is missing, empty or too small.
-        RunDirectoryError: `config.out` holds a run already, or cannot be written.
-        NonFiniteLossError: A loss is no longer finite.
-        TrainingInterrupted: `stop` received a signal; nothing was written.
+      MissingExtraError: the extra `train` is not installed.
+      ValueError: `seconds` is not positive.
+      CorpusError: the corpus is missing, empty or too small.
+      RunDirectoryError: `config.out` holds a run already, or cannot be written.
+      NonFiniteLossError: a loss is no longer finite.
+      TrainingInterrupted: `stop` received a signal; nothing was written.
     """
     require_train_extra()
     if not 0 < seconds < math.inf:

@@ -23,28 +23,28 @@ class LanguageModelConfig:
     """What to train, on what, and where to write it.
 
     Attributes:
-        corpus: A text file, a folder of them or a .gz; None is the standard library.
-        vocab_size: Tokens of the byte-level BPE, at least 257.
-        steps: Updates to make.
-        batch_size: Sequences a step.
-        sequence_length: Tokens a sequence.
-        features: Width of the model.
-        layers: Attention blocks.
-        heads: Attention heads.
-        learning_rate: Peak of the schedule: warm-up, then cosine decay.
-        head: "full", "hierarchical", "adaptive" or "sampled"; see
-            `jaxsoft.training.heads`. Validation is by the full normalised
-            probabilities of each.
-        num_samples: Classes that a sampled head draws a step.
-        seed: Seed of parameters, data order and samples.
-        out: Folder of the run.
-        cache_dir: Root of the token cache; None is the user's cache folder.
-        evaluate_every: Steps between validations.
-        evaluation_tokens: Tokens of a validation; the last one reads four times more.
-        checkpoint_every: Steps between checkpoints.
-        sample_tokens: Length of the sampled texts.
-        prompt: Text that the samples continue: empty starts a new text, None takes a
-            few words from the middle of the validation text.
+      corpus: a text file, a folder of them or a .gz; None is the standard library.
+      vocab_size: tokens of the byte-level BPE, at least 257.
+      steps: updates to make.
+      batch_size: sequences a step.
+      sequence_length: tokens a sequence.
+      features: width of the model.
+      layers: attention blocks.
+      heads: attention heads.
+      learning_rate: peak of the schedule: warm-up, then cosine decay.
+      head: "full", "hierarchical", "adaptive" or "sampled"; see
+        `jaxsoft.training.heads`. Validation is by the full normalised
+        probabilities of each.
+      num_samples: classes that a sampled head draws a step.
+      seed: seed of parameters, data order and samples.
+      out: folder of the run.
+      cache_dir: root of the token cache; None is the user's cache folder.
+      evaluate_every: steps between validations.
+      evaluation_tokens: tokens of a validation; the last one reads four times more.
+      checkpoint_every: steps between checkpoints.
+      sample_tokens: length of the sampled texts.
+      prompt: text that the samples continue: empty starts a new text, None takes a
+        few words from the middle of the validation text.
     """
 
     corpus: str | None = None
@@ -102,12 +102,12 @@ def load_config(out: str | os.PathLike[str]) -> LanguageModelConfig:
     """Reads the configuration of the language model's run in a folder.
 
     Args:
-        out: The folder.
+      out: the folder.
 
     Returns:
-        The configuration that the run was started with.
+      The configuration that the run was started with.
 
     Raises:
-        RunDirectoryError: There is none.
+      RunDirectoryError: there is none.
     """
     return read_config(out, LanguageModelConfig)

@@ -34,12 +34,12 @@ class Corpus:
     """Texts to train and validate on.
 
     Attributes:
-        source: Where the texts come from, in words.
-        train: One text a file.
-        validation: One text a file, none of them in `train`.
-        skipped: Number of files that were not UTF-8 text or could not be read.
-        duplicates: Number of files left out because another has the same contents.
-        digest: Hash of all texts and of the split; independent of names and places.
+      source: where the texts come from, in words.
+      train: one text a file.
+      validation: one text a file, none of them in `train`.
+      skipped: number of files that were not UTF-8 text or could not be read.
+      duplicates: number of files left out because another has the same contents.
+      digest: hash of all texts and of the split; independent of names and places.
     """
 
     source: str
@@ -63,22 +63,22 @@ def read_corpus(
     """Reads the corpus into memory and splits it.
 
     Args:
-        path: A text file, a folder (searched recursively) or a .gz of one text. None
-            means the .py files of the running Python's standard library, without
-            installed packages.
-        validation_fraction: Share of the bytes to validate on, in (0, 1).
+      path: a text file, a folder (searched recursively) or a .gz of one text. None
+        means the .py files of the running Python's standard library, without
+        installed packages.
+      validation_fraction: share of the bytes to validate on, in (0, 1).
 
     Returns:
-        The corpus, with at least one text on either side of the split.
+      The corpus, with at least one text on either side of the split.
 
     Raises:
-        CorpusError: The path does not exist, or holds no text, or too little of it to
-            split.
+      CorpusError: the path does not exist, or holds no text, or too little of it to
+        split.
 
     Example:
-        >>> corpus = read_corpus()
-        >>> len(corpus.train) > len(corpus.validation) > 0
-        True
+      >>> corpus = read_corpus()
+      >>> len(corpus.train) > len(corpus.validation) > 0
+      True
     """
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(

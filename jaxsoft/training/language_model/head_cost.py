@@ -23,10 +23,10 @@ class HeadCost:
     """One step of a head: loss, gradients in hidden states and parameters, update.
 
     Attributes:
-        seconds: Of a step; the median of some.
-        state_bytes: Parameters, the optimizer's state, and tables.
-        temporary_bytes: The compiled step's `temp_size_in_bytes`, in place; None where
-            the platform does not tell.
+      seconds: of a step; the median of some.
+      state_bytes: parameters, the optimizer's state, and tables.
+      temporary_bytes: the compiled step's `temp_size_in_bytes`, in place; None where
+        the platform does not tell.
     """
 
     seconds: float
@@ -38,12 +38,12 @@ def measure_head(programs: Programs, params: Any, batch: np.ndarray) -> HeadCost
     """Times a head on the hidden states and labels of a batch.
 
     Args:
-        programs: Whose head.
-        params: The model's parameters, which stay as they are.
-        batch: `[B, T + 1]` int32 tokens.
+      programs: whose head.
+      params: the model's parameters, which stay as they are.
+      batch: `[B, T + 1]` int32 tokens.
 
     Returns:
-        The cost.
+      The cost.
     """
     model = programs.model(params)
     hidden = jax.jit(lambda model, tokens: model.trunk(tokens))(model, batch[:, :-1])

@@ -17,12 +17,12 @@ class OptimizerConfig:
     """AdamW with linear warm-up, cosine decay and clipped gradients.
 
     Attributes:
-        steps: Length of the schedule.
-        learning_rate: Its peak.
-        warmup_fraction: Share of the steps on the way up.
-        final_fraction: The last learning rate as a share of the peak.
-        weight_decay: Decoupled decay of matrices; vectors are left alone.
-        clip: Largest global norm of a gradient.
+      steps: length of the schedule.
+      learning_rate: its peak.
+      warmup_fraction: share of the steps on the way up.
+      final_fraction: the last learning rate as a share of the peak.
+      weight_decay: decoupled decay of matrices; vectors are left alone.
+      clip: largest global norm of a gradient.
     """
 
     steps: int
@@ -51,10 +51,10 @@ class OptimizerConfig:
         """The Optax transformation of one step.
 
         Args:
-            rate: The step's learning rate; the state does not depend on it.
+          rate: the step's learning rate; the state does not depend on it.
 
         Returns:
-            The transformation, for parameters with dense gradients.
+          The transformation, for parameters with dense gradients.
         """
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
@@ -70,10 +70,10 @@ class OptimizerConfig:
         """The optimizer of rows in one step: neither clipped nor decayed.
 
         Args:
-            rate: The step's learning rate; the state does not depend on it.
+          rate: the step's learning rate; the state does not depend on it.
 
         Returns:
-            The optimizer, for parameters with a `jaxsoft.RowGradient`.
+          The optimizer, for parameters with a `jaxsoft.RowGradient`.
         """
         return row_adam(lambda count: rate, b2=_B2)
 
@@ -81,13 +81,13 @@ class OptimizerConfig:
         """Makes an update of parameters with dense gradients.
 
         Args:
-            gradient: Of the structure of `params`.
-            state: Optax's.
-            params: The parameters.
-            rate: The step's learning rate.
+          gradient: of the structure of `params`.
+          state: Optax's.
+          params: the parameters.
+          rate: the step's learning rate.
 
         Returns:
-            The new parameters and the new state.
+          The new parameters and the new state.
         """
         # Optax's Adam mixes float and integer scalars, which a caller's strict setting
         # would refuse.

@@ -24,16 +24,16 @@ def prepare(
     """Reads the corpus and makes its tokens.
 
     Args:
-        config: Names the corpus, the token cache and what must fit.
-        listener: Told what was read.
-        stop: Asked now and then whether to stop.
+      config: names the corpus, the token cache and what must fit.
+      listener: told what was read.
+      stop: asked now and then whether to stop.
 
     Returns:
-        The corpus and its tokens.
+      The corpus and its tokens.
 
     Raises:
-        CorpusError: The corpus is missing, empty or too small.
-        TrainingInterrupted: `stop` received a signal.
+      CorpusError: the corpus is missing, empty or too small.
+      TrainingInterrupted: `stop` received a signal.
     """
     corpus = read_corpus(config.corpus)
     _describe_corpus(corpus, listener)
@@ -52,9 +52,9 @@ def check_vocabulary(mesh: Mesh, num_classes: int, head: str = "full") -> None:
     """Raises `MeshError` unless each shard of the head has as many classes.
 
     Args:
-        mesh: With both axes.
-        num_classes: Tokens of the vocabulary in use.
-        head: The kind of head: only a full one can be cut.
+      mesh: with both axes.
+      num_classes: tokens of the vocabulary in use.
+      head: the kind of head: only a full one can be cut.
     """
     size = mesh.shape[VOCAB]
     if size > 1 and head != "full":

@@ -22,8 +22,8 @@ class Sample:
     """Text drawn from the trained model.
 
     Attributes:
-        temperature: 0 is greedy.
-        text: The continuation, without the prompt.
+      temperature: 0 is greedy.
+      text: the continuation, without the prompt.
     """
 
     temperature: float
@@ -35,19 +35,19 @@ class FinalReport:
     """What a finished run measured; also the last line of its metrics.
 
     Attributes:
-        step: Updates made.
-        loss: Validation loss in nats a token, by full normalised probabilities.
-        tokens_evaluated: Validation tokens behind `loss`.
-        unigram_entropy: Entropy of the token frequencies of the whole corpus.
-        unigram_cross_entropy: Loss of the training frequencies on the validation
-            tokens: what a model without context reaches.
-        vocab_size: `V` in use.
-        memory: Stored logits against the compiled step.
-        prompt: What the samples continue.
-        samples: One a temperature.
-        compile_seconds: Time spent compiling, in the last process of the run.
-        seconds: Time spent on steps, in all processes of the run.
-        head: What was trained: "full", "hierarchical", "adaptive" or "sampled".
+      step: updates made.
+      loss: validation loss in nats a token, by full normalised probabilities.
+      tokens_evaluated: validation tokens behind `loss`.
+      unigram_entropy: entropy of the token frequencies of the whole corpus.
+      unigram_cross_entropy: loss of the training frequencies on the validation
+        tokens: what a model without context reaches.
+      vocab_size: `V` in use.
+      memory: stored logits against the compiled step.
+      prompt: what the samples continue.
+      samples: one a temperature.
+      compile_seconds: time spent compiling, in the last process of the run.
+      seconds: time spent on steps, in all processes of the run.
+      head: what was trained: "full", "hierarchical", "adaptive" or "sampled".
     """
 
     step: int

@@ -33,9 +33,9 @@ class TrainState(NamedTuple):
     """All that a step changes.
 
     Attributes:
-        params: The model's parameters, an `nnx.State`.
-        optimizer: The Optax state of those with dense gradients.
-        rows: The state of the optimizer of those with row gradients, if there are.
+      params: the model's parameters, an `nnx.State`.
+      optimizer: the Optax state of those with dense gradients.
+      rows: the state of the optimizer of those with row gradients, if there are.
     """
 
     params: Any
@@ -47,9 +47,9 @@ class StepResult(NamedTuple):
     """What a step measures, float32 scalars.
 
     Attributes:
-        loss: Mean loss in nats before the update; a sampled head's own.
-        gradient_norm: Global norm of the dense gradients before clipping.
-        parameter_norm: Global norm of the parameters that have them, after the update.
+      loss: mean loss in nats before the update; a sampled head's own.
+      gradient_norm: global norm of the dense gradients before clipping.
+      parameter_norm: global norm of the parameters that have them, after the update.
     """
 
     loss: Array
@@ -62,13 +62,13 @@ class MemoryReport:
     """Bytes a device: what stored logits would take, and what the step does take.
 
     Attributes:
-        stored_logits: `4·N·V`, the logits of one step in float32, over the number of
-            devices.
-        stored_logits_with_gradient: Twice that: the logits and their gradient.
-        step_temporaries: The compiled step's `temp_size_in_bytes`: every intermediate
-            of trunk, head, their gradients and the optimizer. None where the platform
-            does not tell.
-        devices: How many devices take that much, each.
+      stored_logits: `4·N·V`, the logits of one step in float32, over the number of
+        devices.
+      stored_logits_with_gradient: twice that: the logits and their gradient.
+      step_temporaries: the compiled step's `temp_size_in_bytes`: every intermediate
+        of trunk, head, their gradients and the optimizer. None where the platform
+        does not tell.
+      devices: how many devices take that much, each.
     """
 
     stored_logits: int
@@ -93,12 +93,12 @@ class Programs:
         """Compiles the training step and the evaluation.
 
         Args:
-            model: Sizes of the model.
-            optimizer: The optimizer.
-            batch_shape: `(B, T)`.
-            head: The head, over as many classes as the model has.
-            seed: Seed of the initial parameters, and of what a head draws.
-            mesh: The devices, see `jaxsoft.training.mesh`; None takes the first.
+          model: sizes of the model.
+          optimizer: the optimizer.
+          batch_shape: `(B, T)`.
+          head: the head, over as many classes as the model has.
+          seed: seed of the initial parameters, and of what a head draws.
+          mesh: the devices, see `jaxsoft.training.mesh`; None takes the first.
         """
         self.mesh = usable_mesh(mesh, batch_shape[0])
         self.batch_shape = batch_shape
@@ -143,13 +143,13 @@ class Programs:
         """Makes one update.
 
         Args:
-            state: Donated: do not use it again.
-            batch: `[B, T + 1]` int32 tokens.
-            rate: The learning rate.
-            index: Number of the step: what a head draws is a function of it.
+          state: donated: do not use it again.
+          batch: `[B, T + 1]` int32 tokens.
+          rate: the learning rate.
+          index: number of the step: what a head draws is a function of it.
 
         Returns:
-            The new state and a `StepResult`.
+          The new state and a `StepResult`.
         """
         scalars = np.float32(rate), np.int32(index)
         return self._step(state, self.tables, self._place(batch), *scalars)
@@ -158,12 +158,12 @@ class Programs:
         """Mean loss in nats over windows of text.
 
         Args:
-            params: The model's parameters.
-            windows: `[W, T + 1]` int32 tokens, any `W`; short batches are padded and
-                the padding's losses dropped.
+          params: the model's parameters.
+          windows: `[W, T + 1]` int32 tokens, any `W`; short batches are padded and
+            the padding's losses dropped.
 
         Returns:
-            The mean over `W·T` tokens, summed in float64.
+          The mean over `W·T` tokens, summed in float64.
         """
         batch = self.batch_shape[0]
         total = 0.0
@@ -185,15 +185,15 @@ class Programs:
         """Continues a prompt once at each temperature.
 
         Args:
-            params: The model's parameters.
-            prompt: Token ids to start from, at least one; its end counts where it is
-                longer than `T`.
-            temperatures: One a sample; 0 takes the most probable token.
-            num_tokens: Tokens to add.
+          params: the model's parameters.
+          prompt: token ids to start from, at least one; its end counts where it is
+            longer than `T`.
+          temperatures: one a sample; 0 takes the most probable token.
+          num_tokens: tokens to add.
 
         Returns:
-            The added tokens, one list a temperature; a function of the seed and of the
-            arguments.
+          The added tokens, one list a temperature; a function of the seed and of the
+          arguments.
         """
         length = self.batch_shape[1]
         prompt = list(prompt)[-length:]

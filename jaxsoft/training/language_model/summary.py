@@ -20,9 +20,9 @@ def summarise(console: Console, report: FinalReport, files: Sequence[Path]) -> N
     """Prints the samples, the measurements and the files of a finished run.
 
     Args:
-        console: Where to print.
-        report: The measurements.
-        files: The run's files.
+      console: where to print.
+      report: the measurements.
+      files: the run's files.
     """
     say(console, "\n--- prompt ---")
     say(console, printable(report.prompt))
@@ -70,9 +70,9 @@ def summarise_comparison(
     """Prints the table of a comparison of heads, and its files.
 
     Args:
-        console: Where to print.
-        report: The measurements.
-        files: Where they are.
+      console: where to print.
+      report: the measurements.
+      files: where they are.
     """
     table = Table(box=box.MARKDOWN)
     columns = ("perplexity", "steps", "ms a step", "head ms", "state MiB", "temp MiB")

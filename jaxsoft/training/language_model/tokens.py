@@ -41,11 +41,11 @@ class TokenFacts:
     """What a cache entry says about itself.
 
     Attributes:
-        vocab_size: `V`, the number of tokens that the tokenizer has; less than asked
-            for where the corpus has too few distinct merges.
-        train_tokens: Length of the training tokens.
-        validation_tokens: Length of the validation tokens.
-        digest: Hash of the tokenizer and of all tokens.
+      vocab_size: `V`, the number of tokens that the tokenizer has; less than asked
+        for where the corpus has too few distinct merges.
+      train_tokens: length of the training tokens.
+      validation_tokens: length of the validation tokens.
+      digest: hash of the tokenizer and of all tokens.
     """
 
     vocab_size: int
@@ -59,11 +59,11 @@ class TokenCache:
     """Memory-mapped tokens and the tokenizer that made them.
 
     Attributes:
-        directory: The cache entry.
-        facts: Sizes and digest.
-        train: `[train_tokens]`, uint16 where `V` allows it, otherwise uint32. Every
-            text starts with the document mark.
-        validation: `[validation_tokens]`, likewise.
+      directory: the cache entry.
+      facts: sizes and digest.
+      train: `[train_tokens]`, uint16 where `V` allows it, otherwise uint32. Every
+        text starts with the document mark.
+      validation: `[validation_tokens]`, likewise.
     """
 
     directory: Path
@@ -105,20 +105,20 @@ def prepare_tokens(
     """Finds the tokens of a corpus in the cache, or makes them.
 
     Args:
-        corpus: The texts.
-        vocab_size: `V` to train for, at least 257. A corpus too small to reach it
-            gives fewer tokens; `facts.vocab_size` says how many.
-        cache_dir: Root of the cache; None means `default_cache_dir()`.
-        note: Called with a line of text for each thing worth telling.
-        check: Called now and then while tokens are made; what it raises ends the work
-            and leaves nothing behind.
+      corpus: the texts.
+      vocab_size: `V` to train for, at least 257. A corpus too small to reach it
+        gives fewer tokens; `facts.vocab_size` says how many.
+      cache_dir: root of the cache; None means `default_cache_dir()`.
+      note: called with a line of text for each thing worth telling.
+      check: called now and then while tokens are made; what it raises ends the work
+        and leaves nothing behind.
 
     Returns:
-        The tokens, opened without reading them.
+      The tokens, opened without reading them.
 
     Raises:
-        ValueError: `vocab_size` is too small.
-        CorpusError: The cache cannot be written.
+      ValueError: `vocab_size` is too small.
+      CorpusError: the cache cannot be written.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(

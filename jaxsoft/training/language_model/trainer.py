@@ -67,28 +67,28 @@ def train_language_model(
     `loss.png`, `tokenizer.json` and `checkpoints/`.
 
     Args:
-        config: What to train.
-        resume: Go on with the run in `config.out`, from its last checkpoint, bit for
-            bit as if it had not been stopped; from the start if it has none. Of a
-            finished run the report comes back.
-        mesh: The devices, with the axes `data` for sequences, `vocab` for the head's
-            classes, or one of them; None takes one device. Losses are the same within
-            rounding, and a run may be resumed on another mesh.
-        listener: Told of progress.
-        stop: Asked between steps whether to stop; a stop saves first.
+      config: what to train.
+      resume: go on with the run in `config.out`, from its last checkpoint, bit for
+        bit as if it had not been stopped; from the start if it has none. Of a
+        finished run the report comes back.
+      mesh: the devices, with the axes `data` for sequences, `vocab` for the head's
+        classes, or one of them; None takes one device. Losses are the same within
+        rounding, and a run may be resumed on another mesh.
+      listener: told of progress.
+      stop: asked between steps whether to stop; a stop saves first.
 
     Returns:
-        The final measurements.
+      The final measurements.
 
     Raises:
-        MissingExtraError: The extra `train` is not installed.
-        MeshError: The mesh has other axes, does not divide batch or vocabulary, or is
-            not for this head.
-        CorpusError: The corpus is missing, empty or too small.
-        RunDirectoryError: `config.out` holds another run or, to resume, not this one.
-        CheckpointError: A checkpoint cannot be written or read.
-        NonFiniteLossError: The loss or its gradient is no longer finite.
-        TrainingInterrupted: `stop` received a signal; the run can be resumed.
+      MissingExtraError: the extra `train` is not installed.
+      MeshError: the mesh has other axes, does not divide batch or vocabulary, or is
+        not for this head.
+      CorpusError: the corpus is missing, empty or too small.
+      RunDirectoryError: `config.out` holds another run or, to resume, not this one.
+      CheckpointError: a checkpoint cannot be written or read.
+      NonFiniteLossError: the loss or its gradient is no longer finite.
+      TrainingInterrupted: `stop` received a signal; the run can be resumed.
     """
     require_train_extra()
     listener, stop = listener or Listener(), stop or StopRequest()

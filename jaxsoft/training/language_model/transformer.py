@@ -25,10 +25,10 @@ class TransformerConfig:
     """Sizes of a `LanguageModel`.
 
     Attributes:
-        num_classes: `V`, the number of tokens.
-        features: `H`, the width of the trunk and of the head's input.
-        layers: Number of attention blocks.
-        heads: Attention heads; divides `features` into an even head size.
+      num_classes: `V`, the number of tokens.
+      features: `H`, the width of the trunk and of the head's input.
+      layers: number of attention blocks.
+      heads: attention heads; divides `features` into an even head size.
     """
 
     num_classes: int
@@ -54,15 +54,15 @@ def rotate_positions(vectors: Array) -> Array:
     """Rotates pairs of features by an angle proportional to the position.
 
     Args:
-        vectors: `[B, T, heads, D]`, queries or keys with even `D`.
+      vectors: `[B, T, heads, D]`, queries or keys with even `D`.
 
     Returns:
-        The rotated vectors, same shape and dtype. Dot products between two of them
-        depend on the difference of their positions only.
+      The rotated vectors, same shape and dtype. Dot products between two of them
+      depend on the difference of their positions only.
 
     References:
-        Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
-        arXiv:2104.09864.
+      Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding,
+      arXiv:2104.09864.
     """
     length, half = vectors.shape[1], vectors.shape[-1] // 2
     frequencies = _ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -82,8 +82,8 @@ class Attention(nnx.Module):
         """Builds the projections.
 
         Args:
-            config: Sizes of the model.
-            rngs: Source of the initial parameters.
+          config: sizes of the model.
+          rngs: source of the initial parameters.
         """
         width, self.heads = config.features, config.heads
         size = width // config.heads
@@ -119,15 +119,15 @@ class FeedForward(nnx.Module):
     """SwiGLU: a gated two-layer network at each position.
 
     References:
-        Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+      Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         """Builds the two layers, four thirds of twice the width inside.
 
         Args:
-            config: Sizes of the model.
-            rngs: Source of the initial parameters.
+          config: sizes of the model.
+          rngs: source of the initial parameters.
         """
         inner = 8 * config.features // 3
         self.expand = nnx.Linear(config.features, 2 * inner, use_bias=False, rngs=rngs)
@@ -152,8 +152,8 @@ class Block(nnx.Module):
         """Builds both halves and their norms.
 
         Args:
-            config: Sizes of the model.
-            rngs: Source of the initial parameters.
+          config: sizes of the model.
+          rngs: source of the initial parameters.
         """
         self.attention_norm = nnx.RMSNorm(config.features, rngs=rngs)
         self.attention = Attention(config, rngs=rngs)
@@ -173,8 +173,8 @@ class Transformer(nnx.Module):
         """Builds the embedding table and the blocks.
 
         Args:
-            config: Sizes of the model.
-            rngs: Source of the initial parameters.
+          config: sizes of the model.
+          rngs: source of the initial parameters.
         """
         self.embedding = nnx.Embed(
             config.num_classes,
@@ -190,10 +190,10 @@ class Transformer(nnx.Module):
         """Computes the hidden state after each token.
 
         Args:
-            tokens: `[B, T]` integers in `[0, V)`.
+          tokens: `[B, T]` integers in `[0, V)`.
 
         Returns:
-            `[B, T, H]`; position `t` depends on tokens `0 … t` only.
+          `[B, T, H]`; position `t` depends on tokens `0 … t` only.
         """
         hidden = self.embedding_norm(self.embedding(tokens))
         for block in self.blocks:
@@ -210,13 +210,13 @@ class LanguageModel(nnx.Module):
     mesh axis `vocab`; other parameters have none.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from flax import nnx
-        >>> config = TransformerConfig(num_classes=300, features=16, heads=2)
-        >>> model = LanguageModel(config, rngs=nnx.Rngs(0))
-        >>> tokens = jnp.zeros([2, 8], jnp.int32)
-        >>> model.trunk(tokens).shape
-        (2, 8, 16)
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> config = TransformerConfig(num_classes=300, features=16, heads=2)
+      >>> model = LanguageModel(config, rngs=nnx.Rngs(0))
+      >>> tokens = jnp.zeros([2, 8], jnp.int32)
+      >>> model.trunk(tokens).shape
+      (2, 8, 16)
     """
 
     def __init__(
@@ -229,10 +229,10 @@ class LanguageModel(nnx.Module):
         """Builds trunk and head.
 
         Args:
-            config: Sizes of the model.
-            plan: The head, over as many classes; None is a full one that starts at the
-                uniform distribution.
-            rngs: Source of the initial parameters.
+          config: sizes of the model.
+          plan: the head, over as many classes; None is a full one that starts at the
+            uniform distribution.
+          rngs: source of the initial parameters.
         """
         plan = plan or HeadPlan("full", (0,) * config.num_classes)
         self.trunk = Transformer(config, rngs=rngs)
@@ -249,13 +249,13 @@ class LanguageModel(nnx.Module):
         """Cross-entropy in nats of each next token, without stored logits.
 
         Args:
-            tokens: `[B, T]` integers.
-            labels: `[B, T]` integers, the token after each one.
-            reduction: "mean" for a scalar, "none" for `[B, T]` losses.
-            **options: Of the head's `loss`.
+          tokens: `[B, T]` integers.
+          labels: `[B, T]` integers, the token after each one.
+          reduction: "mean" for a scalar, "none" for `[B, T]` losses.
+          **options: of the head's `loss`.
 
         Returns:
-            float32, a scalar or `[B, T]`.
+          float32, a scalar or `[B, T]`.
         """
         return self.head.loss(
             self.trunk(tokens), labels, reduction=reduction, **options

@@ -15,8 +15,8 @@ class Windows:
         """Keeps the tokens, which stay on disk.
 
         Args:
-            tokens: `[num_tokens]`, memory-mapped or not.
-            length: `T`, labels a window.
+          tokens: `[num_tokens]`, memory-mapped or not.
+          length: `T`, labels a window.
         """
         self._tokens, self._length = tokens, length
 
@@ -39,12 +39,12 @@ class Windows:
         """Shuffles the windows anew each epoch, without end.
 
         Args:
-            batch_size: `B`.
-            seed: Seed of the order.
+          batch_size: `B`.
+          seed: seed of the order.
 
         Returns:
-            A function of an index that reads a batch, `[B, T + 1]`; it depends on
-            `seed` and the index alone.
+          A function of an index that reads a batch, `[B, T + 1]`; it depends on
+          `seed` and the index alone.
         """
         import grain
 

@@ -59,7 +59,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       C: inverse of the penalty's strength, positive; `numpy.inf` for none.
       l1_ratio: share of the L1 penalty, in [0, 1].
       fit_intercept: whether to fit b.
-      class_weight: None, "balanced" or a dict from a class to its weight.
+      class_weight: none, "balanced" or a dict from a class to its weight.
       reference_class: "auto", scikit-learn's form: the first class where there are
         two, else None. None: a row a class, always. Or a class.
       label_smoothing: ε in [0, 1], spread evenly over the classes.

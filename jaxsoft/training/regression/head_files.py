@@ -24,15 +24,15 @@ def pack_head(head: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Takes a head apart.
 
     Args:
-        head: A `HierarchicalSoftmaxHead` or an `AdaptiveSoftmaxHead`, at a temperature
-            that is a number.
-        tensors: Receives its parameters and tables, under names from `head_.` on.
+      head: a `HierarchicalSoftmaxHead` or an `AdaptiveSoftmaxHead`, at a temperature
+        that is a number.
+      tensors: receives its parameters and tables, under names from `head_.` on.
 
     Returns:
-        The rest, for JSON.
+      The rest, for JSON.
 
     Raises:
-        TypeError: The head is of another kind.
+      TypeError: the head is of another kind.
     """
     if isinstance(head, HierarchicalSoftmaxHead):
         classes, kernel, bias = head.tree, head.node_kernel, head.node_bias
@@ -68,11 +68,11 @@ def unpack_head(form: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
     """Puts a head together again.
 
     Args:
-        form: What `pack_head` returned.
-        tensors: What it filled.
+      form: what `pack_head` returned.
+      tensors: what it filled.
 
     Returns:
-        The head.
+      The head.
     """
     classes = _unpacked(form["classes"], tensors)
     wide = form["param_dtype"] == "float64"

@@ -60,23 +60,23 @@ def train_regression(
     """Fits a softmax regression to a table, or goes on with one.
 
     Args:
-        config: What to fit.
-        resume: Go on with the run in `config.out`, from its last checkpoint, bit for
-            bit as if it had not been stopped; from the start if it has none. Of a
-            finished run the report comes back.
-        listener: Told of progress.
-        stop: Asked between segments whether to stop; a stop saves first.
+      config: what to fit.
+      resume: go on with the run in `config.out`, from its last checkpoint, bit for
+        bit as if it had not been stopped; from the start if it has none. Of a
+        finished run the report comes back.
+      listener: told of progress.
+      stop: asked between segments whether to stop; a stop saves first.
 
     Returns:
-        The measurements.
+      The measurements.
 
     Raises:
-        MissingExtraError: The extra `train` is not installed.
-        TableError: The table cannot be used, or a class has too few rows to split.
-        RunDirectoryError: `config.out` holds another run or, to resume, not this one.
-        CheckpointError: A checkpoint cannot be written or read.
-        NonFiniteLossError: The objective is no longer finite.
-        TrainingInterrupted: `stop` received a signal; the run can be resumed.
+      MissingExtraError: the extra `train` is not installed.
+      TableError: the table cannot be used, or a class has too few rows to split.
+      RunDirectoryError: `config.out` holds another run or, to resume, not this one.
+      CheckpointError: a checkpoint cannot be written or read.
+      NonFiniteLossError: the objective is no longer finite.
+      TrainingInterrupted: `stop` received a signal; the run can be resumed.
     """
     require_train_extra()
     listener, stop = listener or Listener(), stop or StopRequest()

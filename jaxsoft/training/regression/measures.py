@@ -22,10 +22,10 @@ class Measures:
     """How well classes are predicted.
 
     Attributes:
-        rows: Number of rows measured.
-        accuracy: Share of rows whose most probable class is the label.
-        log_loss: Mean of −log p(label), in nats.
-        calibration_error: Expected calibration error, in 15 bins.
+      rows: number of rows measured.
+      accuracy: share of rows whose most probable class is the label.
+      log_loss: mean of −log p(label), in nats.
+      calibration_error: expected calibration error, in 15 bins.
     """
 
     rows: int
@@ -74,14 +74,14 @@ def predict(
     """Predicts rows.
 
     Args:
-        estimator: A fitted classifier.
-        features: [n, d] dense or CSR.
-        labels: [n] index of each label among the estimator's classes, or None.
-        each: Called for each chunk of rows in turn, with the [rows] indices predicted
-            and the probabilities [rows, K].
+      estimator: a fitted classifier.
+      features: [n, d] dense or CSR.
+      labels: [n] index of each label among the estimator's classes, or None.
+      each: called for each chunk of rows in turn, with the [rows] indices predicted
+        and the probabilities [rows, K].
 
     Returns:
-        The predictions.
+      The predictions.
     """
     step = max(_CHUNK // len(estimator.classes_), 1)
     predicted, confidence, log_probs = [], [], []
@@ -120,15 +120,15 @@ def class_indices(labels: np.ndarray, classes: np.ndarray, source: str) -> np.nd
     """Finds labels among the classes of a model.
 
     Args:
-        labels: [n].
-        classes: [K], sorted.
-        source: Where the labels come from.
+      labels: [n].
+      classes: [K], sorted.
+      source: where the labels come from.
 
     Returns:
-        [n] indices.
+      [n] indices.
 
     Raises:
-        TableError: A label is none of the classes.
+      TableError: a label is none of the classes.
     """
     if classes.dtype.kind in "UO" and labels.dtype.kind != "U":
         labels = labels.astype(str)

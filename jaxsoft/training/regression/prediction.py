@@ -30,11 +30,11 @@ class PredictionReport:
     """What was predicted.
 
     Attributes:
-        rows: How many rows.
-        classes: The model's, as Python values.
-        counts: How often each was predicted.
-        measures: How well, where the table has labels, or None.
-        out: The file written, or None.
+      rows: how many rows.
+      classes: the model's, as Python values.
+      counts: how often each was predicted.
+      measures: how well, where the table has labels, or None.
+      out: the file written, or None.
     """
 
     rows: int
@@ -55,22 +55,22 @@ def predict_table(
     """Predicts the rows of a table.
 
     Args:
-        model: The file of a `SoftmaxRegression`, or the folder of a run.
-        data: A CSV, NPZ or libsvm file, with labels or without.
-        label: The column of the labels, if there is one; None is where the model's own
-            table had them. See `read_rows`.
-        out: A CSV file to write, which must not exist yet: the predicted class of each
-            row, in the table's order. None writes nothing.
-        probabilities: Also write the probability of each class.
+      model: the file of a `SoftmaxRegression`, or the folder of a run.
+      data: a CSV, NPZ or libsvm file, with labels or without.
+      label: the column of the labels, if there is one; None is where the model's own
+        table had them. See `read_rows`.
+      out: a CSV file to write, which must not exist yet: the predicted class of each
+        row, in the table's order. None writes nothing.
+      probabilities: also write the probability of each class.
 
     Returns:
-        What was predicted, and how well where labels are known.
+      What was predicted, and how well where labels are known.
 
     Raises:
-        MissingExtraError: The extra `train` is not installed.
-        ModelFileError: The model cannot be read.
-        TableError: The table cannot be used, or is not one for this model.
-        PredictionError: `out` exists already, or its folder does not.
+      MissingExtraError: the extra `train` is not installed.
+      ModelFileError: the model cannot be read.
+      TableError: the table cannot be used, or is not one for this model.
+      PredictionError: `out` exists already, or its folder does not.
     """
     require_train_extra()
     from jaxsoft.training.regression.estimator import SoftmaxRegression

@@ -15,22 +15,22 @@ class RegressionReport:
     """What a finished run measured; also the contents of its `metrics.json`.
 
     Attributes:
-        train: On the training rows.
-        test: On the test rows.
-        classes: K, as Python values.
-        features: d.
-        recall: Of each class, the share of its test rows that are predicted; None
-            where it has none.
-        confusion: [K][K] test rows, true classes by predicted ones; None for more than
-            100 classes.
-        objective: Of the fit, on scaled features.
-        iterations: Made by the solver.
-        converged: Whether the stopping rule was met.
-        stopping_reason: Which part of it.
-        solver: Which one.
-        temperature: 1 unless calibrated.
-        scaling: "columns", "image" or "none".
-        seconds: Time of the fit in the last process of the run, compilation included.
+      train: on the training rows.
+      test: on the test rows.
+      classes: K, as Python values.
+      features: d.
+      recall: of each class, the share of its test rows that are predicted; None
+        where it has none.
+      confusion: [K][K] test rows, true classes by predicted ones; None for more than
+        100 classes.
+      objective: of the fit, on scaled features.
+      iterations: made by the solver.
+      converged: whether the stopping rule was met.
+      stopping_reason: which part of it.
+      solver: which one.
+      temperature: 1 unless calibrated.
+      scaling: "columns", "image" or "none".
+      seconds: time of the fit in the last process of the run, compilation included.
     """
 
     train: Measures

@@ -54,7 +54,7 @@ class RegressionDirectory(RunDirectory):
         """Names the folder; touches nothing.
 
         Args:
-            path: The folder, which may not exist yet.
+          path: the folder, which may not exist yet.
         """
         super().__init__(path)
         self.model = self.path / "model.safetensors"
@@ -80,8 +80,8 @@ class RegressionDirectory(RunDirectory):
         """Draws a confusion matrix, unless the classes are too many.
 
         Args:
-            counts: [K, K] sparse, true classes by predicted ones.
-            classes: [K].
+          counts: [K, K] sparse, true classes by predicted ones.
+          classes: [K].
         """
         if len(classes) > _CONFUSION_CLASSES:
             return
@@ -108,9 +108,9 @@ class RegressionDirectory(RunDirectory):
         """Draws coefficients: an image a class, or one of classes by features.
 
         Args:
-            coef: [K, d], or [1, d] of the second of two classes.
-            classes: [K].
-            shape: Of an image, or None.
+          coef: [K, d], or [1, d] of the second of two classes.
+          classes: [K].
+          shape: of an image, or None.
         """
         names = classes.tolist()[-len(coef) :][:_IMAGES]
         shown = np.asarray(coef, np.float64)[:_IMAGES]

@@ -31,24 +31,24 @@ def save_model(estimator: Any, path: str | os.PathLike[str]) -> Path:
     """Writes a fitted estimator to a file.
 
     Args:
-        estimator: A fitted estimator with scikit-learn's `get_params`. Its fitted
-            attributes are those whose names end in an underscore and do not begin with
-            one: numbers, strings, arrays of either, and `head_`.
-        path: The file to write; what is there is replaced, whole or not at all. Its
-            folder must exist.
+      estimator: a fitted estimator with scikit-learn's `get_params`. Its fitted
+        attributes are those whose names end in an underscore and do not begin with
+        one: numbers, strings, arrays of either, and `head_`.
+      path: the file to write; what is there is replaced, whole or not at all. Its
+        folder must exist.
 
     Returns:
-        The path of the file.
+      The path of the file.
 
     Raises:
-        NotFittedError: The estimator is not fitted; scikit-learn's class.
-        TypeError: An attribute is of another type.
-        ModelFileError: The file cannot be written.
+      NotFittedError: the estimator is not fitted; scikit-learn's class.
+      TypeError: an attribute is of another type.
+      ModelFileError: the file cannot be written.
 
     Notes:
-        Parameters that JSON cannot hold (a mesh, an optimizer, a `RandomState`) are not
-        saved: the loaded estimator has their defaults. The same goes for
-        `checkpoint_dir`, which belongs to one run.
+      Parameters that JSON cannot hold (a mesh, an optimizer, a `RandomState`) are not
+      saved: the loaded estimator has their defaults. The same goes for
+      `checkpoint_dir`, which belongs to one run.
     """
     from safetensors.numpy import save
     from sklearn.utils.validation import check_is_fitted
@@ -86,14 +86,14 @@ def load_model(path: str | os.PathLike[str], cls: type[Estimator]) -> Estimator:
     """Reads an estimator back.
 
     Args:
-        path: The file that `save_model` wrote.
-        cls: The estimator's class.
+      path: the file that `save_model` wrote.
+      cls: the estimator's class.
 
     Returns:
-        An estimator that predicts, bit for bit, what the saved one does.
+      An estimator that predicts, bit for bit, what the saved one does.
 
     Raises:
-        ModelFileError: The file is missing, damaged, or something else.
+      ModelFileError: the file is missing, damaged, or something else.
     """
     path = Path(path)
     contents, tensors = _read(path)

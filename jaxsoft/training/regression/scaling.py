@@ -46,15 +46,15 @@ def choose_scaling(table: Table, rows: np.ndarray, standardize: bool | None) -> 
     """Measures the scale of a table.
 
     Args:
-        table: The table.
-        rows: Indices of the rows to train on.
-        standardize: True: each column gets mean 0 and standard deviation 1 (sparse
-            features keep their mean, and so their zeros). False: features stay as they
-            are. None: dense columns are standardised, images are divided by their
-            largest value, sparse features stay as they are.
+      table: the table.
+      rows: indices of the rows to train on.
+      standardize: true: each column gets mean 0 and standard deviation 1 (sparse
+        features keep their mean, and so their zeros). False: features stay as they
+        are. None: dense columns are standardised, images are divided by their
+        largest value, sparse features stay as they are.
 
     Returns:
-        The scaling. Columns that do not vary are only centred.
+      The scaling. Columns that do not vary are only centred.
     """
     from sklearn.preprocessing import StandardScaler
 
@@ -77,9 +77,9 @@ def fold(estimator: Any, scaling: Scaling) -> None:
     """Turns an estimator of scaled features into one of the features themselves.
 
     Args:
-        estimator: A fitted linear estimator; its `coef_` and `intercept_` are replaced
-            by float64 arrays.
-        scaling: What it was fitted with.
+      estimator: a fitted linear estimator; its `coef_` and `intercept_` are replaced
+        by float64 arrays.
+      scaling: what it was fitted with.
     """
     if scaling.kind == "none":
         return

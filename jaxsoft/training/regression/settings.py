@@ -22,25 +22,25 @@ class RegressConfig:
     """What to fit, on what, and where to write it.
 
     Attributes:
-        data: A CSV, NPZ or libsvm file; None is scikit-learn's digits.
-        label: The CSV column of the labels, by name or index; None is the last.
-        out: Folder of the run.
-        test_fraction: Share of the rows that is tested on, of each class alike.
-        C: Inverse strength of the penalty, as in scikit-learn.
-        solver: "auto", "lbfgs", "newton", "fista" or "minibatch".
-        head: "full", "hierarchical" or "adaptive".
-        tol: Tolerance of the stopping rule.
-        max_iter: The largest number of iterations, or of epochs of minibatches; None
-            is the solver's own.
-        standardize: Bring each column to mean 0 and standard deviation 1 for the fit.
-            None does so for dense columns, divides images by their largest value, and
-            leaves sparse features, and those of other heads, as they are. What is saved
-            is a model of the features as they are in the file.
-        calibrate: Fit a temperature on held-out training rows.
-        label_smoothing: Share of each label that is spread over all classes.
-        dtype: "float32" or "float64", of the fit.
-        seed: Seed of the split and of the solver.
-        checkpoint_every: Seconds between checkpoints.
+      data: a CSV, NPZ or libsvm file; None is scikit-learn's digits.
+      label: the CSV column of the labels, by name or index; None is the last.
+      out: folder of the run.
+      test_fraction: share of the rows that is tested on, of each class alike.
+      C: inverse strength of the penalty, as in scikit-learn.
+      solver: "auto", "lbfgs", "newton", "fista" or "minibatch".
+      head: "full", "hierarchical" or "adaptive".
+      tol: tolerance of the stopping rule.
+      max_iter: the largest number of iterations, or of epochs of minibatches; None
+        is the solver's own.
+      standardize: bring each column to mean 0 and standard deviation 1 for the fit.
+        None does so for dense columns, divides images by their largest value, and
+        leaves sparse features, and those of other heads, as they are. What is saved
+        is a model of the features as they are in the file.
+      calibrate: fit a temperature on held-out training rows.
+      label_smoothing: share of each label that is spread over all classes.
+      dtype: "float32" or "float64", of the fit.
+      seed: seed of the split and of the solver.
+      checkpoint_every: seconds between checkpoints.
     """
 
     data: str | None = None

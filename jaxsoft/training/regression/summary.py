@@ -26,9 +26,9 @@ def summarise_regression(
     """Prints the measurements and the files of a finished run.
 
     Args:
-        console: Where to print.
-        report: The measurements.
-        files: The run's files.
+      console: where to print.
+      report: the measurements.
+      files: the run's files.
     """
     say(console, "")
     confusion = _confusion(console.width, report)
@@ -56,8 +56,8 @@ def summarise_prediction(console: Console, report: PredictionReport) -> None:
     """Prints what was predicted, and how well.
 
     Args:
-        console: Where to print.
-        report: The predictions' counts and measurements.
+      console: where to print.
+      report: the predictions' counts and measurements.
     """
     if report.measures is not None:
         _print_measures(console, {"rows": report.measures})

@@ -46,15 +46,15 @@ class Table:
     """Rows of features, and their labels where they are known.
 
     Attributes:
-        features: [n, d] float32 or float64, a NumPy array or a `csr_matrix`.
-        labels: [n] integers, booleans or strings; None where the file has none.
-        feature_names: A tuple, one a column, or None.
-        image_shape: (h, w) or (h, w, c) where a row is an image, or None.
-        source: Where the table comes from, in words.
-        digest: Hash of features, labels, names and the shape of an image; independent
-            of places.
-        label_column: Where the labels were: a column's name, its index where columns
-            have no names, an NPZ file's key, or None.
+      features: [n, d] float32 or float64, a NumPy array or a `csr_matrix`.
+      labels: [n] integers, booleans or strings; None where the file has none.
+      feature_names: a tuple, one a column, or None.
+      image_shape: (h, w) or (h, w, c) where a row is an image, or None.
+      source: where the table comes from, in words.
+      digest: hash of features, labels, names and the shape of an image; independent
+        of places.
+      label_column: where the labels were: a column's name, its index where columns
+        have no names, an NPZ file's key, or None.
     """
 
     features: Any
@@ -72,21 +72,21 @@ def read_table(
     """Reads a table to train on.
 
     Args:
-        path: The file; None is scikit-learn's digits.
-        label: Name or index of the CSV column with the labels, from 0, or from -1
-            backwards; None is the last column. Of an NPZ file, the key of the labels.
+      path: the file; None is scikit-learn's digits.
+      label: name or index of the CSV column with the labels, from 0, or from -1
+        backwards; None is the last column. Of an NPZ file, the key of the labels.
 
     Returns:
-        The table, with labels.
+      The table, with labels.
 
     Raises:
-        TableError: The file is missing, of another format, empty or ragged; a cell is
-            no finite number; the labels are absent, no classes, or all the same.
+      TableError: the file is missing, of another format, empty or ragged; a cell is
+        no finite number; the labels are absent, no classes, or all the same.
 
     Example:
-        >>> table = read_table()
-        >>> table.features.shape, table.image_shape, len(set(table.labels))
-        ((1797, 64), (8, 8), 10)
+      >>> table = read_table()
+      >>> table.features.shape, table.image_shape, len(set(table.labels))
+      ((1797, 64), (8, 8), 10)
     """
     table = _read(path, Wanted(None if label is None else str(label)))
     if table.labels is None:
@@ -114,19 +114,19 @@ def read_rows(
     had them.
 
     Args:
-        path: The file; None is scikit-learn's digits.
-        label: As for `read_table`; a table without that column has no labels.
-        num_features: Features of the model.
-        feature_names: The model's names of them; columns of a CSV file with a header
-            are put in this order.
-        label_column: `Table.label_column` of the table that it was trained on.
+      path: the file; None is scikit-learn's digits.
+      label: as for `read_table`; a table without that column has no labels.
+      num_features: features of the model.
+      feature_names: the model's names of them; columns of a CSV file with a header
+        are put in this order.
+      label_column: `Table.label_column` of the table that it was trained on.
 
     Returns:
-        The table, its labels None where the file has none.
+      The table, its labels None where the file has none.
 
     Raises:
-        TableError: As for `read_table`, labels apart; the features are not the model's,
-            or which column has the labels is not known.
+      TableError: as for `read_table`, labels apart; the features are not the model's,
+        or which column has the labels is not known.
     """
     name = None if label is None else str(label)
     wanted = Wanted(name, num_features, feature_names, label_column)
@@ -144,12 +144,12 @@ def check_range(table: Table, values: Any, rows: np.ndarray | None = None) -> No
     """Checks that features stay finite in the dtype that they are computed with.
 
     Args:
-        table: The table.
-        values: [n, d] rows of its features, dense or CSR, scaled and in that dtype.
-        rows: [n] which rows; None is all of them.
+      table: the table.
+      values: [n, d] rows of its features, dense or CSR, scaled and in that dtype.
+      rows: [n] which rows; None is all of them.
 
     Raises:
-        TableError: A value is not finite; the message names its row and column.
+      TableError: a value is not finite; the message names its row and column.
     """
     place = _not_finite(values)
     if place is None:
