@@ -838,8 +838,8 @@ _REGRESSION = (
         "penalty-of-the-sum-on-the-mean",
         kind="dropped factor",
         file="jaxsoft/training/regression/full_batch.py",
-        before="1.0 / (options.C * total)",
-        after="1.0 / options.C",
+        before="1.0 / (float(p.C) * total)",
+        after="1.0 / float(p.C)",
         tests=(
             "tests/training/regression/test_solvers.py",
             "tests/training/regression/test_estimator.py",
@@ -922,7 +922,7 @@ _REGRESSION = (
         "fit-goes-on-from-any-checkpoint",
         kind="stale cache",
         file="jaxsoft/training/regression/solving.py",
-        before="elif not path.exists() or path.read_text() != found:",
+        before="elif not path.exists() or path.read_text() != digest:",
         after="elif not path.exists():",
         tests=(
             "tests/training/regression/test_solvers.py",
@@ -932,8 +932,8 @@ _REGRESSION = (
     Breakage(
         "probabilities-not-calibrated",
         kind="missing temperature factor",
-        file="jaxsoft/training/regression/decisions.py",
-        before="function(padded, estimator.temperature_)",
+        file="jaxsoft/training/regression/estimator.py",
+        before="function(padded, self.temperature_)",
         after="function(padded)",
         tests=("tests/training/regression/test_estimator.py",),
     ),

@@ -159,14 +159,7 @@ def _regress_until(stop: StopRequest, config: RegressConfig, *, resume: bool) ->
     from jaxsoft.training.regression.summary import summarise_regression
 
     console = Console()
-    listener = ConsoleListener(
-        console,
-        "iteration",
-        things="rows",
-        measure="objective",
-        digits=6,
-        remaining=False,
-    )
+    listener = ConsoleListener.for_fit(console, remaining=False)
     report = train_regression(config, resume=resume, listener=listener, stop=stop)
     summarise_regression(console, report, RegressionDirectory(config.out).files())
     return 0

@@ -54,6 +54,18 @@ class ConsoleListener(Listener):
         self._started = self._logged = 0.0
         self._unlogged = ""
 
+    @classmethod
+    def for_fit(cls, console: Console, *, remaining: bool = True) -> "ConsoleListener":
+        """Makes the listener of a regression's fit; see the constructor."""
+        return cls(
+            console,
+            "iteration",
+            things="rows",
+            measure="objective",
+            digits=6,
+            remaining=remaining,
+        )
+
     def note(self, text: str) -> None:
         """Prints a line."""
         say(self._console, text)

@@ -7,7 +7,7 @@ context adds.
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,26 @@ from jaxsoft import nn as softnn
 from jaxsoft.training.mesh import VOCAB
 from jaxsoft.training.unigram import unigram_log_probs
 
+__all__ = [
+    "HEADS",
+    "Head",
+    "HeadKind",
+    "HeadPlan",
+    "Params",
+    "head_rows",
+    "with_head_rows",
+]
+
 HeadKind = Literal["full", "hierarchical", "adaptive", "sampled"]
 HEADS: tuple[HeadKind, ...] = get_args(HeadKind)
+# Parameters as Flax has them, an `nnx.State`, whose items it does not type.
+Params: TypeAlias = Any
+Head: TypeAlias = (
+    softnn.SoftmaxHead
+    | softnn.HierarchicalSoftmaxHead
+    | softnn.AdaptiveSoftmaxHead
+    | softnn.SampledSoftmaxHead
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class HeadPlan:
         assert isinstance(self.structure, ClassTree)
         return self.structure.biases(np.exp(self.log_probs))
 
-    def build(self, features: int, *, rngs: nnx.Rngs) -> Any:
+    def build(self, features: int, *, rngs: nnx.Rngs) -> Head:
         """Makes the head.
 
         Args:
@@ -148,12 +166,17 @@ def _adaptive_biases(bands: ClassBands, log_probs: np.ndarray) -> list[np.ndarra
 _ROWS = ("node_kernel", "node_bias")
 
 
-def head_rows(params: Any) -> tuple[Array, ...]:
-    """The arrays with row gradients, of a model's parameters that have them."""
-    return tuple(params["head"][name][...] for name in _ROWS)
+def head_rows(params: Params) -> tuple[Array, ...]:
+    """The arrays with row gradients, of the parameters of a model or of its head."""
+    head = params["head"] if "head" in params else params
+    return tuple(head[name][...] for name in _ROWS)
 
 
-def with_head_rows(params: Any, rows: tuple[Array, ...]) -> Any:
+def with_head_rows(params: Params, rows: tuple[Array, ...]) -> Params:
     """Puts such arrays in the place of those of the parameters."""
-    found = dict(zip(_ROWS, rows, strict=True))
-    return jax.tree_util.tree_map_with_path(lambda path, _: found[path[1].key], params)
+    by_name = dict(zip(_ROWS, rows, strict=True))
+
+    def replaced(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
+        return next(by_name[entry.key] for entry in path if entry.key in by_name)
+
+    return jax.tree_util.tree_map_with_path(replaced, params)

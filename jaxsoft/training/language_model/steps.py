@@ -8,6 +8,7 @@ bands or a sampler) are arguments.
 Shapes: `B` sequences of `T` tokens, `N = B·T` tokens a step, `H` features, `V` tokens.
 """
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxsoft import RowGradient
+from jaxsoft.nn import HierarchicalSoftmaxHead
 from jaxsoft.training.heads import HeadPlan, head_rows, with_head_rows
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.transformer import LanguageModel, TransformerConfig
@@ -298,6 +300,7 @@ class Programs:
 
         hidden, pull = jax.vjp(trunk, dense)
         module = self._model(nnx.merge_state(dense, head), tables).head
+        assert isinstance(module, HierarchicalSoftmaxHead)
         loss, dhidden, of_rows = module.value_and_row_grad(hidden, labels)
         return loss, *pull(dhidden), of_rows
 
@@ -334,6 +337,20 @@ class Programs:
         keys = jax.random.split(key, num_tokens)
         _, tokens = jax.lax.scan(add_token, (window, jnp.asarray(filled)), keys)
         return tokens.T
+
+
+@functools.lru_cache(maxsize=4)
+def compiled_programs(
+    model: TransformerConfig,
+    optimizer: OptimizerConfig,
+    batch_shape: tuple[int, int],
+    *,
+    head: HeadPlan,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> Programs:
+    """Makes `Programs`, or returns those of the last runs with the same arguments."""
+    return Programs(model, optimizer, batch_shape, head=head, seed=seed, mesh=mesh)
 
 
 def _deterministic_options() -> dict[str, str | bool] | None:

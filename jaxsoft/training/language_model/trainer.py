@@ -27,7 +27,7 @@ from jaxsoft.training.language_model.corpus import Corpus
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.preparation import check_vocabulary, prepare
 from jaxsoft.training.language_model.report import FinalReport, Sample
-from jaxsoft.training.language_model.steps import Programs, TrainState
+from jaxsoft.training.language_model.steps import TrainState, compiled_programs
 from jaxsoft.training.language_model.tokens import DOCUMENT_START_ID, TokenCache
 from jaxsoft.training.language_model.windows import Windows
 from jaxsoft.training.mesh import usable_mesh
@@ -135,7 +135,7 @@ class _Run:
         )
         self.validation = Windows(tokens.validation, length)
         self.optimizer = OptimizerConfig(config.steps, config.learning_rate)
-        self.programs = Programs(
+        self.programs = compiled_programs(
             config.transformer(tokens.facts.vocab_size),
             self.optimizer,
             (config.batch_size, length),

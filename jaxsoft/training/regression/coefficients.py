@@ -1,93 +1,112 @@
-"""Between a solver's parameters and scikit-learn's `coef_` and `intercept_`."""
+"""A fitted linear classifier: scikit-learn's `coef_` and `intercept_`."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from sklearn.utils.extmath import safe_sparse_dot
 
-from jaxsoft.training.regression import solving
-from jaxsoft.training.regression.full_batch import Options, order_of
-from jaxsoft.training.regression.inputs import Rows
+from jaxsoft.training.regression.inputs import Csr
 from jaxsoft.training.regression.objective import Parameters
-from jaxsoft.training.regression.parameters import full_batch_options, reference_of
+from jaxsoft.training.regression.sources import RowSource
+
+__all__ = ["Coefficients"]
+
+# Bytes of the features, or logits, that exist at a time where neither is wanted.
+_CHUNK_BYTES = 2**26
 
 
-def of_classes(
-    estimator: Any, rows: Rows, *, go_on: bool = False
-) -> tuple[Any, Any] | None:
-    """Returns [V, d] and [V] to start at, or None."""
-    if not ((estimator.warm_start or go_on) and hasattr(estimator, "coef_")):
-        return None
-    count, width = len(rows.classes), rows.features.shape[1]
-    coef, intercept = np.asarray(estimator.coef_), np.asarray(estimator.intercept_)
-    if len(coef) == 1:
-        # One row is the second class's less the first's.
-        coef = np.concatenate([np.zeros_like(coef), coef])
-        intercept = np.concatenate([np.zeros_like(intercept), intercept])
-    if coef.shape != (count, width):
-        raise ValueError(
-            f"`warm_start` must go on with {(count, width)} coefficients, got "
-            f"{coef.shape}: the first fit had other classes or features."
+class Coefficients(NamedTuple):
+    """A linear classifier in scikit-learn's form.
+
+    Attributes:
+      coef: [V, d], or [1, d] the second class's of two minus the first's.
+      intercept: [V] or [1].
+    """
+
+    coef: np.ndarray
+    intercept: np.ndarray
+
+    @classmethod
+    def of_parameters(cls, parameters: Parameters, order: np.ndarray) -> "Coefficients":
+        """Returns [V, d] and [V] of a solver's parameters.
+
+        Args:
+          parameters: of the solver, whose reference class, if any, has no row.
+          order: [V] the classes in the order of the parameters' rows.
+        """
+        kernel, bias = parameters
+        order_of_rows = order[: kernel.shape[0]]
+        coef = np.zeros((len(order), kernel.shape[1]), kernel.dtype)
+        intercept = np.zeros(len(order), kernel.dtype)
+        coef[order_of_rows] = kernel
+        if bias is not None:
+            intercept[order_of_rows] = bias
+        return cls(coef, intercept)
+
+    def astype(self, dtype: np.dtype) -> "Coefficients":
+        """Returns the same in a dtype."""
+        return Coefficients(self.coef.astype(dtype), self.intercept.astype(dtype))
+
+    def of_least_norm(self) -> "Coefficients":
+        """Returns, of all classifiers with these probabilities, the least one."""
+        return Coefficients(
+            self.coef - self.coef.mean(0), self.intercept - self.intercept.mean()
         )
-    reference = reference_of(estimator, rows.classes)
-    if reference is not None:
-        coef = coef - coef[reference]
-        intercept = intercept - intercept[reference]
-    if not estimator.fit_intercept:
-        intercept = np.zeros_like(intercept)
-    return coef.astype(rows.dtype), intercept.astype(rows.dtype)
 
+    def of_second_class(self) -> "Coefficients":
+        """Returns the second class's of two minus the first's."""
+        return Coefficients(
+            self.coef[1:] - self.coef[:1], self.intercept[1:] - self.intercept[:1]
+        )
 
-def start(estimator: Any, rows: Rows, options: Options) -> Parameters | None:
-    """Returns the parameters to start at, in the solver's order, or None."""
-    found = of_classes(estimator, rows)
-    if found is None:
-        return None
-    order = order_of(options, len(rows.classes))
-    coef, intercept = found[0][order], found[1][order]
-    if options.reference is not None:
-        coef, intercept = coef[:-1], intercept[:-1]  # the last one's are 0
-    return Parameters(coef, intercept if options.intercept else None)
+    def by_class(self, reference: int | None) -> "Coefficients":
+        """Returns a row a class, of which a reference class's is 0."""
+        coef, intercept = self
+        if len(coef) == 1:
+            coef = np.concatenate([np.zeros_like(coef), coef])
+            intercept = np.concatenate([np.zeros_like(intercept), intercept])
+        if reference is not None:
+            coef = coef - coef[reference]
+            intercept = intercept - intercept[reference]
+        return Coefficients(coef, intercept)
 
+    def parameters(self, order: np.ndarray, *, bias: bool) -> Parameters:
+        """Returns a solver's parameters.
 
-def set_fitted(
-    estimator: Any, run: Any, state: Any, status: solving.Status, rows: Rows
-) -> None:
-    """Sets the fitted attributes of where a solver stands."""
-    e, parameters = estimator, run.parameters(state)
-    for name in ("coef_", "intercept_") if e.head != "full" else ("head_",):
-        e.__dict__.pop(name, None)
-    e.n_iter_ = np.array([status.iteration], np.int32)
-    if hasattr(run, "steps_per_epoch"):
-        e.n_iter_ = -(-e.n_iter_ // np.int32(run.steps_per_epoch))
-    e.converged_ = status.reason in (solving.GRADIENT, solving.OBJECTIVE)
-    e.stopping_reason_ = status.reason
-    e.objective_ = status.objective
-    if e.head != "full":
-        e.head_ = parameters
-        return
-    reference = reference_of(e, rows.classes)
-    if e.solver_ == "minibatch":
-        coef, intercept = parameters
-    else:
-        options = full_batch_options(e, rows, e.solver_)
-        coef, intercept = _by_class(options, parameters, len(rows.classes))
-    if reference is None and e.l1_ratio == 0:
-        # Of all classifiers with these probabilities, the one of least norm.
-        coef, intercept = coef - coef.mean(0), intercept - intercept.mean()
-    elif reference is not None and len(coef) == 2:
-        coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
-    e.coef_, e.intercept_ = coef.astype(rows.dtype), intercept.astype(rows.dtype)
+        Args:
+          order: [R] the classes that have a row in them, in their order.
+          bias: whether there is a bias.
+        """
+        return Parameters(self.coef[order], self.intercept[order] if bias else None)
 
+    def logits(self, features: np.ndarray | Csr | RowSource) -> np.ndarray:
+        """Returns the logits of rows, [n, V]; of two classes [n], their difference."""
+        if isinstance(features, RowSource):
+            return np.concatenate([self.logits(part) for part in self._parts(features)])
+        scores = safe_sparse_dot(features, self.coef.T, dense_output=True)
+        scores = np.asarray(scores + self.intercept, self.coef.dtype)
+        if scores.shape[1] == 1:
+            return scores[:, 0]
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
-def _by_class(
-    options: Options, parameters: Parameters, num_classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [V, d] and [V], a reference class's zeros included."""
-    kernel, bias = parameters
-    order = order_of(options, num_classes)[: kernel.shape[0]]
-    coef = np.zeros((num_classes, kernel.shape[1]), kernel.dtype)
-    intercept = np.zeros(num_classes, kernel.dtype)
-    coef[order] = kernel
-    if bias is not None:
-        intercept[order] = bias
-    return coef, intercept
+    def best(self, features: np.ndarray | Csr | RowSource) -> np.ndarray:
+        """Returns [n] the index of each row's most probable class."""
+        scores = map(self.logits, self._parts(features))
+        return np.concatenate(
+            [part > 0 if part.ndim == 1 else part.argmax(1) for part in scores]
+        ).astype(np.intp)
+
+    def _parts(
+        self, features: np.ndarray | Csr | RowSource
+    ) -> Iterator[np.ndarray | Csr]:
+        """Yields rows whose features or logits exist at a time; one part at least."""
+        count = len(features) if isinstance(features, RowSource) else features.shape[0]
+        dtype = self.coef.dtype
+        step = max(1, _CHUNK_BYTES // (dtype.itemsize * max(2, *self.coef.shape)))
+        for start in range(0, max(count, 1), step):
+            stop = min(start + step, count)
+            if isinstance(features, RowSource):
+                yield features.read(np.arange(start, stop), dtype)
+            else:
+                yield features[start:stop]

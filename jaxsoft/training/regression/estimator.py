@@ -1,18 +1,42 @@
 """`SoftmaxRegression`: scikit-learn's conventions, Optax's solvers."""
 
+import os
+import warnings
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike, DTypeLike
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
+from jaxsoft.logits.calibration import fit_temperature
 from jaxsoft.logits.softmax import log_softmax, softmax
-from jaxsoft.training.regression import decisions, fitting
+from jaxsoft.training.heads import Head
+from jaxsoft.training.regression import fitting, full_batch, inputs, solving
+from jaxsoft.training.regression.coefficients import Coefficients
+from jaxsoft.training.regression.head_predictions import log_probs, top_classes
+from jaxsoft.training.regression.hyperparameters import Hyperparameters
+from jaxsoft.training.regression.identity import fingerprint
+from jaxsoft.training.regression.inputs import ClassWeight, Csr, Features, Rows
+from jaxsoft.training.regression.minibatch import Optimizer, RegressionHead
+from jaxsoft.training.regression.minibatch_solver import MinibatchSolver
+from jaxsoft.training.regression.minibatch_step import MinibatchState
+from jaxsoft.training.regression.objective import Parameters
+from jaxsoft.training.regression.padding import bucket, pad_rows
 from jaxsoft.training.regression.saving import load_model, save_model
-from jaxsoft.training.reporting import Listener
+from jaxsoft.training.regression.sources import RowSource, as_source
 
 __all__ = ["SoftmaxRegression"]
+
+State = TypeVar("State")
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
@@ -132,7 +156,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     classes_: np.ndarray
     coef_: np.ndarray
     intercept_: np.ndarray
-    head_: Any
+    head_: Head
     n_features_in_: int
     feature_names_in_: np.ndarray
     n_iter_: np.ndarray
@@ -141,6 +165,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     objective_: float
     temperature_: float
     solver_: str
+    # Where `partial_fit` goes on.
+    _state: MinibatchState
 
     def __init__(
         self,
@@ -148,8 +174,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         C: float = 1.0,  # noqa: N803
         l1_ratio: float = 0.0,
         fit_intercept: bool = True,
-        class_weight: Any = None,
-        reference_class: Any = "auto",
+        class_weight: ClassWeight = None,
+        reference_class: Hashable = "auto",
         label_smoothing: float = 0.0,
         distillation_temperature: float = 1.0,
         distillation_weight: float = 1.0,
@@ -159,16 +185,16 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         tol: float = 1e-8,
         max_iter: int | None = None,
         warm_start: bool = False,
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
-        head: str = "full",
-        optimizer: Any = None,
-        learning_rate: Any = None,
+        head: RegressionHead = "full",
+        optimizer: Optimizer | None = None,
+        learning_rate: float | optax.Schedule | None = None,
         batch_size: int | None = None,
-        mesh: Any = None,
-        checkpoint_dir: Any = None,
+        mesh: Mesh | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_seconds: float = 30.0,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
     ):
         """Keeps the parameters, which `fit` checks."""
         self.C = C
@@ -197,7 +223,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         self.dtype = dtype
 
     def fit(
-        self, X: Any, y: Any = None, sample_weight: Any = None, *, targets: Any = None
+        self,
+        X: Features,
+        y: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        *,
+        targets: ArrayLike | None = None,
     ) -> Self:
         """Fits the classifier.
 
@@ -230,26 +261,54 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
           ConvergenceWarning: scikit-learn's, where `max_iter` stops the solver.
         """
         self.__dict__.pop("_state", None)
-        with fitting.signals() as stop:
-            fitting.fit(
-                self,
-                X,
-                y,
-                sample_weight,
-                targets,
-                listener=_listener(self.verbose),
-                stop=stop,
+        with fitting.watch(self.verbose) as watch:
+            parameters = self._parameters()
+            if fitting.stays_on_disk(X, parameters.solver):
+                source = as_source(X)
+                rows = inputs.rows_on_disk(
+                    source,
+                    y,
+                    sample_weight,
+                    targets,
+                    class_weight=parameters.class_weight,
+                    dtype=parameters.dtype,
+                )
+                self.n_features_in_ = source.num_features
+            else:
+                rows = self._rows(parameters, X, y, sample_weight, targets)
+            self.solver_ = fitting.choose_solver(parameters, rows)
+            training, held = fitting.hold_out(parameters, rows)
+            if self.solver_ == "newton" or (
+                self.solver_ != "minibatch" and full_batch.small(training)
+            ):
+                training = training.astype(np.dtype(np.float64))
+            with jax.enable_x64(training.dtype == np.float64):
+                status = self._solve(parameters, rows, training, watch)
+                if held is not None:
+                    self._calibrate(held)
+        solving.check_finite(status)
+        # Epochs that were not asked for are as many as the learning rate's way down.
+        planned = self.solver_ == "minibatch" and self.max_iter is None
+        if status.reason == solving.MAX_ITER and not planned:
+            unit = "step" if self.solver_ == "minibatch" else "iteration"
+            warnings.warn(
+                f"{self.solver_} failed to converge after {status.iteration} {unit}(s):"
+                " the total number of iterations reached its limit. Increase "
+                "`max_iter` to improve the convergence, or scale the data, for example "
+                "by sklearn.preprocessing.StandardScaler.",
+                ConvergenceWarning,
+                stacklevel=2,
             )
         return self
 
     def partial_fit(
         self,
-        X: Any,
-        y: Any = None,
-        classes: Any = None,
-        sample_weight: Any = None,
+        X: Features,
+        y: ArrayLike | None = None,
+        classes: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
         *,
-        targets: Any = None,
+        targets: ArrayLike | None = None,
     ) -> Self:
         """Goes on by one epoch of minibatches over some rows, after `fit` too.
 
@@ -275,10 +334,39 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             of the first call's, `class_weight` is "balanced", or there is an L1
             penalty.
         """
-        fitting.partial_fit(self, X, y, classes, sample_weight, targets)
+        parameters = self._parameters()
+        if self.l1_ratio > 0:
+            raise ValueError(
+                f"`l1_ratio` must be 0 for partial_fit, got {self.l1_ratio!r}."
+            )
+        if isinstance(self.class_weight, str):
+            raise ValueError(
+                "`class_weight` must be None or a dict for partial_fit, which does not "
+                f"see all rows, got {self.class_weight!r}."
+            )
+        goes_on = hasattr(self, "classes_")
+        known = self._known_classes(classes, targets)
+        rows = self._rows(
+            parameters, X, y, sample_weight, targets, classes=known, reset=not goes_on
+        )
+        before = getattr(self, "_state", None)
+        if before is not None and before.last.dtype != rows.dtype:
+            rows = rows.astype(before.last.dtype)
+        with jax.enable_x64(rows.dtype == np.float64):
+            self.classes_, self.solver_ = rows.classes, "minibatch"
+            self.temperature_ = 1.0
+            run = self._minibatches(parameters, rows, go_on=goes_on, passes=True)
+            # A copy: what is interrupted in a pass starts it again.
+            state = run.one_pass(jax.tree.map(jnp.copy, before))
+            status = run.status(state)
+            passes = 1 if before is None else int(self.n_iter_[0]) + 1
+            self._set_fitted(parameters, rows, run, state, status)
+            self.n_iter_ = np.array([passes], np.int32)
+            self._state = state
+        solving.check_finite(status)
         return self
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def decision_function(self, X: Features) -> np.ndarray:
         """Logits.
 
         Args:
@@ -289,9 +377,15 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
           minus the first's. For a head other than the full one, log-probabilities.
         """
         check_is_fitted(self)
-        return decisions.logits(self, X)
+        features = self._checked(X)
+        if self.head == "full":
+            return self._coefficients().logits(features)
+        dtype = self._features_dtype(features)
+        with jax.enable_x64(dtype == np.float64):
+            scores = log_probs(self.head_, as_source(features), dtype=dtype)
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: Features) -> np.ndarray:
         """The most probable class of each row.
 
         Args:
@@ -301,9 +395,15 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
           [n] classes. Logits of all rows are not stored.
         """
         check_is_fitted(self)
-        return decisions.classes(self, X)
+        features = self._checked(X)
+        if self.head == "full":
+            return self.classes_[self._coefficients().best(features)]
+        dtype = self._features_dtype(features)
+        with jax.enable_x64(dtype == np.float64):
+            best = top_classes(self.head_, as_source(features), dtype=dtype)
+        return self.classes_[best]
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: Features) -> np.ndarray:
         """Probabilities at `temperature_`.
 
         Args:
@@ -312,10 +412,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         Returns:
           [n, V], rows of sum 1.
         """
-        check_is_fitted(self)
-        return decisions.probabilities(self, X, softmax)
+        return self._at_temperature(softmax, self.decision_function(X))
 
-    def predict_log_proba(self, X: Any) -> np.ndarray:
+    def predict_log_proba(self, X: Features) -> np.ndarray:
         """Log-probabilities at `temperature_`, exact where probabilities underflow.
 
         Args:
@@ -324,10 +423,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         Returns:
           [n, V].
         """
-        check_is_fitted(self)
-        return decisions.probabilities(self, X, log_softmax)
+        return self._at_temperature(log_softmax, self.decision_function(X))
 
-    def save(self, path: Any) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the fitted estimator to one safetensors file, without code.
 
         Args:
@@ -347,7 +445,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         return save_model(self, path)
 
     @classmethod
-    def load(cls, path: Any) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads an estimator that `save` wrote.
 
         Args:
@@ -361,21 +459,208 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         """
         return load_model(path, cls)
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Returns scikit-learn's tags: sparse input is accepted."""
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
 
+    def _parameters(self) -> Hyperparameters:
+        """Returns the parameters, checked."""
+        return Hyperparameters(**self.get_params(deep=False))
 
-def _listener(verbose: int) -> Listener | None:
-    """Returns what shows the progress of a fit."""
-    if not verbose:
-        return None
-    from rich.console import Console
+    def _rows(
+        self,
+        parameters: Hyperparameters,
+        X: Features,
+        y: ArrayLike | None,
+        sample_weight: ArrayLike | None,
+        targets: ArrayLike | None,
+        *,
+        classes: np.ndarray | None = None,
+        reset: bool = True,
+    ) -> Rows:
+        """Reads rows in memory; `reset` at the first look at their features."""
+        if y is None and targets is None:
+            raise ValueError(
+                "`y` must be given where there are no `targets`: "
+                f"{type(self).__name__} requires y to be passed, but the target y is "
+                "None."
+            )
+        features, labels = inputs.checked(
+            self, X, y, dtype=parameters.dtype, reset=reset
+        )
+        return inputs.rows_in_memory(
+            features,
+            labels,
+            sample_weight,
+            targets,
+            class_weight=parameters.class_weight,
+            classes=classes,
+        )
 
-    from jaxsoft.training.console import ConsoleListener
+    def _solve(
+        self,
+        parameters: Hyperparameters,
+        rows: Rows,
+        training: Rows,
+        watch: fitting.Watch,
+    ) -> solving.Status:
+        """Runs the solver to its end, and sets the fitted attributes."""
+        run = self._solver(parameters, training)
+        self.classes_, self.temperature_ = rows.classes, 1.0
+        folder = parameters.checkpoint_dir
+        given = self.get_params(deep=False)
+        try:
+            state, status = solving.solve(
+                run,
+                checkpoints=None if folder is None else Path(folder),
+                fingerprint=lambda: fingerprint(given, self.solver_, training),
+                checkpoint_seconds=parameters.checkpoint_seconds,
+                listener=watch.listener,
+                stop=watch.stop,
+            )
+        except solving.FitInterrupted as interruption:
+            state = interruption.state
+            status = run.status(state)._replace(reason=solving.INTERRUPTED)
+            self._set_fitted(parameters, rows, run, state, status)
+            raise
+        if status.reason != solving.NON_FINITE:
+            status = status._replace(objective=run.objective(state))
+        self._set_fitted(parameters, rows, run, state, status)
+        return status
 
-    return ConsoleListener(
-        Console(), "iteration", things="rows", measure="objective", digits=6
-    )
+    def _solver(self, parameters: Hyperparameters, rows: Rows) -> solving.Solver[Any]:
+        """Makes the solver that was chosen."""
+        if self.solver_ == "minibatch":
+            return self._minibatches(parameters, rows)
+        start = self._start(parameters, rows)
+        return full_batch.make_solver(parameters, rows, self.solver_, start)
+
+    def _minibatches(
+        self,
+        parameters: Hyperparameters,
+        rows: Rows,
+        *,
+        go_on: bool = False,
+        passes: bool = False,
+    ) -> MinibatchSolver:
+        """Makes the minibatch solver; see `fitting.make_minibatch_solver`."""
+        start = self._start(parameters, rows, go_on=go_on)
+        if parameters.head != "full":
+            start = getattr(self, "head_", None) if go_on else None
+        return fitting.make_minibatch_solver(parameters, rows, start, passes=passes)
+
+    def _start(
+        self, parameters: Hyperparameters, rows: Rows, *, go_on: bool = False
+    ) -> Coefficients | None:
+        """Returns a row a class to start at, or None."""
+        if not ((parameters.warm_start or go_on) and hasattr(self, "coef_")):
+            return None
+        start = self._coefficients().by_class(None)
+        shape = len(rows.classes), rows.features.shape[1]
+        if start.coef.shape != shape:
+            raise ValueError(
+                f"`warm_start` must go on with {shape} coefficients, got "
+                f"{start.coef.shape}: the first fit had other classes or features."
+            )
+        start = start.by_class(parameters.reference(rows.classes))
+        if not parameters.fit_intercept:
+            start = start._replace(intercept=np.zeros_like(start.intercept))
+        return start.astype(rows.dtype)
+
+    def _set_fitted(
+        self,
+        parameters: Hyperparameters,
+        rows: Rows,
+        run: solving.Solver[State],
+        state: State,
+        status: solving.Status,
+    ) -> None:
+        """Sets the fitted attributes of where a solver stands."""
+        for name in ("head_", "coef_", "intercept_"):
+            self.__dict__.pop(name, None)
+        fitted = run.fitted(state)
+        epochs = -(-status.iteration // run.steps_per_epoch)
+        self.n_iter_ = np.array([epochs], np.int32)
+        self.converged_ = status.reason in (solving.GRADIENT, solving.OBJECTIVE)
+        self.stopping_reason_ = status.reason
+        self.objective_ = status.objective
+        if not isinstance(fitted, Parameters):
+            self.head_ = fitted
+            return
+        reference = parameters.reference(rows.classes)
+        order = np.arange(len(rows.classes))
+        if self.solver_ != "minibatch":
+            order = full_batch.order_of(reference, len(order))
+        coefficients = Coefficients.of_parameters(fitted, order)
+        if reference is None and parameters.l1_ratio == 0:
+            coefficients = coefficients.of_least_norm()
+        elif reference is not None and len(order) == 2:
+            coefficients = coefficients.of_second_class()
+        self.coef_, self.intercept_ = coefficients.astype(rows.dtype)
+
+    def _calibrate(self, held: Rows) -> None:
+        """Fits the temperature on rows that the fit did not see."""
+        assert held.labels is not None
+        scores = _of_all_classes(self._coefficients().logits(held.features))
+        fit = fit_temperature(scores, held.labels, weights=held.weights)
+        self.temperature_ = float(fit.temperature)
+
+    def _known_classes(
+        self, classes: ArrayLike | None, targets: ArrayLike | None
+    ) -> np.ndarray | None:
+        """Returns the classes of a call of `partial_fit`; None are those of targets."""
+        if hasattr(self, "classes_"):
+            known = self.classes_
+            if classes is not None and not np.array_equal(np.unique(classes), known):
+                raise ValueError(
+                    f"`classes` must be those of the first call, {known.tolist()}, got "
+                    f"{np.unique(classes).tolist()}."
+                )
+            return known
+        if classes is None:
+            if targets is None:
+                raise ValueError(
+                    "`classes` must be given in the first call of partial_fit, got "
+                    "None."
+                )
+            return None
+        known = np.unique(classes)
+        if len(known) < 2:
+            raise ValueError(f"`classes` must have 2 entries or more, got {classes!r}.")
+        return known
+
+    def _coefficients(self) -> Coefficients:
+        """Returns `coef_` and `intercept_`."""
+        return Coefficients(np.asarray(self.coef_), np.asarray(self.intercept_))
+
+    def _checked(self, X: Features) -> np.ndarray | Csr | RowSource:
+        """Returns features to predict, checked."""
+        if not isinstance(X, RowSource):
+            return inputs.checked(self, X, dtype=self.dtype, reset=False)[0]
+        if X.num_features != self.n_features_in_:
+            raise ValueError(
+                f"`X` must have {self.n_features_in_} features, as in `fit`, got "
+                f"{X.num_features}."
+            )
+        return X
+
+    def _features_dtype(self, features: np.ndarray | Csr | RowSource) -> np.dtype:
+        """Returns the dtype that a head's features are computed with."""
+        return np.dtype(self.dtype or getattr(features, "dtype", np.float32))
+
+    def _at_temperature(
+        self, function: Callable[[np.ndarray, float], jax.Array], scores: np.ndarray
+    ) -> np.ndarray:
+        """Returns `function(logits, temperature)` of rows, [n, V]."""
+        scores = _of_all_classes(scores)
+        with jax.enable_x64(scores.dtype == np.float64):
+            # Few sizes, so that few programs are compiled.
+            padded = pad_rows(scores, max(1, bucket(len(scores))))
+            return np.array(function(padded, self.temperature_)[: len(scores)])
+
+
+def _of_all_classes(scores: np.ndarray) -> np.ndarray:
+    """Returns [n, V] logits, of two classes 0 and the second's minus the first's."""
+    return np.stack([np.zeros_like(scores), scores], 1) if scores.ndim == 1 else scores

@@ -2,33 +2,36 @@
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
 from jaxsoft.training.regression.inputs import Rows, is_sparse
 from jaxsoft.training.regression.sources import RowSource
 
-# They change nothing in what a fit arrives at.
+__all__ = ["fingerprint"]
+
+# Parameters that change nothing in what a fit arrives at.
 _FREE = ("checkpoint_dir", "checkpoint_seconds", "verbose", "mesh")
-# Of rows on disk, so many are looked at.
+# The number of rows that are read for the digest where features stay on disk.
 _ROWS_READ = 1024
 
 
-def fingerprint(estimator: Any, rows: Rows) -> str:
+def fingerprint(parameters: Mapping[str, object], solver: str, rows: Rows) -> str:
     """Returns a digest of all that a fit arrives at depends on.
 
     Args:
-      estimator: whose parameters count, functions by their names.
+      parameters: of the estimator; functions count by their names.
+      solver: the name of the solver.
       rows: what it is fitted to; of rows that stay on disk, some.
     """
     digest = hashlib.blake2b(digest_size=16)
     given = {
         name: _described(value)
-        for name, value in sorted(estimator.get_params(deep=False).items())
+        for name, value in sorted(parameters.items())
         if name not in _FREE
     }
-    digest.update(json.dumps([estimator.solver_, given]).encode())
+    digest.update(json.dumps([solver, given]).encode())
     features = rows.features
     if isinstance(features, RowSource):
         count = len(features)
@@ -47,7 +50,7 @@ def fingerprint(estimator: Any, rows: Rows) -> str:
     return digest.hexdigest()
 
 
-def _described(value: Any) -> Any:
+def _described(value: object) -> object:
     """Returns what JSON can hold of a parameter, the same in every process."""
     if isinstance(value, dict):
         return [[str(key), _described(value[key])] for key in sorted(value, key=str)]

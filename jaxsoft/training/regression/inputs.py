@@ -1,12 +1,15 @@
 """From scikit-learn's arguments to rows, classes and weights."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
-import scipy.sparse
+from numpy.typing import ArrayLike, DTypeLike
+from scipy.sparse import issparse, sparray, spmatrix
+from sklearn.base import BaseEstimator
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import (
@@ -16,6 +19,74 @@ from sklearn.utils.validation import (
 )
 
 from jaxsoft.training.regression.sources import RowSource
+
+__all__ = [
+    "ClassWeight",
+    "Csr",
+    "Features",
+    "Matrix",
+    "Rows",
+    "SourceFeatures",
+    "checked",
+    "is_sparse",
+    "rows_in_memory",
+    "rows_on_disk",
+]
+
+# A dictionary by class, which is anything that is hashable, or "balanced".
+ClassWeight: TypeAlias = Mapping[Any, float] | str | None
+# What a caller may give as features.
+Features: TypeAlias = ArrayLike | jax.Array | sparray | spmatrix | RowSource
+# scikit-learn's own annotations have its default values' types.
+_validate: Callable[..., Any] = validate_data
+_labels_of: Callable[..., np.ndarray] = column_or_1d
+
+
+class Csr(Protocol):
+    """SciPy's compressed sparse rows, an array or a matrix, which it does not type."""
+
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+    shape: tuple[int, int]
+    dtype: np.dtype
+    nnz: int
+
+    def __getitem__(self, rows: np.ndarray | slice) -> "Csr":
+        """Returns some of the rows."""
+        ...
+
+    def astype(self, dtype: DTypeLike, copy: bool = True) -> "Csr":
+        """Returns the same in a dtype."""
+        ...
+
+    def multiply(self, other: np.ndarray) -> "Csr":
+        """Returns the product of entries, in any sparse form."""
+        ...
+
+    def power(self, n: int) -> "Csr":
+        """Returns powers of the entries."""
+        ...
+
+    def max(self, axis: int) -> "Csr":
+        """Returns the largest entries of columns."""
+        ...
+
+    def tocsr(self) -> "Csr":
+        """Returns the same in compressed sparse rows."""
+        ...
+
+    def toarray(self) -> np.ndarray:
+        """Returns the same as a dense array."""
+        ...
+
+    def __abs__(self) -> "Csr":
+        """Returns the absolute entries."""
+        ...
+
+    def __rmatmul__(self, other: np.ndarray) -> np.ndarray:
+        """Returns a vector times the matrix."""
+        ...
 
 
 class SourceFeatures:
@@ -36,9 +107,12 @@ class SourceFeatures:
         """Number of rows."""
         return self.shape[0]
 
-    def read(self, rows: np.ndarray, dtype: Any) -> np.ndarray:
+    def read(self, rows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         """Reads some rows; see `RowSource.read`."""
         return self._source.read(rows, dtype)
+
+
+Matrix: TypeAlias = np.ndarray | Csr | SourceFeatures
 
 
 @dataclass(frozen=True)
@@ -53,7 +127,7 @@ class Rows:
       weights: [n] weights of the rows, not negative, of a positive sum.
     """
 
-    features: Any
+    features: Matrix
     classes: np.ndarray
     labels: np.ndarray | None
     targets: np.ndarray | None
@@ -66,6 +140,7 @@ class Rows:
 
     def astype(self, dtype: np.dtype) -> "Rows":
         """Returns the rows with features and targets of a dtype."""
+        assert not isinstance(self.features, SourceFeatures)
         return dataclasses.replace(
             self,
             features=self.features.astype(dtype, copy=False),
@@ -74,6 +149,7 @@ class Rows:
 
     def take(self, index: np.ndarray) -> "Rows":
         """Returns some of the rows."""
+        assert not isinstance(self.features, SourceFeatures)
         return dataclasses.replace(
             self,
             features=self.features[index],
@@ -93,190 +169,185 @@ class Rows:
         return mass / mass.sum()
 
 
-def read_features(estimator: Any, features: Any, *, reset: bool) -> Any:
-    """Returns the features as [n, d] NumPy or CSR, checked by scikit-learn.
+def checked(
+    estimator: BaseEstimator,
+    features: Features,
+    labels: ArrayLike | None = None,
+    *,
+    dtype: DTypeLike | None,
+    reset: bool,
+) -> tuple[np.ndarray | Csr, np.ndarray | None]:
+    """Returns features as [n, d] NumPy or CSR, and labels, checked by scikit-learn.
 
     Args:
       estimator: whose `n_features_in_` and `feature_names_in_` are set or compared.
       features: what the caller gave: dense or sparse, NumPy, JAX or pandas.
-      reset: whether this is a fit.
+      labels: likewise, or None.
+      dtype: float32 or float64; None keeps either.
+      reset: whether this is the first look at the features.
     """
-    return validate_data(
-        estimator, _host(features), reset=reset, **_conversion(estimator.dtype)
-    )
+    accepted = [np.float64, np.float32] if dtype is None else np.dtype(dtype)
+    options = {"accept_sparse": "csr", "dtype": accepted, "order": "C"}
+    if labels is None:
+        return _validate(estimator, _host(features), reset=reset, **options), None
+    arrays = _host(features), _host(labels)
+    return _validate(estimator, *arrays, reset=reset, **options)
 
 
-def read_rows(
-    estimator: Any,
-    features: Any,
-    labels: Any,
-    sample_weight: Any,
-    targets: Any,
+def _host(value: Features | None) -> Features | None:
+    """Returns a JAX array as NumPy's; anything else as it is."""
+    return np.asarray(value) if isinstance(value, jax.Array) else value
+
+
+def rows_in_memory(
+    features: np.ndarray | Csr,
+    labels: np.ndarray | None,
+    sample_weight: ArrayLike | None,
+    targets: ArrayLike | None,
     *,
+    class_weight: ClassWeight,
     classes: np.ndarray | None = None,
-    reset: bool = True,
 ) -> Rows:
     """Reads the arguments of a fit.
 
     Args:
-      estimator: the estimator, of which `class_weight` and `dtype` count.
-      features: [n, d].
+      features: [n, d], checked by scikit-learn, as are the labels.
       labels: [n] class labels, or None where there are `targets`.
       sample_weight: [n], a number, or None.
       targets: [n, V], or None.
+      class_weight: of the estimator.
       classes: [V] the classes of a fit that goes on; None reads them from `labels`.
-      reset: whether this is the first look at features.
 
     Raises:
       ValueError: as scikit-learn's own checks; or there is one class only, a weight is
         negative or all are 0, or `targets` are no distributions over the classes.
     """
-    if labels is None and targets is None:
-        raise ValueError(
-            "`y` must be given where there are no `targets`: "
-            f"{type(estimator).__name__} requires y to be passed, but the target y is "
-            "None."
-        )
-    if labels is None:
-        features = read_features(estimator, features, reset=reset)
-    else:
-        features, labels = validate_data(
-            estimator,
-            _host(features),
-            _host(labels),
-            reset=reset,
-            **_conversion(estimator.dtype),
-        )
+    if labels is not None:
         check_classification_targets(labels)
     weights = _check_sample_weight(
         _host(sample_weight), features, dtype=np.float64, ensure_non_negative=True
     )
-    return _with_weights(estimator, features, labels, targets, weights, classes)
+    return _with_weights(features, labels, targets, weights, class_weight, classes)
+
+
+def rows_on_disk(
+    source: RowSource,
+    labels: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    targets: ArrayLike | None,
+    *,
+    class_weight: ClassWeight,
+    dtype: DTypeLike | None,
+) -> Rows:
+    """Reads the arguments of a fit whose features stay on disk.
+
+    Args:
+      source: n rows, which are not looked at.
+      labels: [n], or None where there are `targets`.
+      sample_weight: [n], or None.
+      targets: [n, V], or None.
+      class_weight: of the estimator.
+      dtype: of the arithmetic; None is float64 for features of it, else float32.
+
+    Raises:
+      ValueError: as in `rows_in_memory`.
+    """
+    count = len(source)
+    kept = getattr(source, "dtype", None) == np.float64
+    default = np.float64 if kept else np.float32
+    features = SourceFeatures(source, np.dtype(dtype or default))
+    if labels is None and targets is None:
+        raise ValueError("`y` must be given where there are no `targets`, got None.")
+    names = None
+    if labels is not None:
+        names = _labels_of(_host(labels))
+        if len(names) != count:
+            raise ValueError(f"`y` must have {count} labels, got {len(names)}.")
+        check_classification_targets(names)
+    weights = np.ones(count)
+    if sample_weight is not None:
+        weights = np.broadcast_to(np.asarray(sample_weight, np.float64), count)
+        if not (np.isfinite(weights).all() and weights.min() >= 0):
+            raise ValueError("`sample_weight` must be finite and not negative.")
+    return _with_weights(features, names, targets, weights, class_weight, None)
 
 
 def _with_weights(
-    estimator: Any,
-    features: Any,
-    labels: Any,
-    targets: Any,
+    features: Matrix,
+    labels: np.ndarray | None,
+    targets: ArrayLike | None,
     weights: np.ndarray,
+    class_weight: ClassWeight,
     classes: np.ndarray | None,
 ) -> Rows:
     """Returns the rows, with the weights of the classes in their weights."""
     classes, encoded = _encode(labels, targets, classes)
-    targets = _check_targets(targets, features, len(classes))
-    if estimator.class_weight is not None:
-        weights = weights * _class_weights(estimator, classes, encoded, weights)
+    distributions = _check_targets(targets, features, len(classes))
+    if class_weight is not None:
+        weights = weights * _class_weights(class_weight, classes, encoded, weights)
     if not weights.sum() > 0:
         raise ValueError(
             "`sample_weight` must have a positive sum, got weights that are all 0."
         )
-    return Rows(features, classes, encoded, targets, weights)
+    return Rows(features, classes, encoded, distributions, weights)
 
 
 def _class_weights(
-    estimator: Any, classes: np.ndarray, encoded: np.ndarray | None, weights: np.ndarray
+    class_weight: Mapping[Any, float] | str,
+    classes: np.ndarray,
+    encoded: np.ndarray | None,
+    weights: np.ndarray,
 ) -> np.ndarray:
     """Returns the weight of each row's class."""
     if encoded is None:
         raise ValueError(
-            "`class_weight` must be None where there is no `y`, got "
-            f"{estimator.class_weight!r}."
+            f"`class_weight` must be None where there is no `y`, got {class_weight!r}."
         )
-    if not isinstance(estimator.class_weight, str):
+    if not isinstance(class_weight, str):
         by_class = compute_class_weight(
-            estimator.class_weight, classes=classes, y=classes[encoded]
+            class_weight, classes=classes, y=classes[encoded]
         )
         return by_class[encoded]
-    if estimator.class_weight != "balanced":
+    if class_weight != "balanced":
         raise ValueError(
-            '`class_weight` must be None, a dict or "balanced", got '
-            f"{estimator.class_weight!r}."
+            f'`class_weight` must be None, a dict or "balanced", got {class_weight!r}.'
         )
     mass = np.bincount(encoded, weights, minlength=len(classes))
     # A class without weight has no row that counts.
     return (weights.sum() / (len(classes) * np.where(mass > 0, mass, 1)))[encoded]
 
 
-def read_source_rows(
-    estimator: Any, source: RowSource, labels: Any, sample_weight: Any, targets: Any
-) -> Rows:
-    """Reads the arguments of a fit whose features stay on disk.
-
-    Args:
-      estimator: whose `n_features_in_` is set.
-      source: n rows, which are not looked at.
-      labels: [n], or None where there are `targets`.
-      sample_weight: [n], or None.
-      targets: [n, V], or None.
-
-    Raises:
-      ValueError: as in `read_rows`.
-    """
-    count = len(source)
-    kept = getattr(source, "dtype", None) == np.float64
-    default = np.float64 if kept else np.float32
-    shape_only = SourceFeatures(source, np.dtype(estimator.dtype or default))
-    if labels is None and targets is None:
-        raise ValueError("`y` must be given where there are no `targets`, got None.")
-    if labels is not None:
-        labels = column_or_1d(_host(labels))
-        if len(labels) != count:
-            raise ValueError(f"`y` must have {count} labels, got {len(labels)}.")
-        check_classification_targets(labels)
-    weights = np.ones(count)
-    if sample_weight is not None:
-        weights = np.broadcast_to(np.asarray(sample_weight, np.float64), count)
-        if not (np.isfinite(weights).all() and weights.min() >= 0):
-            raise ValueError("`sample_weight` must be finite and not negative.")
-    estimator.n_features_in_ = source.num_features
-    return _with_weights(estimator, shape_only, labels, targets, weights, None)
-
-
-def _host(value: Any) -> Any:
-    """Returns a JAX array as NumPy's; anything else as it is."""
-    return np.asarray(value) if isinstance(value, jax.Array) else value
-
-
-def _conversion(dtype: Any) -> dict[str, Any]:
-    """Returns options of scikit-learn's checks of features."""
-    accepted = [np.float64, np.float32] if dtype is None else np.dtype(dtype)
-    return {
-        "accept_sparse": "csr",
-        "dtype": accepted,
-        "order": "C",
-    }
-
-
 def _encode(
-    labels: Any, targets: Any, classes: np.ndarray | None
+    labels: np.ndarray | None, targets: ArrayLike | None, classes: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the classes, and [n] their indices of the labels."""
     if labels is None:
-        count = np.shape(targets)[-1] if classes is None else len(classes)
-        return (np.arange(count) if classes is None else classes), None
-    found, encoded = np.unique(labels, return_inverse=True)
+        assert targets is not None
+        return np.arange(np.shape(targets)[-1]) if classes is None else classes, None
+    present, encoded = np.unique(labels, return_inverse=True)
     if classes is not None:
-        unknown = np.setdiff1d(found, classes)
+        unknown = np.setdiff1d(present, classes)
         if len(unknown):
             raise ValueError(
                 "`y` must have only the classes of the first fit, got "
                 f"{unknown[:1].tolist()[0]!r}."
             )
         return classes, np.searchsorted(classes, labels).astype(np.int32)
-    if len(found) < 2:
+    if len(present) < 2:
         raise ValueError(
             "`y` must have at least 2 classes, got only one class: "
-            f"{found[:1].tolist()[0]!r}."
+            f"{present[:1].tolist()[0]!r}."
         )
-    return found, encoded.astype(np.int32)
+    return present, encoded.astype(np.int32)
 
 
-def _check_targets(targets: Any, features: Any, count: int) -> np.ndarray | None:
+def _check_targets(
+    targets: ArrayLike | None, features: Matrix, count: int
+) -> np.ndarray | None:
     """Returns the targets as an array of the features' dtype."""
     if targets is None:
         return None
-    array = np.asarray(_host(targets))
+    array = np.asarray(targets)
     if array.shape != (features.shape[0], count):
         raise ValueError(
             "`targets` must have a row for each of X and a column for each class, "
@@ -295,6 +366,6 @@ def _check_targets(targets: Any, features: Any, count: int) -> np.ndarray | None
     return array
 
 
-def is_sparse(features: Any) -> bool:
-    """Says whether features are scipy's."""
-    return scipy.sparse.issparse(features)
+def is_sparse(features: Matrix) -> TypeGuard[Csr]:
+    """Says whether features are SciPy's."""
+    return issparse(features)

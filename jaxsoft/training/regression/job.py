@@ -208,10 +208,10 @@ def _fit(
     """Fits the estimator to scaled features."""
     from sklearn.exceptions import ConvergenceWarning
 
-    from jaxsoft.training.regression import fitting
     from jaxsoft.training.regression.estimator import SoftmaxRegression
+    from jaxsoft.training.regression.fitting import watched
 
-    estimator: Any = SoftmaxRegression(
+    estimator = SoftmaxRegression(
         C=config.C,
         solver=config.solver,
         head=config.head,
@@ -227,14 +227,8 @@ def _fit(
     with warnings.catch_warnings():
         # The report says it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitting.fit(
-            estimator,
-            features,
-            labels,
-            listener=_Recorder(directory, listener),
-            stop=stop,
-        )
-    return estimator
+        with watched(_Recorder(directory, listener), stop):
+            return estimator.fit(features, labels)
 
 
 def _finish(

@@ -2,9 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,23 @@ from jax.sharding import Mesh
 
 from jaxsoft import ClassTree
 from jaxsoft._core import checks
-from jaxsoft.training.heads import HeadPlan
+from jaxsoft.training.heads import Head, HeadPlan
 from jaxsoft.training.mesh import DATA, usable_mesh
+from jaxsoft.training.regression.coefficients import Coefficients
 from jaxsoft.training.regression.minibatch_solver import MinibatchSolver, TrainingRows
-from jaxsoft.training.regression.minibatch_step import Numbers, Plan, WarmupCosine
+from jaxsoft.training.regression.minibatch_step import (
+    MakeOptimizer,
+    Numbers,
+    Plan,
+    WarmupCosine,
+)
 from jaxsoft.training.regression.settings import HEADS
 from jaxsoft.training.regression.sources import BatchOrder, RowSource
 from jaxsoft.training.unigram import unigram_log_probs
 
 RegressionHead = Literal["full", "hierarchical", "adaptive"]
+# A transformation of Optax, or a function from a learning rate to one.
+Optimizer: TypeAlias = optax.GradientTransformation | MakeOptimizer
 
 # Where none are given. A step of Adam at the peak moves a logit by at most about
 # `_MOST_MOVE`, whatever the features' number and scale. On digits, raw and
@@ -54,14 +61,14 @@ def minibatch_solver(
     label_smoothing: float = 0.0,
     temperature: float = 1.0,
     target_weight: float = 1.0,
-    optimizer: optax.GradientTransformation | Callable[[Any], Any] | None = None,
+    optimizer: Optimizer | None = None,
     learning_rate: float | optax.Schedule | None = None,
     batch_size: int | None = None,
     max_iter: int | None = 1000,
     tol: float = 1e-4,
     seed: int = 0,
     mesh: Mesh | None = None,
-    start: Any = None,
+    start: Coefficients | Head | None = None,
     dtype: Any = np.float32,
 ) -> MinibatchSolver:
     """Makes a minibatch solver.
@@ -98,7 +105,7 @@ def minibatch_solver(
         transformation it ends at once. 0 for no such rule.
       seed: of the order of the rows, and of initial parameters.
       mesh: devices that share each batch along its axis `data`; None takes the first.
-      start: parameters to start at: (coef, intercept) of the full head, or a head.
+      start: parameters to start at: a row a class of the full head, or a head.
       dtype: float32, or float64 in a context that enables it.
 
     Returns:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxsoft.training.heads import Head
 from jaxsoft.training.mesh import DATA, replicated
 from jaxsoft.training.regression import minibatch_step as steps
 from jaxsoft.training.regression.minibatch_step import (
@@ -19,10 +20,13 @@ from jaxsoft.training.regression.minibatch_step import (
     Numbers,
     WarmupCosine,
 )
+from jaxsoft.training.regression.objective import Parameters
+from jaxsoft.training.regression.padding import pad_rows
 from jaxsoft.training.regression.solving import (
     MAX_ITER,
     NON_FINITE,
     OBJECTIVE,
+    Solver,
     Status,
 )
 from jaxsoft.training.regression.sources import BatchOrder, RowSource
@@ -49,21 +53,13 @@ class TrainingRows:
     def read(self, rows: np.ndarray, dtype: Any) -> Batch:
         """Reads a batch; row -1 is padding, of weight 0."""
         live = rows[rows >= 0]
-        missing = len(rows) - len(live)
-
-        def padded(values: np.ndarray) -> np.ndarray:
-            widths = ((0, missing), *((0, 0),) * (values.ndim - 1))
-            return np.pad(values, widths) if missing else values
-
-        weights = self.weights
-        each = np.ones(len(live)) if weights is None else weights[live]
-        labels, targets = self.labels, self.targets
-        return Batch(
-            padded(self.source.read(live, dtype)),
-            None if labels is None else padded(labels[live].astype(np.int32)),
-            padded(each.astype(dtype)),
-            None if targets is None else padded(np.asarray(targets[live], dtype)),
-        )
+        weights = np.ones(len(live)) if self.weights is None else self.weights[live]
+        labels = None if self.labels is None else self.labels[live].astype(np.int32)
+        targets = None
+        if self.targets is not None:
+            targets = np.asarray(self.targets[live], dtype)
+        arrays = self.source.read(live, dtype), labels, weights.astype(dtype), targets
+        return Batch(*(a if a is None else pad_rows(a, len(rows)) for a in arrays))
 
     def total_weight(self) -> float:
         """The sum of the weights."""
@@ -78,7 +74,7 @@ class TrainingRows:
         return np.bincount(kept, minlength=num_classes)
 
 
-class MinibatchSolver:
+class MinibatchSolver(Solver[MinibatchState]):
     """Descends the objective batch by batch; a `Solver`.
 
     Make it by `minibatch_solver`. A state is a `MinibatchState`.
@@ -110,7 +106,8 @@ class MinibatchSolver:
         """Keeps all of it; see `minibatch_solver`."""
         self.steps_per_epoch = order.steps_per_epoch
         self.limit: int = (1 if max_iter is None else max_iter) * self.steps_per_epoch
-        self.batch_size, self.segment_steps = batch_size, segment_steps
+        self.batch_size = self.rows_per_iteration = batch_size
+        self.segment_steps = segment_steps
         self._rows, self._plan, self._order = rows, plan, order
         self._dtype = np.dtype(dtype)
         everywhere = replicated(plan.mesh)
@@ -197,19 +194,16 @@ class MinibatchSolver:
                 break
         return state
 
-    def parameters(self, state: MinibatchState) -> Any:
-        """The parameters of a state.
+    def fitted(self, state: MinibatchState) -> Parameters | Head:
+        """Returns the parameters of the full head, or another head itself."""
+        return self.parameters(state) if self._plan.graph is None else self.head(state)
 
-        Args:
-          state: of this solver.
+    def parameters(self, state: MinibatchState) -> Parameters:
+        """Returns `[V, d]` and `[V]` NumPy arrays of the full head."""
+        return Parameters(*(np.array(state.params[k]) for k in ("kernel", "bias")))
 
-        Returns:
-          For the full head `(coef, intercept)`, NumPy arrays `[V, d]` and `[V]`; for
-          the others, the head of `jaxsoft.nn`.
-        """
-        if self._plan.graph is None:
-            kernel, bias = (np.array(state.params[name]) for name in ("kernel", "bias"))
-            return kernel, bias
+    def head(self, state: MinibatchState) -> Head:
+        """Returns a head of `jaxsoft.nn` other than the full one."""
         constants = self._tables[0] if self._plan.by_rows else self._tables
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.params)
         return nnx.merge(self._plan.graph, params, constants)

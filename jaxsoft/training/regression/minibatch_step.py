@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from jaxsoft import RowGradient, linear_cross_entropy, softmax_cross_entropy
 from jaxsoft.hierarchical.row_optimizers import row_adam
+from jaxsoft.training.heads import head_rows, with_head_rows
 from jaxsoft.training.mesh import replicated
 
 # Why a run stopped, in `MinibatchState.reason`.
@@ -28,8 +29,6 @@ RUNNING, NO_PROGRESS, NOT_FINITE = range(3)
 # After a plateau the rate goes down to 0 over as many steps as there were, and over no
 # fewer than this many epochs.
 LEAST_EPOCHS_DOWN = 20
-
-_ROWS = ("node_kernel", "node_bias")
 
 # From a learning rate to the transformation; its state does not depend on the rate.
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -328,7 +327,7 @@ def _update_rows(
     value, _, gradient = head.value_and_row_grad(
         batch.features, batch.labels, weights=batch.weights, reduction="sum"
     )
-    kernel, bias = before = _rows_of(state.params)
+    kernel, bias = before = head_rows(state.params)
     value, scales = numbers.share * value, numbers.share * gradient.scales
     known = gradient.rows < len(kernel)
     safe = jnp.where(known, gradient.rows, 0)
@@ -343,21 +342,12 @@ def _update_rows(
     moved, after = row_adam(lambda count: rate).update(
         before, RowGradient(rows, (values, of_biases)), state.optimizer
     )
-    return value, good, _with_rows(state.params, moved), after
-
-
-def _rows_of(params: Any) -> tuple[Array, ...]:
-    return tuple(params[name][...] for name in _ROWS)
-
-
-def _with_rows(params: Any, rows: tuple[Array, ...]) -> Any:
-    found = dict(zip(_ROWS, rows, strict=True))
-    return jax.tree_util.tree_map_with_path(lambda path, _: found[path[0].key], params)
+    return value, good, with_head_rows(state.params, moved), after
 
 
 def init_rows(params: Any) -> Any:
     """The first state of the optimizer of rows."""
-    return row_adam(0.0).init(_rows_of(params))
+    return row_adam(0.0).init(head_rows(params))
 
 
 def _loss(plan: Plan, params: Any, tables: Any, batch: Batch) -> Array:

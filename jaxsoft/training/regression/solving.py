@@ -6,15 +6,14 @@ for bit. A segment is a compiled loop of some iterations; progress, checkpoints 
 Ctrl-C have their place between two of them.
 """
 
+import abc
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.errors import (
@@ -22,9 +21,25 @@ from jaxsoft.training.errors import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
+from jaxsoft.training.heads import Head
 from jaxsoft.training.interruption import StopRequest
-from jaxsoft.training.regression.objective import Data, Plan
+from jaxsoft.training.regression.objective import Parameters
 from jaxsoft.training.reporting import Listener
+
+__all__ = [
+    "GRADIENT",
+    "INTERRUPTED",
+    "MAX_ITER",
+    "NON_FINITE",
+    "OBJECTIVE",
+    "FitInterrupted",
+    "Solver",
+    "Status",
+    "check_finite",
+    "solve",
+]
+
+State = TypeVar("State")
 
 # Why a solver stopped, in the words of `SoftmaxRegression.stopping_reason_`.
 GRADIENT = "gradient"
@@ -32,14 +47,10 @@ OBJECTIVE = "objective"
 MAX_ITER = "max_iter"
 # A solver's own, for a state after which it cannot go on.
 NON_FINITE = "non_finite"
-# A segment lasts about so long, so that progress and Ctrl-C keep up.
-_SEGMENT_SECONDS, _RATE, _MOST_ITERATIONS = 0.5, 3e10, 8
-# Of the line search, which counts an increase by so many units of rounding as none.
-_BACKTRACKING_STEPS, _ROUNDING_ULPS = 40, 4.0
-# In a folder of checkpoints, whose they are.
+# Of an estimator, whose fit a signal stopped.
+INTERRUPTED = "interrupted"
+# The file in a folder of checkpoints that says whose they are.
 _FINGERPRINT = "fit.txt"
-# By the index that compiled loops keep.
-REASONS = ("", GRADIENT, OBJECTIVE, MAX_ITER, NON_FINITE)
 
 
 class Status(NamedTuple):
@@ -69,39 +80,54 @@ class FitInterrupted(TrainingInterrupted):
       state: the solver's last state.
     """
 
-    def __init__(self, signal_number: int, step: int | None, state: Any):
+    def __init__(self, signal_number: int, step: int | None, state: object):
         """Keeps what happened."""
         super().__init__(signal_number, step)
         self.state = state
 
 
-class Solver(Protocol):
-    """What `solve` runs."""
+class Solver(abc.ABC, Generic[State]):
+    """What `solve` runs; a state is a pytree of arrays.
 
-    # What an iteration is called.
-    unit: str
-    # The largest number of iterations.
+    Attributes:
+      unit: what an iteration is called.
+      limit: the largest number of iterations.
+      rows_per_iteration: how many an iteration reads.
+      steps_per_epoch: iterations that `SoftmaxRegression.n_iter_` counts as one.
+    """
+
+    unit: str = "iteration"
     limit: int
+    rows_per_iteration: int
+    steps_per_epoch: int = 1
 
-    def init(self) -> Any:
+    @abc.abstractmethod
+    def init(self) -> State:
         """Returns the first state."""
-        ...
 
-    def advance(self, state: Any) -> Any:
+    @abc.abstractmethod
+    def advance(self, state: State) -> State:
         """Returns the state some iterations later; `state` is not used again.
 
         Where a value is not finite, the parameters stay those of the last good
         iteration, and the status has the reason "non_finite".
         """
-        ...
 
-    def status(self, state: Any) -> Status:
+    @abc.abstractmethod
+    def status(self, state: State) -> Status:
         """Reads where a state stands."""
-        ...
+
+    @abc.abstractmethod
+    def fitted(self, state: State) -> Parameters | Head:
+        """Returns the classifier of a state, as NumPy arrays, or its head."""
+
+    @abc.abstractmethod
+    def objective(self, state: State) -> float:
+        """Returns the objective at the parameters of a state."""
 
 
 def solve(
-    solver: Solver,
+    solver: Solver[State],
     *,
     checkpoints: Path | None = None,
     checkpoint_seconds: float = 30.0,
@@ -109,8 +135,7 @@ def solve(
     resume: bool = True,
     listener: Listener | None = None,
     stop: StopRequest | None = None,
-    rows: int = 0,
-) -> tuple[Any, Status]:
+) -> tuple[State, Status]:
     """Runs a solver until it stops.
 
     Args:
@@ -123,7 +148,6 @@ def solve(
       resume: go on from the newest checkpoint, if there is one.
       listener: told of progress.
       stop: asked between segments whether to stop; a stop saves first.
-      rows: rows that an iteration reads, for the rate.
 
     Returns:
       The last state and its status, whose `reason` is not empty. A state that is not
@@ -137,7 +161,7 @@ def solve(
     listener, stop = listener or Listener(), stop or StopRequest()
     state = solver.init()
     if checkpoints is None:
-        return _run(solver, state, None, 0.0, 0.0, listener, stop, rows)
+        return _run(solver, state, None, 0.0, 0.0, listener, stop)
     with Checkpoints(checkpoints) as store:
         seconds = 0.0
         going_on = resume and store.latest_step() is not None
@@ -148,18 +172,16 @@ def solve(
             state, progress = store.restore(abstract)
             seconds = progress.seconds
             listener.note(f"resumed after {solver.unit} {progress.step}")
-        return _run(
-            solver, state, store, checkpoint_seconds, seconds, listener, stop, rows
-        )
+        return _run(solver, state, store, checkpoint_seconds, seconds, listener, stop)
 
 
-def _same_fit(folder: Path, found: str, *, going_on: bool) -> None:
+def _same_fit(folder: Path, digest: str, *, going_on: bool) -> None:
     """Marks a folder of checkpoints as a fit's, or raises if it is another's."""
     path = folder / _FINGERPRINT
     try:
         if not going_on:
-            path.write_text(found)
-        elif not path.exists() or path.read_text() != found:
+            path.write_text(digest)
+        elif not path.exists() or path.read_text() != digest:
             raise CheckpointError(
                 f"{folder}: the checkpoints there are of a fit with other rows or "
                 "other parameters; take another folder, or remove this one."
@@ -169,15 +191,14 @@ def _same_fit(folder: Path, found: str, *, going_on: bool) -> None:
 
 
 def _run(
-    solver: Solver,
-    state: Any,
+    solver: Solver[State],
+    state: State,
     store: Checkpoints | None,
     every: float,
     before: float,
     listener: Listener,
     stop: StopRequest,
-    rows: int,
-) -> tuple[Any, Status]:
+) -> tuple[State, Status]:
     """Advances to the end; see `solve`."""
     started = saved = time.monotonic()
     first = status = solver.status(state)
@@ -202,7 +223,9 @@ def _run(
                         "loss": status.objective,
                         "gradient_norm": status.gradient_norm,
                         "seconds": before + now - started,
-                        "rows_per_second": made * rows / max(now - started, 1e-9),
+                        "rows_per_second": made
+                        * solver.rows_per_iteration
+                        / max(now - started, 1e-9),
                     }
                 )
             if stop.received is not None and not status.reason:
@@ -233,80 +256,3 @@ def check_finite(status: Status) -> None:
             "is not finite; the parameters of the last good iteration are kept. Scale "
             "the features, or lower the learning rate."
         )
-
-
-def line_search(dtype: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns the search along a direction of descent, whose first try is all of it.
-
-    Halving is enough: the objective is convex, so its curvature along any step is
-    positive, and a search for a longer step (Wolfe's conditions) makes L-BFGS no
-    faster, but its program twice as long to compile.
-
-    Args:
-      dtype: of the objective; near the optimum it is rounding, and an increase by a
-        few units counts as none.
-    """
-    return optax.scale_by_backtracking_linesearch(
-        max_backtracking_steps=_BACKTRACKING_STEPS,
-        decrease_factor=0.5,
-        increase_factor=math.inf,
-        rtol=_ROUNDING_ULPS * float(jnp.finfo(dtype).eps),
-        store_grad=True,
-    )
-
-
-def strong_types(state: Any) -> Any:
-    """Returns a state whose arrays keep their types from one segment to the next.
-
-    Optax starts some with a Python number, whose type is weak: the state that the
-    first segment returns would have others, and be compiled for again.
-    """
-    return jax.tree.map(
-        lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state
-    )
-
-
-def largest(tree: Any) -> jax.Array:
-    """Returns the largest absolute entry of a pytree of arrays."""
-    return jnp.max(
-        jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)])
-    )
-
-
-def finite(value: jax.Array, gradient: Any) -> jax.Array:
-    """Says whether an objective and its gradient are finite."""
-    return jnp.isfinite(value) & jnp.isfinite(largest(gradient))
-
-
-def little(before: jax.Array, after: jax.Array, ulps: float) -> jax.Array:
-    """Says whether an objective fell by no more than so many units of its rounding."""
-    return before - after <= ulps * jnp.finfo(before.dtype).eps * jnp.abs(before)
-
-
-def reason(finite: jax.Array, conditions: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns the index of the first reason to stop, 0 for none.
-
-    Args:
-      finite: whether all is finite.
-      conditions: of "gradient", "objective" and "max_iter", in this order.
-    """
-    index = jnp.int32(0)
-    for place in range(len(conditions), 0, -1):
-        index = jnp.where(conditions[place - 1], place, index)
-    return jnp.where(finite, index, REASONS.index(NON_FINITE)).astype(jnp.int32)
-
-
-def segment_length(plan: Plan, data: Data) -> int:
-    """Returns how many iterations over all rows a segment has.
-
-    A function of the problem alone, so that equal runs are told of the same
-    iterations; about half a second by a guess of a CPU's rate, which costs nothing
-    where it is wrong.
-
-    Args:
-      plan: of the objective.
-      data: the rows.
-    """
-    entries = max(leaf.size for leaf in jax.tree.leaves(data.features))
-    work = 4.0 * entries * plan.num_rows
-    return max(1, min(_MOST_ITERATIONS, int(_SEGMENT_SECONDS * _RATE / work)))

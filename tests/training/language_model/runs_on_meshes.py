@@ -5,7 +5,6 @@ JAX starts. The only argument is a JSON object with the fields of a configuratio
 """
 
 import contextlib
-import functools
 import io
 import json
 import re
@@ -22,7 +21,6 @@ from jaxsoft.training import (
     train_language_model,
 )
 from jaxsoft.training.heads import HEADS, HeadPlan
-from jaxsoft.training.language_model import trainer as language_model
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.steps import Programs
 from jaxsoft.training.run_directory import RunDirectory
@@ -141,7 +139,6 @@ def command(fields, *more):
 
 def run(fields):
     """Everything, as JSON."""
-    language_model.Programs = functools.cache(Programs)
     two_four, four_two = list(MESHES)[1:]
     told = fields | {"out": fields["out"] + "-cli", "steps": 2}
     refused = fields | {"out": fields["out"] + "-refused"}

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -18,7 +17,6 @@ from jaxsoft.training import (
     load_config,
     train_language_model,
 )
-from jaxsoft.training.language_model import trainer as module
 from jaxsoft.training.language_model.corpus import read_corpus
 from jaxsoft.training.language_model.steps import Programs
 from jaxsoft.training.run_directory import WALL_CLOCK_FIELDS, RunDirectory
@@ -66,14 +64,6 @@ def records(out):
         {key: value for key, value in line.items() if key not in WALL_CLOCK_FIELDS}
         for line in lines
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once():
-    """Runs of one configuration share their compiled programs: seconds each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "Programs", functools.cache(Programs))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
-from jaxsoft import ClassTree
+from jaxsoft import ClassTree, RowGradient
 from jaxsoft.training.heads import HEADS, HeadPlan, head_rows
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.steps import Programs
@@ -94,22 +96,34 @@ def test_rows_off_the_batchs_paths_stay_as_they_are():
 
 
 def test_a_row_step_is_the_dense_one_where_rows_are_visited():
-    """Row gradients equal those of the dense loss, by way of one Adam step."""
+    """A step from the dense loss's gradients, in the trunk and in the visited rows."""
     programs = compiled("hierarchical")
     state, _ = train(programs, programs.init(), 2)
-    tables, params = programs.tables, state.params
-    tokens = jnp.asarray(counting())
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    gradient = jax.grad(lambda p: programs._model(p, tables).loss(inputs, labels))(
-        params
+    tokens, rate = jnp.asarray(counting()), OPTIMIZER.rate(3)
+
+    def mean_loss(params):
+        return programs.model(params).loss(tokens[:, :-1], tokens[:, 1:])
+
+    def trunk(tree):
+        return nnx.split_state(tree, lambda path, _: path[0] != "head", ...)[0]
+
+    gradient = jax.grad(mean_loss)(state.params)
+    kernel, bias = head_rows(gradient)
+    rows = jnp.flatnonzero(jnp.any(kernel != 0, axis=1) | (bias != 0))
+    expected_rows, _ = OPTIMIZER.rows(rate).update(
+        head_rows(state.params),
+        RowGradient(rows, (kernel[rows], bias[rows])),
+        state.rows,
     )
-    dense, head = programs._split(params)
-    _, of_trunk, rows = programs._row_gradients(dense, head, tables, inputs, labels)
-    expected_trunk, expected_head = programs._split(gradient)
-    chex.assert_trees_all_close(of_trunk, expected_trunk, rtol=1e-4, atol=1e-6)
-    found = rows.dense(39)
-    for one, other in zip(found, head_rows(expected_head), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    expected, _ = OPTIMIZER.update(
+        trunk(gradient), state.optimizer, trunk(state.params), rate
+    )
+    norm = float(optax.tree.norm(trunk(gradient)))
+    after, result = programs.step(state, counting(), rate, 3)
+    np.testing.assert_allclose(result.gradient_norm, norm, rtol=1e-4)
+    chex.assert_trees_all_close(trunk(after.params), expected, rtol=1e-4, atol=1e-6)
+    for new, other in zip(head_rows(after.params), expected_rows, strict=True):
+        np.testing.assert_allclose(new, other, rtol=1e-4, atol=1e-6)
 
 
 def test_seed_decides_the_parameters():

@@ -34,7 +34,7 @@ from jaxsoft.training import (
     parse_mesh,
     svmlight_to_memmap,
 )
-from jaxsoft.training.regression import fitting
+from jaxsoft.training.regression.fitting import watched
 from tests.training.regression.problems import (
     LOADERS,
     losses,
@@ -370,7 +370,8 @@ def test_ctrl_c_keeps_the_parameters(tmp_path):
 
     model = SoftmaxRegression(solver="lbfgs", tol=1e-12, checkpoint_dir=tmp_path)
     with pytest.raises(TrainingInterrupted, match="stopped by SIGINT"):
-        fitting.fit(model, *given[:2], listener=Stop(), stop=stop)
+        with watched(Stop(), stop):
+            model.fit(*given[:2])
     assert model.stopping_reason_ == "interrupted" and not model.converged_
     assert model.score(*given[:2]) > 0.4
     whole = SoftmaxRegression(solver="lbfgs", tol=1e-12).fit(*given[:2])
@@ -429,6 +430,7 @@ def test_bad_parameters(options, error, words):
 def test_bad_arrays_and_meshes():
     given = problem(20)
     x, y, model = given.features, given.labels, SoftmaxRegression()
+    arguments: tuple[Any, ...]
     for arguments, words in (
         ((x, np.zeros(20)), "at least 2 classes, got only one class: 0.0"),
         ((x, y, np.zeros(20)), "Sample weights must contain at least one non-zero"),
@@ -568,8 +570,9 @@ def test_a_mesh_may_have_other_axes_of_size_1():
     model = SoftmaxRegression(mesh=parse_mesh("data=8"), solver="lbfgs")
     expected = SoftmaxRegression(solver="lbfgs").fit(*given[:2])
     np.testing.assert_allclose(model.fit(*given[:2]).coef_, expected.coef_, atol=1e-6)
+    wrong: Any = "data=2"
     with pytest.raises(TypeError, match="`mesh` must be a jax.sharding.Mesh or None"):
-        SoftmaxRegression(mesh="data=2").fit(*given[:2])
+        SoftmaxRegression(mesh=wrong).fit(*given[:2])
 
 
 def test_messages_of_what_cannot_be_fitted(monkeypatch):

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from jaxsoft.training import MeshError
 from jaxsoft.training.errors import NonFiniteLossError, TrainingInterrupted
 from jaxsoft.training.interruption import StopRequest
+from jaxsoft.training.regression.coefficients import Coefficients
 from jaxsoft.training.regression.minibatch import minibatch_solver
 from jaxsoft.training.regression.solving import check_finite, solve
 from jaxsoft.training.regression.sources import BatchOrder, as_source
@@ -172,7 +173,7 @@ def test_it_starts_at_the_classes_frequencies():
     np.testing.assert_allclose(softmax(bias), counts / counts.sum(), rtol=1e-5)
     assert not kernel.any()
     assert math.isnan(solver.status(solver.init()).objective)
-    given = make(start=(np.ones((V, D)), np.arange(V)))
+    given = make(start=Coefficients(np.ones((V, D)), np.arange(V)))
     kernel, bias = given.parameters(given.init())
     assert (kernel == 1).all() and (bias == np.arange(V)).all()
 
@@ -278,7 +279,8 @@ def test_a_value_that_is_not_finite_ends_the_run():
         check_finite(status)
     # The other batches of the segment are left out.
     clean = make(**options)
-    short = clean._advance(clean.init(), 0, 2)
+    clean.segment_steps = 2
+    short = clean.advance(clean.init())
     for one, other in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(short.params), strict=True
     ):

@@ -2,7 +2,6 @@
 
 import math
 import signal
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +15,8 @@ from jaxsoft import ClassTree
 from jaxsoft.nn import HierarchicalSoftmaxHead
 from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.interruption import StopRequest
-from jaxsoft.training.regression import decisions, head_predictions
+from jaxsoft.training.regression import head_predictions
+from jaxsoft.training.regression.estimator import SoftmaxRegression
 from jaxsoft.training.regression.minibatch import minibatch_solver
 from jaxsoft.training.regression.solving import solve
 from jaxsoft.training.regression.sources import BatchOrder, as_source
@@ -64,7 +64,7 @@ def head_losses(head, features=ROWS, labels=LABELS):
 @pytest.mark.parametrize("head", ["hierarchical", "adaptive"])
 def test_a_head_is_charged_what_the_formula_says(head):
     """At rate 0 nothing moves, and an epoch's mean is the objective."""
-    module = make(head=head).parameters(make(head=head).init())
+    module = make(head=head).head(make(head=head).init())
     random = np.random.default_rng(5)
     noisy = jax.tree.map(
         lambda leaf: leaf + random.normal(size=leaf.shape).astype(np.float32),
@@ -105,7 +105,8 @@ def test_a_value_that_is_not_finite_ends_the_run():
     assert status.place == f"batch 3 (rows {row})"
     # The other batches of the segment are left out.
     clean = make(**options)
-    short = clean._advance(clean.init(), 0, 2)
+    clean.segment_steps = 2
+    short = clean.advance(clean.init())
     for one, other in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(short.params), strict=True
     ):
@@ -136,7 +137,7 @@ def test_predictions_are_those_of_all_probabilities(monkeypatch):
     monkeypatch.setattr(head_predictions, "_BLOCK_BYTES", 4 * V * 7)
     monkeypatch.setattr(head_predictions, "_SEARCHED", 7)
     solver = make()
-    head = solver.parameters(solve(solver)[0])
+    head = solver.head(solve(solver)[0])
     truth = np.asarray(head(jnp.asarray(ROWS)))
     source = as_source(ROWS)
     found = head_predictions.log_probs(head, source)
@@ -152,9 +153,8 @@ def test_log_probabilities_of_a_float64_head_are_float64():
         head = HierarchicalSoftmaxHead(
             D, ClassTree.balanced(V), param_dtype=jnp.float64, rngs=nnx.Rngs(0)
         )
-    estimator = SimpleNamespace(
-        head="hierarchical", head_=head, dtype="float64", n_features_in_=D
-    )
-    found = decisions.logits(estimator, as_source(ROWS))
+    estimator = SoftmaxRegression(head="hierarchical", dtype="float64")
+    estimator.head_, estimator.n_features_in_ = head, D
+    found = estimator.decision_function(as_source(ROWS))
     assert found.dtype == np.float64
     np.testing.assert_allclose(np.exp(found).sum(axis=1), 1, rtol=1e-13)

@@ -7,26 +7,25 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsoft.training import Listener, NonFiniteLossError, StopRequest
+from jaxsoft.training import (
+    Listener,
+    NonFiniteLossError,
+    SoftmaxRegression,
+    StopRequest,
+)
 from jaxsoft.training.regression import solving
-from jaxsoft.training.regression.full_batch import Options, choose, make_solver
+from jaxsoft.training.regression.coefficients import Coefficients
+from jaxsoft.training.regression.full_batch import choose, make_solver
+from jaxsoft.training.regression.hyperparameters import Hyperparameters
 from jaxsoft.training.regression.inputs import Rows
 from jaxsoft.training.regression.objective import Parameters
 from jaxsoft.training.regression.whitening import whitening
 from tests.training.regression.problems import problem
 
-OPTIONS = Options(
-    solver="lbfgs",
-    C=0.7,
-    l1_ratio=0.0,
-    intercept=True,
-    reference=None,
-    label_smoothing=0.0,
-    temperature=1.0,
-    target_weight=1.0,
-    tol=1e-9,
-    max_iter=200,
-    mesh=None,
+OPTIONS = Hyperparameters(
+    **SoftmaxRegression(
+        C=0.7, tol=1e-9, max_iter=200, reference_class=None
+    ).get_params()
 )
 SOLVERS = ("lbfgs", "newton", "fista")
 
@@ -48,8 +47,8 @@ def float64():
 
 
 def solver_of(name, rows=None, start=None, **changes):
-    options = dataclasses.replace(OPTIONS, solver=name, **changes)
-    return make_solver(options, rows or rows_of(problem()), start)
+    options = dataclasses.replace(OPTIONS, **changes)
+    return make_solver(options, rows or rows_of(problem()), name, start)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -98,12 +97,13 @@ def test_reasons_to_stop(name):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_what_is_not_finite_stops_with_the_last_good_parameters(name):
     rows = rows_of(problem())
+    assert isinstance(rows.features, np.ndarray)
     rows.features[3, 1] = 1e305
-    start = Parameters(np.full((4, 5), 1e10), np.zeros(4))
+    start = Coefficients(np.full((4, 5), 1e10), np.zeros(4))
     solver = solver_of(name, rows, start)
     state, status = solving.solve(solver)
     assert status.reason == "non_finite"
-    assert np.isfinite(solver.parameters(state).kernel).all()
+    assert np.isfinite(solver.fitted(state).kernel).all()
     with pytest.raises(NonFiniteLossError, match="iteration 1: the objective or its"):
         solving.check_finite(status)
 
