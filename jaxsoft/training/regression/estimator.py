@@ -651,14 +651,15 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         return np.dtype(self.dtype or getattr(features, "dtype", np.float32))
 
     def _at_temperature(
-        self, function: Callable[[np.ndarray, float], jax.Array], scores: np.ndarray
+        self, function: Callable[..., jax.Array], scores: np.ndarray
     ) -> np.ndarray:
-        """Returns `function(logits, temperature)` of rows, [n, V]."""
+        """Returns a function of logits at `temperature_`, of rows [n, V]."""
         scores = _of_all_classes(scores)
         with jax.enable_x64(scores.dtype == np.float64):
             # Few sizes, so that few programs are compiled.
             padded = pad_rows(scores, max(1, bucket(len(scores))))
-            return np.array(function(padded, self.temperature_)[: len(scores)])
+            values = function(padded, temperature=self.temperature_)
+            return np.array(values[: len(scores)])
 
 
 def _of_all_classes(scores: np.ndarray) -> np.ndarray:
