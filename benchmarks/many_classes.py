@@ -104,7 +104,7 @@ def run_head(
     )
 
 
-def _fit(workload: ManyClassesWorkload, head: str, epochs: int) -> dict[str, float]:
+def _fit(workload: ManyClassesWorkload, head: Any, epochs: int) -> dict[str, float]:
     """Fits the table in this process, and returns the figures of the fit."""
     from sklearn.exceptions import ConvergenceWarning
 
