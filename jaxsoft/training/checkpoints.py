@@ -10,11 +10,16 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TypeVar
 
 import jax
 
 from jaxsoft.training.errors import CheckpointError
+
+__all__ = ["Checkpoints", "Progress", "first_line"]
+
+# A pytree of arrays, or of their shapes.
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: Any, progress: Progress) -> None:
+    def save(self, state: object, progress: Progress) -> None:
         """Saves; returns when the checkpoint is complete on disk.
 
         Args:
@@ -104,10 +109,10 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {progress.step} cannot be written to {self._directory}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
 
-    def restore(self, abstract_state: Any) -> tuple[Any, Progress]:
+    def restore(self, abstract_state: State) -> tuple[State, Progress]:
         """Reads the newest checkpoint.
 
         Args:
@@ -144,11 +149,11 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"checkpoint {step} in {self._directory} cannot be read: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         return restored["state"], Progress(**restored["progress"])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text; tensorstore's go on for many."""
     return str(error).strip().partition("\n")[0]

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -15,7 +14,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxsoft.training.reporting import Listener
+from jaxsoft.training.reporting import Listener, Record
+
+__all__ = ["ConsoleListener", "clock", "printable", "say"]
 
 # Where there is no terminal to redraw, a line at most this often.
 _LOG_SECONDS = 10.0
@@ -29,7 +30,7 @@ class ConsoleListener(Listener):
         console: Console,
         unit: str = "step",
         *,
-        things: str = "tokens",
+        things: Literal["tokens", "rows"] = "tokens",
         measure: str = "loss",
         digits: int = 3,
         remaining: bool = True,
@@ -91,11 +92,13 @@ class ConsoleListener(Listener):
         )
         self._progress.start()
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """Moves the bar, or prints a line if the last one is old enough."""
         step = record["step"]
         loss = f"{record['loss']:.{self._digits}f}"
-        rate = f"{record[self._things + '_per_second']:,.0f}"
+        tokens = self._things == "tokens"
+        rate = record["tokens_per_second"] if tokens else record["rows_per_second"]
+        rate = f"{rate:,.0f}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, loss=loss, rate=rate)
             return
@@ -112,7 +115,7 @@ class ConsoleListener(Listener):
         left = (now - self._started) / made * (self._steps - step)
         self.note(f"{line}  {clock(left)} left" if self._remaining else line)
 
-    def validation(self, record: Mapping[str, Any]) -> None:
+    def validation(self, record: Record) -> None:
         """Prints the validation loss."""
         self.note(f"step {record['step']}  validation loss {record['loss']:.3f}")
 

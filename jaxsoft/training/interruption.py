@@ -5,6 +5,8 @@ from types import FrameType, TracebackType
 
 from jaxsoft.training.errors import TrainingInterrupted
 
+__all__ = ["StopRequest"]
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -7,7 +7,7 @@ and everything follows from there. A run without a mesh is one on a mesh of one 
 
 import math
 import re
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsoft.training.errors import MeshError
 
+__all__ = [
+    "AXES",
+    "DATA",
+    "VOCAB",
+    "over_data",
+    "parse_mesh",
+    "placed",
+    "replicated",
+    "usable_mesh",
+]
+
+State = TypeVar("State")
 AXES = DATA, VOCAB = ("data", "vocab")
 
 
@@ -90,7 +102,7 @@ def usable_mesh(mesh: Mesh | None, batch_size: int) -> Mesh:
     return mesh
 
 
-def placed(mesh: Mesh, abstract: Any) -> Any:
+def placed(mesh: Mesh, abstract: State) -> State:
     """Says where the arrays of a training state lie.
 
     Args:

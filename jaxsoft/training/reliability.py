@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -10,6 +10,9 @@ from jax.typing import ArrayLike
 from jaxsoft.logits.calibration import CalibrationBins, calibration_bins
 from jaxsoft.training.errors import MissingExtraError
 from jaxsoft.training.run_directory import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["reliability_diagram"]
 
@@ -84,7 +87,7 @@ def reliability_diagram(
     return path
 
 
-def _figure(bins: Any, title: str | None) -> Any:
+def _figure(bins: CalibrationBins, title: str | None) -> "Figure":
     """Returns the figure of bins' sums."""
     from matplotlib.figure import Figure
 

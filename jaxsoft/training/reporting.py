@@ -1,9 +1,12 @@
 """Whoever is told of a run's progress."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "Record"]
+
+# A line of metrics, as JSON has it: an event, its step, and what was measured.
+Record: TypeAlias = Mapping[str, Any]
 
 
 class Listener:
@@ -15,10 +18,10 @@ class Listener:
     def start(self, step: int, steps: int) -> None:
         """Training starts, or goes on, after `step` of `steps` updates."""
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """A step was made; `record` is its metrics line."""
 
-    def validation(self, record: Mapping[str, Any]) -> None:
+    def validation(self, record: Record) -> None:
         """A validation was made; `record` is its metrics line."""
 
     def stop(self) -> None:

@@ -18,9 +18,22 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from jaxsoft.training.errors import RunDirectoryError
+from jaxsoft.training.reporting import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "WALL_CLOCK_FIELDS",
+    "RunDirectory",
+    "replacing",
+    "save_figure",
+    "write_atomically",
+]
 
 # Fields of a metrics line that differ between equal runs.
 WALL_CLOCK_FIELDS = frozenset({"seconds", "tokens_per_second", "compile_seconds"})
@@ -81,7 +94,7 @@ class RunDirectory:
                 f"`out` {self.path} holds no run to resume (no config.json)."
             )
 
-    def start(self, description: Mapping[str, Any]) -> None:
+    def start(self, description: Mapping[str, object]) -> None:
         """Makes the folder and writes what the run is, first of all its files.
 
         Args:
@@ -112,7 +125,7 @@ class RunDirectory:
                 f"`out` {self.path} cannot be written ({error})."
             ) from error
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Record:
         """Reads `config.json`."""
         self.check_resumable()
         try:
@@ -122,7 +135,7 @@ class RunDirectory:
                 f"{self.config} cannot be read ({error})."
             ) from error
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[Record]:
         """Yields the complete lines of the metrics file."""
         if not self.metrics.exists():
             return
@@ -132,11 +145,11 @@ class RunDirectory:
             except ValueError:
                 return  # the last line of a killed process may be cut short
 
-    def final_record(self) -> dict[str, Any] | None:
+    def final_record(self) -> Record | None:
         """The "final" metrics line of a finished run, or None."""
         return next((line for line in self.records() if line["event"] == "final"), None)
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, object]) -> None:
         """Adds a metrics line and hands it to the operating system at once."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -154,7 +167,7 @@ class RunDirectory:
         ]
         write_atomically(self.metrics, "".join(kept).encode())
 
-    def plot(self, unigram: float, final: Mapping[str, Any]) -> None:
+    def plot(self, unigram: float, final: Record) -> None:
         """Draws the loss curve from the metrics file.
 
         Args:
@@ -208,7 +221,7 @@ class RunDirectory:
         return [path for path in paths if path.exists()]
 
 
-def _figure(horizontal: str, unigram: float) -> tuple[Any, Any]:
+def _figure(horizontal: str, unigram: float) -> tuple["Figure", "Axes"]:
     """Starts a figure of losses with the unigram entropy as its yardstick."""
     from matplotlib.figure import Figure
 
@@ -220,13 +233,13 @@ def _figure(horizontal: str, unigram: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _draw(figure: Any, axes: Any, path: Path) -> None:
+def _draw(figure: "Figure", axes: "Axes", path: Path) -> None:
     """Writes a figure, whole or not at all."""
     axes.legend()
     save_figure(figure, path)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as a PNG, whole or not at all."""
     with replacing(path, "xb") as file:
         figure.savefig(file, dpi=150, format="png")

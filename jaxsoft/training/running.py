@@ -12,7 +12,7 @@ from jaxsoft.training.errors import (
     NonFiniteLossError,
     RunDirectoryError,
 )
-from jaxsoft.training.reporting import Listener
+from jaxsoft.training.reporting import Listener, Record
 from jaxsoft.training.run_directory import RunDirectory
 
 __all__ = [
@@ -112,7 +112,7 @@ def check_same(config: Config, stored: Config, free: Set[str]) -> None:
 
 def check_same_surroundings(
     directory: RunDirectory,
-    description: Mapping[str, Any],
+    description: Record,
     listener: Listener,
     digested: Sequence[str],
 ) -> None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+__all__ = ["unigram_cross_entropy", "unigram_entropy", "unigram_log_probs"]
+
 
 def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy in nats of the distribution that counts `[V]` describe.

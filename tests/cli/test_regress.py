@@ -309,7 +309,7 @@ KILLED = """if True:
     import sys
     import jax
     jax.config.update("jax_num_cpu_devices", 8)
-    from jaxsoft.cli import main
+    from jaxsoft.cli.main import main
     main(sys.argv[1:])
 """
 

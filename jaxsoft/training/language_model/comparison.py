@@ -6,18 +6,17 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from jaxsoft.training.heads import HEADS, HeadKind
+from jaxsoft.training.heads import HEADS, HeadKind, Params
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.language_model.config import LanguageModelConfig
 from jaxsoft.training.language_model.head_cost import HeadCost, measure_head
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.preparation import prepare
 from jaxsoft.training.language_model.report import perplexity
-from jaxsoft.training.language_model.steps import Programs
+from jaxsoft.training.language_model.steps import Programs, TrainState
 from jaxsoft.training.language_model.tokens import TokenCache
 from jaxsoft.training.language_model.trainer import (
     FINAL_EVALUATION,
@@ -28,6 +27,8 @@ from jaxsoft.training.reporting import Listener
 from jaxsoft.training.run_directory import RunDirectory
 from jaxsoft.training.running import check_finite, require_train_extra
 from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
+
+__all__ = ["ComparisonReport", "HeadReport", "compare_heads"]
 
 # Validations of each head, evenly over its time; the last is the larger one.
 _VALIDATIONS = 5
@@ -132,15 +133,18 @@ def compare_heads(
     reports = []
     for head in HEADS:
         stop.check()
-        one = _Contender(dataclasses.replace(config, head=head), tokens, listener, stop)
-        reports.append(one.run(seconds))
+        contender = _Contender(
+            dataclasses.replace(config, head=head), tokens, listener, stop
+        )
+        reports.append(contender.run(seconds))
     train, validation = (tokens.counts(split) for split in ("train", "validation"))
     report = ComparisonReport(
         seconds=seconds,
         vocab_size=tokens.facts.vocab_size,
         features=config.features,
         tokens_per_step=config.batch_size * config.sequence_length,
-        tokens_evaluated=len(one.windows(FINAL_EVALUATION)) * config.sequence_length,
+        tokens_evaluated=len(contender.windows(FINAL_EVALUATION))
+        * config.sequence_length,
         unigram_entropy=unigram_entropy(train + validation),
         unigram_cross_entropy=unigram_cross_entropy(train, validation),
         heads=tuple(reports),
@@ -148,7 +152,7 @@ def compare_heads(
     record = {"config": dataclasses.asdict(config), **dataclasses.asdict(report)}
     directory.write_comparison(json.dumps(record, indent=2) + "\n")
     directory.plot_comparison(
-        {one.head: one.curve for one in reports}, report.unigram_entropy
+        {head.head: head.curve for head in reports}, report.unigram_entropy
     )
     return report
 
@@ -218,12 +222,12 @@ class _Contender:
             math.ceil(times * self.config.evaluation_tokens / length)
         )
 
-    def _loss(self, params: Any, times: int = 1) -> float:
+    def _loss(self, params: Params, times: int = 1) -> float:
         return self.programs.evaluate(params, self.windows(times))
 
     def _step(
-        self, state: Any, elapsed: float, seconds: float, took: list[float]
-    ) -> Any:
+        self, state: TrainState, elapsed: float, seconds: float, took: list[float]
+    ) -> TrainState:
         """Makes a step, and notes how long it took."""
         started = time.perf_counter()
         index = len(took)

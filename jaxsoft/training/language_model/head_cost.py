@@ -3,7 +3,6 @@
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxsoft.training.heads import HeadPlan, head_rows, with_head_rows
+from jaxsoft.training.heads import HeadPlan, Params, head_rows, with_head_rows
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.steps import Programs
+
+__all__ = ["HeadCost", "measure_head"]
 
 _CALLS = 11
 
@@ -34,7 +35,7 @@ class HeadCost:
     temporary_bytes: int | None
 
 
-def measure_head(programs: Programs, params: Any, batch: np.ndarray) -> HeadCost:
+def measure_head(programs: Programs, params: Params, batch: np.ndarray) -> HeadCost:
     """Times a head on the hidden states and labels of a batch.
 
     Args:
@@ -69,23 +70,25 @@ def measure_head(programs: Programs, params: Any, batch: np.ndarray) -> HeadCost
 class _HeadStep:
     """The training step of a head whose hidden states are given."""
 
-    def __init__(self, plan: HeadPlan, optimizer: OptimizerConfig, graph: Any):
+    def __init__(
+        self, plan: HeadPlan, optimizer: OptimizerConfig, graph: nnx.GraphDef[nnx.Dict]
+    ):
         self._plan, self._optimizer, self._graph = plan, optimizer, graph
 
-    def init(self, params: Any) -> tuple[Any, Any]:
+    def init(self, params: Params) -> tuple[Params, Params]:
         """Parameters and the optimizer's state."""
         if self._plan.has_row_gradients:
             return params, self._optimizer.rows(0.0).init(head_rows(params))
         return params, self._optimizer.build(0.0).init(params)
 
     def __call__(
-        self, state: tuple[Any, Any], tables: Any, hidden: Array, labels: Array
-    ) -> tuple[tuple[Any, Any], Array, Array]:
+        self, state: tuple[Params, Params], tables: Params, hidden: Array, labels: Array
+    ) -> tuple[tuple[Params, Params], Array, Array]:
         """Returns the next state, the loss and the gradient of hidden states."""
         params, optimizer = state
         rate = self._optimizer.learning_rate
 
-        def module(params: Any) -> Any:
+        def module(params: Params) -> Params:
             model = nnx.merge(self._graph, params, tables)
             model.train()
             return model["head"]
@@ -97,7 +100,7 @@ class _HeadStep:
             )
             return (with_head_rows(params, moved), optimizer), loss, dhidden
 
-        def mean_loss(params: Any, hidden: Array) -> Array:
+        def mean_loss(params: Params, hidden: Array) -> Array:
             options = self._plan.loss_options(jax.random.key(0))
             return module(params).loss(hidden, labels, **options)
 

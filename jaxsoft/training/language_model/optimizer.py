@@ -1,13 +1,15 @@
 """The optimizer of a training run: Optax's AdamW, and rows by lazy Adam."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from jaxsoft.hierarchical.row_optimizers import RowOptimizer, row_adam
+from jaxsoft.training.heads import Params
+
+__all__ = ["OptimizerConfig"]
 
 _B2 = 0.95
 
@@ -77,7 +79,9 @@ class OptimizerConfig:
         """
         return row_adam(lambda count: rate, b2=_B2)
 
-    def update(self, gradient: Any, state: Any, params: Any, rate: Any) -> Any:
+    def update(
+        self, gradient: Params, state: Params, params: Params, rate: float | jax.Array
+    ) -> tuple[Params, Params]:
         """Makes an update of parameters with dense gradients.
 
         Args:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jaxsoft.training.heads import HeadKind
 from jaxsoft.training.language_model.steps import MemoryReport
+from jaxsoft.training.reporting import Record
 
 __all__ = ["FinalReport", "Sample", "perplexity"]
 
@@ -68,12 +67,12 @@ class FinalReport:
         """Perplexity, exp(loss)."""
         return perplexity(self.loss)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """The metrics line."""
         return {"event": "final", **dataclasses.asdict(self)}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "FinalReport":
+    def from_record(cls, record: Record) -> "FinalReport":
         """Reads a metrics line back."""
         fields = {name: value for name, value in record.items() if name != "event"}
         fields["memory"] = MemoryReport(**fields["memory"])

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,18 @@ from jax.sharding import Mesh
 
 from jaxsoft import RowGradient
 from jaxsoft.nn import HierarchicalSoftmaxHead
-from jaxsoft.training.heads import HeadPlan, head_rows, with_head_rows
+from jaxsoft.training.heads import HeadPlan, Params, head_rows, with_head_rows
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.transformer import LanguageModel, TransformerConfig
 from jaxsoft.training.mesh import over_data, placed, replicated, usable_mesh
+
+__all__ = [
+    "MemoryReport",
+    "Programs",
+    "StepResult",
+    "TrainState",
+    "compiled_programs",
+]
 
 
 class TrainState(NamedTuple):
@@ -40,9 +48,9 @@ class TrainState(NamedTuple):
       rows: the state of the optimizer of those with row gradients, if there are.
     """
 
-    params: Any
-    optimizer: Any
-    rows: Any = ()
+    params: Params
+    optimizer: optax.OptState
+    rows: Params = ()
 
 
 class StepResult(NamedTuple):
@@ -141,7 +149,7 @@ class Programs:
 
     def step(
         self, state: TrainState, batch: np.ndarray, rate: float, index: int
-    ) -> tuple[TrainState, Any]:
+    ) -> tuple[TrainState, StepResult]:
         """Makes one update.
 
         Args:
@@ -156,7 +164,7 @@ class Programs:
         scalars = np.float32(rate), np.int32(index)
         return self._step(state, self.tables, self._place(batch), *scalars)
 
-    def evaluate(self, params: Any, windows: np.ndarray) -> float:
+    def evaluate(self, params: Params, windows: np.ndarray) -> float:
         """Mean loss in nats over windows of text.
 
         Args:
@@ -179,7 +187,7 @@ class Programs:
 
     def sample(
         self,
-        params: Any,
+        params: Params,
         prompt: Sequence[int],
         temperatures: Sequence[float],
         num_tokens: int,
@@ -214,7 +222,7 @@ class Programs:
         )
         return np.asarray(tokens).tolist()
 
-    def model(self, params: Any) -> LanguageModel:
+    def model(self, params: Params) -> LanguageModel:
         """Puts parameters into the model, to call its methods."""
         return self._model(params, self.tables)
 
@@ -232,12 +240,12 @@ class Programs:
     def _build_model(self) -> LanguageModel:
         return LanguageModel(self._config, plan=self.head, rngs=nnx.Rngs(self._seed))
 
-    def _make_tables(self) -> Any:
+    def _make_tables(self) -> Params:
         """What a model has besides parameters."""
         return nnx.state(self._build_model(), nnx.Not(nnx.Param))
 
     def _model(
-        self, params: Any, tables: Any, *, training: bool = False
+        self, params: Params, tables: Params, *, training: bool = False
     ) -> LanguageModel:
         model = nnx.merge(self._graph, params, tables)
         model.train() if training else model.eval()
@@ -249,7 +257,7 @@ class Programs:
         rows = self.optimizer.rows(0.0).init(head_rows(head)) if head else ()
         return TrainState(params, self.optimizer.build(0.0).init(dense), rows)
 
-    def _split(self, params: Any) -> tuple[nnx.State, nnx.State]:
+    def _split(self, params: Params) -> tuple[nnx.State, nnx.State]:
         """Cuts parameters into those with dense gradients and those with rows'."""
         by_rows = self.head.has_row_gradients
         dense, rows = nnx.split_state(
@@ -258,7 +266,12 @@ class Programs:
         return dense, rows
 
     def _train(
-        self, state: TrainState, tables: Any, tokens: Array, rate: Array, index: Array
+        self,
+        state: TrainState,
+        tables: Params,
+        tokens: Array,
+        rate: Array,
+        index: Array,
     ) -> tuple[TrainState, StepResult]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         dense, head = self._split(state.params)
@@ -279,23 +292,23 @@ class Programs:
         return TrainState(params, optimizer, rows), StepResult(loss, *norms)
 
     def _dense_gradients(
-        self, params: Any, tables: Any, inputs: Array, labels: Array, index: Array
-    ) -> tuple[Array, Any]:
+        self, params: Params, tables: Params, inputs: Array, labels: Array, index: Array
+    ) -> tuple[Array, Params]:
         """Returns the loss and its gradient in all parameters."""
         key = jax.random.fold_in(jax.random.key(self._seed), index)
 
-        def mean_loss(params: Any) -> Array:
+        def mean_loss(params: Params) -> Array:
             model = self._model(params, tables, training=True)
             return model.loss(inputs, labels, **self.head.loss_options(key))
 
         return jax.value_and_grad(mean_loss)(params)
 
     def _row_gradients(
-        self, dense: Any, head: Any, tables: Any, inputs: Array, labels: Array
-    ) -> tuple[Array, Any, RowGradient]:
+        self, dense: Params, head: Params, tables: Params, inputs: Array, labels: Array
+    ) -> tuple[Array, Params, RowGradient]:
         """Returns the loss, its gradient in the trunk, and in the head's rows."""
 
-        def trunk(dense: Any) -> Array:
+        def trunk(dense: Params) -> Array:
             return self._model(nnx.merge_state(dense, head), tables).trunk(inputs)
 
         hidden, pull = jax.vjp(trunk, dense)
@@ -304,14 +317,14 @@ class Programs:
         loss, dhidden, of_rows = module.value_and_row_grad(hidden, labels)
         return loss, *pull(dhidden), of_rows
 
-    def _losses(self, params: Any, tables: Any, tokens: Array) -> Array:
+    def _losses(self, params: Params, tables: Params, tokens: Array) -> Array:
         model = self._model(params, tables)
         return model.loss(tokens[:, :-1], tokens[:, 1:], reduction="none")
 
     def _generate(
         self,
-        params: Any,
-        tables: Any,
+        params: Params,
+        tables: Params,
         window: Array,
         filled: Array,
         temperatures: Array,

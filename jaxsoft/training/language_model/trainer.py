@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -31,7 +31,7 @@ from jaxsoft.training.language_model.steps import TrainState, compiled_programs
 from jaxsoft.training.language_model.tokens import DOCUMENT_START_ID, TokenCache
 from jaxsoft.training.language_model.windows import Windows
 from jaxsoft.training.mesh import usable_mesh
-from jaxsoft.training.reporting import Listener
+from jaxsoft.training.reporting import Listener, Record
 from jaxsoft.training.run_directory import RunDirectory
 from jaxsoft.training.running import (
     check_finite,
@@ -43,6 +43,8 @@ from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+__all__ = ["FINAL_EVALUATION", "head_plan", "train_language_model"]
 
 SAMPLE_TEMPERATURES = (0.0, 0.7, 1.0)
 
@@ -181,7 +183,11 @@ class _Run:
             last = progress.step == config.steps
             if progress.step % config.evaluate_every == 0 and not last:
                 loss = self._validation_loss(state, config.evaluation_tokens)
-                record = {"event": "validation", "step": progress.step, "loss": loss}
+                record: Record = {
+                    "event": "validation",
+                    "step": progress.step,
+                    "loss": loss,
+                }
                 self.directory.append(record)
                 self.listener.validation(record)
             stopped = self.stop.received is not None
@@ -211,10 +217,12 @@ class _Run:
         )
         progress = Progress(step, progress.next_batch + 1, progress.seconds + took)
         tokens = self.config.batch_size * self.config.sequence_length
-        record = {
+        record: Record = {
             "event": "train",
             "step": step,
-            **measured,
+            "loss": measured["loss"],
+            "gradient_norm": measured["gradient_norm"],
+            "parameter_norm": measured["parameter_norm"],
             "learning_rate": rate,
             "tokens": step * tokens,
             "seconds": progress.seconds,
@@ -289,7 +297,7 @@ def head_plan(config: LanguageModelConfig, tokens: TokenCache) -> HeadPlan:
 
 def _description(
     config: LanguageModelConfig, corpus: Corpus, tokens: TokenCache, mesh: Mesh
-) -> dict[str, Any]:
+) -> Record:
     """Contents of `config.json`."""
     train, validation = (tokens.counts(split) for split in ("train", "validation"))
     return {

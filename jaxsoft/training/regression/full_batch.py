@@ -158,7 +158,7 @@ def _place(
     devices = 1 if mesh is None else mesh.shape[DATA]
     features, count = rows.features, rows.features.shape[0]
     assert not isinstance(features, SourceFeatures)
-    if dense(features):
+    if isinstance(features, np.ndarray) or dense(features):
         features = features if isinstance(features, np.ndarray) else features.toarray()
         padded = bucket(count) if features.nbytes <= _PADDED_BYTES else count
         padded = -(-padded // devices) * devices

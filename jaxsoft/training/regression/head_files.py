@@ -13,6 +13,7 @@ from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.levels import Canonical, Tables
 from jaxsoft.nn import AdaptiveSoftmaxHead, HierarchicalSoftmaxHead
+from jaxsoft.training.heads import Head
 
 __all__ = ["pack_head", "unpack_head"]
 
@@ -20,7 +21,7 @@ _PREFIX = "head_."
 _STRUCTURES = {cls.__name__: cls for cls in (Canonical, ClassBands, ClassTree, Tables)}
 
 
-def pack_head(head: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+def pack_head(head: Head, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Takes a head apart.
 
     Args:
@@ -58,13 +59,13 @@ def pack_head(head: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
         "classes": _packed(classes.get_value(), "classes", tensors),
     }
     if isinstance(head, AdaptiveSoftmaxHead):
-        form["tail_features"] = [one[...].shape[1] for one in head.projections]
+        form["tail_features"] = [p[...].shape[1] for p in head.projections]
     for name, parameter in _parameters(head).items():
         tensors[name] = np.ascontiguousarray(parameter[...])
     return form
 
 
-def unpack_head(form: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
+def unpack_head(form: dict[str, Any], tensors: dict[str, np.ndarray]) -> Head:
     """Puts a head together again.
 
     Args:

@@ -2,13 +2,17 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from numpy.typing import DTypeLike
 
+from jaxsoft.training.heads import Head, Params
+from jaxsoft.training.regression.padding import pad_rows
 from jaxsoft.training.regression.sources import RowSource
+
+__all__ = ["log_probs", "top_classes"]
 
 # Log-probabilities of a block of rows take about as much.
 _BLOCK_BYTES = 1 << 25
@@ -18,7 +22,9 @@ _MOST_ROWS = 1024
 _SEARCHED = 512
 
 
-def log_probs(head: Any, source: RowSource, *, dtype: Any = np.float32) -> np.ndarray:
+def log_probs(
+    head: Head, source: RowSource, *, dtype: DTypeLike = np.float32
+) -> np.ndarray:
     """Log-probabilities of all classes.
 
     Args:
@@ -41,7 +47,9 @@ def log_probs(head: Any, source: RowSource, *, dtype: Any = np.float32) -> np.nd
     return np.empty((0, head.num_classes), dtype) if found is None else found
 
 
-def top_classes(head: Any, source: RowSource, *, dtype: Any = np.float32) -> np.ndarray:
+def top_classes(
+    head: Head, source: RowSource, *, dtype: DTypeLike = np.float32
+) -> np.ndarray:
     """The most probable class of each row, the lowest of equals.
 
     Args:
@@ -61,22 +69,26 @@ def top_classes(head: Any, source: RowSource, *, dtype: Any = np.float32) -> np.
 
 
 def _blocks(
-    source: RowSource, size: int, dtype: Any
+    source: RowSource, size: int, dtype: DTypeLike
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """Yields a start, features of one shape, and how many of their rows count."""
     size = max(1, min(size, len(source)))
     for start in range(0, len(source), size):
         rows = np.arange(start, min(start + size, len(source)))
         features = source.read(rows, dtype)
-        yield start, np.pad(features, ((0, size - len(rows)), (0, 0))), len(rows)
+        yield start, pad_rows(features, size), len(rows)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_probs(graph: Any, state: Any, features: jax.Array) -> jax.Array:
+def _log_probs(
+    graph: nnx.GraphDef[Head], state: Params, features: jax.Array
+) -> jax.Array:
     return nnx.merge(graph, state)(features)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _top_classes(graph: Any, state: Any, features: jax.Array) -> jax.Array:
+def _top_classes(
+    graph: nnx.GraphDef[Head], state: Params, features: jax.Array
+) -> jax.Array:
     _, ids = nnx.merge(graph, state).top_k(features, 1)
     return ids[:, 0]

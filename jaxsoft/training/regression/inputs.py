@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
@@ -37,56 +37,11 @@ __all__ = [
 ClassWeight: TypeAlias = Mapping[Any, float] | str | None
 # What a caller may give as features.
 Features: TypeAlias = ArrayLike | jax.Array | sparray | spmatrix | RowSource
+# SciPy's compressed sparse rows, an array or a matrix, which SciPy does not type.
+Csr: TypeAlias = Any
 # scikit-learn's own annotations have its default values' types.
 _validate: Callable[..., Any] = validate_data
 _labels_of: Callable[..., np.ndarray] = column_or_1d
-
-
-class Csr(Protocol):
-    """SciPy's compressed sparse rows, an array or a matrix, which it does not type."""
-
-    data: np.ndarray
-    indices: np.ndarray
-    indptr: np.ndarray
-    shape: tuple[int, int]
-    dtype: np.dtype
-    nnz: int
-
-    def __getitem__(self, rows: np.ndarray | slice) -> "Csr":
-        """Returns some of the rows."""
-        ...
-
-    def astype(self, dtype: DTypeLike, copy: bool = True) -> "Csr":
-        """Returns the same in a dtype."""
-        ...
-
-    def multiply(self, other: np.ndarray) -> "Csr":
-        """Returns the product of entries, in any sparse form."""
-        ...
-
-    def power(self, n: int) -> "Csr":
-        """Returns powers of the entries."""
-        ...
-
-    def max(self, axis: int) -> "Csr":
-        """Returns the largest entries of columns."""
-        ...
-
-    def tocsr(self) -> "Csr":
-        """Returns the same in compressed sparse rows."""
-        ...
-
-    def toarray(self) -> np.ndarray:
-        """Returns the same as a dense array."""
-        ...
-
-    def __abs__(self) -> "Csr":
-        """Returns the absolute entries."""
-        ...
-
-    def __rmatmul__(self, other: np.ndarray) -> np.ndarray:
-        """Returns a vector times the matrix."""
-        ...
 
 
 class SourceFeatures:

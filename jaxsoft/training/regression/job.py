@@ -10,8 +10,7 @@ import importlib.metadata
 import math
 import time
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -34,13 +33,17 @@ from jaxsoft.training.regression.tables import (
     check_range,
     read_table,
 )
-from jaxsoft.training.reporting import Listener
+from jaxsoft.training.reporting import Listener, Record
 from jaxsoft.training.running import (
     check_same,
     check_same_surroundings,
     read_config,
     require_train_extra,
 )
+
+if TYPE_CHECKING:
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
+    from jaxsoft.training.regression.inputs import Csr
 
 __all__ = ["train_regression"]
 
@@ -129,7 +132,7 @@ class _Recorder(Listener):
         self.directory.truncate_metrics(step)
         self.listener.start(step, steps)
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """Writes a line."""
         self.directory.append(record)
         self.listener.step(record)
@@ -173,9 +176,7 @@ def _split(table: Table, config: RegressConfig) -> tuple[np.ndarray, np.ndarray]
     return np.sort(train), np.sort(test)
 
 
-def _read_report(
-    directory: RegressionDirectory, record: Mapping[str, Any]
-) -> RegressionReport:
+def _read_report(directory: RegressionDirectory, record: Record) -> RegressionReport:
     """Reads the report of a finished run from what its file holds."""
     try:
         return RegressionReport.from_record(record)
@@ -187,7 +188,7 @@ def _read_report(
 
 def _scaled(
     config: RegressConfig, table: Table, train: np.ndarray, test: np.ndarray
-) -> tuple[Scaling, Any]:
+) -> tuple[Scaling, "np.ndarray | Csr"]:
     """Returns the scaling, and the training rows by it; the test rows bear it, too."""
     standardize = False if config.head != "full" else config.standardize
     scaling = choose_scaling(table, train, standardize)
@@ -200,11 +201,11 @@ def _scaled(
 def _fit(
     config: RegressConfig,
     directory: RegressionDirectory,
-    features: Any,
+    features: "np.ndarray | Csr",
     labels: np.ndarray,
     listener: Listener,
     stop: StopRequest,
-) -> Any:
+) -> "SoftmaxRegression":
     """Fits the estimator to scaled features."""
     from sklearn.exceptions import ConvergenceWarning
 
@@ -233,7 +234,7 @@ def _fit(
 
 def _finish(
     directory: RegressionDirectory,
-    estimator: Any,
+    estimator: "SoftmaxRegression",
     scaling: Scaling,
     table: Table,
     split: tuple[np.ndarray, np.ndarray],
@@ -264,12 +265,12 @@ def _finish(
 
 
 def _report(
-    estimator: Any,
+    estimator: "SoftmaxRegression",
     scaling: Scaling,
     table: Table,
     train: Predictions,
     test: Predictions,
-    counts: Any,
+    counts: "Csr",
     seconds: float,
 ) -> RegressionReport:
     """Puts the measurements together."""
@@ -297,7 +298,7 @@ def _report(
     )
 
 
-def _description(config: RegressConfig, table: Table) -> dict[str, Any]:
+def _description(config: RegressConfig, table: Table) -> Record:
     """Contents of `config.json`."""
     return {
         "config": dataclasses.asdict(config),

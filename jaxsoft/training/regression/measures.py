@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxsoft.logits.calibration import expected_calibration_error
 from jaxsoft.training.errors import TableError
 from jaxsoft.training.reliability import reliability_diagram
+
+if TYPE_CHECKING:
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
+    from jaxsoft.training.regression.inputs import Csr
 
 __all__ = ["Measures", "Predictions", "class_indices", "measure", "predict"]
 
@@ -47,8 +51,8 @@ class Predictions(NamedTuple):
 
     predicted: np.ndarray
     confidence: np.ndarray
-    labels: Any = None
-    log_probs: Any = None
+    labels: np.ndarray | None = None
+    log_probs: np.ndarray | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -66,10 +70,10 @@ class Predictions(NamedTuple):
 
 
 def predict(
-    estimator: Any,
-    features: Any,
+    estimator: "SoftmaxRegression",
+    features: "np.ndarray | Csr",
     labels: np.ndarray | None,
-    each: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    tell: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> Predictions:
     """Predicts rows.
 
@@ -77,7 +81,7 @@ def predict(
       estimator: a fitted classifier.
       features: [n, d] dense or CSR.
       labels: [n] index of each label among the estimator's classes, or None.
-      each: called for each chunk of rows in turn, with the [rows] indices predicted
+      tell: called for each chunk of rows in turn, with the [rows] indices predicted
         and the probabilities [rows, K].
 
     Returns:
@@ -91,8 +95,8 @@ def predict(
         best = logs.argmax(axis=1)
         predicted.append(best)
         confidence.append(np.exp(logs[np.arange(len(best)), best]))
-        if each is not None:
-            each(best, np.exp(logs))
+        if tell is not None:
+            tell(best, np.exp(logs))
         if labels is not None:
             log_probs.append(logs[np.arange(len(best)), labels[rows]])
     return Predictions(
@@ -105,6 +109,7 @@ def predict(
 
 def measure(predictions: Predictions) -> Measures:
     """Measures predictions whose labels are known."""
+    assert predictions.log_probs is not None
     probabilities, labels = predictions.binary()
     return Measures(
         rows=len(labels),

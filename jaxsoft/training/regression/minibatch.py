@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from jaxsoft import ClassTree
 from jaxsoft._core import checks
-from jaxsoft.training.heads import Head, HeadPlan
+from jaxsoft.training.heads import Head, HeadPlan, Params
 from jaxsoft.training.mesh import DATA, usable_mesh
 from jaxsoft.training.regression.coefficients import Coefficients
 from jaxsoft.training.regression.minibatch_solver import MinibatchSolver, TrainingRows
@@ -22,11 +23,14 @@ from jaxsoft.training.regression.minibatch_step import (
     MakeOptimizer,
     Numbers,
     Plan,
+    Tables,
     WarmupCosine,
 )
 from jaxsoft.training.regression.settings import HEADS
 from jaxsoft.training.regression.sources import BatchOrder, RowSource
 from jaxsoft.training.unigram import unigram_log_probs
+
+__all__ = ["BATCH_SIZE", "PATIENCE", "Optimizer", "RegressionHead", "minibatch_solver"]
 
 RegressionHead = Literal["full", "hierarchical", "adaptive"]
 # A transformation of Optax, or a function from a learning rate to one.
@@ -69,7 +73,7 @@ def minibatch_solver(
     seed: int = 0,
     mesh: Mesh | None = None,
     start: Coefficients | Head | None = None,
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
 ) -> MinibatchSolver:
     """Makes a minibatch solver.
 
@@ -175,7 +179,7 @@ class _Given:
 
     optimizer: optax.GradientTransformation
 
-    def __call__(self, rate: Any) -> optax.GradientTransformation:
+    def __call__(self, rate: object) -> optax.GradientTransformation:
         return self.optimizer
 
 
@@ -185,7 +189,7 @@ def _default_rate(peak: float, planned: float) -> WarmupCosine:
     return WarmupCosine(peak, warmup, max(1, planned - warmup))
 
 
-def _peak(source: RowSource, dtype: Any) -> float:
+def _peak(source: RowSource, dtype: DTypeLike) -> float:
     """Returns the default learning rate, from rows at even distances."""
     count = min(_ROWS_MEASURED, len(source))
     rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
@@ -196,8 +200,11 @@ def _peak(source: RowSource, dtype: Any) -> float:
 
 
 def _optimization(
-    optimizer: Any, learning_rate: Any, source: RowSource, dtype: Any
-) -> tuple[Any, float | None, Any]:
+    optimizer: Optimizer | None,
+    learning_rate: float | optax.Schedule | None,
+    source: RowSource,
+    dtype: DTypeLike,
+) -> tuple[optax.Schedule | None, float | None, MakeOptimizer]:
     """Returns a caller's schedule, or else a peak, and the optimizer by rate."""
     if isinstance(optimizer, optax.GradientTransformation):
         if learning_rate is not None:
@@ -256,20 +263,22 @@ def _batch_size(
 def _start(
     rows: TrainingRows,
     num_classes: int,
-    head: str,
+    head: RegressionHead,
     by_rows: bool,
     fit_intercept: bool,
     reference: int | None,
     seed: int,
-    start: Any,
-    dtype: Any,
-) -> tuple[Any, Any, Any]:
+    start: Coefficients | Head | None,
+    dtype: DTypeLike,
+) -> tuple[nnx.GraphDef[Head] | None, Params, Tables]:
     """Returns structure, parameters and tables to start with."""
     if head == "full":
         graph, tables = None, ()
+        assert start is None or isinstance(start, tuple)
         params = _full_parameters(rows, num_classes, reference, fit_intercept, start)
     else:
         counts = rows.counts(num_classes)
+        assert not isinstance(start, tuple)
         graph, params, tables = _head_parameters(
             head, counts, rows.source.num_features, fit_intercept, seed, start
         )
@@ -283,7 +292,7 @@ def _full_parameters(
     num_classes: int,
     reference: int | None,
     fit_intercept: bool,
-    start: Any,
+    start: Coefficients | None,
 ) -> dict[str, np.ndarray]:
     """Returns the given start, or no weights and the classes' log-frequencies."""
     if start is not None:
@@ -297,13 +306,13 @@ def _full_parameters(
 
 
 def _head_parameters(
-    head: Any,
+    head: RegressionHead,
     counts: np.ndarray,
     num_features: int,
     fit_intercept: bool,
     seed: int,
-    start: nnx.Module | None,
-) -> tuple[Any, Any, Any]:
+    start: Head | None,
+) -> tuple[nnx.GraphDef[Head], Params, Tables]:
     """Returns structure, parameters and tables of a head."""
     if start is None:
         plan = HeadPlan(head, tuple(counts.tolist()))
@@ -319,7 +328,7 @@ def _head_parameters(
 _paths = jax.jit(functools.partial(ClassTree.paths, axis=0))
 
 
-def _visits(tables: Any, counts: np.ndarray) -> np.ndarray:
+def _visits(tables: Tables, counts: np.ndarray) -> np.ndarray:
     """Returns how often an epoch visits each row of a tree; 1 for one it does not."""
     tree = jax.tree.leaves(tables, is_leaf=lambda x: isinstance(x, ClassTree))[0]
     assert isinstance(tree, ClassTree)
@@ -333,7 +342,7 @@ def _visits(tables: Any, counts: np.ndarray) -> np.ndarray:
 
 
 def _segment_steps(
-    rows: TrainingRows, size: int, params: Any, by_rows: bool, dtype: Any
+    rows: TrainingRows, size: int, params: Params, by_rows: bool, dtype: DTypeLike
 ) -> int:
     """Returns how many steps to compile together."""
     item = np.dtype(dtype).itemsize
@@ -341,7 +350,7 @@ def _segment_steps(
     if rows.targets is not None:
         width += rows.targets.shape[1]
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
-    # Of row updates no more than some tens of rows a token.
+    # Row updates touch some tens of rows a token at most.
     touched = min(numbers, 64 * width) if by_rows else numbers
     seconds = 6.0 * size * touched / _FLOPS
     seconds += 8.0 * item * (size * touched if by_rows else numbers) / _BYTES

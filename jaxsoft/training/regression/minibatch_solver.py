@@ -1,8 +1,8 @@
 """The minibatch solver: compiled segments, and rows read while they run."""
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.typing import DTypeLike
 
-from jaxsoft.training.heads import Head
+from jaxsoft.training.heads import Head, Params
 from jaxsoft.training.mesh import DATA, replicated
 from jaxsoft.training.regression import minibatch_step as steps
 from jaxsoft.training.regression.minibatch_step import (
@@ -31,6 +32,9 @@ from jaxsoft.training.regression.solving import (
 )
 from jaxsoft.training.regression.sources import BatchOrder, RowSource
 
+__all__ = ["MinibatchSolver", "TrainingRows"]
+
+# Rows of a batch that a message names.
 _ROWS_NAMED = 5
 
 
@@ -50,7 +54,7 @@ class TrainingRows:
     targets: np.ndarray | None = None
     weights: np.ndarray | None = None
 
-    def read(self, rows: np.ndarray, dtype: Any) -> Batch:
+    def read(self, rows: np.ndarray, dtype: DTypeLike) -> Batch:
         """Reads a batch; row -1 is padding, of weight 0."""
         live = rows[rows >= 0]
         weights = np.ones(len(live)) if self.weights is None else self.weights[live]
@@ -58,8 +62,10 @@ class TrainingRows:
         targets = None
         if self.targets is not None:
             targets = np.asarray(self.targets[live], dtype)
-        arrays = self.source.read(live, dtype), labels, weights.astype(dtype), targets
-        return Batch(*(a if a is None else pad_rows(a, len(rows)) for a in arrays))
+        batch = Batch(
+            self.source.read(live, dtype), labels, weights.astype(dtype), targets
+        )
+        return jax.tree.map(lambda array: pad_rows(array, len(rows)), batch)
 
     def total_weight(self) -> float:
         """The sum of the weights."""
@@ -96,12 +102,12 @@ class MinibatchSolver(Solver[MinibatchState]):
         numbers: Numbers,
         order: BatchOrder,
         *,
-        params: Any,
-        tables: Any,
+        params: Params,
+        tables: steps.Tables,
         batch_size: int,
         segment_steps: int,
         max_iter: int | None,
-        dtype: Any,
+        dtype: DTypeLike,
     ):
         """Keeps all of it; see `minibatch_solver`."""
         self.steps_per_epoch = order.steps_per_epoch
@@ -122,19 +128,21 @@ class MinibatchSolver(Solver[MinibatchState]):
             np.int32(numbers.patience),
             WarmupCosine(*map(scalar, numbers.rate)),
         )
-        self._ready: tuple[int, Any] | None = None
+        self._ready: tuple[int, Batch] | None = None
         self._first = 0
 
     def init(self) -> MinibatchState:
         """Returns the first state."""
-        zero, none = np.int32(0), self._dtype.type(0)
+        zero, none = np.int32(0), np.zeros((), self._dtype)
         params = jax.tree.map(jnp.asarray, self._params)
         if self._plan.by_rows:
             optimizer = steps.init_rows(params)
         else:
             with jax.numpy_dtype_promotion("standard"):
                 optimizer = self._plan.optimizer(0.0).init(params)
-        nothing, infinite = self._dtype.type(np.nan), self._dtype.type(np.inf)
+        nothing, infinite = (
+            np.full((), value, self._dtype) for value in (np.nan, np.inf)
+        )
         counters = (zero, zero, none, nothing, infinite, zero, np.int32(-1), zero)
         return jax.tree.map(
             lambda leaf: jnp.array(leaf, copy=True),
@@ -176,7 +184,7 @@ class MinibatchSolver(Solver[MinibatchState]):
         """
         state = self.init() if state is None else state
         first = self._first = int(state.step)
-        fresh = self._dtype.type
+        fresh = functools.partial(np.asarray, dtype=self._dtype)
         state = state._replace(
             place=np.int32(0),
             mean=fresh(0),
@@ -204,6 +212,7 @@ class MinibatchSolver(Solver[MinibatchState]):
 
     def head(self, state: MinibatchState) -> Head:
         """Returns a head of `jaxsoft.nn` other than the full one."""
+        assert self._plan.graph is not None
         constants = self._tables[0] if self._plan.by_rows else self._tables
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.params)
         return nnx.merge(self._plan.graph, params, constants)

@@ -10,19 +10,34 @@ gradients are unbiased, and padding, of weight 0, counts for nothing.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array
 from jax.sharding import Mesh
 
 from jaxsoft import RowGradient, linear_cross_entropy, softmax_cross_entropy
-from jaxsoft.hierarchical.row_optimizers import row_adam
-from jaxsoft.training.heads import head_rows, with_head_rows
+from jaxsoft.hierarchical.row_optimizers import RowState, row_adam
+from jaxsoft.nn import HierarchicalSoftmaxHead
+from jaxsoft.training.heads import Head, Params, head_rows, with_head_rows
 from jaxsoft.training.mesh import replicated
+from jaxsoft.training.regression.objective import Array
+
+__all__ = [
+    "Batch",
+    "MakeOptimizer",
+    "MinibatchState",
+    "Numbers",
+    "Plan",
+    "Tables",
+    "WarmupCosine",
+    "batch_loss",
+    "half_squares",
+    "init_rows",
+    "run_segment",
+]
 
 # Why a run stopped, in `MinibatchState.reason`.
 RUNNING, NO_PROGRESS, NOT_FINITE = range(3)
@@ -31,7 +46,11 @@ RUNNING, NO_PROGRESS, NOT_FINITE = range(3)
 LEAST_EPOCHS_DOWN = 20
 
 # From a learning rate to the transformation; its state does not depend on the rate.
-MakeOptimizer = Callable[[Any], optax.GradientTransformation]
+MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
+
+
+# What a head has besides parameters, an `nnx.State`; of row updates the visits too.
+Tables: TypeAlias = Params
 
 
 class Batch(NamedTuple):
@@ -44,10 +63,10 @@ class Batch(NamedTuple):
       targets: `[B, V]`, a teacher's probabilities, or None.
     """
 
-    features: Any
-    labels: Any
-    weights: Any
-    targets: Any = None
+    features: Array
+    labels: Array
+    weights: Array
+    targets: Array = None
 
 
 class WarmupCosine(NamedTuple):
@@ -61,9 +80,9 @@ class WarmupCosine(NamedTuple):
       decay: steps on the way down, at least 1; infinity for a rate that stays.
     """
 
-    peak: Any
-    warmup: Any
-    decay: Any
+    peak: Array
+    warmup: Array
+    decay: Array
 
     def at(self, step: Array) -> Array:
         """The rate of the update after `step` of them."""
@@ -85,12 +104,12 @@ class Numbers(NamedTuple):
       rate: of a plan with the default schedule.
     """
 
-    share: Any
-    penalty: Any
-    steps_per_epoch: Any
-    tol: Any
-    patience: Any
-    rate: "WarmupCosine"
+    share: Array
+    penalty: Array
+    steps_per_epoch: Array
+    tol: Array
+    patience: Array
+    rate: WarmupCosine
 
 
 class MinibatchState(NamedTuple):
@@ -110,16 +129,16 @@ class MinibatchState(NamedTuple):
       reason: why the run stopped.
     """
 
-    params: Any
-    optimizer: Any
-    step: Any
-    place: Any
-    mean: Any
-    last: Any
-    best: Any
-    stale: Any
-    plateau: Any
-    reason: Any
+    params: Params
+    optimizer: Array
+    step: Array
+    place: Array
+    mean: Array
+    last: Array
+    best: Array
+    stale: Array
+    plateau: Array
+    reason: Array
 
 
 @dataclass(frozen=True)
@@ -142,11 +161,11 @@ class Plan:
     """
 
     optimizer: MakeOptimizer
-    schedule: Callable[[Any], Any] | None
+    schedule: optax.Schedule | None
     mesh: Mesh
     by_rows: bool = False
     anneals: bool = False
-    graph: Any = None
+    graph: nnx.GraphDef[Head] | None = None
     intercept: bool = True
     reference: int | None = None
     label_smoothing: float = 0.0
@@ -158,7 +177,7 @@ class Plan:
 def run_segment(
     plan: Plan,
     state: MinibatchState,
-    tables: Any,
+    tables: Tables,
     block: Batch,
     count: Array,
     numbers: Numbers,
@@ -177,11 +196,13 @@ def run_segment(
       The state after the steps.
     """
 
-    def goes_on(carry):
+    def goes_on(carry: tuple[Array, MinibatchState]) -> Array:
         index, state = carry
         return (index < count) & (state.reason == RUNNING)
 
-    def one(carry):
+    def next_step(
+        carry: tuple[Array, MinibatchState],
+    ) -> tuple[Array, MinibatchState]:
         index, state = carry
         batch = jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
@@ -191,22 +212,22 @@ def run_segment(
 
     # Optax's optimizers mix kinds of scalars, which a caller's strict setting refuses.
     with jax.numpy_dtype_promotion("standard"):
-        _, state = jax.lax.while_loop(goes_on, one, (jnp.int32(0), state))
+        _, state = jax.lax.while_loop(goes_on, next_step, (jnp.int32(0), state))
     return jax.lax.with_sharding_constraint(state, replicated(plan.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def batch_loss(plan: Plan, params: Any, tables: Any, batch: Batch) -> Array:
+def batch_loss(plan: Plan, params: Params, tables: Tables, batch: Batch) -> Array:
     """The weighted sum of a batch's losses, without the penalty."""
     return _loss(plan, params, tables, batch)
 
 
-def penalised(params: Any) -> list[Array]:
+def penalised(params: Params) -> list[Array]:
     """The parameters that the penalty is on: all but biases."""
     return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
 
 
-def half_squares(params: Any) -> Array:
+def half_squares(params: Params) -> Array:
     """Half the squared norm of these parameters."""
     return sum(
         (jnp.sum(leaf * leaf) / 2 for leaf in penalised(params)), start=jnp.zeros(())
@@ -214,7 +235,7 @@ def half_squares(params: Any) -> Array:
 
 
 def _step(
-    plan: Plan, state: MinibatchState, tables: Any, batch: Batch, numbers: Numbers
+    plan: Plan, state: MinibatchState, tables: Tables, batch: Batch, numbers: Numbers
 ) -> MinibatchState:
     """One update, kept if everything in it is finite, and the epoch's accounts."""
     if plan.schedule is not None:
@@ -274,14 +295,14 @@ def _way_down(state: MinibatchState, numbers: Numbers) -> Array:
 def _update(
     plan: Plan,
     state: MinibatchState,
-    tables: Any,
+    tables: Tables,
     batch: Batch,
     numbers: Numbers,
-    rate: Any,
-) -> tuple[Array, Array, Any, Any]:
+    rate: Array,
+) -> tuple[Array, Array, Params, optax.OptState | RowState]:
     """Returns value, whether all is finite, parameters and the optimizer's state."""
 
-    def objective(params):
+    def objective(params: Params) -> Array:
         loss = numbers.share * _loss(plan, params, tables, batch)
         return loss + numbers.penalty * half_squares(params).astype(loss.dtype)
 
@@ -312,18 +333,20 @@ def _update(
 def _update_rows(
     plan: Plan,
     state: MinibatchState,
-    tables: Any,
+    tables: Tables,
     batch: Batch,
     numbers: Numbers,
-    rate: Any,
-) -> tuple[Array, Array, Any, Any]:
+    rate: Array,
+) -> tuple[Array, Array, Params, optax.OptState | RowState]:
     """As `_update`, in the rows on the labels' paths.
 
     A row's penalty is spread over the visits that it has in an epoch: their sum is that
     of the epoch's steps.
     """
     constants, visits = tables
+    assert plan.graph is not None
     head = nnx.merge(plan.graph, state.params, constants)
+    assert isinstance(head, HierarchicalSoftmaxHead)
     value, _, gradient = head.value_and_row_grad(
         batch.features, batch.labels, weights=batch.weights, reduction="sum"
     )
@@ -331,11 +354,11 @@ def _update_rows(
     value, scales = numbers.share * value, numbers.share * gradient.scales
     known = gradient.rows < len(kernel)
     safe = jnp.where(known, gradient.rows, 0)
-    each = numbers.penalty * numbers.steps_per_epoch / visits[safe]
-    each = jnp.where(known, each, 0).astype(value.dtype)
-    own = kernel[safe]
-    value += jnp.sum(each[..., None] * own * own) / 2
-    values = scales[..., None] * batch.features[None] + each[..., None] * own
+    penalties = numbers.penalty * numbers.steps_per_epoch / visits[safe]
+    penalties = jnp.where(known, penalties, 0).astype(value.dtype)[..., None]
+    visited = kernel[safe]
+    value += jnp.sum(penalties * visited * visited) / 2
+    values = scales[..., None] * batch.features[None] + penalties * visited
     good = jnp.isfinite(value) & jnp.isfinite(values).all()
     rows = jnp.where(good, gradient.rows, len(kernel))
     of_biases = scales if plan.intercept else jnp.zeros_like(scales)
@@ -345,12 +368,12 @@ def _update_rows(
     return value, good, with_head_rows(state.params, moved), after
 
 
-def init_rows(params: Any) -> Any:
+def init_rows(params: Params) -> RowState:
     """The first state of the optimizer of rows."""
     return row_adam(0.0).init(head_rows(params))
 
 
-def _loss(plan: Plan, params: Any, tables: Any, batch: Batch) -> Array:
+def _loss(plan: Plan, params: Params, tables: Tables, batch: Batch) -> Array:
     """The weighted sum of a batch's losses."""
     if plan.graph is not None:
         constants = tables[0] if plan.by_rows else tables

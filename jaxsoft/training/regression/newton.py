@@ -65,7 +65,7 @@ class Newton(FullBatchSolver[Parameters, Memory]):
         cls, plan: Plan, problem: Problem, start: Parameters
     ) -> tuple[Parameters, Memory]:
         """Returns the start, and the line search's first state."""
-        search = line_search(start.kernel.dtype).init(start)
+        search = line_search(start.kernel.dtype).init(cast(optax.Params, start))
         return start, Memory(search, optax.tree.full_like(start, jnp.nan))
 
     @classmethod
@@ -88,18 +88,18 @@ class Newton(FullBatchSolver[Parameters, Memory]):
         gradient = state.memory.gradient
         direction, decrement = _direction(plan, problem, state.point, gradient)
         updates, search = line_search(problem.strength.dtype).update(
-            direction,
+            cast(optax.Updates, direction),
             state.memory.search,
-            state.point,
+            cast(optax.Params, state.point),
             value=state.value,
             grad=gradient,
             value_fn=lambda parameters: problem.objective(plan, parameters),
         )
-        point = cast(Parameters, optax.apply_updates(state.point, updates))
+        moved = optax.apply_updates(cast(optax.Params, state.point), updates)
         value = optax.tree.get(search, "value")
         gradient = optax.tree.get(search, "grad")
         return Iterate(
-            point,
+            cast(Parameters, moved),
             Memory(search, gradient),
             value,
             largest(gradient),

@@ -10,7 +10,7 @@ exist at a time. A mesh with the axis `data` cuts the rows.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,22 @@ from jaxsoft.logits.softmax import softmax
 from jaxsoft.training.mesh import DATA
 from jaxsoft.training.regression.sparse_tiles import SparseTiles
 
+__all__ = [
+    "Array",
+    "Data",
+    "Parameters",
+    "Plan",
+    "fold",
+    "hessian",
+    "logits",
+    "objective",
+    "on_mesh",
+    "value_and_gradient",
+]
+
+# NumPy's on the host and JAX's in a program, whose functions take no union of both.
+Array: TypeAlias = Any
+Sums = TypeVar("Sums")
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -34,8 +50,8 @@ class Parameters(NamedTuple):
       bias: [R], or None.
     """
 
-    kernel: Any
-    bias: Any
+    kernel: Array
+    bias: Array
 
 
 class Data(NamedTuple):
@@ -48,10 +64,10 @@ class Data(NamedTuple):
       weights: [n], of sum 1.
     """
 
-    features: Any
-    labels: Any
-    targets: Any
-    weights: Any
+    features: Array
+    labels: Array
+    targets: Array
+    weights: Array
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class Plan:
         return 1.0 if data.labels is None else self.target_weight
 
 
-def logits(plan: Plan, parameters: Parameters, features: Any) -> jax.Array:
+def logits(plan: Plan, parameters: Parameters, features: Array) -> jax.Array:
     """Returns [V, n] logits of a tile of rows.
 
     Classes come first: with few of them a CPU multiplies [V, d] by [d, n] faster than
@@ -137,7 +153,7 @@ def _tile_loss(plan: Plan, parameters: Parameters, data: Data) -> jax.Array:
     return jnp.sum(jnp.where(data.weights > 0, data.weights * loss, 0))
 
 
-def fold(plan: Plan, data: Data, function: Callable[[Data], Any]) -> Any:
+def fold(plan: Plan, data: Data, function: Callable[[Data], Sums]) -> Sums:
     """Returns the sum of a function over tiles of rows, and over the mesh's devices.
 
     Args:
@@ -172,7 +188,7 @@ def fold(plan: Plan, data: Data, function: Callable[[Data], Any]) -> Any:
             whole = data._replace(features=data.features.tile(jnp.int32(0)))
         return function(whole)
 
-    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
+    def add(total: Sums, index: jax.Array) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, function(tile(index))), None
 
     first = function(tile(jnp.int32(0)))
@@ -180,7 +196,7 @@ def fold(plan: Plan, data: Data, function: Callable[[Data], Any]) -> Any:
     return total
 
 
-def on_mesh(plan: Plan, function: Callable[..., Any]) -> Callable[..., Any]:
+def on_mesh(plan: Plan, function: Callable[..., Sums]) -> Callable[..., Sums]:
     """Runs `function(data, *replicated)` on each device's rows, and sums the results.
 
     Args:
@@ -190,14 +206,14 @@ def on_mesh(plan: Plan, function: Callable[..., Any]) -> Callable[..., Any]:
     if plan.mesh is None:
         return function
 
-    def summed(data: Data, *rest: Any) -> Any:
+    def summed(data: Data, *replicated: Any) -> Sums:
         # Derivatives inside are of this device's rows alone, and are summed here.
-        return jax.lax.psum(function(data, *mesh_axes.like(rest, data)), DATA)
+        return jax.lax.psum(function(data, *mesh_axes.like(replicated, data)), DATA)
 
-    def call(data: Data, *rest: Any) -> Any:
-        specs = (P(DATA), *(P() for _ in rest))
+    def call(data: Data, *replicated: Any) -> Sums:
+        specs = (P(DATA), *(P() for _ in replicated))
         mapped = jax.shard_map(summed, mesh=plan.mesh, in_specs=specs, out_specs=P())
-        return mapped(data, *rest)
+        return mapped(data, *replicated)
 
     return call
 
@@ -207,8 +223,8 @@ def value_and_gradient(
 ) -> tuple[jax.Array, Parameters]:
     """Returns the weighted mean loss, without penalty, and its gradient."""
 
-    def rows(data: Data, parameters: Parameters) -> Any:
-        def tile(part: Data) -> Any:
+    def rows(data: Data, parameters: Parameters) -> tuple[jax.Array, Parameters]:
+        def tile(part: Data) -> tuple[jax.Array, Parameters]:
             return jax.value_and_grad(
                 lambda parameters: _tile_loss(plan, parameters, part)
             )(parameters)
@@ -232,7 +248,7 @@ def objective(
       strength: λ.
     """
     squares = jnp.sum(jnp.square(parameters.kernel))
-    mean: Any = _loss(plan, parameters, data)
+    mean: Array = _loss(plan, parameters, data)
     return mean + 0.5 * strength * squares
 
 
@@ -241,11 +257,15 @@ def _loss(plan: Plan, parameters: Parameters, data: Data) -> jax.Array:
     return value_and_gradient(plan, parameters, data)[0]
 
 
-def _loss_fwd(plan: Plan, parameters: Parameters, data: Data) -> Any:
+def _loss_fwd(
+    plan: Plan, parameters: Parameters, data: Data
+) -> tuple[jax.Array, Parameters]:
     return value_and_gradient(plan, parameters, data)
 
 
-def _loss_bwd(plan: Plan, gradient: Parameters, cotangent: jax.Array) -> Any:
+def _loss_bwd(
+    plan: Plan, gradient: Parameters, cotangent: jax.Array
+) -> tuple[Parameters, None]:
     return jax.tree.map(lambda leaf: cotangent * leaf, gradient), None
 
 

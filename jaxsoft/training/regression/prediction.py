@@ -4,13 +4,14 @@ import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxsoft.training.errors import PredictionError
 from jaxsoft.training.regression.measures import (
     Measures,
+    Predictions,
     class_indices,
     measure,
     predict,
@@ -19,6 +20,9 @@ from jaxsoft.training.regression.saving import load_model
 from jaxsoft.training.regression.tables import Table, check_range, read_rows
 from jaxsoft.training.run_directory import replacing
 from jaxsoft.training.running import require_train_extra
+
+if TYPE_CHECKING:
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
 
 __all__ = ["PredictionReport", "predict_table"]
 
@@ -78,7 +82,7 @@ def predict_table(
     target = None if out is None else _vacant(Path(out))
     model = Path(model)
     path = model / _MODEL_NAME if model.is_dir() else model
-    estimator: Any = load_model(path, SoftmaxRegression)
+    estimator = load_model(path, SoftmaxRegression)
     # Without the names scikit-learn does not ask for them in an array.
     names = vars(estimator).pop("feature_names_in_", None)
     table = read_rows(
@@ -107,7 +111,7 @@ def predict_table(
     )
 
 
-def _check_range(estimator: Any, table: Table) -> None:
+def _check_range(estimator: "SoftmaxRegression", table: Table) -> None:
     """Raises `TableError` at a value that the model's dtype cannot hold."""
     coef = getattr(estimator, "coef_", None)
     dtype = estimator.dtype or (np.float64 if coef is None else coef.dtype)
@@ -126,18 +130,22 @@ def _vacant(out: Path) -> Path:
 
 
 def _write(
-    out: Path, estimator: Any, table: Table, labels: Any, probabilities: bool
-) -> Any:
+    out: Path,
+    estimator: "SoftmaxRegression",
+    table: Table,
+    labels: np.ndarray | None,
+    probabilities: bool,
+) -> Predictions:
     """Predicts, and writes the file whole or not at all."""
     classes = estimator.classes_.tolist()
     with replacing(out, "x", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        more = [f"probability_{name}" for name in classes] if probabilities else []
-        writer.writerow(["prediction", *more])
+        columns = [f"probability_{name}" for name in classes] if probabilities else []
+        writer.writerow(["prediction", *columns])
 
-        def each(best: np.ndarray, values: np.ndarray) -> None:
+        def write(best: np.ndarray, values: np.ndarray) -> None:
             for index, row in zip(best.tolist(), values, strict=True):
                 writer.writerow([classes[index], *(row if probabilities else ())])
 
-        predictions = predict(estimator, table.features, labels, each)
+        predictions = predict(estimator, table.features, labels, write)
     return predictions

@@ -1,11 +1,11 @@
 """What a regression's run measured."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxsoft.training.regression.measures import Measures
+from jaxsoft.training.reporting import Record
 
 __all__ = ["RegressionReport"]
 
@@ -48,12 +48,12 @@ class RegressionReport:
     scaling: str
     seconds: float
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """The contents of `metrics.json`."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "RegressionReport":
+    def from_record(cls, record: Record) -> "RegressionReport":
         """Reads it back."""
         fields = dict(record)
         for name in ("train", "test"):

@@ -15,17 +15,20 @@ One folder holds one run:
 
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxsoft.training.errors import RunDirectoryError
+from jaxsoft.training.reporting import Record
 from jaxsoft.training.run_directory import (
     RunDirectory,
     save_figure,
     write_atomically,
 )
+
+if TYPE_CHECKING:
+    from jaxsoft.training.regression.inputs import Csr
 
 __all__ = ["RegressionDirectory"]
 
@@ -61,11 +64,11 @@ class RegressionDirectory(RunDirectory):
         self.report = self.path / "metrics.json"
         self.reliability = self.path / "reliability.png"
 
-    def write_report(self, record: Mapping[str, Any]) -> None:
+    def write_report(self, record: Record) -> None:
         """Writes what the run measured; a run that has it is finished."""
         write_atomically(self.report, (json.dumps(record, indent=2) + "\n").encode())
 
-    def read_report(self) -> dict[str, Any] | None:
+    def read_report(self) -> Record | None:
         """Reads what the run measured; None while it is not finished."""
         if not self.report.exists():
             return None
@@ -76,7 +79,7 @@ class RegressionDirectory(RunDirectory):
                 f"{self.report} cannot be read ({error})."
             ) from error
 
-    def plot_confusion(self, counts: Any, classes: np.ndarray) -> None:
+    def plot_confusion(self, counts: "Csr", classes: np.ndarray) -> None:
         """Draws a confusion matrix, unless the classes are too many.
 
         Args:
@@ -161,7 +164,7 @@ class RegressionDirectory(RunDirectory):
         save_figure(figure, self.path / "convergence.png")
 
 
-def _plain(name: Any) -> str:
+def _plain(name: object) -> str:
     """A name as matplotlib shows it, its dollar signs no formula's."""
     return str(name).replace("$", r"\$")
 

@@ -9,14 +9,18 @@ equal estimators give equal files.
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 
 from jaxsoft.training.errors import ModelFileError
 from jaxsoft.training.regression.head_files import pack_head, unpack_head
+from jaxsoft.training.reporting import Record
 from jaxsoft.training.run_directory import replacing
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator
 
 __all__ = ["FORMAT", "load_model", "save_model"]
 
@@ -27,7 +31,7 @@ _KEY = "jaxsoft"
 _HEAD = "head_"
 
 
-def save_model(estimator: Any, path: str | os.PathLike[str]) -> Path:
+def save_model(estimator: "BaseEstimator", path: str | os.PathLike[str]) -> Path:
     """Writes a fitted estimator to a file.
 
     Args:
@@ -55,8 +59,8 @@ def save_model(estimator: Any, path: str | os.PathLike[str]) -> Path:
 
     check_is_fitted(estimator)
     tensors: dict[str, np.ndarray] = {}
-    attributes: dict[str, Any] = {}
-    contents: dict[str, Any] = {
+    attributes: dict[str, object] = {}
+    contents: dict[str, object] = {
         "format": FORMAT,
         "estimator": type(estimator).__name__,
         "parameters": _parameters(estimator),
@@ -120,7 +124,7 @@ def load_model(path: str | os.PathLike[str], cls: type[Estimator]) -> Estimator:
     return estimator
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: Path) -> tuple[Record, dict[str, np.ndarray]]:
     """Reads the metadata and all tensors."""
     from safetensors import SafetensorError, safe_open
 
@@ -154,7 +158,7 @@ def _write(path: Path, data: bytes) -> Path:
     return path
 
 
-def _parameters(estimator: Any) -> dict[str, Any]:
+def _parameters(estimator: "BaseEstimator") -> dict[str, object]:
     """The constructor's arguments that a file can hold."""
     kept = {}
     for name, value in estimator.get_params(deep=False).items():
@@ -169,7 +173,7 @@ def _parameters(estimator: Any) -> dict[str, Any]:
     return kept
 
 
-def _encoded(value: Any) -> Any:
+def _encoded(value: object) -> object:
     """A value as JSON has it, anything but a scalar or a list under its type's name."""
     if isinstance(value, np.generic):
         value = value.item()

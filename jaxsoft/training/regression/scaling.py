@@ -6,12 +6,17 @@ scaler beside it. The folded arrays are float64 whatever the fit's dtype, as the
 features' mean may be large beside their scale.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy.sparse import issparse
 
 from jaxsoft.training.regression.tables import Table
+
+if TYPE_CHECKING:
+    from jaxsoft.training.regression.estimator import SoftmaxRegression
+    from jaxsoft.training.regression.inputs import Csr
 
 __all__ = ["Scaling", "choose_scaling", "fold"]
 
@@ -29,7 +34,7 @@ class Scaling(NamedTuple):
     mean: np.ndarray
     scale: np.ndarray
 
-    def apply(self, features: Any, dtype: Any) -> Any:
+    def apply(self, features: "np.ndarray | Csr", dtype: DTypeLike) -> "Csr":
         """Returns scaled features in a dtype, infinite where it cannot hold them.
 
         They are computed in float64.
@@ -37,9 +42,9 @@ class Scaling(NamedTuple):
         with np.errstate(over="ignore", invalid="ignore"):
             if self.kind == "none":
                 return features.astype(dtype)
-            if issparse(features):
-                return features.multiply(1 / self.scale).tocsr().astype(dtype)
-            return ((features - self.mean) / self.scale).astype(dtype)
+            if isinstance(features, np.ndarray):
+                return ((features - self.mean) / self.scale).astype(dtype)
+            return features.multiply(1 / self.scale).tocsr().astype(dtype)
 
 
 def choose_scaling(table: Table, rows: np.ndarray, standardize: bool | None) -> Scaling:
@@ -73,7 +78,7 @@ def choose_scaling(table: Table, rows: np.ndarray, standardize: bool | None) -> 
     return Scaling("columns", mean, scale)
 
 
-def fold(estimator: Any, scaling: Scaling) -> None:
+def fold(estimator: "SoftmaxRegression", scaling: Scaling) -> None:
     """Turns an estimator of scaled features into one of the features themselves.
 
     Args:

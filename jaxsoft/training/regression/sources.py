@@ -9,8 +9,12 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import DTypeLike
+from scipy.sparse import sparray, spmatrix
 
 from jaxsoft._core import checks
+
+__all__ = ["BatchOrder", "DenseRows", "RowSource", "SparseRows", "as_source"]
 
 
 @runtime_checkable
@@ -24,7 +28,7 @@ class RowSource(Protocol):
         """Number of rows."""
         ...
 
-    def read(self, rows: np.ndarray, dtype: Any) -> np.ndarray:
+    def read(self, rows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         """Reads some rows.
 
         Args:
@@ -61,7 +65,7 @@ class DenseRows:
         """Number of rows."""
         return len(self._array)
 
-    def read(self, rows: np.ndarray, dtype: Any) -> np.ndarray:
+    def read(self, rows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         """Reads rows; see `RowSource.read`."""
         return np.asarray(self._array[rows], dtype)
 
@@ -112,7 +116,7 @@ class SparseRows:
         """Number of rows."""
         return len(self.indptr) - 1
 
-    def read(self, rows: np.ndarray, dtype: Any) -> np.ndarray:
+    def read(self, rows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         """Reads rows; see `RowSource.read`."""
         starts = np.asarray(self.indptr[rows], np.int64)
         counts = np.asarray(self.indptr[rows + 1], np.int64) - starts
@@ -127,7 +131,7 @@ class SparseRows:
         return dense
 
 
-def as_source(features: Any) -> RowSource:
+def as_source(features: object) -> RowSource:
     """Makes a source of whatever holds rows of features.
 
     Args:
@@ -149,8 +153,9 @@ def as_source(features: Any) -> RowSource:
     """
     if isinstance(features, RowSource):
         return features
-    if hasattr(features, "tocsr"):
-        rows = features.tocsr()
+    if isinstance(features, sparray | spmatrix):
+        matrix: Any = features
+        rows = matrix.tocsr()
         return SparseRows(rows.data, rows.indices, rows.indptr, rows.shape[1])
     if not isinstance(features, np.ndarray):
         features = np.asarray(features)

@@ -1,10 +1,12 @@
 """Sparse features in tiles of rows, each padded to the same number of entries."""
 
-from typing import Any
-
 import jax
 import numpy as np
 from flax import struct
+
+from jaxsoft.training.regression.inputs import Csr
+
+__all__ = ["SparseTiles", "sparse_tiles", "tile_rows"]
 
 # Bytes that the products of a tile's entries with the kernel's rows may take.
 _TILE_BYTES = 2**25
@@ -20,9 +22,9 @@ class SparseTiles(struct.PyTreeNode):
       tile_rows: rows of a tile; T of them are at least the matrix's.
     """
 
-    values: Any
-    columns: Any
-    rows: Any
+    values: jax.Array | np.ndarray
+    columns: jax.Array | np.ndarray
+    rows: jax.Array | np.ndarray
     tile_rows: int = struct.field(pytree_node=False)
 
     @property
@@ -51,7 +53,7 @@ class SparseTiles(struct.PyTreeNode):
         ).T
 
 
-def tile_rows(matrix: Any, num_rows: int, devices: int) -> int:
+def tile_rows(matrix: Csr, num_rows: int, devices: int) -> int:
     """Returns how many rows of a matrix make a tile.
 
     Args:
@@ -60,11 +62,11 @@ def tile_rows(matrix: Any, num_rows: int, devices: int) -> int:
       devices: that the rows are divided over.
     """
     count = matrix.shape[0]
-    each = max(1.0, matrix.nnz / count) * num_rows * matrix.dtype.itemsize
-    return max(1, min(-(-count // devices), int(_TILE_BYTES // each)))
+    row_bytes = max(1.0, matrix.nnz / count) * num_rows * matrix.dtype.itemsize
+    return max(1, min(-(-count // devices), int(_TILE_BYTES // row_bytes)))
 
 
-def sparse_tiles(matrix: Any, rows: int, devices: int) -> SparseTiles:
+def sparse_tiles(matrix: Csr, rows: int, devices: int) -> SparseTiles:
     """Cuts a matrix into tiles.
 
     Args:

@@ -7,7 +7,7 @@ constant. In coordinates that whiten A, damped by the penalty, and scale each cl
 spend dozens of iterations to learn: on 60,000 x 784 x 10 it needs a third of them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ import numpy as np
 import scipy.linalg
 from threadpoolctl import threadpool_limits
 
-from jaxsoft.training.regression.objective import Parameters
+from jaxsoft.training.regression.inputs import Csr, Matrix, SourceFeatures
+from jaxsoft.training.regression.objective import Array, Parameters
+
+__all__ = ["MAX_WHOLE", "Whitening", "whitening"]
 
 # Up to so many features A is factorised whole; beyond, its diagonal is.
 MAX_WHOLE = 2048
@@ -37,12 +40,12 @@ class Whitening(NamedTuple):
         then b = c v_b - W shift. Else None.
     """
 
-    classes: Any
-    factor: Any
-    inverse: Any
-    shift: Any
+    classes: Array
+    factor: Array
+    inverse: Array
+    shift: Array
 
-    def parameters(self, v: Any, *, intercept: bool) -> Parameters:
+    def parameters(self, v: Array, *, intercept: bool) -> Parameters:
         """Returns the classifier of [R, e] coordinates, which NumPy's arrays stay."""
         scaled = _apply(self.classes[:, None] * v, self.factor)
         if not intercept:
@@ -62,7 +65,7 @@ class Whitening(NamedTuple):
         return _apply(kernel, self.inverse) / self.classes[:, None]
 
 
-def _apply(rows: Any, factor: Any) -> Any:
+def _apply(rows: Array, factor: Array) -> Array:
     if factor.ndim == 1:
         return rows * factor[None, :]
     if isinstance(rows, np.ndarray):
@@ -71,7 +74,7 @@ def _apply(rows: Any, factor: Any) -> Any:
 
 
 def whitening(
-    features: Any,
+    features: Matrix,
     weights: np.ndarray,
     prior: np.ndarray,
     strength: float,
@@ -97,6 +100,7 @@ def whitening(
     spread = np.maximum(prior * (1 - prior), 1 / (4 * len(weights)))
     damping = strength / spread.mean()
     count, width = features.shape
+    assert not isinstance(features, SourceFeatures)
     if diagonal or width > MAX_WHOLE or not isinstance(features, np.ndarray):
         parts = _diagonal(features, weights, damping, intercept=intercept)
     else:
@@ -137,18 +141,19 @@ def _whole(
 
 
 def _diagonal(
-    features: Any, weights: np.ndarray, damping: float, *, intercept: bool
+    features: np.ndarray | Csr, weights: np.ndarray, damping: float, *, intercept: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns T's diagonal, the features' inverse deviations, and T's inverse."""
-    sparse = not isinstance(features, np.ndarray)
     shares = weights / weights.sum()
-    top = abs(features).max(0)
-    top = _largest(top.toarray()[0] if sparse else top)
-    units: Any = features.multiply(1 / top).tocsr() if sparse else features / top
-    mean = np.asarray(shares @ units, np.float64)
-    moment = np.asarray(
-        shares @ (units.power(2) if sparse else np.square(units)), np.float64
-    )
+    if isinstance(features, np.ndarray):
+        top = _largest(abs(features).max(0))
+        units = features / top
+        sums = shares @ units, shares @ np.square(units)
+    else:
+        top = _largest(abs(features).max(0).toarray()[0])
+        units = features.multiply(1 / top).tocsr()
+        sums = shares @ units, shares @ units.power(2)
+    mean, moment = (np.asarray(values, np.float64) for values in sums)
     if intercept:
         moment = np.maximum(moment - np.square(mean), 0)
     scale = top * np.sqrt(np.maximum(moment + _damping(damping, top), _LEAST))
