@@ -933,7 +933,7 @@ _REGRESSION = (
         "probabilities-not-calibrated",
         kind="missing temperature factor",
         file="jaxsoft/training/regression/estimator.py",
-        before="function(padded, self.temperature_)",
+        before="function(padded, temperature=self.temperature_)",
         after="function(padded)",
         tests=("tests/training/regression/test_estimator.py",),
     ),

@@ -66,12 +66,12 @@ def _axes_of_fields(kind: type) -> dict[str, Axes]:
     }
 
 
-def has_axes(value: Any) -> bool:
+def has_axes(value: object) -> bool:
     """Tells whether a value is a named tuple whose fields say their axes."""
     return hasattr(value, "_fields") and bool(_axes_of_fields(type(value)))
 
 
-def axes_of(tree: Any, kernel_layout: KernelLayout = "hv") -> Any:
+def axes_of(tree: object, kernel_layout: KernelLayout = "hv") -> Any:
     """Returns the axes of every array of a tree, in its structure.
 
     Args:

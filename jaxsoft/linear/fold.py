@@ -22,7 +22,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,14 @@ from jaxsoft.linear.tiles import Tiling, compute_tile, fold_tiles, tiles_of
 
 __all__ = ["Fold", "stream"]
 
+Arrays = TypeVar("Arrays")
+Carry = TypeVar("Carry")
+Saved = TypeVar("Saved")
+Result = TypeVar("Result")
+
 
 @dataclasses.dataclass(frozen=True)
-class Fold(abc.ABC):
+class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
     """What is streamed over the tiles of a layer's logits, and its derivative.
 
     A subclass is a frozen dataclass, since it is a parameter of a primitive. Its
@@ -57,40 +62,41 @@ class Fold(abc.ABC):
     kernel_step: ClassVar[str | None] = None
 
     @abc.abstractmethod
-    def start(self, rows: int, arrays: Any) -> Any:
+    def start(self, rows: int, arrays: Any) -> Carry:
         """Returns the carry of R rows before their first tile, arrays of R rows."""
 
     @abc.abstractmethod
-    def step(self, carry: Any, tile: Any, part: Any, index: Any) -> Any:
+    def step(self, carry: Carry, tile: Any, part: Any) -> Carry:
         """Returns the carry with one more tile.
 
         Args:
           carry: that of the tiles before.
           tile: what `tile` returned.
-          part: the arrays, those of R rows where they have rows.
-          index: of the tile.
+          part: the arrays that `local` gave, those of R rows where they have rows.
         """
 
     @abc.abstractmethod
-    def finish(self, carry: Any, arrays: Any) -> Any:
+    def finish(self, carry: Carry, arrays: Any) -> Saved:
         """Returns what is saved of every row; here shards of the classes meet."""
 
-    def result(self, saved: Any) -> Any:
+    @abc.abstractmethod
+    def result(self, saved: Saved) -> Result:
         """Returns what the function gives, made of what is saved."""
-        return saved
 
-    def residuals(self, saved: Any) -> Any:
+    def residuals(self, saved: Saved) -> Saved:
         """Returns what of it the derivative needs."""
         return saved
 
-    def gradients(self, arrays: Any, saved: Any, cotangents: Any, moving: Any) -> Any:
+    def gradients(
+        self, arrays: Arrays, saved: Saved, cotangents: Result, moving: Arrays
+    ) -> Arrays:
         """Returns the cotangents of the arrays.
 
         Args:
           arrays: those of the forward pass.
           saved: what `residuals` returned.
           cotangents: of the result, None where they vanish.
-          moving: in the structure of `arrays`, which of them have a tangent.
+          moving: in the place of each array, whether it has a tangent.
 
         Returns:
           The structure of `arrays`, None where nothing moves. With sharded classes, and
@@ -98,60 +104,60 @@ class Fold(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no derivative")
 
+    @abc.abstractmethod
     def operands(self, arrays: Any) -> Operands:
         """Returns the layer whose rows and classes the tiles cover."""
-        return arrays
 
     def tiles(self, arrays: Any) -> Tiling:
         """Returns the tiles."""
         return tiles_of(self.config, self.operands(arrays))
 
-    def tile(self, part: Any, tiles: Tiling, index: Any) -> Any:
+    def tile(self, part: Any, tiles: Tiling, index: jax.Array) -> Any:
         """Returns one tile of logits, or what else `step` takes."""
         return compute_tile(self.config, self.operands(part), tiles, index)
 
-    def local(self, arrays: Any) -> Any:
+    def local(self, arrays: Arrays) -> Any:
         """Returns the arrays, class ids counted from this shard's first class."""
         return arrays
 
-    def axes(self, arrays: Any) -> Any:
-        """Returns the axes of the arrays."""
+    def axes(self, arrays: Arrays) -> Arrays:
+        """Returns the axes of each array in its place."""
         return axes_of(arrays, self.config.kernel_layout)
 
-    def over(self, vocab_axes: tuple[str, ...]) -> "Fold":
+    def over(self, vocab_axes: tuple[str, ...]) -> Self:
         """Returns the same fold with its classes sharded over mesh axes."""
         return dataclasses.replace(self, config=self.config.over(vocab_axes))
 
-    def by(self, implementation: str) -> "Fold":
+    def by(self, implementation: str) -> Self:
         """Returns the same fold by another implementation."""
         config = dataclasses.replace(self.config, implementation=implementation)
         return dataclasses.replace(self, config=config)
 
-    def forward(self, arrays: Any) -> Any:
+    def forward(self, arrays: Arrays) -> Saved:
         """Returns what is saved, by the implementation that was asked for."""
         if self.kernel_step:
             kernel = registry.kernel(self.kernel_step, self.config.implementation)
             if kernel is not None:
                 return kernel(self, arrays)
-        arrays = self.local(arrays)
-        tiles = self.tiles(arrays)
+        local = self.local(arrays)
+        tiles = self.tiles(local)
 
-        def step(carry, part, index):
-            return self.step(carry, self.tile(part, tiles, index), part, index)
+        def step(carry: Carry, part: Any, index: jax.Array) -> Carry:
+            return self.step(carry, self.tile(part, tiles, index), part)
 
-        start = functools.partial(self.start, arrays=arrays)
-        return self.finish(fold_tiles(arrays, tiles, start, step), arrays)
+        start = functools.partial(self.start, arrays=local)
+        return self.finish(fold_tiles(local, tiles, start, step), local)
 
-    def compute(self, arrays: Any) -> Any:
+    def compute(self, arrays: Arrays) -> Result:
         """Returns the result."""
         return self.result(self.forward(arrays))
 
-    def differentiable(self, moving: Any) -> Callable[[Any], Any]:
+    def differentiable(self, moving: Arrays) -> Callable[[Arrays], Result]:
         """Returns the function to differentiate, given which arrays move."""
         return functools.partial(_differentiable, self, moving)
 
 
-def stream(fold: Fold, arrays: Any) -> Any:
+def stream(fold: Fold[Arrays, Carry, Saved, Result], arrays: Arrays) -> Result:
     """Returns the result of a fold, differentiable where the fold is.
 
     Args:
@@ -165,12 +171,14 @@ def stream(fold: Fold, arrays: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(fold: Fold, moving: Any, arrays: Any) -> Any:
+def _differentiable(
+    fold: Fold[Arrays, Carry, Saved, Result], moving: Arrays, arrays: Arrays
+) -> Result:
     del moving
     return fold.result(_bind(_Program(fold, "saved"), arrays))
 
 
-def _differentiable_forward(fold: Fold, moving: Any, primals: Any) -> Any:
+def _differentiable_forward(fold: Fold, moving: object, primals: object):
     del moving
     # custom_vjp wraps primals to tell which are perturbed.
     arrays = jax.tree.map(
@@ -181,8 +189,11 @@ def _differentiable_forward(fold: Fold, moving: Any, primals: Any) -> Any:
 
 
 def _differentiable_backward(
-    fold: Fold, moving: Any, residuals: Any, cotangents: Any
-) -> tuple[Any]:
+    fold: Fold[Arrays, Carry, Saved, Result],
+    moving: Arrays,
+    residuals: tuple[Arrays, Saved],
+    cotangents: Result,
+) -> tuple[Arrays]:
     """Runs the one backward pass, for the cotangents that do not vanish."""
     arrays, saved = residuals
     cotangents = jax.tree.map(_nonzero, cotangents)
@@ -193,10 +204,11 @@ def _differentiable_backward(
     return (_bind(program, arrays, saved, cotangents),)
 
 
-def _nonzero(cotangent: Any) -> jax.Array | None:
+def _nonzero(cotangent: jax.Array | SymbolicZero) -> jax.Array | None:
     """Returns a cotangent, or None if it is known to vanish."""
-    vanishes = isinstance(cotangent, SymbolicZero)
-    return None if vanishes or cotangent.dtype == jax.dtypes.float0 else cotangent
+    if isinstance(cotangent, SymbolicZero) or cotangent.dtype == jax.dtypes.float0:
+        return None
+    return cotangent
 
 
 _differentiable.defvjp(
@@ -217,7 +229,7 @@ class _Program:
 
     fold: Fold
     part: Literal["result", "saved", "gradients"]
-    moving: Any = None
+    moving: object = None
 
     def call(self, arrays: Any, *others: Any) -> Any:
         """Computes the function."""
@@ -238,11 +250,11 @@ class _Program:
         """The one platform that the function has a kernel for; None for any."""
         return registry.platform_of(self.fold.config.implementation)
 
-    def axes(self, arrays: Any, *others: Any) -> list[str]:
+    def axes(self, arrays: object, *others: object) -> list[str]:
         """Returns the axes of the flat arguments."""
         return jax.tree.leaves((self.fold.axes(arrays), axes_of(others)))
 
-    def result_axes(self, arrays: Any, result: Any) -> tuple[str, ...]:
+    def result_axes(self, arrays: object, result: object) -> tuple[str, ...]:
         """Returns the axes of the flat results."""
         if self.part != "gradients":
             return tuple(jax.tree.leaves(axes_of(result)))
@@ -254,7 +266,7 @@ class _Program:
         """Returns the same function with its classes sharded over mesh axes."""
         return dataclasses.replace(self, fold=self.fold.over(vocab_axes))
 
-    def differentiable(self, moving: Any, *others: Any) -> Callable[..., Any]:
+    def differentiable(self, moving: object, *others: object) -> Callable[..., Any]:
         """Returns the function to differentiate, given which arguments move."""
         del others
         if self.part == "result":
@@ -263,7 +275,7 @@ class _Program:
         return dataclasses.replace(self, fold=self.fold.by("xla")).call
 
 
-def _bind(program: _Program, *args: Any) -> Any:
+def _bind(program: _Program, *args: object) -> Any:
     """Calls a function of a fold through the primitive."""
     flat, tree = jax.tree.flatten(args)
 
@@ -395,11 +407,11 @@ batching.primitive_batchers[_primitive] = _batch
 
 def _shared(
     program: _Program,
-    function: Callable[..., Any],
+    function: Callable[..., list[jax.Array]],
     tree: Any,
     axes: list[str],
     result_axes: tuple[str, ...],
-) -> Callable[..., Any]:
+) -> Callable[..., list[jax.Array]]:
     """Returns a function of flat arrays that devices share.
 
     Args:
@@ -459,7 +471,10 @@ def _rule(axes: list[str] | tuple[str, ...]) -> str:
 
 
 def _sharded_axes(
-    mesh: Mesh, axes: list[str], shapes: list[tuple[int, ...]], specs: list[Any]
+    mesh: Mesh,
+    axes: list[str],
+    shapes: list[tuple[int, ...]],
+    specs: list[PartitionSpec],
 ) -> dict[str, tuple[str, ...]]:
     """Returns the mesh axes of rows and classes: those that the first array has.
 

@@ -14,7 +14,7 @@ it covers a second time is left out: no operand is padded.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,9 @@ __all__ = [
     "slice_rows",
     "tiles_of",
 ]
+
+Tree = TypeVar("Tree")
+Carry = TypeVar("Carry")
 
 # Sizes are multiples of what matrix units want.
 _CLASS_MULTIPLE = 128
@@ -266,7 +269,7 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision, dtype):
     )
 
 
-def slice_rows(tree: Any, start: jax.Array, rows: int) -> Any:
+def slice_rows(tree: Tree, start: jax.Array, rows: int) -> Tree:
     """Returns rows from `start` of every array that has rows.
 
     Args:
@@ -294,7 +297,7 @@ def compute_tile(
     config: Config,
     operands: Operands,
     tiles: Tiling,
-    index: Any,
+    index: jax.Array | int,
     shift: jax.Array | int = 0,
 ) -> Tile:
     """Computes tile `index` of the classes for the rows in `operands`.
@@ -347,11 +350,11 @@ def _logits(config: Config, operands: Operands, start, size: int) -> tuple:
 
 
 def fold_tiles(
-    arrays: Any,
+    arrays: Tree,
     tiles: Tiling,
-    start: Callable[[int], Any],
-    step: Callable[[Any, Any, Any], Any],
-) -> Any:
+    start: Callable[[int], Carry],
+    step: Callable[[Carry, Tree, jax.Array], Carry],
+) -> Carry:
     """Folds all tiles of every row into a carry.
 
     Args:
@@ -399,7 +402,7 @@ class Wanted(NamedTuple):
     values: bool = False
 
     @classmethod
-    def of(cls, moving: Operands, values: Any = False) -> "Wanted":
+    def of(cls, moving: Operands, values: object = False) -> "Wanted":
         """Returns what is wanted where some operands, and maybe values, move."""
         floats = (moving.hidden, moving.kernel, moving.bias, moving.tau, values)
         return cls._make(map(bool, floats))
@@ -416,11 +419,11 @@ class Gradients(NamedTuple):
       values: in the shape and dtype of an array [V, D] that is mixed.
     """
 
-    hidden: Any
-    kernel: Any
-    bias: Any
-    tau: Any
-    values: Any = None
+    hidden: jax.Array | None
+    kernel: jax.Array | None
+    bias: jax.Array | None
+    tau: jax.Array | None
+    values: jax.Array | None = None
 
     def of_operands(self) -> Operands:
         """Returns the cotangents in the places of their operands."""
@@ -451,7 +454,7 @@ def accumulate(
     operands: Operands,
     wanted: Wanted,
     share: Callable[..., Share],
-    rows: Any,
+    rows: object,
     *,
     values: jax.Array | None = None,
     tiles: Tiling | None = None,

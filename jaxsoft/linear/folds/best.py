@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class _Carry(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Best(Fold):
+class Best(Fold[Operands, _Carry, _Result, _Result]):
     """The best classes of each row; equal logits are ordered by id.
 
     Attributes:
@@ -55,6 +55,9 @@ class Best(Fold):
 
     k: int
 
+    def operands(self, arrays: Operands) -> Operands:
+        return arrays
+
     def start(self, rows: int, arrays: Operands) -> _Carry:
         dtype = compute_dtype(arrays.hidden, arrays.kernel)
         return _Carry(
@@ -63,8 +66,7 @@ class Best(Fold):
             jnp.zeros(rows, dtype),
         )
 
-    def step(self, carry: _Carry, tile: Tile, part: Operands, index: Any) -> _Carry:
-        del index
+    def step(self, carry: _Carry, tile: Tile, part: Operands) -> _Carry:
         u, tau = tile.logits, part.temperature(self.config)
         first = mesh_axes.offset(self.config.vocab_axes, part.num_classes(self.config))
         logits, columns = lax.top_k(u, min(self.k, u.shape[1]))
@@ -96,6 +98,9 @@ class Best(Fold):
         log_sum = jnp.log(jnp.where(total == 0, 1, total))[:, None]
         return _Result(c - log_sum, ids)
 
+    def result(self, saved: _Result) -> _Result:
+        return saved
+
     def _best(self, logits: tuple, ids: tuple) -> tuple[jax.Array, jax.Array]:
         """Returns the largest logits and their ids; equal ones in the order given."""
         best, places = lax.top_k(jnp.concatenate(logits, axis=1), self.k)
@@ -110,6 +115,7 @@ class Best(Fold):
         def log_probs_at_best(operands):
             ids = stream(self, jax.tree.map(lax.stop_gradient, operands)).ids
             fields = stream(fold, operands._replace(labels=ids))
+            assert fields.label is not None
             log_probs = fields.label - fields.log_sum[:, None]
             return _Result(jnp.where(ids < 0, -jnp.inf, log_probs), ids)
 

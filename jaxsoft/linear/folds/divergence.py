@@ -6,7 +6,7 @@ cancel (`divergence_terms.py`).
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.folds.statistics import Saved, Statistics
 from jaxsoft.linear.tiles import (
     Share,
+    Tile,
     Tiling,
     Wanted,
     accumulate,
@@ -93,6 +94,10 @@ class _Second(NamedTuple):
     rows: _Rows
 
 
+# The tile's logits of the student, and of the teacher.
+_Logits = tuple[jax.Array, jax.Array]
+
+
 class _Other(NamedTuple):
     """What the derivative by one layer needs beside that layer."""
 
@@ -103,7 +108,7 @@ class _Other(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoLayers(Fold):
+class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
     """The divergence of two layers' distributions, of each row.
 
     Attributes:
@@ -146,7 +151,7 @@ class TwoLayers(Fold):
             rows += [saved.fields.max, saved.total]
         return mesh_axes.like(_Second(arrays, _Rows(*rows)), arrays.student)
 
-    def tile(self, part: _Second, tiles: Tiling, index: Any) -> tuple:
+    def tile(self, part: _Second, tiles: Tiling, index: jax.Array) -> _Logits:
         """Returns the logits of the student and of the teacher."""
         return (
             compute_tile(self.config, part.layers.student, tiles, index).logits,
@@ -157,8 +162,7 @@ class TwoLayers(Fold):
         dtype = arrays.rows.student_total.dtype
         return _Sums._make([jnp.zeros((rows, 1), dtype)] * 3)
 
-    def step(self, carry: _Sums, tile: tuple, part: _Second, index: Any) -> _Sums:
-        del index
+    def step(self, carry: _Sums, tile: _Logits, part: _Second) -> _Sums:
         tau = part.layers.student.temperature(self.config)
         u_s, u_t = tile
         loss, student, teacher = _terms(self.divergence, tau, u_s, u_t, part.rows)
@@ -212,7 +216,7 @@ class TwoLayers(Fold):
         # The limit has no gradient.
         cotangent = jnp.where(is_zero(tau, dtype), 0, cotangent[:, None])[:, 0]
 
-        def share(part: Operands, other: _Other, tile: Any, index: Any) -> Share:
+        def share(part: Operands, other: _Other, tile: Tile, index: jax.Array) -> Share:
             second = compute_tile(configs[1], other.layer, tiles, index)
             logits = [tile.logits, second.logits]
             if is_teacher:

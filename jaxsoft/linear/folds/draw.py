@@ -12,7 +12,7 @@ the shards agree on it in `finish`.
 import dataclasses
 import functools
 import math
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class _Vocabulary(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw(Fold):
+class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
     """One class for each row; without a derivative."""
 
     kernel_step: ClassVar[str | None] = "draw"
@@ -107,7 +107,7 @@ class Draw(Fold):
         # The first block may have begun on the shard before.
         return dataclasses.replace(tiles, extra=block - 1)
 
-    def tile(self, part: Drawing, tiles: Tiling, index: Any) -> _Blocks:
+    def tile(self, part: Drawing, tiles: Tiling, index: jax.Array) -> _Blocks:
         """Returns a tile that starts where a block does."""
         first, classes, total, block = self._vocabulary(part.operands)
         is_sharded = bool(self.config.vocab_axes)
@@ -144,9 +144,8 @@ class Draw(Fold):
         )
 
     def step(
-        self, carry: block_sampling.Drawn, tile: _Blocks, part: Drawing, index: Any
+        self, carry: block_sampling.Drawn, tile: _Blocks, part: Drawing
     ) -> block_sampling.Drawn:
-        del index
         tau = part.operands.temperature(self.config)
         block = self._vocabulary(part.operands).block
         new = block_sampling.draw(
@@ -160,6 +159,9 @@ class Draw(Fold):
             carry = self._meet(carry, arrays)
         lost = jnp.isnan(carry.max) | jnp.isnan(carry.score)
         return Drawn(jnp.where(lost, -1, carry.class_id))
+
+    def result(self, saved: Drawn) -> Drawn:
+        return saved
 
     def _meet(
         self, carry: block_sampling.Drawn, arrays: Drawing

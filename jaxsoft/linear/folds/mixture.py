@@ -1,7 +1,7 @@
 """Values mixed by the probabilities of a softmax over the classes of a layer."""
 
 import dataclasses
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxsoft._core.numerics import (
 )
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
-from jaxsoft.linear.tiles import Share, Tile, Tiling, Wanted, accumulate, dot
+from jaxsoft.linear.tiles import Gradients, Share, Tile, Tiling, Wanted, accumulate, dot
 
 __all__ = ["Mixed", "Mixture"]
 
@@ -34,6 +34,11 @@ class Mixed(NamedTuple):
     operands: Operands
     values: Annotated[jax.Array, Axes("vd")]
     words: Annotated[jax.Array | None, Axes("nj")]
+
+    @classmethod
+    def gradients(cls, gradients: Gradients) -> "Mixed":
+        """Returns gradients in the places of their arrays, None for those without."""
+        return cls(gradients.of_operands(), cast(jax.Array, gradients.values), None)
 
 
 class _Result(NamedTuple):
@@ -93,7 +98,7 @@ class _Rows(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture(Fold):
+class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
     """The mixture of each row.
 
     Attributes:
@@ -118,7 +123,7 @@ class Mixture(Fold):
             jnp.zeros(rows, jnp.int32),
         )
 
-    def tile(self, part: Mixed, tiles: Tiling, index: Any) -> Tile:
+    def tile(self, part: Mixed, tiles: Tiling, index: jax.Array) -> Tile:
         tile = super().tile(part, tiles, index)
         return self._perturbed(tile, part.operands, part.words)
 
@@ -134,8 +139,7 @@ class Mixture(Fold):
         bits = noise.paired_gumbel(words, noise.CLASSES, ids, tile.logits.dtype)
         return tile._replace(logits=tile.logits + bits)
 
-    def step(self, carry: _Carry, tile: Tile, part: Mixed, index: Any) -> _Carry:
-        del index
+    def step(self, carry: _Carry, tile: Tile, part: Mixed) -> _Carry:
         u, tau = tile.logits, part.operands.temperature(self.config)
         largest = jnp.maximum(carry.max, jnp.max(u, axis=1, keepdims=True))
         peak = finite_peak(largest)
@@ -203,7 +207,7 @@ class Mixture(Fold):
         cotangent = cotangent.astype(values.dtype)
         rows = _Rows(words, saved.max, saved.total, mean, cotangent)
 
-        def share(part: Operands, rows: _Rows, tile: Tile, _: Any) -> Share:
+        def share(part: Operands, rows: _Rows, tile: Tile, _: jax.Array) -> Share:
             u = self._perturbed(tile, part, rows.words).logits
             tau = part.temperature(self.config)
             c = divide_by_temperature(u, finite_peak(rows.max)[:, None], tau)
@@ -223,5 +227,4 @@ class Mixture(Fold):
         if moments is not None:
             scale = inverse(operands.temperature(self.config), dtype)
             gradients = gradients._replace(tau=-(moments * scale)[:, 0])
-        nothing: dict[str, Any] = {"words": None}
-        return Mixed(gradients.of_operands(), gradients.values, **nothing)
+        return Mixed.gradients(gradients)

@@ -17,7 +17,8 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Annotated, Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -414,7 +415,7 @@ _STATISTICS: tuple[_Statistic, ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics(Fold):
+class Statistics(Fold[Operands, Columns, Saved, Fields]):
     """The statistics of each row.
 
     Attributes:
@@ -429,6 +430,9 @@ class Statistics(Fold):
     def statistics(self) -> tuple[_Statistic, ...]:
         """Those that are wanted, in their order."""
         return tuple(s for s in _STATISTICS if s.name in self.wanted)
+
+    def operands(self, arrays: Operands) -> Operands:
+        return arrays
 
     def local(self, arrays: Operands) -> Operands:
         return arrays.local(self.config)
@@ -447,8 +451,7 @@ class Statistics(Fold):
             columns |= statistic.start(rows, labels, dtype)
         return columns
 
-    def step(self, carry: Columns, tile: Tile, part: Operands, index: Any) -> Columns:
-        del index
+    def step(self, carry: Columns, tile: Tile, part: Operands) -> Columns:
         return self.merge(carry, tile, part.temperature(self.config))
 
     def merge(self, columns: Columns, tile: Tile, tau: float | jax.Array) -> Columns:
@@ -513,7 +516,7 @@ class Statistics(Fold):
             return Fields(**reference.statistics(self.config, arrays, self.wanted))
         return super().compute(arrays)
 
-    def differentiable(self, moving: Operands) -> Any:
+    def differentiable(self, moving: Operands) -> Callable[[Operands], Fields]:
         if self.config.implementation == "reference":
             return self.compute
         return super().differentiable(moving)
