@@ -15,16 +15,27 @@ KEY = jax.random.key(3)
 OPTIMIZERS = (jaxsoft.row_sgd, jaxsoft.row_adagrad, jaxsoft.row_adam)
 
 
+class RoundTrip:
+    """A function beside what comes back of it from a trip through bytes."""
+
+    def __init__(self, function, *arguments):
+        self.compiled = jax.jit(function)
+        text = export.export(self.compiled)(*arguments).serialize()
+        self.exported = jax.jit(export.deserialize(text).call)
+
+    def check(self, *arguments) -> Any:
+        """Asserts that both return the same, and returns it."""
+        found, expected = self.exported(*arguments), self.compiled(*arguments)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+        return found
+
+
 def check_round_trip(function, *arguments) -> Any:
     """Asserts that a function is the same after a trip through bytes."""
-    text = export.export(jax.jit(function))(*arguments).serialize()
-    found = export.deserialize(text).call(*arguments)
-    expected = jax.jit(function)(*arguments)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-    return found
+    return RoundTrip(function, *arguments).check(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -59,35 +70,42 @@ def test_functions_of_trees(kind, num_classes):
             ),
         }
 
-    found = check_round_trip(every, KEY, layer, labels, tree)
+    functions = RoundTrip(every, KEY, layer, labels, tree)
+    found = functions.check(KEY, layer, labels, tree)
     assert isinstance(found["tree"], jaxsoft.ClassTree)
     assert found["tree"].num_classes == num_classes
     assert isinstance(found["row_grad"][2], jaxsoft.RowGradient)
     # What came back is a tree: it may be called with in turn.
-    again = jaxsoft.hierarchical_log_probs(layer[0], layer[1], found["tree"])
-    np.testing.assert_array_equal(again, found["log_probs"])
+    again = functions.check(KEY, layer, labels, found["tree"])
+    np.testing.assert_array_equal(again["log_probs"], found["log_probs"])
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS)
-def test_steps_of_optimizers(make):
+def test_steps_of_optimizers():
     tree = cases.tree("huffman", 23)
     hidden, kernel, bias = cases.layer(tree, dtype="float32")
-    params = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
     labels = np.array([0, 22, 3, 3, 7, 9])
-    optimizer = make(0.1)
+    optimizers = {make.__name__: make(0.1) for make in OPTIMIZERS}
+    params = {name: {"kernel": kernel, "bias": bias} for name in optimizers}
 
-    def step(params, state, hidden, labels, tree):
-        loss, _, gradient = jaxsoft.hierarchical_value_and_row_grad(
-            hidden, params["kernel"], labels, tree, node_bias=params["bias"]
-        )
-        values = dict(zip(("kernel", "bias"), gradient.values, strict=True))
-        gradient = gradient._replace(values=values)
-        return (*optimizer.update(params, gradient, state), gradient, loss)
+    def step(params, states, hidden, labels, tree):
+        moved, losses = {}, {}
+        for name, optimizer in optimizers.items():
+            own = params[name]
+            losses[name], _, gradient = jaxsoft.hierarchical_value_and_row_grad(
+                hidden, own["kernel"], labels, tree, node_bias=own["bias"]
+            )
+            values = dict(zip(("kernel", "bias"), gradient.values, strict=True))
+            gradient = gradient._replace(values=values)
+            moved[name] = *optimizer.update(own, gradient, states[name]), gradient
+        return moved, losses
 
-    state = optimizer.init(params)
-    found = check_round_trip(step, params, state, hidden, labels, tree)
-    # Its state is one to go on from.
-    check_round_trip(optimizer.update, found[0], found[2], found[1])
+    states = {name: optimizers[name].init(params[name]) for name in optimizers}
+    steps = RoundTrip(step, params, states, hidden, labels, tree)
+    moved, losses = steps.check(params, states, hidden, labels, tree)
+    # Their states are ones to go on from.
+    params, states = ({name: moved[name][i] for name in moved} for i in range(2))
+    _, later = steps.check(params, states, hidden, labels, tree)
+    assert all(later[name] < losses[name] for name in losses)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -117,7 +135,8 @@ def test_functions_of_bands(shuffled):
 
         return {
             "bands": bands,
-            "log_prob": jax.value_and_grad(loss)(layer),
+            # Gradients are those of ranks: the order of the classes is none of theirs.
+            "log_prob": jax.value_and_grad(loss)(layer) if shuffled else loss(layer),
             "log_probs": jaxsoft.adaptive_log_probs(hidden, head, tails, bands),
             "sample": jaxsoft.adaptive_sample(key, hidden, head, tails, bands),
             "top_k": jaxsoft.adaptive_top_k(hidden, head, tails, 3, bands),
@@ -125,7 +144,8 @@ def test_functions_of_bands(shuffled):
 
     found = check_round_trip(every, KEY, layer, labels, bands)
     assert found["bands"].cutoffs == bands.cutoffs
-    assert isinstance(found["log_prob"][1][2][0], jaxsoft.AdaptiveTail)
+    if shuffled:
+        assert isinstance(found["log_prob"][1][2][0], jaxsoft.AdaptiveTail)
 
 
 def test_sampled_softmax():
