@@ -1,6 +1,8 @@
 """Strict JAX for every test, eight virtual devices, and programs compiled in haste."""
 
 import collections
+import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -30,6 +32,9 @@ _OPTIMIZED_ONCE = (
 # On the second what could differ is JAX, not our numbers: some cases of each test do.
 _SECOND = os.environ.get("JAXSOFT_SECOND_PYTHON") == "1"
 
+# Seconds that each file took once, by `python -m tests.durations`.
+_DURATIONS = Path(__file__).with_name("durations.json")
+
 # Files, or their folders, whose tests are not of the default tier.
 _PROCESSES = (
     "benchmarks",
@@ -50,13 +55,20 @@ _INTERPRETERS = (
 _SLOW = ("test_estimator.py", "test_scale.py", "test_torch.py")
 
 
+def _file_of(item):
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Sorts tests into tiers before `-m` picks them.
+    """Sorts tests into tiers before `-m` picks them, and deals long files out first.
 
     The first and the last case of a test with `many_cases` are of the default tier, its
     others slow. On the second Python no test has more cases than these two.
     """
+    # A file without a record is new, and may be long.
+    seconds = json.loads(_DURATIONS.read_text())
+    items.sort(key=lambda item: -seconds.get(_file_of(item), math.inf))
     cases = collections.defaultdict(list)
     for item in items:
         place = set(item.path.relative_to(Path(__file__).parent).parts)
