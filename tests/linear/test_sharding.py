@@ -1,7 +1,9 @@
 """Classes and tokens over a mesh of eight devices: every function equals one device."""
 
 import functools
+import inspect
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 import jaxsoft
+from jaxsoft.linear import mesh as meshes
 
 ROWS, FEATURES, OTHER, CLASSES, WIDTH = 24, 8, 6, 1208, 5
 TILE = 4 * 8 * 256
@@ -315,3 +319,24 @@ def test_messages():
     wrapped = jaxsoft.over_mesh(jaxsoft.linear_statistics, mesh)
     with pytest.raises(TypeError, match="`vocab_axis` must be given to over_mesh"):
         wrapped(np.ones((1, 1)), np.ones((1, 2)), vocab_axis="vocab")
+
+
+def test_over_mesh_knows_what_the_axes_of_every_array_are():
+    """An argument in none of its lists would be whole on every device, in silence."""
+    functions = {
+        name: inspect.signature(getattr(jaxsoft, name)).parameters
+        for name in jaxsoft.__all__
+        if inspect.isfunction(getattr(jaxsoft, name)) and name != "over_mesh"
+    }
+    streamed = {n: p for n, p in functions.items() if {"vocab_axis"} <= set(p)}
+    assert len(streamed) >= 8
+    known = {*meshes._TOKENS, *meshes._CLASSES, *meshes._KERNELS, "temperature"}
+    for name, parameters in streamed.items():
+        arrays = {p.name for p in parameters.values() if _takes_array(p)}
+        assert "hidden" in "".join(arrays), name
+        assert arrays <= known, (name, arrays - known)
+
+
+def _takes_array(parameter):
+    """Tells whether a parameter is annotated with ArrayLike, or with that or None."""
+    return set(get_args(ArrayLike)) <= set(get_args(parameter.annotation))
