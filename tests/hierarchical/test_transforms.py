@@ -79,6 +79,10 @@ def test_labels_that_are_no_class_and_masked_positions():
     np.testing.assert_allclose(gradients[0][keep], alone[0][keep], rtol=1e-6)
     np.testing.assert_allclose(gradients[1], alone[1], rtol=1e-6)
     assert (gradients[0][~keep] == 0).all()
+    real = keep * np.float32(0.5)
+    (_, of_halves), halved = value_and_grad(hidden, kernel, labels, real)
+    np.testing.assert_allclose(of_halves[keep], 0.5 * found[keep], rtol=1e-6)
+    np.testing.assert_allclose(halved[1], 0.5 * gradients[1], rtol=1e-6, atol=1e-7)
     none = value_and_grad(hidden, kernel, labels, keep & False)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(none))
 
