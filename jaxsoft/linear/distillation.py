@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
-from jaxsoft._core.divergence_terms import DIVERGENCES, excess
+from jaxsoft._core.divergence import DIVERGENCES, Divergence, excess
 from jaxsoft._core.numerics import is_zero
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
@@ -22,7 +22,7 @@ from jaxsoft.linear.arguments import (
     prepare,
 )
 from jaxsoft.linear.fold import stream
-from jaxsoft.linear.folds.divergence import Divergence, Layers, TwoLayers
+from jaxsoft.linear.folds.divergence import Layers, TwoLayers
 from jaxsoft.linear.folds.statistics import statistics
 
 __all__ = ["linear_distillation", "linear_distillation_top_k"]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, numerics
-from jaxsoft._core.divergence_terms import SMALL, difference
+from jaxsoft._core.divergence import SMALL, difference
 from jaxsoft._core.numerics import Temperature, finite, finite_peak, inverse
 from jaxsoft.logits.arguments import (
     check_temperature,

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxsoft._core.divergence_terms import (
+from jaxsoft._core.divergence import (
     SMALL,
     difference,
     excess,

@@ -1,14 +1,14 @@
 """Softmax losses of stored logits: cross-entropy and distillation."""
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, numerics
-from jaxsoft._core.divergence_terms import DIVERGENCES
+from jaxsoft._core.divergence import DIVERGENCES, Divergence
 from jaxsoft._core.numerics import (
     divide_by_temperature,
     finite,
@@ -27,8 +27,6 @@ from jaxsoft.logits.divergence import scaled_divergence
 from jaxsoft.logits.softmax import exponentials, log_softmax, probabilities
 
 __all__ = ["distillation_loss", "softmax_cross_entropy"]
-
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 
 def softmax_cross_entropy(

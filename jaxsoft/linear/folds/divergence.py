@@ -2,17 +2,23 @@
 
 Two streams: the first gives the statistics of student and teacher, the second, over
 both layers' tiles at once, the divergence class by class, in terms that do not
-cancel (`divergence_terms.py`).
+cancel (`_core/divergence.py`).
 """
 
 import dataclasses
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.divergence_terms import difference, excess, half_scaled, half_step
+from jaxsoft._core.divergence import (
+    Divergence,
+    difference,
+    excess,
+    half_scaled,
+    half_step,
+)
 from jaxsoft._core.numerics import (
     Temperature,
     divide_by_temperature,
@@ -34,9 +40,7 @@ from jaxsoft.linear.tiles import (
     tiles_of,
 )
 
-__all__ = ["Divergence", "Layers", "Losses", "TwoLayers"]
-
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+__all__ = ["Layers", "Losses", "TwoLayers"]
 
 
 class Layers(NamedTuple):

@@ -8,13 +8,23 @@ factor τ² neither overflows nor amplifies rounding.
 """
 
 import math
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["DIVERGENCES", "SMALL", "difference", "excess", "half_scaled", "half_step"]
+__all__ = [
+    "DIVERGENCES",
+    "SMALL",
+    "Divergence",
+    "difference",
+    "excess",
+    "half_scaled",
+    "half_step",
+]
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 # Below this |d| the series is used; with 18 terms its truncation is below 2⁻⁵³.
 SMALL = 0.5
