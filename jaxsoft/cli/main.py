@@ -34,6 +34,8 @@ from jaxsoft.training import (
     train_language_model,
 )
 
+__all__ = ["main"]
+
 # What --compare-heads gives each head, unless told.
 _COMPARE_SECONDS = 120.0
 

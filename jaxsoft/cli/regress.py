@@ -46,7 +46,7 @@ _HELP = {
     "checkpoint_every": "seconds between checkpoints",
 }
 _TYPES = {int: int, float: float, int | None: int}
-# Where messages may name them; MODEL and DATA are no options.
+# Names that errors spell as --flags; MODEL and DATA are no options.
 _PREDICT_FIELDS = ("label", "out", "probabilities")
 
 

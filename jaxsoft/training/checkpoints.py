@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import jax
 
-from jaxsoft.training.errors import CheckpointError
+from jaxsoft.training.errors import CheckpointError, first_line
 
-__all__ = ["Checkpoints", "Progress", "first_line"]
+__all__ = ["Checkpoints", "Progress"]
 
 # A pytree of arrays, or of their shapes.
 State = TypeVar("State")
@@ -152,8 +152,3 @@ class Checkpoints:
                 f"{first_line(error)}"
             ) from error
         return restored["state"], Progress(**restored["progress"])
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; tensorstore's go on for many."""
-    return str(error).strip().partition("\n")[0]

@@ -14,6 +14,7 @@ __all__ = [
     "SvmlightError",
     "TableError",
     "TrainingInterrupted",
+    "first_line",
 ]
 
 
@@ -76,3 +77,8 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
         self.step = step
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; other libraries' go on for many."""
+    return str(error).strip().partition("\n")[0]

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from jaxsoft.training.errors import CorpusError
 
+__all__ = ["Corpus", "VALIDATION_FRACTION", "read_corpus"]
+
 VALIDATION_FRACTION = 0.05
 
 # Not the standard library's own sources, though they lie in its folder.

@@ -25,6 +25,16 @@ from jaxsoft.training.language_model.corpus import Corpus
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+__all__ = [
+    "DOCUMENT_START",
+    "DOCUMENT_START_ID",
+    "MIN_VOCAB_SIZE",
+    "TokenCache",
+    "TokenFacts",
+    "default_cache_dir",
+    "prepare_tokens",
+]
+
 DOCUMENT_START = "<|endoftext|>"
 DOCUMENT_START_ID = 0
 MIN_VOCAB_SIZE = 257  # the 256 bytes and the document mark

@@ -17,6 +17,16 @@ from jax import Array
 
 from jaxsoft.training.heads import HeadPlan
 
+__all__ = [
+    "Attention",
+    "Block",
+    "FeedForward",
+    "LanguageModel",
+    "Transformer",
+    "TransformerConfig",
+    "rotate_positions",
+]
+
 _ROTARY_BASE = 10_000.0
 
 

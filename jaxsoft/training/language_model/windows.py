@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+__all__ = ["Windows"]
+
 
 class Windows:
     """Windows of `T + 1` tokens, one label further than inputs; a Grain source.

@@ -38,13 +38,13 @@ def log_probs(
     """
     graph, state = nnx.split(head)
     size = _BLOCK_BYTES // (np.dtype(dtype).itemsize * head.num_classes)
-    found = None
+    scores = None
     for start, features, count in _blocks(source, min(size, _MOST_ROWS), dtype):
         block = np.asarray(_log_probs(graph, state, features))[:count]
-        if found is None:
-            found = np.empty((len(source), head.num_classes), block.dtype)
-        found[start : start + count] = block
-    return np.empty((0, head.num_classes), dtype) if found is None else found
+        if scores is None:
+            scores = np.empty((len(source), head.num_classes), block.dtype)
+        scores[start : start + count] = block
+    return np.empty((0, head.num_classes), dtype) if scores is None else scores
 
 
 def top_classes(
@@ -61,11 +61,11 @@ def top_classes(
       `[N]` int32.
     """
     graph, state = nnx.split(head)
-    found = np.empty(len(source), np.int32)
+    best = np.empty(len(source), np.int32)
     for start, features, count in _blocks(source, _SEARCHED, dtype):
         ids = np.asarray(_top_classes(graph, state, features))
-        found[start : start + count] = ids[:count]
-    return found
+        best[start : start + count] = ids[:count]
+    return best
 
 
 def _blocks(

@@ -95,7 +95,7 @@ class RegressionDirectory(RunDirectory):
         figure.colorbar(image, label="share of the class's rows")
         axes.set(xlabel="predicted", ylabel="true")
         if len(classes) <= _NAMED_CLASSES:
-            names = [_plain(one) for one in classes.tolist()]
+            names = [_plain(name) for name in classes.tolist()]
             slant = 90 if max(map(len, names)) > 3 else 0
             axes.set_xticks(range(len(names)), names, rotation=slant)
             axes.set_yticks(range(len(names)), names)

@@ -47,7 +47,7 @@ OBJECTIVE = "objective"
 MAX_ITER = "max_iter"
 # A solver's own, for a state after which it cannot go on.
 NON_FINITE = "non_finite"
-# Of an estimator, whose fit a signal stopped.
+# The reason of an estimator whose fit a signal stopped.
 INTERRUPTED = "interrupted"
 # The file in a folder of checkpoints that says whose they are.
 _FINGERPRINT = "fit.txt"

@@ -79,13 +79,13 @@ def summarise_prediction(console: Console, report: PredictionReport) -> None:
 def _print_measures(console: Console, measures: dict[str, Measures]) -> None:
     """Prints a line for each set of rows."""
     table = _table("", "rows", "accuracy", "log-loss", "ECE")
-    for name, one in measures.items():
+    for name, part in measures.items():
         table.add_row(
             name,
-            f"{one.rows:,}",
-            f"{one.accuracy:.4f}",
-            f"{one.log_loss:.4f}",
-            f"{one.calibration_error:.4f}",
+            f"{part.rows:,}",
+            f"{part.accuracy:.4f}",
+            f"{part.log_loss:.4f}",
+            f"{part.calibration_error:.4f}",
         )
     console.print(table)
 

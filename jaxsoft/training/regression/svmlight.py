@@ -17,6 +17,8 @@ from jaxsoft._core import checks
 from jaxsoft.training.errors import SvmlightError
 from jaxsoft.training.regression.sources import SparseRows
 
+__all__ = ["load_svmlight_memmap", "svmlight_to_memmap"]
+
 _ARRAYS = ("data", "indices", "indptr", "labels")
 _FORMAT = 1
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from jaxsoft.training.errors import TableError
+from jaxsoft.training.errors import TableError, first_line
 
 __all__ = ["Contents", "Wanted", "read_csv", "read_digits", "read_libsvm", "read_npz"]
 
@@ -115,7 +115,7 @@ def read_npz(path: Path, wanted: Wanted) -> Contents:
         raise
     except _DAMAGED as error:
         raise TableError(
-            f"{path} cannot be read as an NPZ file ({_first_line(error)})."
+            f"{path} cannot be read as an NPZ file ({first_line(error)})."
         ) from error
 
 
@@ -162,7 +162,7 @@ def read_libsvm(path: Path, wanted: Wanted) -> Contents:
         loaded: Any = load_svmlight_file(str(path), **options)
     except (OSError, ValueError, EOFError, zlib.error, OverflowError) as error:
         raise TableError(
-            f"{path} cannot be read as a libsvm file ({_first_line(error)})."
+            f"{path} cannot be read as a libsvm file ({first_line(error)})."
         ) from error
     features, labels = loaded
     if features.nnz and features.indices.min() < 0:
@@ -410,7 +410,3 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
