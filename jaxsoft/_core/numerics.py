@@ -146,7 +146,9 @@ def finite(values: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def matmul(a: jax.Array, b: jax.Array, precision: Any, dtype: jnp.dtype) -> jax.Array:
+def matmul(
+    a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike, dtype: jnp.dtype
+) -> jax.Array:
     """Returns a @ b, added up and stored in a dtype that may be wider than theirs.
 
     JAX's own derivative multiplies cotangents of the wide dtype by narrow operands, at
@@ -167,7 +169,7 @@ def matmul(a: jax.Array, b: jax.Array, precision: Any, dtype: jnp.dtype) -> jax.
 
 @functools.partial(matmul.defjvp, symbolic_zeros=True)
 def _matmul_jvp(
-    precision: Any, dtype: jnp.dtype, primals: Any, tangents: Any
+    precision: jax.lax.PrecisionLike, dtype: jnp.dtype, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
     (a, b), (of_a, of_b) = primals, tangents
     value = matmul(a, b, precision, dtype)

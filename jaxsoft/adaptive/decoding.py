@@ -31,7 +31,7 @@ def adaptive_sample(
     *,
     head_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Draws classes from the probabilities of `adaptive_log_probs`.
@@ -123,7 +123,7 @@ def adaptive_top_k(
     *,
     head_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The k most probable classes of each token under an adaptive softmax, exactly.

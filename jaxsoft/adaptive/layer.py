@@ -65,7 +65,7 @@ class TailLayer:
     parameters: AdaptiveTail
     row_tau: jax.Array | None
     constant: float
-    precision: Any
+    precision: jax.lax.PrecisionLike
     implementation: Implementation | None
 
     @property
@@ -120,7 +120,7 @@ class Layer:
     tails: tuple[AdaptiveTail, ...]
     row_tau: jax.Array | None
     constant: float
-    precision: Any
+    precision: jax.lax.PrecisionLike
     implementation: Implementation | None
     shape: tuple[int, ...]
 
@@ -185,7 +185,7 @@ def prepare(
     *,
     head_bias: ArrayLike | None,
     temperature: ArrayLike,
-    precision: Any,
+    precision: jax.lax.PrecisionLike,
     implementation: Implementation | None,
 ) -> Layer:
     """Checks arguments that all functions of bands have, and folds their rows."""

@@ -36,7 +36,7 @@ def adaptive_log_prob(
     *,
     head_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Log-probabilities of labels under an adaptive softmax.
@@ -113,7 +113,7 @@ def adaptive_log_probs(
     *,
     head_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Log-probabilities of all classes under an adaptive softmax.

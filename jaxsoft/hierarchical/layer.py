@@ -60,7 +60,7 @@ class Layer:
     row_tau: jax.Array | None
     tree: ClassTree
     constant_tau: float
-    precision: Any
+    precision: jax.lax.PrecisionLike
     shape: tuple[int, ...]
 
     @property
@@ -82,7 +82,7 @@ def prepare(
     *,
     node_bias: ArrayLike | None,
     temperature: ArrayLike,
-    precision: Any,
+    precision: jax.lax.PrecisionLike,
     implementation: Implementation | None,
 ) -> Layer:
     """Checks arguments that all functions of a tree have, and folds their rows."""
@@ -154,7 +154,10 @@ def logits_with(
 
 
 def products_of_rows(
-    hidden: jax.Array, kernel: jax.Array, dtype: jnp.dtype, precision: Any
+    hidden: jax.Array,
+    kernel: jax.Array,
+    dtype: jnp.dtype,
+    precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
     """Returns the products of rows [N, H] with their own vectors [N, ..., H]."""
     return jax.lax.platform_dependent(
@@ -179,7 +182,10 @@ def _products_by_sums(
 
 @functools.partial(jax.custom_jvp, nondiff_argnames=("dtype", "precision"))
 def _products(
-    hidden: jax.Array, kernel: jax.Array, dtype: jnp.dtype, precision: Any
+    hidden: jax.Array,
+    kernel: jax.Array,
+    dtype: jnp.dtype,
+    precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
     """Returns `products_of_rows`, by matrix products."""
     return jnp.einsum(
@@ -193,7 +199,7 @@ def _products(
 
 @_products.defjvp
 def _products_jvp(
-    dtype: jnp.dtype, precision: Any, primals: Any, tangents: Any
+    dtype: jnp.dtype, precision: jax.lax.PrecisionLike, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
     # Numbers times rows: no matrix product, whose gradient would be rounded.
     (hidden, kernel), (of_hidden, of_kernel) = primals, tangents

@@ -86,7 +86,7 @@ def hierarchical_value_and_row_grad(
     temperature: ArrayLike = 1.0,
     weights: ArrayLike | None = None,
     reduction: Literal["mean", "sum"] = "mean",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, RowGradient]:
     """Loss of a tree's softmax, with its gradient in the rows on the batch's paths.

@@ -31,7 +31,7 @@ def hierarchical_sample(
     *,
     node_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Draws classes from the probabilities of `hierarchical_log_probs`.

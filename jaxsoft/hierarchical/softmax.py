@@ -48,7 +48,7 @@ def hierarchical_log_prob(
     node_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     weights: ArrayLike | None = None,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Log-probability of a class, from the inner nodes on its path alone.
@@ -186,7 +186,7 @@ def hierarchical_log_probs(
     *,
     node_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Log-probabilities of all classes of a tree.

@@ -44,7 +44,7 @@ def hierarchical_top_k(
     node_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     max_visits: int | None = None,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k most probable classes of each token, best first.

@@ -119,7 +119,7 @@ class Config:
     kernel_layout: KernelLayout
     static_tau: float | None
     softcap: float | None
-    precision: Any
+    precision: jax.lax.PrecisionLike
     tile_bytes: int
     implementation: str
     vocab_axes: tuple[str, ...] = ()
@@ -229,7 +229,7 @@ def prepare(
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes | mesh_axes.Classes = None,
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,

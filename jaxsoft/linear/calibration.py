@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ def linear_fit_temperature(
     weights: ArrayLike | None = None,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     tile_bytes: int | None = None,

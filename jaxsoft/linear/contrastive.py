@@ -1,7 +1,6 @@
 """Contrastive losses: a softmax over a batch of embeddings, similarities not stored."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ def nt_xent(
     temperature: ArrayLike = 0.5,
     *,
     normalize: bool = True,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -88,7 +87,7 @@ def clip_loss(
     temperature: ArrayLike = 0.07,
     *,
     normalize: bool = True,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -154,7 +153,7 @@ def supervised_contrastive(
     temperature: ArrayLike = 0.1,
     *,
     normalize: bool = True,
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     tile_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:

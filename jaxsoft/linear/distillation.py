@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def linear_distillation(
     teacher_gradient: bool = False,
     student_kernel_layout: KernelLayout = "hv",
     teacher_kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     tile_bytes: int | None = None,
@@ -205,7 +205,7 @@ def linear_distillation_top_k(
     weights: ArrayLike | None = None,
     reduction: Reduction = "mean",
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     tile_bytes: int | None = None,

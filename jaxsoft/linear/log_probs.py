@@ -1,7 +1,5 @@
 """Log-probabilities of given classes, and the entropy, without the logits."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -24,7 +22,7 @@ def linear_log_prob(
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     tile_bytes: int | None = None,
@@ -124,7 +122,7 @@ def linear_log_prob_at(
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     tile_bytes: int | None = None,

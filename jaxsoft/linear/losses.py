@@ -31,7 +31,7 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     return_statistics: bool = False,
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     tile_bytes: int | None = None,

@@ -1,7 +1,6 @@
 """Statistics of the softmax over `hidden @ kernel`, from one stream over classes."""
 
-from typing import Any
-
+import jax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import mesh_axes
@@ -22,7 +21,7 @@ def linear_statistics(
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     return_argmax: bool = False,

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ def linear_top_k(
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     tile_bytes: int | None = None,

@@ -85,7 +85,7 @@ class AdaptiveSoftmaxHead(nnx.Module):
         temperature: arguments.Temperature = 1.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: Any = None,
+        precision: jax.lax.PrecisionLike = None,
         kernel_init: nnx.Initializer = arguments.KERNEL_INIT,
         projection_init: nnx.Initializer = arguments.KERNEL_INIT,
         bias_init: nnx.Initializer = nnx.initializers.zeros,

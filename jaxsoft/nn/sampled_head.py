@@ -1,7 +1,5 @@
 """A full softmax layer that is trained on samples of its classes."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -84,7 +82,7 @@ class SampledSoftmaxHead(nnx.Module):
         deterministic: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: Any = None,
+        precision: jax.lax.PrecisionLike = None,
         kernel_init: nnx.Initializer = arguments.KERNEL_INIT,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
         implementation: Implementation | None = None,

@@ -124,7 +124,7 @@ class SoftmaxHead(nnx.Module):
         logit_softcap: float | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        precision: Any = None,
+        precision: jax.lax.PrecisionLike = None,
         kernel_init: nnx.Initializer = arguments.KERNEL_INIT,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
         kernel_metadata: Mapping[str, Any] = _NO_METADATA,

@@ -189,7 +189,7 @@ def sampled_softmax_loss(
     ignore_label: int | None = None,
     reduction: Reduction = "mean",
     kernel_layout: KernelLayout = "hv",
-    precision: Any = None,
+    precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Cross-entropy of labels against a sample of classes that all tokens share.
@@ -317,7 +317,7 @@ def _logits(
     own: jax.Array,
     *,
     axis: int,
-    precision: Any,
+    precision: jax.lax.PrecisionLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns logits [N, S] of shared classes and [N] of one class a token.
 
