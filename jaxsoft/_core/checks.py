@@ -8,12 +8,12 @@ ValueError.
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 __all__ = [
     "boolean",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-def floating(name: str, value: Any) -> jax.Array:
+def floating(name: str, value: ArrayLike) -> jax.Array:
     """Returns `value` as an array, which must hold floating-point numbers."""
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -40,7 +40,7 @@ def floating(name: str, value: Any) -> jax.Array:
     return array
 
 
-def integer(name: str, value: Any) -> jax.Array:
+def integer(name: str, value: ArrayLike) -> jax.Array:
     """Returns `value` as an array, which must hold integers."""
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -48,7 +48,7 @@ def integer(name: str, value: Any) -> jax.Array:
     return array
 
 
-def boolean(name: str, value: Any) -> jax.Array:
+def boolean(name: str, value: ArrayLike) -> jax.Array:
     """Returns `value` as an array, which must hold booleans."""
     array = jnp.asarray(value)
     if array.dtype != jnp.bool_:
@@ -93,14 +93,14 @@ def class_axis(axis: int, array: jax.Array, name: str = "logits") -> int:
     return axis
 
 
-def one_of(name: str, value: Any, options: Sequence[str]) -> None:
+def one_of(name: str, value: object, options: Sequence[str]) -> None:
     """Requires `value` to be one of the strings `options`."""
     if value not in options:
         names = ", ".join(map(repr, options))
         raise ValueError(f"`{name}` must be one of {names}, got {value!r}.")
 
 
-def scalar_in(name: str, value: Any, low: float, high: float) -> float:
+def scalar_in(name: str, value: object, low: float, high: float) -> float:
     """Returns a finite Python float, which must lie in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a Python number, got {value!r}.")
@@ -115,7 +115,7 @@ def scalar_in(name: str, value: Any, low: float, high: float) -> float:
     return result
 
 
-def positive_integer(name: str, value: Any) -> int:
+def positive_integer(name: str, value: object) -> int:
     """Returns a Python int, which must be positive."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
@@ -124,7 +124,7 @@ def positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def temperature(value: Any, dtype: jnp.dtype) -> float | jax.Array:
+def temperature(value: ArrayLike, dtype: jnp.dtype) -> float | jax.Array:
     """Returns a temperature as a Python float or an array of `dtype`.
 
     A Python or NumPy scalar stays a Python float, so that the trivial temperature 1
@@ -147,9 +147,10 @@ def temperature(value: Any, dtype: jnp.dtype) -> float | jax.Array:
     return array.astype(dtype)
 
 
-def finite_temperature(value: Any) -> None:
+def finite_temperature(value: ArrayLike) -> None:
     """Requires a temperature to be finite wherever its values are known."""
-    is_array = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+    dtype = getattr(value, "dtype", None)
+    is_array = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     if not (isinstance(value, numbers.Real) or is_array):
         return  # what is no temperature at all is refused by `temperature`
     values = _known(value)
@@ -157,14 +158,14 @@ def finite_temperature(value: Any) -> None:
         raise ValueError("`temperature` must be finite, got inf.")
 
 
-def _known(value: Any) -> np.ndarray | None:
+def _known(value: ArrayLike) -> np.ndarray | None:
     """Returns the values of a number or an array; None where they are not known."""
     if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
         return None
     return np.asarray(value)
 
 
-def _not_negative(value: Any) -> None:
+def _not_negative(value: ArrayLike) -> None:
     values = _known(value)
     if values is None:
         return

@@ -5,8 +5,6 @@ does. A kernel that streams has no largest logit yet to centre on; rounded alone
 beside an offset of 10⁶ would lose most of its bits.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -30,11 +28,21 @@ def exact_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return total, jnp.where(rest == rest, rest, 0.0)
 
 
-def above(top: Any, rest: Any, peak: Any, peak_rest: Any) -> jax.Array:
+def above(
+    top: jax.Array,
+    rest: jax.Array,
+    peak: jax.Array | float,
+    peak_rest: jax.Array | float,
+) -> jax.Array:
     """Returns whether sums are larger than others, False where they are equal."""
     return (top > peak) | ((top == peak) & (rest > peak_rest))
 
 
-def gap(top: Any, rest: Any, peak: Any, peak_rest: Any) -> jax.Array:
+def gap(
+    top: jax.Array,
+    rest: jax.Array,
+    peak: jax.Array | float,
+    peak_rest: jax.Array | float,
+) -> jax.Array:
     """Returns sums minus their largest, to the precision of the difference."""
     return (top - peak) + (rest - peak_rest)

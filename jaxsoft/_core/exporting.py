@@ -6,9 +6,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax import export
 
-__all__ = ["exportable_dataclass", "exportable_namedtuple"]
+__all__ = ["Leaf", "PyTree", "exportable_dataclass", "exportable_namedtuple"]
+
+# An array of a pytree: NumPy's where the pytree is made, JAX's where a compiled
+# function takes it as an argument.
+Leaf = np.ndarray | jax.Array
+# JAX has no type for pytrees: an array, or any registered container of some.
+PyTree = Any
 
 T = TypeVar("T", bound=type)
 
@@ -57,5 +64,5 @@ def _name(cls: type) -> str:
     return f"jaxsoft.{cls.__name__}"
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -6,11 +6,12 @@ With no axes every function of shards here is the identity.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 __all__ = [
     "Classes",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Axes = tuple[str, ...]
+Tree = TypeVar("Tree")
 
 
 def varying_axes(array: jax.Array) -> frozenset[str]:
@@ -36,7 +38,7 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     return frozenset(jax.typeof(array).manual_axis_type.varying)
 
 
-def like(tree: Any, reference: Any) -> Any:
+def like(tree: Tree, reference: object) -> Tree:
     """Makes every array of `tree` vary over all axes that any of `reference` does.
 
     A loop's carry must start with the type that it ends with. For an argument the
@@ -61,7 +63,7 @@ def like(tree: Any, reference: Any) -> Any:
 
 
 def type_of(
-    reference: jax.Array, shape: tuple[int, ...], dtype: Any
+    reference: jax.Array, shape: tuple[int, ...], dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
     """Returns the type of a result that varies over the mesh axes of an array."""
     axes = jax.typeof(reference).manual_axis_type

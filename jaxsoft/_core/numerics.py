@@ -6,11 +6,13 @@ dividing first does not (the quotient overflows, or two fusions round it differe
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+
+from jaxsoft._core.exporting import Leaf
 
 __all__ = [
     "Temperature",
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 
-def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
+def compute_dtype(*arrays: Leaf) -> jnp.dtype:
     """Returns the dtype of statistics: float64 if any input is, else float32."""
     if any(a.dtype == jnp.float64 for a in arrays):
         return jnp.dtype(jnp.float64)
@@ -169,7 +171,10 @@ def matmul(
 
 @functools.partial(matmul.defjvp, symbolic_zeros=True)
 def _matmul_jvp(
-    precision: jax.lax.PrecisionLike, dtype: jnp.dtype, primals: Any, tangents: Any
+    precision: jax.lax.PrecisionLike,
+    dtype: jnp.dtype,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, jax.Array | SymbolicZero],
 ) -> tuple[jax.Array, jax.Array]:
     (a, b), (of_a, of_b) = primals, tangents
     value = matmul(a, b, precision, dtype)

@@ -13,6 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxsoft._core.exporting import PyTree
 
 __all__ = [
     "Gpu",
@@ -165,7 +168,7 @@ def resolve(operation: str, implementation: Implementation | None) -> Implementa
     return implementation
 
 
-def kernel(step: str, implementation: str) -> Callable[..., Any] | None:
+def kernel(step: str, implementation: str) -> Callable[..., PyTree] | None:
     """Returns the function that calls a kernel; None where plain XLA does the step."""
     entry = _KERNELS.get((step, implementation))
     if entry is None:
@@ -174,9 +177,7 @@ def kernel(step: str, implementation: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(module), name)
 
 
-def check_dtype(
-    step: str, implementation: str, name: str, dtype: jnp.dtype | Any
-) -> None:
+def check_dtype(step: str, implementation: str, name: str, dtype: DTypeLike) -> None:
     """Requires a dtype that a kernel reads.
 
     Args:

@@ -14,7 +14,7 @@ logits a step and no second derivative, and cannot leave the bounds.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ class RowFit(NamedTuple):
     spread: jax.Array
 
 
-def check_bounds(bounds: Any) -> tuple[float, float, float]:
+def check_bounds(bounds: object) -> tuple[float, float, float]:
     """Returns the lower bound, 1 or the bound next to it, and the upper bound.
 
     The bounds must be positive and increase.
@@ -129,8 +129,8 @@ def fit_rows(
     at_high = (high.slope <= 0) & ~(one.slope > 0) & ~flat & ~at_low
     # Where there is no zero to look for, the search starts done.
     done = flat | at_low | at_high | (one.slope == 0) | jnp.isnan(first.slope).any()
-    found = _zero(evaluate, one, _where(one.slope < 0, high, low), done)
-    best = _where(at_low, low, _where(at_high, high, found))
+    inner = _zero(evaluate, one, _where(one.slope < 0, high, low), done)
+    best = _where(at_low, low, _where(at_high, high, inner))
     tau = jnp.where(best.t == one.t, taus[1], jnp.exp(best.t))
     tau = jnp.where(at_low, taus[0], jnp.where(at_high, taus[2], tau))
     # The NLL of the minimum is no higher than any other, but for its own rounding.
@@ -155,17 +155,17 @@ class _Point(NamedTuple):
 
 def _evaluate(rows, weights, token_axes, t: jax.Array, tau: jax.Array) -> _Point:
     """Tries a temperature."""
-    found = rows(tau)
-    dtype = found.nll.dtype
+    terms = rows(tau)
+    dtype = terms.nll.dtype
     if weights is None:
-        count = jnp.asarray(found.nll.size, dtype)
+        count = jnp.asarray(terms.nll.size, dtype)
         count *= math.prod(lax.axis_size(axis) for axis in token_axes)
     else:
         weights = weights.astype(dtype)
-        found = [weights * jnp.where(weights == 0, 0, values) for values in found]
+        terms = [weights * jnp.where(weights == 0, 0, values) for values in terms]
         count = jnp.sum(weights)
         count = lax.psum(count, token_axes) if token_axes else count
-    sums = jnp.stack([jnp.sum(values) for values in found])
+    sums = jnp.stack([jnp.sum(values) for values in terms])
     sums = lax.psum(sums, token_axes) if token_axes else sums
     sums = sums / jnp.where(count == 0, 1, count)
     return _Point(t, sums[0], sums[1], sums[2])

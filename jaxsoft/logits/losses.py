@@ -100,6 +100,7 @@ def softmax_cross_entropy(
         targets = checks.floating("targets", targets)
         checks.shape("targets", targets, logits.shape, "logits.shape")
     else:
+        assert labels is not None
         labels = checks.integer("labels", labels)
         rows = logits.shape[:axis] + logits.shape[axis + 1 :]
         checks.shape("labels", labels, rows, "logits.shape without the class axis")
