@@ -18,7 +18,7 @@ from jaxsoft.devices.target import TARGETS
 
 __all__ = ["PREFIX", "main"]
 
-# Of the lines that are for the parent: compilers print too.
+# Lines for the parent begin with this; compilers print others.
 PREFIX = "jaxsoft devices: "
 
 

@@ -1,13 +1,14 @@
 """What a function runs on a device, what else it could, and the memory of each."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
 from jaxsoft._core import registry
+from jaxsoft._core.exporting import PyTree
 from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Operation, Program, Shapes
@@ -63,8 +64,8 @@ class Found:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Found":
         """Returns what `dataclasses.asdict` took apart."""
-        each = tuple(Ran(**ran) for ran in fields["implementations"])
-        return cls(fields["operation"], fields["uses"], each)
+        implementations = tuple(Ran(**ran) for ran in fields["implementations"])
+        return cls(fields["operation"], fields["uses"], implementations)
 
 
 def here() -> Device:
@@ -108,7 +109,7 @@ def _run(
     device: Device,
     name: str,
     program: Program,
-    options: Mapping[str, Any],
+    options: Mapping[str, str | None],
     compiles: bool,
 ) -> Ran:
     """Returns what comes of an implementation: its memory, or why it does not run."""
@@ -117,21 +118,24 @@ def _run(
         return Ran(name, refused=f"it is for {only}")
     if only is None and not compiles:
         return Ran(name)
-    found = {}
+    temporaries = {}
     try:
         for kind, function, arrays in program.calls(options):
             if compiles:
                 donated = program.donated if kind == "value" else ()
-                found[kind] = _temporaries(device, function, arrays, donated)
+                temporaries[kind] = _temporaries(device, function, arrays, donated)
             else:
                 jax.eval_shape(function, *arrays)
     except (NotImplementedError, ImportError, jax.errors.JaxRuntimeError) as error:
-        return Ran(name, found, " ".join(str(error).split())[:300])
-    return Ran(name, found)
+        return Ran(name, temporaries, " ".join(str(error).split())[:300])
+    return Ran(name, temporaries)
 
 
 def _temporaries(
-    device: Device, function: Any, arrays: Any, donated: tuple[int, ...]
+    device: Device,
+    function: Callable[..., PyTree],
+    arrays: tuple[PyTree, ...],
+    donated: tuple[int, ...],
 ) -> int | None:
     """Returns the bytes that a program takes beside arguments and results."""
     place = SingleDeviceSharding(device.device)

@@ -8,19 +8,21 @@ H / 4 and H / 16 that start at a fiftieth and a fifth of the classes.
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 
 import jaxsoft
+from jaxsoft._core.exporting import PyTree
 from jaxsoft.devices.programs import KEY_SEED, Operation, Program, Shapes, array
 
 __all__ = ["operations"]
 
+Room = Callable[[Shapes], Iterator[tuple[str, Program]]]
+
 _BEST, _SAMPLES = 10, 8192
 
 
-def _keyed(function: Callable[..., Any]) -> Callable[..., Any]:
+def _keyed(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Gives a function a key, made when it is traced: no device is asked before."""
     return lambda *args, **options: function(jax.random.key(KEY_SEED), *args, **options)
 
@@ -63,12 +65,12 @@ def _of_layers(shapes: Shapes) -> Iterator[tuple[str, Program]]:
     labels, k = shapes.labels, _best(shapes)
     layer = (shapes.states, shapes.kernel)
 
-    def statistics(found):
-        return found.lse, found.log_prob, found.entropy
+    def differentiable(result):
+        return result.lse, result.log_prob, result.entropy
 
     yield (
         "linear_statistics",
-        Program(jaxsoft.linear_statistics, (*layer, labels), 2, statistics),
+        Program(jaxsoft.linear_statistics, (*layer, labels), 2, differentiable),
     )
     for name in ("linear_cross_entropy", "linear_log_prob"):
         yield name, Program(getattr(jaxsoft, name), (*layer, labels), 2)
@@ -76,7 +78,7 @@ def _of_layers(shapes: Shapes) -> Iterator[tuple[str, Program]]:
     yield "linear_log_prob_at", Program(jaxsoft.linear_log_prob_at, (*layer, ids), 2)
     yield "linear_sample", Program(_keyed(jaxsoft.linear_sample), layer)
     top_k = functools.partial(jaxsoft.linear_top_k, k=k)
-    yield "linear_top_k", Program(top_k, layer, 2, lambda found: found[0])
+    yield "linear_top_k", Program(top_k, layer, 2, lambda result: result[0])
     values = array(shapes.vocabulary, shapes.hidden, dtype=shapes.dtype)
     yield "linear_expected", Program(jaxsoft.linear_expected, (*layer, values), 3)
     yield "linear_distillation", Program(jaxsoft.linear_distillation, layer * 2, 2)
@@ -102,7 +104,8 @@ def _of_trees(shapes: Shapes) -> Iterator[tuple[str, Program]]:
     """Yields the functions of trees, bands and samples of classes."""
     yield from _of_balanced_trees(shapes)
     yield from _of_bands(shapes)
-    sampler = jaxsoft.ClassSampler(array(shapes.vocabulary + 1, dtype="int32"))
+    starts = array(shapes.vocabulary + 1, dtype="int32")
+    sampler = jax.eval_shape(jaxsoft.ClassSampler, starts)
     function = _keyed(jaxsoft.sampled_softmax_loss)
 
     def sampled(hidden, kernel, labels, sampler, **options):
@@ -156,7 +159,8 @@ def _of_bands(shapes: Shapes) -> Iterator[tuple[str, Program]]:
     widths = (max(1, hidden // 4), max(1, hidden // 16))
     head = array(hidden, bands.shortlist + len(widths), dtype=shapes.dtype)
     tails = [
-        jaxsoft.AdaptiveTail(
+        jax.eval_shape(
+            jaxsoft.AdaptiveTail,
             array(hidden, width, dtype=shapes.dtype),
             array(width, size, dtype=shapes.dtype),
         )
@@ -178,9 +182,7 @@ def _of_bands(shapes: Shapes) -> Iterator[tuple[str, Program]]:
 
 
 @functools.cache
-def _programs(
-    room: Callable[[Shapes], Iterator[tuple[str, Program]]], shapes: Shapes
-) -> dict[str, Program]:
+def _programs(room: Room, shapes: Shapes) -> dict[str, Program]:
     """Returns a room's functions: its trees and states are made once."""
     return dict(room(shapes))
 
@@ -189,7 +191,7 @@ def _programs(
 def operations() -> dict[str, Operation]:
     """Returns the table, functions of stored logits first."""
 
-    def program(room: Callable[..., Any], name: str, shapes: Shapes) -> Program:
+    def program(room: Room, name: str, shapes: Shapes) -> Program:
         return _programs(room, shapes)[name]
 
     return {

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxsoft._core.exporting import PyTree
 
 __all__ = ["KEY_SEED", "Operation", "Program", "Shapes", "array"]
 
@@ -67,16 +68,16 @@ class Program:
       is_gradient: whether the function itself gives value and gradient.
     """
 
-    function: Callable[..., Any]
-    arrays: tuple[Any, ...]
+    function: Callable[..., PyTree]
+    arrays: tuple[PyTree, ...]
     moving: int = 0
-    floats: Callable[[Any], Any] | None = None
+    floats: Callable[[PyTree], PyTree] | None = None
     donated: tuple[int, ...] = ()
     is_gradient: bool = False
 
     def calls(
-        self, options: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+        self, options: Mapping[str, object]
+    ) -> Iterator[tuple[str, Callable[..., PyTree], tuple[PyTree, ...]]]:
         """Yields what there is to compile: its kind, a function and its arrays.
 
         Args:
@@ -114,6 +115,6 @@ class Operation:
     program: Callable[[Shapes], Program]
     chooses: bool
 
-    def options(self, implementation: str | None) -> dict[str, Any]:
+    def options(self, implementation: str | None) -> dict[str, str | None]:
         """Returns the options that ask for an implementation."""
         return {"implementation": implementation} if self.chooses else {}

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Literal
 
 from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.measuring import Device, Found, Ran
@@ -144,7 +144,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
     console, table = Console(), Table(box=box.MARKDOWN)
     for index, name in enumerate(_COLUMNS):
-        justify: Any = "left" if index < 2 else "right"
+        justify: Literal["left", "right"] = "left" if index < 2 else "right"
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*row)

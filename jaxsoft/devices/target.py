@@ -78,15 +78,15 @@ class Target:
         from jax.experimental import topologies
 
         if self.platform == "tpu":
-            found = topologies.get_topology_desc(topology or self.slice, "tpu")
+            described = topologies.get_topology_desc(topology or self.slice, "tpu")
         else:
-            found = topologies.get_topology_desc(
+            described = topologies.get_topology_desc(
                 platform="cuda",
                 topology_name="",
                 topology=topology or "1x1x1",
                 target_config=self._text(),
             )
-        return list(found.devices)
+        return list(described.devices)
 
     def _text(self) -> str:
         """Returns XLA's description of a GPU."""
@@ -95,10 +95,10 @@ class Target:
 
     def _read(self, pattern: str) -> tuple[str, ...]:
         """Returns what a pattern finds in the description."""
-        found = re.search(pattern, self._text())
-        if found is None:
+        match = re.search(pattern, self._text())
+        if match is None:
             raise ValueError(f"`{self.name}.textproto` must have {pattern!r}.")
-        return found.groups()
+        return match.groups()
 
 
 TARGETS = {
