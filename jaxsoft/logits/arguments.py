@@ -1,7 +1,5 @@
 """Checks of the arguments that functions of stored logits share."""
 
-from typing import Any
-
 import jax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
@@ -45,11 +43,16 @@ def check_temperature(
     return tau.reshape((1,) * (logits.ndim - tau.ndim) + tau.shape)
 
 
-def pick_temperature(static_tau: float | None, tau: jax.Array | None) -> Any:
+def pick_temperature(
+    static_tau: float | None, tau: jax.Array | None
+) -> float | jax.Array:
     """Returns whichever of the two forms of a temperature was given."""
-    return tau if static_tau is None else static_tau
+    if static_tau is not None:
+        return static_tau
+    assert tau is not None
+    return tau
 
 
-def has_no_tangent(tangent: Any) -> bool:
+def has_no_tangent(tangent: object) -> bool:
     """Tells whether a tangent is known to vanish."""
     return tangent is None or isinstance(tangent, SymbolicZero)

@@ -1,7 +1,8 @@
 """Logits with Gumbel noise of their own, for each row and class."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,16 @@ from jaxsoft.logits.softmax import exponentials
 __all__ = ["argmax_one_hot", "gumbel", "perturbed", "relaxed", "relaxed_and_one_hot"]
 
 
-def _by_platform(function: Any, arrays: Any, num_rows: int, num_classes: int) -> Any:
+Arrays = TypeVar("Arrays")
+Result = TypeVar("Result")
+
+
+def _by_platform(
+    function: Callable[[bool, Arrays], Result],
+    arrays: Arrays,
+    num_rows: int,
+    num_classes: int,
+) -> Result:
     """Calls `function(fused, arrays)`: in tiles of rows on a CPU, else all at once.
 
     The bits of a whole array would pass through a CPU's memory after every four rounds

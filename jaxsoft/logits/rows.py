@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from jaxsoft._core import checks, mesh_axes
 from jaxsoft.logits.arguments import check_temperature, check_where
 
 __all__ = ["Rows", "in_tiles", "to_rows"]
+
+Arrays = TypeVar("Arrays")
+Result = TypeVar("Result")
 
 # What a tile of a few arrays may hold so that it stays in a CPU's second-level cache.
 _TILE = 2**17
@@ -87,12 +90,12 @@ def to_rows(
 
 
 def in_tiles(
-    function: Callable[..., Any],
-    arrays: Any,
+    function: Callable[[Arrays], Result],
+    arrays: Arrays,
     num_rows: int,
     num_classes: int,
     least_rows: int = 1,
-) -> Any:
+) -> Result:
     """Computes a function of rows, a tile of rows at a time that fits into cache.
 
     The last tile starts earlier where it would stick out: its first rows are computed

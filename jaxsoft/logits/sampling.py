@@ -2,7 +2,6 @@
 
 import functools
 import numbers
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +93,9 @@ def sample(
     return back(_sample(static_tau, key, rows, chosen))
 
 
-def _filter(name: str, value: Any, logits: jax.Array, axis: int) -> jax.Array | None:
+def _filter(
+    name: str, value: ArrayLike | None, logits: jax.Array, axis: int
+) -> jax.Array | None:
     """Returns a filter as an array [R, 1] or [1, 1]; checks what is known of it."""
     if value is None:
         return None
@@ -119,12 +120,12 @@ def _filter(name: str, value: Any, logits: jax.Array, axis: int) -> jax.Array | 
         if bad.any():
             rule = "be at least 1" if whole else "lie in [0, 1]"
             raise ValueError(f"`{name}` must {rule}, got {known[bad].flat[0]}.")
-    one = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
-    checks.broadcasts_to(name, array, one)
+    row_shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
+    checks.broadcasts_to(name, array, row_shape)
     array = array.astype(dtype)
     if array.size == 1:
         return array.reshape(1, 1)
-    return jnp.moveaxis(jnp.broadcast_to(array, one), axis, -1).reshape(-1, 1)
+    return jnp.moveaxis(jnp.broadcast_to(array, row_shape), axis, -1).reshape(-1, 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), inline=True)

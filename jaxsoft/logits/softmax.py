@@ -7,7 +7,7 @@ order.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +230,7 @@ def entropy(
 
 
 def _call(
-    function: Any,
+    function: Callable[..., jax.Array],
     logits: ArrayLike,
     temperature: ArrayLike,
     axis: int,
@@ -243,7 +243,7 @@ def _call(
 
 
 def _run(
-    function: Any,
+    function: Callable[..., jax.Array],
     logits: ArrayLike,
     temperature: ArrayLike,
     axis: int,
@@ -260,7 +260,7 @@ def _run(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _compiled(
-    function: Any,
+    function: Callable[..., jax.Array],
     axis: int,
     static_tau: float | None,
     logits: jax.Array,
@@ -283,7 +283,9 @@ def _sum(values: jax.Array, axis: int) -> jax.Array:
     return jnp.sum(values, axis=axis, keepdims=True)
 
 
-def _rule(derivative: Any) -> Any:
+def _rule(
+    derivative: Callable[..., tuple[jax.Array, list[jax.Array]]],
+) -> Callable[..., tuple[jax.Array, ArrayLike]]:
     """Turns `derivative(axis, tau, x, where, dx, slope)` into a custom_jvp rule.
 
     The derivative gets `dx`, the tangent of the logits over τ, or None, and

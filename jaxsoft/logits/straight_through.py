@@ -1,7 +1,6 @@
 """Hard samples with gradients better than those of straight-through Gumbel-softmax."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +234,7 @@ def _mean_slope(
     noise_words: jax.Array,
     x: jax.Array,
     class_ids: jax.Array,
-    moving: dict[str, Any],
+    moving: dict[str, jax.Array],
 ) -> jax.Array:
     """Returns the mean over draws of noise of the tangent of the relaxed sample."""
     dtype = numerics.compute_dtype(x)
@@ -248,7 +247,7 @@ def _mean_slope(
     log_total = jnp.log(jnp.sum(jnp.exp(c), axis=1, keepdims=True))
     moving = {name: tangent.astype(dtype) for name, tangent in moving.items()}
 
-    def one(words):
+    def slope_of_draw(words):
         drawn = perturbation.gumbel(generator, words, x.shape[1], dtype)
         p, log_q = _given(c, drawn, chosen, log_total, tau)
         change = jnp.zeros_like(p)
@@ -259,7 +258,7 @@ def _mean_slope(
         return _project(p, change)
 
     def add(total, words):
-        return total + jax.checkpoint(one)(words), None
+        return total + jax.checkpoint(slope_of_draw)(words), None
 
     total, _ = lax.scan(add, jnp.zeros_like(c), noise_words)
     slope = total / noise_words.shape[0] * inverse(tau, dtype)
