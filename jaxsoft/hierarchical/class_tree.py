@@ -16,10 +16,14 @@ from jax.typing import ArrayLike
 from numpy import typing as npt
 
 from jaxsoft._core import checks
-from jaxsoft._core.exporting import exportable_dataclass, exportable_namedtuple
+from jaxsoft._core.exporting import (
+    Leaf,
+    exportable_dataclass,
+    exportable_namedtuple,
+)
 from jaxsoft.hierarchical.clustering import order_by_similarity
 from jaxsoft.hierarchical.huffman import code_lengths, least_depth
-from jaxsoft.hierarchical.levels import Canonical, Levels, Tables
+from jaxsoft.hierarchical.levels import Canonical, Tables
 from jaxsoft.hierarchical.node_biases import biases_along
 from jaxsoft.hierarchical.taxonomy import tables_of_paths
 
@@ -80,9 +84,9 @@ class ClassTree:
       [1 2 3 3]
     """
 
-    levels: Levels
-    order: Any = None
-    ranks: Any = None
+    levels: Canonical | Tables
+    order: Leaf | None = None
+    ranks: Leaf | None = None
 
     @classmethod
     def balanced(cls, num_classes: int, arity: int = 2) -> "ClassTree":
@@ -192,8 +196,8 @@ class ClassTree:
         if not np.isfinite(table).all():
             raise ValueError("`embeddings` must be finite, got a NaN or an infinity.")
         levels = _balanced(_classes(len(table)), arity)
-        # Of one scale: squares then neither overflow nor vanish. NumPy's products may
-        # note an invalid operation where there is none.
+        # The division keeps squares from overflowing and vanishing. NumPy's products
+        # may note an invalid operation where there is none.
         table = table / max(float(np.abs(table).max(initial=0)), 1e-38)
         with _progress("clustering classes") as progress, np.errstate(invalid="ignore"):
             order = order_by_similarity(table, _cuts(levels), seed, progress)

@@ -35,7 +35,7 @@ def code_lengths(weights: np.ndarray, arity: int, max_depth: int) -> np.ndarray:
     empty = -(len(weights) - 1) % (arity - 1)
     weights = np.concatenate([np.zeros(empty), weights])
     count = len(weights)
-    # Of each level, from the deepest up: where packages come among the leaves.
+    # An entry says where a level's packages come among the leaves, the deepest first.
     levels: list[np.ndarray] = []
     packages = np.zeros(0)
     for _ in range(max_depth):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +198,10 @@ def _products(
 
 @_products.defjvp
 def _products_jvp(
-    dtype: jnp.dtype, precision: jax.lax.PrecisionLike, primals: Any, tangents: Any
+    dtype: jnp.dtype,
+    precision: jax.lax.PrecisionLike,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     # Numbers times rows: no matrix product, whose gradient would be rounded.
     (hidden, kernel), (of_hidden, of_kernel) = primals, tangents

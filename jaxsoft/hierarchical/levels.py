@@ -16,13 +16,12 @@ import abc
 import dataclasses
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoft._core.exporting import exportable_dataclass
+from jaxsoft._core.exporting import Leaf, exportable_dataclass
 
 __all__ = ["Canonical", "Levels", "Tables"]
 
@@ -199,11 +198,11 @@ class Tables(Levels):
       slot_children: [slots], the inner node below a slot, or -1 - rank of a leaf.
     """
 
-    rank_slots: Any
-    node_slots: Any
-    slot_nodes: Any
-    node_firsts: Any
-    slot_children: Any
+    rank_slots: Leaf
+    node_slots: Leaf
+    slot_nodes: Leaf
+    node_firsts: Leaf
+    slot_children: Leaf
 
     def slot_of_rank(self, rank: jax.Array) -> jax.Array:
         """Returns the slots of leaves."""

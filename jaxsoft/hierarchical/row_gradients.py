@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.exporting import exportable_namedtuple
+from jaxsoft._core.exporting import PyTree, exportable_namedtuple
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import reduce_losses, token_weights
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
@@ -49,10 +49,10 @@ class RowGradient(NamedTuple):
     """
 
     rows: jax.Array
-    values: Any
+    values: PyTree
     scales: jax.Array | None = None
 
-    def dense(self, num_rows: int) -> Any:
+    def dense(self, num_rows: int) -> PyTree:
         """Returns the whole gradient, [num_rows, ...], such as Optax's optimizers take.
 
         Args:
@@ -166,14 +166,14 @@ def hierarchical_value_and_row_grad(
     labels = checks.integer("labels", labels)
     checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
     flat = labels.reshape(-1)
-    each = token_weights(layer.shape, weights)
-    if each is not None:
-        each = each.reshape(-1)
-        live = each != 0
+    token_weight = token_weights(layer.shape, weights)
+    if token_weight is not None:
+        token_weight = token_weight.reshape(-1)
+        live = token_weight != 0
         flat = jnp.where(live, flat, -1)
         kept = jnp.where(live[:, None], layer.hidden, 0)
         layer = dataclasses.replace(layer, hidden=kept)
-    reduce = functools.partial(reduce_losses, weights=each, reduction=reduction)
+    reduce = functools.partial(reduce_losses, weights=token_weight, reduction=reduction)
     shares = jax.grad(reduce)(jnp.zeros(flat.shape, layer.dtype))
     losses, dhidden, gradient = _row_gradients(layer, flat, shares)
     known = (flat >= 0) & (flat < tree.num_classes)
@@ -194,11 +194,11 @@ def _row_gradients(
         rows = rows_of_nodes(tree, path.first_rows, path.num_rows, missing=count)
         kernel, bias = parameters_of(layer, jnp.where(rows < count, rows, 0))
         logits = logits_with(layer, path.num_rows, kernel, bias)
-        found, pull = jax.vjp(functools.partial(log_choice, layer, path), logits)
+        log_probs, pull = jax.vjp(functools.partial(log_choice, layer, path), logits)
         (slopes,) = pull(-shares)
         slopes = jnp.where(rows < count, slopes, 0)
         dhidden += jnp.sum(slopes[..., None] * kernel.astype(layer.dtype), axis=1)
-        return (losses - found, dhidden), (rows.T, slopes.T)
+        return (losses - log_probs, dhidden), (rows.T, slopes.T)
 
     sums = (jnp.zeros(labels.shape, layer.dtype),)
     sums += (jnp.zeros(layer.hidden.shape, layer.dtype),)

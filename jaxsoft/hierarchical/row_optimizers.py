@@ -1,15 +1,16 @@
 """Optimizers that read and write no rows but those that have a gradient."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.exporting import exportable_namedtuple
+from jaxsoft._core.exporting import PyTree, exportable_namedtuple
 from jaxsoft.hierarchical.row_gradients import RowGradient
 from jaxsoft.hierarchical.same_rows import SameRows
 
@@ -31,7 +32,7 @@ class RowState(NamedTuple):
     """
 
     count: jax.Array
-    slots: Any
+    slots: PyTree
 
 
 class RowOptimizer(NamedTuple):
@@ -54,8 +55,8 @@ class RowOptimizer(NamedTuple):
        [-0.1 -0.1]]
     """
 
-    init: Callable[[Any], RowState]
-    update: Callable[[Any, RowGradient, RowState], tuple[Any, RowState]]
+    init: Callable[[PyTree], RowState]
+    update: Callable[[PyTree, RowGradient, RowState], tuple[PyTree, RowState]]
 
 
 def row_sgd(learning_rate: Rate) -> RowOptimizer:
@@ -215,7 +216,7 @@ def row_adam(
     return _optimizer(learning_rate, slots, step)
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> DTypeLike:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
@@ -276,15 +277,17 @@ def _optimizer(
         size = gradient.rows.shape[-1]
         rows = gradient.rows.reshape(-1, size)
         scales = gradient.scales.reshape(-1, size) if shared else None
-        each = None
+        by_group = None
         if not shared:
-            each = [v.reshape(-1, size, *v.shape[gradient.rows.ndim :]) for v in values]
+            by_group = [
+                v.reshape(-1, size, *v.shape[gradient.rows.ndim :]) for v in values
+            ]
 
         def body(carry, xs):
-            rows, scales, each = xs
-            return group(carry, rows, scales, values if shared else each), None
+            rows, scales, own_values = xs
+            return group(carry, rows, scales, values if shared else own_values), None
 
-        (leaves, slots), _ = lax.scan(body, (leaves, slots), (rows, scales, each))
+        (leaves, slots), _ = lax.scan(body, (leaves, slots), (rows, scales, by_group))
         state = RowState(state.count + 1, form.unflatten(slots))
         return form.unflatten(leaves), state
 

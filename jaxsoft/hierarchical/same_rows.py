@@ -1,10 +1,11 @@
 """Rows that come more than once, brought together, so that sums over them are exact."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsoft._core.numerics import compute_dtype
 
@@ -85,7 +86,11 @@ def _take(array: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
 
 
 @_take.defjvp
-def _take_jvp(axis: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _take_jvp(
+    axis: int,
+    primals: tuple[jax.Array, jax.Array],
+    tangents: tuple[jax.Array, np.ndarray],
+) -> tuple[jax.Array, jax.Array]:
     array, rows = primals
     # Each row once, then wherever it comes in float32: the transpose of this adds in
     # float32, and writes each row once.

@@ -1,7 +1,6 @@
 """Exact samples of a tree's classes, in O(H·log V)."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +85,11 @@ def hierarchical_sample(
     return _sample(key, lax.stop_gradient(layer)).reshape(layer.shape)
 
 
+# The node or the rank that each row has come to, whether that is a rank, and whether a
+# NaN was met.
+_Descent = tuple[jax.Array, jax.Array, jax.Array]
+
+
 @functools.partial(jax.jit, inline=True)
 def _sample(key: jax.Array, layer: Layer) -> jax.Array:
     tree, rows = layer.tree, layer.hidden.shape[0]
@@ -97,8 +101,7 @@ def _sample(key: jax.Array, layer: Layer) -> jax.Array:
     tau = layer.tau
     children = jnp.arange(arity, dtype=jnp.int32)
 
-    def descend(level: Any, state: Any) -> Any:
-        # The node that each row has come to or, once it is a leaf, its rank.
+    def descend(level: jax.Array, state: _Descent) -> _Descent:
         place, is_leaf, failed = state
         node = jnp.where(is_leaf, 0, place)
         first = levels.first_slot(node)

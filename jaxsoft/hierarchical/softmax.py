@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jaxsoft.hierarchical.layer import (
     rows_of_nodes,
     with_reference,
 )
-from jaxsoft.hierarchical.levels import Canonical
+from jaxsoft.hierarchical.levels import Canonical, Tables
 
 __all__ = [
     "all_log_probs",
@@ -146,8 +145,8 @@ def along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
 
 def log_choice(layer: Layer, path: ClassPath, logits: jax.Array) -> jax.Array:
     """Returns the log-probability of the choice at one node of each row, [N]."""
-    found = _log_choice(logits, path.choices, layer.tau)
-    return jnp.where(path.num_rows > 0, found, 0)
+    log_prob = _log_choice(logits, path.choices, layer.tau)
+    return jnp.where(path.num_rows > 0, log_prob, 0)
 
 
 def _log_choice(
@@ -257,11 +256,13 @@ def all_log_probs(layer: Layer) -> jax.Array:
     return by_rank.T
 
 
-def _by_level(levels: Canonical, logits: jax.Array, tau: Any) -> jax.Array:
+def _by_level(
+    levels: Canonical, logits: jax.Array, tau: float | jax.Array
+) -> jax.Array:
     """Returns log-probabilities by rank, [V, N], where children lie side by side."""
     arity, rows = levels.arity, logits.shape[1]
     above = jnp.zeros((1, rows), logits.dtype)
-    if not isinstance(tau, float):
+    if isinstance(tau, jax.Array):
         tau = tau[None]
     leaves = []
     for depth in range(1, levels.depth + 1):
@@ -272,16 +273,16 @@ def _by_level(levels: Canonical, logits: jax.Array, tau: Any) -> jax.Array:
         missing = ((0, nodes * arity - slots), (0, 0))
         own = jnp.pad(own, missing, constant_values=-jnp.inf)
         shares = _shares(own.reshape(nodes, arity - 1, rows), tau)
-        found = shares + above[:, None]
-        found = found.reshape(nodes * arity, rows)[:slots]
-        leaves.append(found[: levels.leaves[depth]])
-        above = found[levels.leaves[depth] :]
+        log_probs = shares + above[:, None]
+        log_probs = log_probs.reshape(nodes * arity, rows)[:slots]
+        leaves.append(log_probs[: levels.leaves[depth]])
+        above = log_probs[levels.leaves[depth] :]
         if depth % _FUSED_LEVELS == 0:
             above = lax.optimization_barrier(above)
     return jnp.concatenate(leaves)
 
 
-def _shares(logits: jax.Array, tau: Any) -> jax.Array:
+def _shares(logits: jax.Array, tau: float | jax.Array) -> jax.Array:
     """Returns `log_shares` [M, arity, N] from the logits of all children but the first.
 
     What the derivative needs of them is computed again: stored, it is several times the
@@ -294,7 +295,7 @@ def _shares(logits: jax.Array, tau: Any) -> jax.Array:
     return (jax.checkpoint(shares) if isinstance(tau, float) else shares)(logits)
 
 
-def _by_table(levels: Any, logits: jax.Array, tau: Any) -> jax.Array:
+def _by_table(levels: Tables, logits: jax.Array, tau: float | jax.Array) -> jax.Array:
     """Returns log-probabilities by rank, [V, N], of a tree of any form."""
     above = jnp.zeros((1, logits.shape[1]), logits.dtype)
     every = []
@@ -315,10 +316,10 @@ def _by_table(levels: Any, logits: jax.Array, tau: Any) -> jax.Array:
         total = jax.ops.segment_sum(
             jnp.exp(centred), which, number, indices_are_sorted=True
         )
-        found = centred - jnp.log(total)[which] + above[which]
-        every.append(found)
+        log_probs = centred - jnp.log(total)[which] + above[which]
+        every.append(log_probs)
         inner = slice(
             int(levels.first_nodes[depth]), int(levels.first_nodes[depth + 1])
         )
-        above = found[jnp.asarray(levels.node_slots[inner]) - begin]
+        above = log_probs[jnp.asarray(levels.node_slots[inner]) - begin]
     return jnp.concatenate(every)[jnp.asarray(levels.rank_slots)]

@@ -1,7 +1,6 @@
 """Trees of any form, numbered breadth first."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -9,7 +8,10 @@ from jaxsoft.hierarchical.levels import Tables
 
 __all__ = ["tables_of_paths"]
 
-_Node = dict[Hashable, Any]
+# What each branch of an inner node leads to: a class or another inner node.
+_Branches = dict[Hashable, "int | _Branches"]
+# A class, an inner node, or a group of an inner node's children.
+_Child = int | _Branches | list["_Child"]
 
 
 def tables_of_paths(
@@ -27,7 +29,7 @@ def tables_of_paths(
     Raises:
       ValueError: if two paths are equal or one is the beginning of another.
     """
-    root: _Node = {}
+    root: _Branches = {}
     count = 0
     for class_id, path in enumerate(paths):
         _insert(root, class_id, path)
@@ -37,16 +39,17 @@ def tables_of_paths(
     return _number(root, count, arity)
 
 
-def _insert(root: _Node, class_id: int, path: Sequence[Hashable]) -> None:
+def _insert(root: _Branches, class_id: int, path: Sequence[Hashable]) -> None:
     *inner, last = list(path) or [None]
     node = root
     for branch in inner:
-        node = node.setdefault(branch, {})
-        if not isinstance(node, dict):
+        below = node.setdefault(branch, {})
+        if not isinstance(below, dict):
             raise ValueError(
                 f"`paths` must not go on below a class, got {tuple(path)} for class "
-                f"{class_id} below class {node}."
+                f"{class_id} below class {below}."
             )
+        node = below
     if last in node:
         other = node[last]
         clash = "an inner node" if isinstance(other, dict) else f"class {other}"
@@ -57,13 +60,13 @@ def _insert(root: _Node, class_id: int, path: Sequence[Hashable]) -> None:
     node[last] = class_id
 
 
-def _children(node: Any, arity: int | None) -> Any:
+def _children(node: _Child, arity: int | None) -> int | list[_Child]:
     """Returns the children of a node, without nodes that have only one."""
     while isinstance(node, dict) and len(node) == 1:
         (node,) = node.values()
     if not isinstance(node, dict):
         return node
-    children = list(node.values())
+    children: list[_Child] = list(node.values())
     if arity is not None:
         while len(children) > arity:
             # As few groups as suffice, all of about a size.
@@ -76,7 +79,9 @@ def _children(node: Any, arity: int | None) -> Any:
     return children
 
 
-def _number(root: Any, count: int, arity: int | None) -> tuple[Tables, np.ndarray]:
+def _number(
+    root: _Branches, count: int, arity: int | None
+) -> tuple[Tables, np.ndarray]:
     """Numbers nodes and slots breadth first, and leaves from left to right."""
     slot_nodes: list[int] = []
     node_slots, node_firsts = [], []

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,16 +118,16 @@ def hierarchical_top_k(
                 f"`max_visits` must be at least tree.max_depth = {least}, got "
                 f"{max_visits}."
             )
-    found = _top_k(layer, k, max_visits)
+    top = _top_k(layer, k, max_visits)
     return (
-        found.log_probs.reshape(*layer.shape, k),
-        found.ids.reshape(*layer.shape, k),
-        found.exact.reshape(layer.shape),
+        top.log_probs.reshape(*layer.shape, k),
+        top.ids.reshape(*layer.shape, k),
+        top.exact.reshape(layer.shape),
     )
 
 
-class _Found(NamedTuple):
-    """What is known of each row: [N, k], [N, k] and [N]."""
+class _TopK(NamedTuple):
+    """The best classes known of each row: [N, k], [N, k] and [N]."""
 
     log_probs: jax.Array
     ids: jax.Array
@@ -135,20 +135,22 @@ class _Found(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _top_k(layer: Layer, k: int, max_visits: int | None) -> _Found:
+def _top_k(layer: Layer, k: int, max_visits: int | None) -> _TopK:
     return _search(layer, k, max_visits)
 
 
 @_top_k.defjvp
-def _top_k_jvp(k: int, max_visits: int | None, primals: Any, tangents: Any) -> Any:
+def _top_k_jvp(
+    k: int, max_visits: int | None, primals: tuple[Layer], tangents: tuple[Layer]
+) -> tuple[_TopK, _TopK]:
     (layer,), (tangent,) = primals, tangents
-    found = _top_k(layer, k, max_visits)
-    log_probs = functools.partial(_log_probs_at, ids=found.ids)
+    top = _top_k(layer, k, max_visits)
+    log_probs = functools.partial(_log_probs_at, ids=top.ids)
     _, moved = jax.jvp(log_probs, (layer,), (tangent,))
     zeros = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, jax.dtypes.float0), (found.ids, found.exact)
+        lambda a: jnp.zeros(a.shape, jax.dtypes.float0), (top.ids, top.exact)
     )
-    return found, _Found(moved, *zeros)
+    return top, _TopK(moved, *zeros)
 
 
 def _log_probs_at(layer: Layer, ids: jax.Array) -> jax.Array:
@@ -164,16 +166,16 @@ def _log_probs_at(layer: Layer, ids: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _search(layer: Layer, k: int, max_visits: int | None) -> _Found:
+def _search(layer: Layer, k: int, max_visits: int | None) -> _TopK:
     rows, features = layer.hidden.shape
     tree = layer.tree
-    found = _Found(
+    top = _TopK(
         jnp.full((rows, k), -jnp.inf, layer.dtype),
         jnp.full((rows, k), -1, jnp.int32),
         jnp.zeros(rows, bool),
     )
     if not rows:
-        return found
+        return top
     classes, inner = tree.num_classes, sum(tree.levels.nodes)
     if max_visits is not None and max_visits < inner:
         widths = [_width_for(tree, max_visits)]
@@ -185,11 +187,11 @@ def _search(layer: Layer, k: int, max_visits: int | None) -> _Found:
     for width in widths:
         numbers = width * (tree.arity - 1) * features
         search = functools.partial(_beam, k=k, width=width)
-        found = _where_not_exact(search, _BUDGET // numbers, layer, found)
+        top = _where_not_exact(search, _BUDGET // numbers, layer, top)
     if max_visits is None or max_visits >= inner:
         search = functools.partial(_best_of_all, k=k)
-        found = _where_not_exact(search, _BUDGET // classes, layer, found)
-    return found
+        top = _where_not_exact(search, _BUDGET // classes, layer, top)
+    return top
 
 
 def _width_for(tree: ClassTree, max_visits: int) -> int:
@@ -206,16 +208,16 @@ def _width_for(tree: ClassTree, max_visits: int) -> int:
 
 
 def _where_not_exact(
-    search: Callable[[Layer], _Found], chunk: int, layer: Layer, found: _Found
-) -> _Found:
+    search: Callable[[Layer], _TopK], chunk: int, layer: Layer, top: _TopK
+) -> _TopK:
     """Searches the rows whose classes are not known yet, some at a time."""
     rows = layer.hidden.shape[0]
     chunk = max(1, min(chunk, rows))
-    order = jnp.argsort(found.exact).astype(jnp.int32)
+    order = jnp.argsort(top.exact).astype(jnp.int32)
     order = jnp.pad(order, (0, -rows % chunk), constant_values=rows)
-    count = jnp.sum(~found.exact, dtype=jnp.int32)
+    count = jnp.sum(~top.exact, dtype=jnp.int32)
 
-    def some(index: Any, found: _Found) -> _Found:
+    def search_chunk(index: jax.Array, top: _TopK) -> _TopK:
         # Without the barrier a chunk of all rows is the same in every turn, and XLA
         # searches them before the loop, though no row may be left.
         start, places = lax.optimization_barrier((index * chunk, order))
@@ -232,18 +234,18 @@ def _where_not_exact(
         new = search(part)
         target = jnp.where(missing, which, rows)
         return jax.tree.map(
-            lambda old, new: old.at[target].set(new, mode="drop"), found, new
+            lambda old, new: old.at[target].set(new, mode="drop"), top, new
         )
 
-    return lax.fori_loop(0, -(-count // chunk), some, found)
+    return lax.fori_loop(0, -(-count // chunk), search_chunk, top)
 
 
-def _best_of_all(layer: Layer, *, k: int) -> _Found:
+def _best_of_all(layer: Layer, *, k: int) -> _TopK:
     # Without the barrier XLA carries what the slices below leave out through the loop
     # around them, and sorts all classes instead of selecting some.
     best = lax.optimization_barrier(tuple(lax.top_k(all_log_probs(layer), k)))
     log_probs, ids = best
-    return _Found(log_probs, ids, jnp.ones(ids.shape[0], bool))
+    return _TopK(log_probs, ids, jnp.ones(ids.shape[0], bool))
 
 
 class _Beam(NamedTuple):
@@ -264,7 +266,7 @@ class _Beam(NamedTuple):
     left: jax.Array
 
 
-def _beam(layer: Layer, *, k: int, width: int) -> _Found:
+def _beam(layer: Layer, *, k: int, width: int) -> _TopK:
     """Follows the best `width` nodes of each level."""
     tree, rows = layer.tree, layer.hidden.shape[0]
     lowest = jnp.full(rows, -jnp.inf, layer.dtype)
@@ -287,7 +289,7 @@ def _beam(layer: Layer, *, k: int, width: int) -> _Found:
     if tree.order is not None:
         ids = jnp.where(ids < 0, -1, jnp.asarray(tree.order)[ids])
     descending, ids = lax.sort((-beam.log_probs, ids), num_keys=2)
-    return _Found(-descending, ids, beam.log_probs[:, -1] > beam.left)
+    return _TopK(-descending, ids, beam.log_probs[:, -1] > beam.left)
 
 
 def _descend(layer: Layer, beam: _Beam, width: int) -> _Beam:

@@ -38,17 +38,17 @@ def tree_of(family):
     tree = jaxsoft.ClassTree.balanced(CLASSES)
     table = functools.partial(array, dtype=jnp.int32)
     slots = tree.levels.num_slots
-    tables = Tables(
-        tree.levels.arity,
-        tree.levels.leaves,
-        tree.levels.nodes,
+    tables = jax.eval_shape(
+        functools.partial(
+            Tables, tree.levels.arity, tree.levels.leaves, tree.levels.nodes
+        ),
         rank_slots=table(CLASSES),
         node_slots=table(CLASSES - 1),
         slot_nodes=table(slots),
         node_firsts=table(CLASSES),
         slot_children=table(slots),
     )
-    return jaxsoft.ClassTree(tables, table(CLASSES), table(CLASSES))
+    return jax.eval_shape(jaxsoft.ClassTree, tables, table(CLASSES), table(CLASSES))
 
 
 def with_gradients(function, argnums):
