@@ -273,9 +273,12 @@ def _arrays(dtype: str) -> dict[str, tuple[Any, P]]:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     def pair(size: int, width: int) -> jaxsoft.AdaptiveTail:
-        return jaxsoft.AdaptiveTail(array(_FEATURES, width), array(width, size))
+        return jax.eval_shape(
+            jaxsoft.AdaptiveTail, array(_FEATURES, width), array(width, size)
+        )
 
     rows, classes = P(AXES[0]), P(AXES[1])
+    starts = array(_CLASSES + 1, dtype="int32")
     columns = P(None, AXES[1])
     tree = jaxsoft.ClassTree.huffman(1 / np.arange(1, _CLASSES + 1))
     bands = jaxsoft.ClassBands.in_order(_CLASSES, (512, 2048))
@@ -310,5 +313,5 @@ def _arrays(dtype: str) -> dict[str, tuple[Any, P]]:
         "bands": (bands, P()),
         "head": (bands_head, P()),
         "tails": ([pair(s, 64 >> 2 * i) for i, s in enumerate(bands.tails)], P()),
-        "sampler": (jaxsoft.ClassSampler(array(_CLASSES + 1, dtype="int32")), P()),
+        "sampler": (jax.eval_shape(jaxsoft.ClassSampler, starts), P()),
     }

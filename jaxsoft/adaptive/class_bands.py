@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 from numpy import typing as npt
 
 from jaxsoft._core import checks
-from jaxsoft._core.exporting import exportable_dataclass
+from jaxsoft._core.exporting import Leaf, exportable_dataclass
 
 __all__ = ["ClassBands"]
 
@@ -44,8 +43,8 @@ class ClassBands:
     """
 
     cutoffs: tuple[int, ...]
-    order: Any = None
-    ranks: Any = None
+    order: Leaf | None = None
+    ranks: Leaf | None = None
 
     @classmethod
     def in_order(cls, num_classes: int, cutoffs: Sequence[int]) -> "ClassBands":

@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -184,8 +184,8 @@ def adaptive_top_k(
     k = checks.positive_integer("k", k)
     if k > bands.num_classes:
         raise ValueError(f"`k` must be at most V = {bands.num_classes}, got {k}.")
-    found: tuple[jax.Array, jax.Array] = _differentiable_top_k(k, layer)
-    log_probs, ranks = found
+    best: tuple[jax.Array, jax.Array] = _differentiable_top_k(k, layer)
+    log_probs, ranks = best
     shape = (*layer.shape, k)
     return log_probs.reshape(shape), bands.class_of(ranks).reshape(shape)
 
@@ -195,12 +195,18 @@ def _differentiable_top_k(k: int, layer: Layer) -> tuple[jax.Array, jax.Array]:
     return _top_k(k, layer)
 
 
-def _top_k_fwd(k: int, layer: Layer):
-    found = _top_k(k, layer)
-    return found, (layer, found[1])
+def _top_k_fwd(
+    k: int, layer: Layer
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Layer, jax.Array]]:
+    log_probs, ranks = _top_k(k, layer)
+    return (log_probs, ranks), (layer, ranks)
 
 
-def _top_k_bwd(k: int, residuals: Any, cotangents: Any):
+def _top_k_bwd(
+    k: int,
+    residuals: tuple[Layer, jax.Array],
+    cotangents: tuple[jax.Array, np.ndarray],
+) -> tuple[Layer]:
     layer, ranks = residuals
 
     def log_probs(layer):

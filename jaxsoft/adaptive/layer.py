@@ -5,20 +5,20 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, registry
-from jaxsoft._core.exporting import exportable_namedtuple
+from jaxsoft._core.exporting import Leaf, exportable_namedtuple
 from jaxsoft._core.numerics import compute_dtype, matmul, operand_dtype
 from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.row_blocks import take
 
-__all__ = ["AdaptiveTail", "Layer", "TailLayer", "prepare"]
+__all__ = ["AdaptiveTail", "Layer", "Options", "TailLayer", "prepare"]
 
 
 @exportable_namedtuple
@@ -38,9 +38,25 @@ class AdaptiveTail(NamedTuple):
       (2, 100) None
     """
 
-    projection: Any
-    kernel: Any
-    bias: Any = None
+    projection: Leaf
+    kernel: Leaf
+    bias: Leaf | None = None
+
+
+class Options(TypedDict):
+    """Options that every `linear_*` function takes.
+
+    Attributes:
+      bias: of the classes, or None.
+      temperature: a constant, or [N].
+      precision: of matrix products.
+      implementation: what the caller asked for.
+    """
+
+    bias: Leaf | None
+    temperature: float | jax.Array
+    precision: jax.lax.PrecisionLike
+    implementation: Implementation | None
 
 
 @functools.partial(
@@ -85,12 +101,13 @@ class TailLayer:
             tau = tau.at[rows].get(mode="fill", fill_value=1)
         return dataclasses.replace(self, hidden=take(self.hidden, rows), row_tau=tau)
 
-    def call(self) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    def call(self) -> tuple[tuple[jax.Array, jax.Array], Options]:
         """Returns hidden states and kernel, and options, for `linear_*`."""
-        projection = self.parameters.projection.astype(self.hidden.dtype)
+        projection = jnp.asarray(self.parameters.projection, self.hidden.dtype)
         projected = matmul(self.hidden, projection, self.precision, self.dtype)
         options = _options(self, self.parameters.bias)
-        return (projected.astype(self.hidden.dtype), self.parameters.kernel), options
+        kernel = jnp.asarray(self.parameters.kernel)
+        return (projected.astype(self.hidden.dtype), kernel), options
 
 
 @functools.partial(
@@ -149,7 +166,7 @@ class Layer:
             row_tau=None if tau is None else jnp.repeat(tau, times),
         )
 
-    def call(self) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    def call(self) -> tuple[tuple[jax.Array, jax.Array], Options]:
         """Returns hidden states and kernel, and options, for `linear_*`."""
         return (self.hidden, self.kernel), _options(self, self.bias)
 
@@ -166,7 +183,7 @@ class Layer:
         )
 
 
-def _options(layer: Layer | TailLayer, bias: jax.Array | None) -> dict[str, Any]:
+def _options(layer: Layer | TailLayer, bias: Leaf | None) -> Options:
     tau = layer.constant if layer.row_tau is None else layer.row_tau
     return {
         "bias": bias,

@@ -9,7 +9,6 @@ there are tokens for, under one static shape.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,21 +163,21 @@ def adaptive_log_probs(
         precision=precision,
         implementation=implementation,
     )
-    found = _log_probs_by_rank(layer)
+    log_probs = _log_probs_by_rank(layer)
     if bands.ranks is not None:
-        found = jnp.take(found, jnp.asarray(bands.ranks), axis=1)
-    return found.reshape(*layer.shape, bands.num_classes)
+        log_probs = jnp.take(log_probs, jnp.asarray(bands.ranks), axis=1)
+    return log_probs.reshape(*layer.shape, bands.num_classes)
 
 
 @functools.partial(jax.jit, inline=True)
 def _log_probs_by_rank(layer: Layer) -> jax.Array:
     head = _all_log_probs(layer)
     size = layer.shortlist
-    each = [
+    of_tails = [
         head[:, size + index, None] + _all_log_probs(layer.tail(index))
         for index in range(len(layer.tails))
     ]
-    return jnp.concatenate([head[:, :size], *each], axis=1)
+    return jnp.concatenate([head[:, :size], *of_tails], axis=1)
 
 
 def _all_log_probs(layer: Layer | TailLayer) -> jax.Array:
@@ -188,11 +187,11 @@ def _all_log_probs(layer: Layer | TailLayer) -> jax.Array:
         hidden.astype(operand), kernel.astype(operand), layer.precision, layer.dtype
     )
     if options["bias"] is not None:
-        logits += options["bias"][None].astype(layer.dtype)
+        logits += jnp.asarray(options["bias"])[None].astype(layer.dtype)
     tau = options["temperature"]
     return log_softmax(
         logits,
-        temperature=tau if layer.row_tau is None else tau[:, None],
+        temperature=tau[:, None] if isinstance(tau, jax.Array) else tau,
         implementation=layer.implementation,
     )
 
@@ -205,12 +204,12 @@ def log_prob_of_ranks(layer: Layer, ranks: jax.Array) -> jax.Array:
     entries = jnp.minimum(ranks, size)
     for start in layer.starts[1:]:
         entries += (ranks >= start).astype(jnp.int32)
-    found = _log_prob(layer, entries)
+    log_probs = _log_prob(layer, entries)
     for index, start in enumerate(layer.starts):
-        found += _log_prob_in_tail(
+        log_probs += _log_prob_in_tail(
             layer.tail(index), ranks - start, entries == size + index
         )
-    return found
+    return log_probs
 
 
 def _log_prob(layer: Layer | TailLayer, labels: jax.Array) -> jax.Array:
@@ -224,18 +223,25 @@ def _log_prob_in_tail(
 ) -> jax.Array:
     """Returns the log-probabilities [N] in a tail, 0 where a row is no member."""
 
-    def step(rows, found):
+    def step(rows, log_probs):
         part = _log_prob(layer.rows(rows), take(labels, rows))
-        return found.at[rows].set(part, mode="drop")
+        return log_probs.at[rows].set(part, mode="drop")
 
     return RowBlocks(member).fold(step, jnp.zeros(labels.shape, layer.dtype))
 
 
-def _log_prob_in_tail_fwd(layer: TailLayer, labels: jax.Array, member: jax.Array):
+_Residuals = tuple[TailLayer, jax.Array, jax.Array]
+
+
+def _log_prob_in_tail_fwd(
+    layer: TailLayer, labels: jax.Array, member: jax.Array
+) -> tuple[jax.Array, _Residuals]:
     return _log_prob_in_tail(layer, labels, member), (layer, labels, member)
 
 
-def _log_prob_in_tail_bwd(residuals: Any, cotangent: jax.Array):
+def _log_prob_in_tail_bwd(
+    residuals: _Residuals, cotangent: jax.Array
+) -> tuple[TailLayer, None, None]:
     layer, labels, member = residuals
     parameters, hidden, tau = layer.parameters, layer.hidden, layer.row_tau
 

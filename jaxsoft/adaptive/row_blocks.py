@@ -1,7 +1,7 @@
 """Work on the rows that need it alone, under static shapes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax import lax
 from jaxsoft._core import mesh_axes
 
 __all__ = ["RowBlocks", "take"]
+
+Carry = TypeVar("Carry")
 
 # Rows of a block: this part of all, and no fewer than this many.
 _PARTS = 16
@@ -45,7 +47,7 @@ class RowBlocks:
         order = jnp.where(place < self.count, order, self.num_rows)
         self._order = jnp.pad(order, (0, self.size), constant_values=self.num_rows)
 
-    def fold(self, step: Callable[[jax.Array, Any], Any], start: Any) -> Any:
+    def fold(self, step: Callable[[jax.Array, Carry], Carry], start: Carry) -> Carry:
         """Folds the blocks.
 
         Args:

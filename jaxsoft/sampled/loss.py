@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from numpy import typing as npt
 
 from jaxsoft._core import checks, registry
-from jaxsoft._core.exporting import exportable_dataclass
+from jaxsoft._core.exporting import Leaf, exportable_dataclass
 from jaxsoft._core.numerics import (
     compute_dtype,
     is_zero,
@@ -66,7 +66,7 @@ class ClassSampler:
       (8,)
     """
 
-    starts: Any
+    starts: Leaf
 
     @classmethod
     def uniform(cls, num_classes: int) -> "ClassSampler":
@@ -148,10 +148,10 @@ class ClassSampler:
         starts = jnp.asarray(self.starts)
         # Unrolled: a GPU makes one kernel of it, and the compiler for TPUs of JAX 0.12
         # fails at the loop beside the gradient of a table [V, H].
-        found = jnp.searchsorted(
+        following = jnp.searchsorted(
             starts, bits.astype(jnp.int32), side="right", method="scan_unrolled"
         )
-        return found - 1
+        return following - 1
 
     def log_prob(self, class_ids: ArrayLike) -> jax.Array:
         """Returns log-probabilities in one draw.
@@ -285,9 +285,9 @@ def sampled_softmax_loss(
         if tau.ndim:
             checks.shape("temperature", tau, rows, "() or hidden.shape[:-1]")
         tau = jnp.broadcast_to(tau, rows).reshape(-1, 1)
-    each = token_weights(rows, weights, labels, ignore_label)
-    if each is not None:
-        live = each != 0
+    token_weight = token_weights(rows, weights, labels, ignore_label)
+    if token_weight is not None:
+        live = token_weight != 0
         hidden = jnp.where(live[..., None], hidden, 0)
         labels = jnp.where(live, labels, 0)
     ids = checks.integer("sampler.sample(...)", sampler.sample(key, count))
@@ -306,7 +306,7 @@ def sampled_softmax_loss(
         others = jnp.where(ids[None] == own[:, None], -jnp.inf, others)
     loss = _log_sum_with_one(others, is_zero(tau, dtype))
     loss = jnp.where(known, loss, jnp.nan).reshape(rows)
-    return reduce_losses(loss, each, reduction)
+    return reduce_losses(loss, token_weight, reduction)
 
 
 def _logits(
@@ -331,11 +331,11 @@ def _logits(
     dtype = compute_dtype(hidden, kernel)
     wide = hidden.astype(vectors.dtype)
     shared = matmul(wide, vectors[:count].T, precision, dtype)
-    each = products_of_rows(hidden, vectors[count:], dtype, precision)
+    own_scores = products_of_rows(hidden, vectors[count:], dtype, precision)
     if bias is None:
-        return shared, each
+        return shared, own_scores
     biases = take_rows(bias, every).astype(dtype)
-    return shared + biases[None, :count], each + biases[count:]
+    return shared + biases[None, :count], own_scores + biases[count:]
 
 
 def _log_sum_with_one(x: jax.Array, cold: jax.Array) -> jax.Array:
@@ -347,5 +347,5 @@ def _log_sum_with_one(x: jax.Array, cold: jax.Array) -> jax.Array:
     total = jnp.sum(jnp.exp(x - bounded[:, None]), axis=-1)
     none = total == 0
     log_sum = bounded + jnp.log(jnp.where(none, 1, total))
-    found = jnp.logaddexp(jnp.where(none, 0, log_sum), jnp.zeros_like(log_sum))
-    return jnp.where(none, 0, jnp.where(peak == jnp.inf, jnp.inf, found))
+    log_total = jnp.logaddexp(jnp.where(none, 0, log_sum), jnp.zeros_like(log_sum))
+    return jnp.where(none, 0, jnp.where(peak == jnp.inf, jnp.inf, log_total))

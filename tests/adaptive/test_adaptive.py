@@ -430,6 +430,7 @@ def test_bands_of_many_classes():
     assert bands.num_classes == 10**6
     assert len(bands.tails) == 2
     assert 1000 < bands.shortlist < 100_000
+    assert bands.order is not None and bands.ranks is not None
     np.testing.assert_array_equal(bands.ranks[bands.order], np.arange(10**6))
 
 
