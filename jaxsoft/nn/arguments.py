@@ -1,7 +1,5 @@
 """What heads do alike with initial kernels, temperatures, dtypes and weights."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -36,7 +34,7 @@ def stored(temperature: Temperature) -> StoredTemperature:
     return nnx.Variable(jnp.asarray(temperature))
 
 
-def current(own: StoredTemperature, given: ArrayLike | None) -> Any:
+def current(own: StoredTemperature, given: ArrayLike | None) -> ArrayLike:
     """Returns the temperature of a call: the given one, or else the module's."""
     if given is not None:
         return given
@@ -63,12 +61,12 @@ def live_tokens(
     labels = checks.integer("labels", labels)
     rows = hidden.shape[:-1]
     checks.shape("labels", labels, rows, "hidden.shape[:-1]")
-    each = token_weights(rows, weights, labels, ignore_label)
-    if each is None:
+    token_weight = token_weights(rows, weights, labels, ignore_label)
+    if token_weight is None:
         return hidden, labels, None
-    live = each != 0
+    live = token_weight != 0
     hidden = jnp.where(live[..., None], hidden, 0)
-    return hidden, jnp.where(live, labels, 0), each
+    return hidden, jnp.where(live, labels, 0), token_weight
 
 
 def reduced(

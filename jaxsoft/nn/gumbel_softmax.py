@@ -1,7 +1,6 @@
 """A layer of relaxed one-hot samples, annealed as it is trained."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +96,7 @@ class GumbelSoftmax(nnx.Module):
                 f"`rngs` must be an nnx.Rngs, an nnx.RngStream or None, got {rngs!r}."
             )
 
-    def current_temperature(self) -> Any:
+    def current_temperature(self) -> ArrayLike:
         """Returns τ, a number or an array: with a schedule, that of the next call."""
         if self.schedule is None:
             assert self.temperature is not None

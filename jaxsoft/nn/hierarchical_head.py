@@ -258,7 +258,9 @@ class HierarchicalSoftmaxHead(nnx.Module):
         log_probs, ids, _ = hierarchical_top_k(hidden, kernel, k, tree, **options)
         return log_probs, ids
 
-    def _operands(self, hidden: ArrayLike, temperature: ArrayLike | None) -> Any:
+    def _operands(
+        self, hidden: ArrayLike, temperature: ArrayLike | None
+    ) -> tuple[jax.Array, jax.Array, ClassTree, dict[str, Any]]:
         """Returns hidden states, kernel, tree and options of a call."""
         hidden = checks.floating("hidden", hidden)
         hidden, kernel = arguments.promoted(self.dtype, hidden, self.node_kernel[...])

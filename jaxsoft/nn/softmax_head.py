@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,40 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks, numerics
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear.arguments import MeshAxes
+from jaxsoft.linear.arguments import KernelLayout, MeshAxes
 from jaxsoft.linear.log_probs import linear_log_prob
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.top_k import linear_top_k
 from jaxsoft.nn import arguments
 
-__all__ = ["SoftmaxHead"]
+__all__ = ["ClassOptions", "SoftmaxHead", "StreamOptions"]
 
-_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+# Flax keeps metadata of any type.
+_Metadata = Mapping[str, Any]
+
+_NO_METADATA: _Metadata = MappingProxyType({})
+
+
+class ClassOptions(TypedDict):
+    """Options of functions of single classes: parts of the layer and of the call."""
+
+    bias: jax.Array | None
+    temperature: ArrayLike
+    kernel_layout: KernelLayout
+    precision: jax.lax.PrecisionLike
+
+
+class StreamOptions(TypedDict):
+    """Options of functions that stream over the classes: those of the layer."""
+
+    logit_softcap: float | None
+    kernel_layout: KernelLayout
+    precision: jax.lax.PrecisionLike
+    vocab_axis: MeshAxes
+    token_axes: MeshAxes
+    tile_bytes: int | None
+    implementation: Implementation | None
 
 
 class SoftmaxHead(nnx.Module):
@@ -127,8 +151,8 @@ class SoftmaxHead(nnx.Module):
         precision: jax.lax.PrecisionLike = None,
         kernel_init: nnx.Initializer = arguments.KERNEL_INIT,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
-        kernel_metadata: Mapping[str, Any] = _NO_METADATA,
-        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        kernel_metadata: _Metadata = _NO_METADATA,
+        bias_metadata: _Metadata = _NO_METADATA,
         vocab_axis: MeshAxes = None,
         token_axes: MeshAxes = (),
         tile_bytes: int | None = None,
@@ -335,7 +359,9 @@ class SoftmaxHead(nnx.Module):
             **self._options(),
         )
 
-    def operands(self, hidden: ArrayLike, temperature: ArrayLike | None = None) -> Any:
+    def operands(
+        self, hidden: ArrayLike, temperature: ArrayLike | None = None
+    ) -> tuple[jax.Array, jax.Array, ClassOptions]:
         """Returns what functions of single classes need of this layer.
 
         Args:
@@ -377,10 +403,10 @@ class SoftmaxHead(nnx.Module):
         hidden, kernel = arguments.promoted(self.dtype, hidden, kernel)
         return hidden, kernel, bias
 
-    def _temperature(self, temperature: ArrayLike | None) -> Any:
+    def _temperature(self, temperature: ArrayLike | None) -> ArrayLike:
         return arguments.current(self.temperature, temperature)
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> StreamOptions:
         """Returns the options that every function of the linear room takes."""
         return {
             "logit_softcap": self.logit_softcap,
@@ -399,7 +425,7 @@ def _axes(value: MeshAxes) -> str | tuple[str, ...] | None:
 
 
 def _check_embedding(
-    embedding: nnx.Embed, shape: tuple[int, int], kernel_metadata: Mapping[str, Any]
+    embedding: nnx.Embed, shape: tuple[int, int], kernel_metadata: _Metadata
 ) -> None:
     """Raises unless a tied embedding is a kernel [V, H], with its own metadata."""
     table = embedding.embedding[...]

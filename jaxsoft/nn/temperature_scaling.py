@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks
 from jaxsoft._core.temperature_fit import DEFAULT_BOUNDS, TemperatureFit
@@ -45,9 +45,9 @@ class TemperatureScaling(nnx.Module):
       >>> probabilities = jax.nn.softmax(scaling(5 * logits))
     """
 
-    def __init__(self, temperature: ArrayLike = 1.0, *, dtype: Any = jnp.float32):
+    def __init__(self, temperature: ArrayLike = 1.0, *, dtype: DTypeLike = jnp.float32):
         """Keeps the temperature; see the class for the arguments."""
-        value = jnp.asarray(checks.temperature(temperature, dtype), dtype)
+        value = jnp.asarray(checks.temperature(temperature, jnp.dtype(dtype)), dtype)
         checks.shape("temperature", value, (), "()")
         self.temperature = nnx.Variable(value)
 
