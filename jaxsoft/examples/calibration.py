@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from flax import nnx
 
 import jaxsoft
 from jaxsoft.nn import TemperatureScaling
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Measures", "digits", "main", "measure", "train"]
 
@@ -216,7 +219,7 @@ def _run(seed: int, steps: int, out: Path) -> None:
         console.print(f"wrote {path}", soft_wrap=True)
 
 
-def _table(before: Measures, after: Measures) -> Any:
+def _table(before: Measures, after: Measures) -> "Table":
     """Returns a table of both, for the console."""
     from rich.table import Table
 

@@ -15,7 +15,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,9 @@ def _test_elbo(
 
 
 @nnx.jit
-def _measure(model: CategoricalVAE, images: jax.Array, key: jax.Array) -> Any:
+def _measure(
+    model: CategoricalVAE, images: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     value, divergence = elbo(model, images, functools.partial(_one_hot_sample, key))
     return value.mean(), divergence.mean()
 
@@ -307,7 +309,7 @@ def _draw(
     images = jnp.asarray(test[:_SHOWN])
     logits = model.encode(images)
     flat = jnp.zeros_like(logits)
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, jax.Array]] = [
         ("prior", model.decode(_one_hot_sample(prior_key, flat))),
         ("digit", images),
         ("again", model.decode(_one_hot_sample(posterior_key, logits))),
