@@ -168,12 +168,12 @@ def _cheapest(weights: np.ndarray, tails: int, factor: float) -> tuple[int, ...]
     cost = np.where(np.arange(len(ends)) == len(ends) - 1, 0.0, np.inf)
     chosen = []
     for tail in reversed(range(tails)):
-        each = np.where(later, between / factor ** (tail + 1) + cost, np.inf)
-        chosen.append(each.argmin(axis=1))
-        cost = each.min(axis=1)
+        costs = np.where(later, between / factor ** (tail + 1) + cost, np.inf)
+        chosen.append(costs.argmin(axis=1))
+        cost = costs.min(axis=1)
     place = int((ends + cost).argmin())
-    found = [int(ends[place])]
+    cutoffs = [int(ends[place])]
     for step in reversed(chosen[1:]):
         place = int(step[place])
-        found.append(int(ends[place]))
-    return tuple(found)
+        cutoffs.append(int(ends[place]))
+    return tuple(cutoffs)

@@ -157,11 +157,11 @@ class AdaptiveSoftmaxHead(nnx.Module):
         Returns:
           A scalar, or [...] with reduction "none", float32 (float64 if an input is).
         """
-        hidden, labels, each = arguments.live_tokens(
+        hidden, labels, token_weight = arguments.live_tokens(
             hidden, labels, weights, ignore_label
         )
         loss = -self.log_prob(hidden, labels, temperature=temperature)
-        return arguments.reduced(loss, each, reduction)
+        return arguments.reduced(loss, token_weight, reduction)
 
     def log_prob(
         self,

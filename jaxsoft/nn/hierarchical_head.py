@@ -151,11 +151,11 @@ class HierarchicalSoftmaxHead(nnx.Module):
         Returns:
           A scalar, or [...] with reduction "none", float32 (float64 if an input is).
         """
-        hidden, labels, each = arguments.live_tokens(
+        hidden, labels, token_weight = arguments.live_tokens(
             hidden, labels, weights, ignore_label
         )
         loss = -self.log_prob(hidden, labels, temperature=temperature)
-        return arguments.reduced(loss, each, reduction)
+        return arguments.reduced(loss, token_weight, reduction)
 
     def value_and_row_grad(
         self,
@@ -181,7 +181,7 @@ class HierarchicalSoftmaxHead(nnx.Module):
           A triple, as `jaxsoft.hierarchical_value_and_row_grad`: the gradient is in
           `node_kernel`, or in (`node_kernel`, `node_bias`) if there is a bias.
         """
-        hidden, labels, each = arguments.live_tokens(
+        hidden, labels, token_weight = arguments.live_tokens(
             hidden, labels, weights, ignore_label
         )
         hidden, kernel, tree, options = self._operands(hidden, temperature)
@@ -190,7 +190,7 @@ class HierarchicalSoftmaxHead(nnx.Module):
             kernel,
             labels,
             tree,
-            weights=each,
+            weights=token_weight,
             reduction=reduction,
             **options,
         )
