@@ -203,9 +203,7 @@ def test_sample_and_top_k_are_those_of_the_functions(tied):
                 key, HIDDEN, param[...], temperature=value, **options
             )
             best = head.top_k(HIDDEN, 4, temperature=tau, class_mask=mask)
-            for_each = (
-                tau if tau is None or np.ndim(tau) == 0 else jnp.tile(tau, (4, 1))
-            )
+            for_each = jnp.tile(tau, (4, 1)) if isinstance(tau, np.ndarray) else tau
             log_prob = head.log_prob(
                 states, best[1].T, temperature=for_each, class_mask=mask
             )
