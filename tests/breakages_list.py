@@ -553,12 +553,9 @@ _TREES = (
         "last-node-has-all-its-children",
         kind="lost last partial tile",
         file="jaxsoft/hierarchical/levels.py",
-        before="return jnp.minimum(first, self.num_slots)",
-        after="return first",
-        tests=(
-            "tests/hierarchical/test_class_tree.py",
-            "tests/hierarchical/test_top_k.py",
-        ),
+        before="number = jnp.minimum(self.num_slots - first, self.arity)",
+        after="number = jnp.full_like(first, self.arity)",
+        tests=("tests/hierarchical/test_class_tree.py",),
     ),
     Breakage(
         "all-classes-by-order-not-by-rank",

@@ -271,6 +271,18 @@ def test_samples_follow_the_probabilities(bands):
         assert abs(rest[0] - rest[1]) < 6 * np.sqrt(rest[1] + 1)
 
 
+def test_blocks_of_rows_draw_apart():
+    """512 rows of one state, all of which come to the tail, are four blocks of it."""
+    bands = ClassBands.in_order(1000, (1,))
+    tail = AdaptiveTail(np.zeros((2, 1), np.float32), np.zeros((1, 999), np.float32))
+    head, bias = np.zeros((2, 2), np.float32), np.array([-200.0, 0.0], np.float32)
+    layer = np.zeros((512, 2), np.float32), head, bias, [tail]
+    blocks = np.asarray(_sample(layer, bands)).reshape(4, 128)
+    assert (blocks > 0).all()
+    for one, other in itertools.combinations(blocks, 2):
+        assert (one == other).mean() < 0.1
+
+
 def test_cold_samples_are_greedy_and_cold_rows_may_stand_beside_warm_ones():
     case = Case(ClassBands.in_order(60, (10, 30)), rows=8)
     tau = np.array([0.0, 1.0] * 4, np.float32)

@@ -72,9 +72,14 @@ def test_temperature_of_zero_is_greedy(kind):
         np.testing.assert_array_equal(own, best)
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 3])
-def test_few_classes_and_leading_axes(num_classes):
-    tree = ClassTree.huffman(np.ones(num_classes))
+@pytest.mark.parametrize(
+    "tree",
+    [
+        *(pytest.param(ClassTree.huffman(np.ones(n)), id=str(n)) for n in (1, 2, 3)),
+        pytest.param(ClassTree.balanced(4, 3), id="last node of two children"),
+    ],
+)
+def test_few_classes_and_leading_axes(tree):
     kernel = np.zeros((tree.num_rows, 3), "float32")
 
     @jax.jit
@@ -84,7 +89,7 @@ def test_few_classes_and_leading_axes(num_classes):
     many, none = np.ones((4, 50, 3), "float32"), np.ones((0, 3), "float32")
     drawn, nothing = draw(jax.random.key(0), many, none)
     assert drawn.shape == (4, 50)
-    assert set(np.asarray(drawn).ravel().tolist()) == {*range(num_classes)}
+    assert set(np.asarray(drawn).ravel().tolist()) == {*range(tree.num_classes)}
     assert nothing.shape == (0,)
 
 

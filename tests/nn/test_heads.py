@@ -174,6 +174,16 @@ def test_temperature_of_the_module_and_of_the_call(kind):
 
 
 @each_kind
+def test_logits_are_not_divided_by_the_temperature(kind):
+    @nnx.jit
+    def logits(cold, warm):
+        return cold(HIDDEN), warm(HIDDEN)
+
+    cold, warm = logits(KINDS[kind].make(temperature=0.5), KINDS[kind].make())
+    np.testing.assert_allclose(cold, warm, rtol=1e-6)
+
+
+@each_kind
 def test_samples_follow_the_probabilities(kind):
     head = KINDS[kind].make()
     draws = 40_000
