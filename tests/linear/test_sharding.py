@@ -213,7 +213,11 @@ def results_of_collectives(text):
 
 @pytest.mark.parametrize(
     "name, layout",
-    [(name, "2 × 4") for name in CALLS] + [(name, "8") for name in ("ce", "sample")],
+    # The first and the last are of the default tier: one with all statistics, one with
+    # noise and a choice of one class.
+    [("statistics", "2 × 4")]
+    + [(name, "2 × 4") for name in CALLS if name != "statistics"]
+    + [(name, "8") for name in ("ce", "sample", "straight_through")],
 )
 @pytest.mark.many_cases
 def test_inside_shard_map(name, layout):
