@@ -89,21 +89,18 @@ class _Kernel(NamedTuple):
 
 
 _LAYER, _OF_ROWS = "jaxsoft.kernels.layer", "jaxsoft.kernels.rows"
-_TPU_LAYER = ("float32", "bfloat16")
-_TPU_ROWS = ("float32", "bfloat16")
-_GPU_ROWS = ("float32", "bfloat16", "float16")
+_TPU = ("float32", "bfloat16")
+_GPU_ROWS = (*_TPU, "float16")
 
 # What has a kernel, by the step of an operation and the implementation.
 _KERNELS: dict[tuple[str, str], _Kernel] = {
-    ("statistics", "mosaic_tpu"): _Kernel(
-        f"{_LAYER}.mosaic_tpu.forward:forward", _TPU_LAYER
-    ),
+    ("statistics", "mosaic_tpu"): _Kernel(f"{_LAYER}.mosaic_tpu.forward:forward", _TPU),
     ("statistics_gradient", "mosaic_tpu"): _Kernel(
-        f"{_LAYER}.mosaic_tpu.backward:accumulate", _TPU_LAYER
+        f"{_LAYER}.mosaic_tpu.backward:accumulate", _TPU
     ),
     ("statistics", "mosaic_gpu"): _Kernel(f"{_LAYER}.mosaic_gpu.call:forward"),
     ("draw", "mosaic_gpu"): _Kernel(f"{_LAYER}.mosaic_gpu.sample:sample"),
-    ("rows", "mosaic_tpu"): _Kernel(f"{_OF_ROWS}.mosaic_tpu.call:forward", _TPU_ROWS),
+    ("rows", "mosaic_tpu"): _Kernel(f"{_OF_ROWS}.mosaic_tpu.call:forward", _TPU),
     ("rows_slope", "mosaic_tpu"): _Kernel(f"{_OF_ROWS}.mosaic_tpu.call:backward"),
     ("rows", "mosaic_gpu"): _Kernel(f"{_OF_ROWS}.mosaic_gpu.call:forward", _GPU_ROWS),
     ("rows_slope", "mosaic_gpu"): _Kernel(f"{_OF_ROWS}.mosaic_gpu.call:backward"),

@@ -16,6 +16,7 @@ from jaxsoft._core.numerics import (
     operand_dtype,
 )
 from jaxsoft._core.registry import Implementation
+from jaxsoft._core.tokens import token_weights
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.same_rows import take_rows
 
@@ -25,6 +26,7 @@ __all__ = [
     "log_shares",
     "logits_of_nodes",
     "logits_with",
+    "mask_tokens",
     "parameters_of",
     "prepare",
     "products_of_rows",
@@ -71,6 +73,37 @@ class Layer:
     def tau(self) -> float | jax.Array:
         """The temperature: a float, or [N, 1]."""
         return self.constant_tau if self.row_tau is None else self.row_tau[:, None]
+
+
+def mask_tokens(
+    layer: Layer, labels: ArrayLike, weights: ArrayLike | None
+) -> tuple[Layer, jax.Array, jax.Array | None]:
+    """Leaves out tokens without weight, whatever their label and hidden state.
+
+    Args:
+      layer: the layer.
+      labels: [...] integers.
+      weights: [...] booleans or reals, or None.
+
+    Returns:
+      The layer with hidden states of 0 there, labels [N] with -1 there, and weights
+      [N], None if all are 1.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape is not that of the leading axes.
+    """
+    labels = checks.integer("labels", labels)
+    checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
+    labels = labels.reshape(-1)
+    weight = token_weights(layer.shape, weights)
+    if weight is None:
+        return layer, labels, None
+    weight = weight.reshape(-1)
+    live = weight != 0
+    hidden = jnp.where(live[:, None], layer.hidden, 0)
+    layer = dataclasses.replace(layer, hidden=hidden)
+    return layer, jnp.where(live, labels, -1), weight
 
 
 def prepare(

@@ -1,6 +1,5 @@
 """The loss of a tree's softmax and its gradient in the rows on some paths alone."""
 
-import dataclasses
 import functools
 from typing import Literal, NamedTuple
 
@@ -12,11 +11,12 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks
 from jaxsoft._core.exporting import PyTree, exportable_namedtuple
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import reduce_losses, token_weights
+from jaxsoft._core.tokens import reduce_losses
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
     logits_with,
+    mask_tokens,
     parameters_of,
     prepare,
     rows_of_nodes,
@@ -163,17 +163,8 @@ def hierarchical_value_and_row_grad(
         precision=precision,
         implementation=implementation,
     )
-    labels = checks.integer("labels", labels)
-    checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
-    flat = labels.reshape(-1)
-    token_weight = token_weights(layer.shape, weights)
-    if token_weight is not None:
-        token_weight = token_weight.reshape(-1)
-        live = token_weight != 0
-        flat = jnp.where(live, flat, -1)
-        kept = jnp.where(live[:, None], layer.hidden, 0)
-        layer = dataclasses.replace(layer, hidden=kept)
-    reduce = functools.partial(reduce_losses, weights=token_weight, reduction=reduction)
+    layer, flat, weight = mask_tokens(layer, labels, weights)
+    reduce = functools.partial(reduce_losses, weights=weight, reduction=reduction)
     shares = jax.grad(reduce)(jnp.zeros(flat.shape, layer.dtype))
     losses, dhidden, gradient = _row_gradients(layer, flat, shares)
     known = (flat >= 0) & (flat < tree.num_classes)

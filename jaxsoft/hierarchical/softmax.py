@@ -8,16 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
 from jaxsoft._core.numerics import matmul, over_temperature
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import token_weights
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
     centre,
     log_shares,
     logits_with,
+    mask_tokens,
     parameters_of,
     prepare,
     rows_of_nodes,
@@ -106,19 +105,11 @@ def hierarchical_log_prob(
         precision=precision,
         implementation=implementation,
     )
-    labels = checks.integer("labels", labels)
-    checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
-    flat = labels.reshape(-1)
-    weight = token_weights(layer.shape, weights)
-    if weight is not None:
-        weight = weight.reshape(-1).astype(layer.dtype)
-        live = weight != 0
-        flat = jnp.where(live, flat, -1)
-        hidden_of_live = jnp.where(live[:, None], layer.hidden, 0)
-        layer = dataclasses.replace(layer, hidden=hidden_of_live)
+    layer, flat, weight = mask_tokens(layer, labels, weights)
     known = (flat >= 0) & (flat < tree.num_classes)
     log_prob = jnp.where(known, along_paths(layer, flat), jnp.nan)
     if weight is not None:
+        weight = weight.astype(layer.dtype)
         log_prob = weight * jnp.where(weight == 0, 0, log_prob)
     return log_prob.reshape(layer.shape)
 

@@ -180,12 +180,11 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
         They are 0 on all shards but the one that has the class.
         """
         axes = self.config.vocab_axes
-        offset = mesh_axes.offset(axes, arrays.operands.num_classes(self.config))
+        number = arrays.operands.num_classes(self.config)
         reached = (carry.max == largest)[:, 0]
-        none = jnp.iinfo(jnp.int32).max
-        classes = offset + carry.argmax
-        first = mesh_axes.lowest(jnp.where(reached, classes, none), axes)
-        ours = reached & (classes == first) & (carry.max[:, 0] > -jnp.inf)
+        first = mesh_axes.lowest_argmax(carry.argmax, reached, number, axes)
+        is_first = mesh_axes.offset(axes, number) + carry.argmax == first
+        ours = reached & is_first & (carry.max[:, 0] > -jnp.inf)
         picked = jnp.take(arrays.values, carry.argmax, axis=0, mode="clip")
         return jnp.where(ours[:, None], picked.astype(carry.mixture.dtype), 0)
 
