@@ -9,7 +9,13 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
 
-__all__ = ["Reduction", "reduce_losses", "token_weights"]
+__all__ = [
+    "Reduction",
+    "keep_tokens",
+    "labelled_tokens",
+    "reduce_losses",
+    "token_weights",
+]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -50,6 +56,55 @@ def token_weights(
         return result
     keep = labels != ignore_label
     return keep.astype(jnp.float32) if result is None else jnp.where(keep, result, 0)
+
+
+def keep_tokens(
+    token_weight: jax.Array | None, array: jax.Array, other: float = 0
+) -> jax.Array:
+    """Returns an array with `other` at all tokens without weight.
+
+    What a token holds that does not count, NaN included, must reach neither a matrix
+    product nor a gradient: 0 times NaN is NaN.
+
+    Args:
+      token_weight: [...] what `token_weights` returned.
+      array: [..., *], of tokens first.
+      other: what stands in the place of a token's numbers.
+    """
+    if token_weight is None:
+        return array
+    ones = (1,) * (array.ndim - token_weight.ndim)
+    return jnp.where(token_weight.reshape(token_weight.shape + ones) != 0, array, other)
+
+
+def labelled_tokens(
+    hidden: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike | None,
+    ignore_label: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Checks tokens and leaves out those without weight.
+
+    Args:
+      hidden: [..., H] floating-point.
+      labels: [...] integers.
+      weights: [...] booleans or reals, or None.
+      ignore_label: the label whose tokens have weight 0, or None.
+
+    Returns:
+      Hidden states and labels, both 0 where the weight is, and what `token_weights`
+      returns.
+
+    Raises:
+      TypeError: if a dtype is wrong.
+      ValueError: if a shape is not `hidden.shape[:-1]`.
+    """
+    hidden = checks.floating("hidden", hidden)
+    labels = checks.integer("labels", labels)
+    rows = hidden.shape[:-1]
+    checks.shape("labels", labels, rows, "hidden.shape[:-1]")
+    weight = token_weights(rows, weights, labels, ignore_label)
+    return keep_tokens(weight, hidden), keep_tokens(weight, labels), weight
 
 
 def reduce_losses(

@@ -16,7 +16,7 @@ from jaxsoft._core.numerics import (
     operand_dtype,
 )
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import token_weights
+from jaxsoft._core.tokens import keep_tokens, token_weights
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.same_rows import take_rows
 
@@ -97,13 +97,9 @@ def mask_tokens(
     checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
     labels = labels.reshape(-1)
     weight = token_weights(layer.shape, weights)
-    if weight is None:
-        return layer, labels, None
-    weight = weight.reshape(-1)
-    live = weight != 0
-    hidden = jnp.where(live[:, None], layer.hidden, 0)
-    layer = dataclasses.replace(layer, hidden=hidden)
-    return layer, jnp.where(live, labels, -1), weight
+    weight = None if weight is None else weight.reshape(-1)
+    layer = dataclasses.replace(layer, hidden=keep_tokens(weight, layer.hidden))
+    return layer, keep_tokens(weight, labels, -1), weight
 
 
 def prepare(

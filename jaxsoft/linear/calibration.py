@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes, numerics
+from jaxsoft._core import mesh_axes, numerics
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.temperature_fit import (
     DEFAULT_BOUNDS,
@@ -17,7 +17,7 @@ from jaxsoft._core.temperature_fit import (
     fit_rows,
     row_weights,
 )
-from jaxsoft._core.tokens import token_weights
+from jaxsoft._core.tokens import labelled_tokens
 from jaxsoft.linear.arguments import Call, KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
@@ -97,14 +97,7 @@ def linear_fit_temperature(
       arXiv:1706.04599.
     """
     axes = mesh_axes.check_axes("token_axes", token_axes)
-    hidden = checks.floating("hidden", hidden)
-    labels = checks.integer("labels", labels)
-    checks.shape("labels", labels, hidden.shape[:-1], "hidden.shape[:-1]")
-    each = token_weights(hidden.shape[:-1], weights)
-    if each is not None:
-        live = each != 0
-        hidden = jnp.where(live[..., None], hidden, 0)
-        labels = jnp.where(live, labels, 0)
+    hidden, labels, token_weight = labelled_tokens(hidden, labels, weights)
     call = prepare(
         "linear_fit_temperature",
         hidden,
@@ -120,8 +113,8 @@ def linear_fit_temperature(
         implementation=implementation,
     )
     config = dataclasses.replace(call.config, static_tau=None)
-    arrays, each = jax.lax.stop_gradient((call.arrays, each))
-    return _fit(config, axes, check_bounds(bounds), arrays, each)
+    arrays, token_weight = jax.lax.stop_gradient((call.arrays, token_weight))
+    return _fit(config, axes, check_bounds(bounds), arrays, token_weight)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)

@@ -13,7 +13,7 @@ from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.divergence import DIVERGENCES, Divergence, excess
 from jaxsoft._core.numerics import is_zero
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
+from jaxsoft._core.tokens import Reduction, keep_tokens, reduce_losses, token_weights
 from jaxsoft.linear.arguments import (
     KernelLayout,
     MeshAxes,
@@ -130,12 +130,9 @@ def linear_distillation(
             f"`teacher_hidden` must have shape (*student_hidden.shape[:-1], G), that "
             f"is {rows} and G, got {teacher_hidden.shape}."
         )
-    each = token_weights(rows, weights)
-    if each is not None:
-        # What a masked token holds, NaN included, must not reach a matrix product.
-        live = (each != 0)[..., None]
-        student_hidden = jnp.where(live, student_hidden, 0)
-        teacher_hidden = jnp.where(live, teacher_hidden, 0)
+    token_weight = token_weights(rows, weights)
+    student_hidden = keep_tokens(token_weight, student_hidden)
+    teacher_hidden = keep_tokens(token_weight, teacher_hidden)
     shared = {
         "temperature": temperature,
         "class_mask": class_mask,
@@ -177,7 +174,7 @@ def linear_distillation(
     arrays = arrays._replace(tau=None if tau is None else lax.stop_gradient(tau))
     fold = TwoLayers(student.config, teacher.config, divergence)
     loss = _distill(fold, student.arrays, arrays)
-    return reduce_losses(loss, each, reduction, axes)
+    return reduce_losses(loss, token_weight, reduction, axes)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -280,11 +277,10 @@ def linear_distillation_top_k(
     ids = checks.integer("teacher_ids", teacher_ids)
     log_p = checks.floating("teacher_log_probs", teacher_log_probs)
     checks.shape("teacher_log_probs", log_p, ids.shape, "teacher_ids.shape")
-    each = token_weights(hidden.shape[:-1], weights)
-    if each is not None:
-        live = (each != 0)[..., None]
-        hidden = jnp.where(live, hidden, 0)
-        ids, log_p = jnp.where(live, ids, -1), jnp.where(live, log_p, -jnp.inf)
+    token_weight = token_weights(hidden.shape[:-1], weights)
+    hidden = keep_tokens(token_weight, hidden)
+    ids = keep_tokens(token_weight, ids, -1)
+    log_p = keep_tokens(token_weight, log_p, -jnp.inf)
     other = remaining == "other"
     # A listed class without mass is one of the rest.
     gone = log_p == -jnp.inf
@@ -324,7 +320,7 @@ def linear_distillation_top_k(
     # A row without any kept class, and a temperature of 0, have no loss.
     none = (student_statistics.max == -jnp.inf) | is_zero(tau[..., 0], dtype)
     loss = jnp.where(none & ~jnp.isnan(loss), 0, loss)
-    return reduce_losses(loss, each, reduction, axes)
+    return reduce_losses(loss, token_weight, reduction, axes)
 
 
 def _with_rest(log_p, log_q, log_rest, tau) -> jax.Array:

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
+from jaxsoft._core.tokens import Reduction, labelled_tokens, reduce_losses
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
@@ -119,15 +119,9 @@ def linear_cross_entropy(
     smoothing = checks.scalar_in("label_smoothing", label_smoothing, 0, 1)
     z_weight = checks.scalar_in("z_loss", z_loss, 0, float("inf"))
     axes = mesh_axes.check_axes("token_axes", token_axes)
-    hidden = checks.floating("hidden", hidden)
-    labels = checks.integer("labels", labels)
-    checks.shape("labels", labels, hidden.shape[:-1], "hidden.shape[:-1]")
-    each = token_weights(hidden.shape[:-1], weights, labels, ignore_label)
-    if each is not None:
-        # What a masked token holds, NaN included, must not reach a matrix product.
-        live = each != 0
-        hidden = jnp.where(live[..., None], hidden, 0)
-        labels = jnp.where(live, labels, 0)
+    hidden, labels, token_weight = labelled_tokens(
+        hidden, labels, weights, ignore_label
+    )
     call = prepare(
         "linear_cross_entropy",
         hidden,
@@ -147,7 +141,7 @@ def linear_cross_entropy(
     of_tokens = statistics(call, ("mean", "expected") if return_statistics else wanted)
     of_tokens = of_tokens.with_one_label()
     loss = _token_loss(of_tokens, smoothing, z_weight)
-    loss = reduce_losses(loss, each, reduction, axes)
+    loss = reduce_losses(loss, token_weight, reduction, axes)
     return (loss, of_tokens) if return_statistics else loss
 
 

@@ -96,9 +96,10 @@ def fit_temperature(
     axis = checks.class_axis(-1, logits)
     where = check_where(where, logits)
     labels = _check_labels(labels, logits, "logits")
-    each = token_weights(labels.shape, weights, legend="logits.shape[:-1]")
+    legend = "logits.shape[:-1]"
+    token_weight = token_weights(labels.shape, weights, legend=legend)
     search = check_bounds(bounds)
-    arrays = jax.lax.stop_gradient((logits, labels, where, each))
+    arrays = jax.lax.stop_gradient((logits, labels, where, token_weight))
     return _fit(axis, search, *arrays)
 
 
@@ -211,9 +212,9 @@ def calibration_bins(
     checks.class_axis(-1, probabilities, "probabilities")
     labels = _check_labels(labels, probabilities, "probabilities")
     legend = "probabilities.shape[:-1]"
-    each = token_weights(labels.shape, weights, legend=legend)
+    token_weight = token_weights(labels.shape, weights, legend=legend)
     number = checks.positive_integer("num_bins", num_bins)
-    return _bins(number, probabilities, labels, each)
+    return _bins(number, probabilities, labels, token_weight)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

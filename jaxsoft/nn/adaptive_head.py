@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction
+from jaxsoft._core.tokens import Reduction, labelled_tokens
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.decoding import adaptive_sample, adaptive_top_k
 from jaxsoft.adaptive.layer import AdaptiveTail
@@ -157,7 +157,7 @@ class AdaptiveSoftmaxHead(nnx.Module):
         Returns:
           A scalar, or [...] with reduction "none", float32 (float64 if an input is).
         """
-        hidden, labels, token_weight = arguments.live_tokens(
+        hidden, labels, token_weight = labelled_tokens(
             hidden, labels, weights, ignore_label
         )
         loss = -self.log_prob(hidden, labels, temperature=temperature)

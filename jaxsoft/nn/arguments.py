@@ -7,14 +7,13 @@ from flax.nnx.nn import dtypes as flax_dtypes
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks
-from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
+from jaxsoft._core.tokens import Reduction, reduce_losses
 
 __all__ = [
     "KERNEL_INIT",
     "StoredTemperature",
     "Temperature",
     "current",
-    "live_tokens",
     "promoted",
     "reduced",
     "stored",
@@ -48,25 +47,6 @@ def promoted(dtype: DTypeLike | None, *arrays: jax.Array) -> tuple[jax.Array, ..
     if dtype is None:
         return arrays
     return tuple(flax_dtypes.promote_dtype(arrays, dtype=dtype))
-
-
-def live_tokens(
-    hidden: ArrayLike,
-    labels: ArrayLike,
-    weights: ArrayLike | None,
-    ignore_label: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Returns hidden states and labels, 0 where the weight is, and the weights."""
-    hidden = checks.floating("hidden", hidden)
-    labels = checks.integer("labels", labels)
-    rows = hidden.shape[:-1]
-    checks.shape("labels", labels, rows, "hidden.shape[:-1]")
-    token_weight = token_weights(rows, weights, labels, ignore_label)
-    if token_weight is None:
-        return hidden, labels, None
-    live = token_weight != 0
-    hidden = jnp.where(live[..., None], hidden, 0)
-    return hidden, jnp.where(live, labels, 0), token_weight
 
 
 def reduced(

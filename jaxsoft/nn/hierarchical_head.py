@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction
+from jaxsoft._core.tokens import Reduction, labelled_tokens
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.row_gradients import (
     RowGradient,
@@ -151,7 +151,7 @@ class HierarchicalSoftmaxHead(nnx.Module):
         Returns:
           A scalar, or [...] with reduction "none", float32 (float64 if an input is).
         """
-        hidden, labels, token_weight = arguments.live_tokens(
+        hidden, labels, token_weight = labelled_tokens(
             hidden, labels, weights, ignore_label
         )
         loss = -self.log_prob(hidden, labels, temperature=temperature)
@@ -181,7 +181,7 @@ class HierarchicalSoftmaxHead(nnx.Module):
           A triple, as `jaxsoft.hierarchical_value_and_row_grad`: the gradient is in
           `node_kernel`, or in (`node_kernel`, `node_bias`) if there is a bias.
         """
-        hidden, labels, token_weight = arguments.live_tokens(
+        hidden, labels, token_weight = labelled_tokens(
             hidden, labels, weights, ignore_label
         )
         hidden, kernel, tree, options = self._operands(hidden, temperature)

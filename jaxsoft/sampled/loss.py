@@ -21,7 +21,7 @@ from jaxsoft._core.numerics import (
     over_temperature,
 )
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction, reduce_losses, token_weights
+from jaxsoft._core.tokens import Reduction, labelled_tokens, reduce_losses
 from jaxsoft.hierarchical.layer import products_of_rows
 from jaxsoft.hierarchical.same_rows import take_rows
 from jaxsoft.linear.arguments import KernelLayout
@@ -259,13 +259,13 @@ def sampled_softmax_loss(
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("kernel_layout", kernel_layout, ("hv", "vh"))
     count = checks.positive_integer("num_samples", num_samples)
-    hidden = checks.floating("hidden", hidden)
     kernel = checks.floating("kernel", kernel)
-    labels = checks.integer("labels", labels)
-    if not hidden.ndim:
+    if not jnp.ndim(hidden):
         raise ValueError("`hidden` must have shape [..., H], got a scalar.")
+    hidden, labels, token_weight = labelled_tokens(
+        hidden, labels, weights, ignore_label
+    )
     rows, features = hidden.shape[:-1], hidden.shape[-1]
-    checks.shape("labels", labels, rows, "hidden.shape[:-1]")
     if kernel.ndim != 2:
         raise ValueError(f"`kernel` must have two axes, got shape {kernel.shape}.")
     axis = 1 if kernel_layout == "hv" else 0
@@ -285,11 +285,6 @@ def sampled_softmax_loss(
         if tau.ndim:
             checks.shape("temperature", tau, rows, "() or hidden.shape[:-1]")
         tau = jnp.broadcast_to(tau, rows).reshape(-1, 1)
-    token_weight = token_weights(rows, weights, labels, ignore_label)
-    if token_weight is not None:
-        live = token_weight != 0
-        hidden = jnp.where(live[..., None], hidden, 0)
-        labels = jnp.where(live, labels, 0)
     ids = checks.integer("sampler.sample(...)", sampler.sample(key, count))
     expected = sampler.log_prob(ids).astype(dtype) + math.log(count)
     flat = labels.reshape(-1)
