@@ -20,6 +20,7 @@ from jaxsoft._core.numerics import (
     divide_by_temperature,
     finite_peak,
     is_zero,
+    nan_where,
 )
 
 __all__ = [
@@ -236,7 +237,7 @@ def draw_row(
     zero = is_zero(tau, dtype)
     parts = _parts(logits, block, where, dtype)
     peak = jnp.max(parts[0][:, 0], axis=1, keepdims=True)
-    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
+    peak = nan_where(~jnp.isfinite(peak), peak)
     sums = _sums(parts, [peak[:, :, None]] * len(parts), tau)
     sums = lax.optimization_barrier(sums)
     usable = jnp.all(jnp.isfinite(sums)) & ~jnp.any(zero)

@@ -24,6 +24,7 @@ __all__ = [
     "integer",
     "one_of",
     "positive_integer",
+    "python_integer",
     "scalar_in",
     "shape",
     "temperature",
@@ -41,10 +42,27 @@ def floating(name: str, value: ArrayLike) -> jax.Array:
 
 
 def integer(name: str, value: ArrayLike) -> jax.Array:
-    """Returns `value` as an array, which must hold integers."""
+    """Returns `value` as a signed array, which must hold integers.
+
+    Ids are compared with bounds such as V, which a narrow or an unsigned dtype may not
+    hold: 256 is 0 in uint8. So they are int32 at least, and signed; unsigned numbers
+    that the signed dtype does not hold become its largest, which is no class either.
+    """
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "iu":
+        # Without x64 JAX keeps the low 32 bits: 2**32 would be class 0.
+        widest = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64).name)
+        if np.iinfo(value.dtype.name).max > widest.max:
+            low = 0 if value.dtype.kind == "u" else widest.min
+            value = np.clip(value, low, widest.max)
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"`{name}` must have an integer dtype, got {array.dtype}.")
+    if array.dtype.itemsize < 4:
+        return array.astype(jnp.int32)
+    if jnp.issubdtype(array.dtype, jnp.unsignedinteger):
+        signed = jnp.int32 if array.dtype.itemsize == 4 else jnp.int64
+        largest = jnp.asarray(jnp.iinfo(signed).max, array.dtype)
+        return jnp.minimum(array, largest).astype(signed)
     return array
 
 
@@ -115,13 +133,19 @@ def scalar_in(name: str, value: object, low: float, high: float) -> float:
     return result
 
 
-def positive_integer(name: str, value: object) -> int:
-    """Returns a Python int, which must be positive."""
+def python_integer(name: str, value: object) -> int:
+    """Returns a Python int, made of one or of a NumPy integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
     return int(value)
+
+
+def positive_integer(name: str, value: object) -> int:
+    """Returns a Python int, which must be positive."""
+    result = python_integer(name, value)
+    if result < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    return result
 
 
 def temperature(value: ArrayLike, dtype: jnp.dtype) -> float | jax.Array:

@@ -1,22 +1,37 @@
-"""Mesh axes inside `jax.shard_map`: what values vary over, and how shards agree.
+"""Mesh axes: inside `jax.shard_map`, and those that are part of an array's type.
 
-Every shard of the classes holds as many; those of shard i follow those of shard i - 1.
-With no axes every function of shards here is the identity.
+Inside `jax.shard_map` this says what values vary over, and how shards agree. Every
+shard of the classes holds as many; those of shard i follow those of shard i - 1. With
+no axes every function of shards here is the identity.
+
+Axes of a mesh are Auto, Manual (inside shard_map) or Explicit. Over Explicit axes an
+array's sharding is part of its type, and every operation says how its result is
+sharded. `accepts_explicit` makes a function of arrays of such types from one that is
+written for Auto axes, where the compiler shares the work.
 """
 
+import contextlib
+import contextvars
+import functools
+import inspect
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
     "Classes",
+    "Shards",
+    "accepts_explicit",
     "add",
     "check_axes",
+    "check_token_axes",
+    "explicit_shards",
     "like",
     "lowest",
     "lowest_argmax",
@@ -31,6 +46,8 @@ __all__ = [
 
 Axes = tuple[str, ...]
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
 
 
 def varying_axes(array: jax.Array) -> frozenset[str]:
@@ -110,6 +127,21 @@ def check_axes(name: str, value: "str | Sequence[str] | Classes | None") -> Axes
     return axes
 
 
+def check_token_axes(
+    token_axes: "str | Sequence[str] | None",
+    vocab_axis: "str | Sequence[str] | Classes | None",
+) -> Axes:
+    """Returns the mesh axes of tokens, which must not be axes of classes too."""
+    both = [name for name in names(token_axes) if name in names(vocab_axis)]
+    if both:
+        raise ValueError(
+            "`token_axes` must not share a mesh axis with `vocab_axis`, got "
+            f"{both[0]!r} in both: a device would have its own tokens' logits of its "
+            "own classes alone. jaxsoft.over_mesh takes both, and gathers the classes."
+        )
+    return check_axes("token_axes", token_axes)
+
+
 def size(axes: Axes) -> int:
     """Returns the number of shards."""
     return math.prod(lax.axis_size(axis) for axis in axes)
@@ -164,3 +196,171 @@ def lowest_argmax(
     best = lowest(jnp.where(reached, argmax + offset(axes, number), none), axes)
     # NaN logits equal no maximum.
     return jnp.where(best == none, 0, best)
+
+
+class Shards(NamedTuple):
+    """How arrays are sharded, where their types said so.
+
+    Attributes:
+      mesh: its Explicit axes are Auto here.
+      rows: the mesh axes of the rows.
+      classes: the mesh axes of the classes, none of them one of the rows.
+    """
+
+    mesh: AbstractMesh
+    rows: Axes
+    classes: Axes
+
+
+_shards: contextvars.ContextVar[Shards | None] = contextvars.ContextVar(
+    "shards", default=None
+)
+
+
+def explicit_shards() -> Shards | None:
+    """Returns how the arrays of the public function that is running are sharded."""
+    return _shards.get()
+
+
+def accepts_explicit(
+    rows: str, *, kernel: str | None = None, axis: int | str | None = None
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Lets a public function take arrays that are sharded over Explicit mesh axes.
+
+    The function runs with these axes Auto; then its results get the sharding of the
+    rows that they have. Without Explicit axes it is called as it is.
+
+    Args:
+      rows: the name of the argument that has all rows.
+      kernel: the name of the [H, V] argument that the last axis of `rows` is
+        contracted with, or None.
+      axis: the class axis of `rows` or the name of the argument that gives it; None
+        where its last axis holds features.
+
+    Returns:
+      A decorator.
+
+    Raises:
+      ValueError: by the decorated function, if both contracted axes are sharded, since
+        JAX's own products refuse that too.
+    """
+
+    def decorate(function: Callable[Parameters, Result]):
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            leaves, tree = jax.tree.flatten((args, kwargs))
+            mesh = _explicit_mesh(leaves)
+            if mesh is None:
+                return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            options = given.arguments
+            shape, spec = jnp.shape(options[rows]), _spec(options[rows])
+            class_axis = options[axis] if isinstance(axis, str) else axis
+            shards = _shards_of(mesh, options, rows, kernel, class_axis)
+            with jax.sharding.use_abstract_mesh(shards.mesh), _sharded(shards):
+                leaves = [_reshard(leaf, shards.mesh, ()) for leaf in leaves]
+                args, kwargs = jax.tree.unflatten(tree, leaves)
+                result = function(*args, **kwargs)
+
+            def typed(leaf):
+                of_leaf = _result_spec(jnp.shape(leaf), shape, spec, class_axis)
+                return _reshard(leaf, mesh, of_leaf)
+
+            return jax.tree.map(typed, result)
+
+        return wrapped
+
+    return decorate
+
+
+def _explicit_mesh(leaves: Sequence[object]) -> AbstractMesh | None:
+    """Returns the mesh whose Explicit axes are part of types here, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return mesh if mesh.explicit_axes else None
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array):
+            mesh = jax.typeof(leaf).sharding.mesh
+            if not mesh.empty and mesh.explicit_axes:
+                return mesh
+    return None
+
+
+def _shards_of(mesh, options, rows, kernel, class_axis) -> Shards:
+    """Returns how rows and classes are sharded; see `accepts_explicit`."""
+    spec = _spec(options[rows])
+    features = spec[-1] if spec else None
+    classes = ()
+    if kernel is not None:
+        kernel_spec = _spec(options[kernel])
+        # The kernel's layout has the prefix of its name.
+        layout = options.get(f"{kernel}_layout", "hv")
+        if len(kernel_spec) == 2:
+            if layout != "hv":
+                kernel_spec = kernel_spec[::-1]
+            contracted, over_classes = kernel_spec
+            if features is not None and contracted is not None:
+                raise ValueError(
+                    f"`{rows}` and `{kernel}` must not both be sharded over the "
+                    f"features that their product sums, got {features!r} and "
+                    f"{contracted!r}: jax.reshard one of them, or call "
+                    "jaxsoft.over_mesh(...), which does."
+                )
+            classes = names(over_classes)
+    over_rows: list[str] = []
+    for i, entry in enumerate(spec):
+        is_row = i != class_axis % len(spec) if class_axis is not None else True
+        if is_row and not (class_axis is None and i == len(spec) - 1):
+            over_rows.extend(names(entry))
+    auto = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
+    remaining = tuple(name for name in classes if name not in over_rows)
+    return Shards(auto, tuple(over_rows), remaining)
+
+
+def _spec(array: ArrayLike) -> tuple[str | Axes | None, ...]:
+    """Returns the mesh axes of each axis of an array, by its type."""
+    if not isinstance(array, jax.Array):
+        return (None,) * jnp.ndim(array)
+    spec = jax.typeof(array).sharding.spec
+    return tuple(spec) + (None,) * (array.ndim - len(spec))
+
+
+def _result_spec(shape, rows_shape, spec, class_axis) -> tuple[str | Axes | None, ...]:
+    """Returns the sharding of a result: that of the rows which it has."""
+    if class_axis is None:
+        leading = len(rows_shape) - 1
+        if leading > 0 and shape[:leading] == rows_shape[:leading]:
+            return (*spec[:leading], *(None,) * (len(shape) - leading))
+        return (None,) * len(shape)
+    if shape == rows_shape:
+        return spec
+    class_axis %= len(rows_shape)
+    before, after = spec[:class_axis], spec[class_axis + 1 :]
+    wanted = (*rows_shape[:class_axis], *rows_shape[class_axis + 1 :])
+    if shape == wanted:
+        return (*before, *after)
+    if len(shape) == len(rows_shape):
+        without = (*shape[:class_axis], *shape[class_axis + 1 :])
+        if without == wanted:
+            return (*before, None, *after)
+    return (None,) * len(shape)
+
+
+def _reshard(leaf: object, mesh: AbstractMesh, spec: tuple) -> object:
+    """Returns an array with a sharding in its type; anything else as it is."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    entries = spec if spec else (None,) * leaf.ndim
+    return jax.reshard(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
+
+
+@contextlib.contextmanager
+def _sharded(shards: Shards) -> Iterator[None]:
+    token = _shards.set(shards)
+    try:
+        yield
+    finally:
+        _shards.reset(token)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsoft._core.exporting import Leaf
@@ -24,9 +25,11 @@ __all__ = [
     "is_ordinary",
     "is_zero",
     "matmul",
+    "nan_where",
     "operand_dtype",
     "over_temperature",
     "round_up",
+    "scaled",
     "times",
 ]
 
@@ -71,7 +74,7 @@ class Temperature(NamedTuple):
     def prepare(cls, value: float | jax.Array, dtype: jnp.dtype) -> "Temperature":
         """Prepares a Python float or an array."""
         value = jnp.asarray(value, dtype)
-        value = jnp.where(value < 0, jnp.nan, value)
+        value = nan_where(value < 0, value)
         is_zero = value < jnp.finfo(dtype).tiny
         scale = jnp.where(value > 1, 0.25, 1.0).astype(dtype)
         divisor = jnp.where(is_zero, 1, value * scale)
@@ -131,6 +134,25 @@ def over_temperature(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
 def times(probabilities: jax.Array, values: jax.Array) -> jax.Array:
     """Returns p·c with 0·(-inf) = 0."""
     return probabilities * jnp.where(probabilities == 0, 0, values)
+
+
+def scaled(factor: float, values: jax.Array) -> jax.Array:
+    """Returns a Python number times values, with 0·(-inf) = 0; NaN stays NaN."""
+    if factor == 0:
+        return jnp.where(jnp.isnan(values), values, 0)
+    return values if factor == 1 else factor * values
+
+
+def nan_where(bad: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns values, NaN where they are bad.
+
+    Where operations run one by one, `jax.debug_nans` refuses a NaN that is not chosen,
+    as that of `jnp.where`.
+    """
+    is_known = not isinstance(bad, Tracer)
+    if jax.debug_nans.value and is_known and not bad.any():
+        return values
+    return jnp.where(bad, jnp.nan, values)
 
 
 def finite_peak(peak: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
 from jaxsoft._core.exporting import exportable_namedtuple
+from jaxsoft._core.numerics import nan_where
 
 __all__ = [
     "DEFAULT_BOUNDS",
@@ -97,7 +98,7 @@ def row_weights(weights: jax.Array | None) -> jax.Array | None:
     """Returns weights of rows, NaN where they are negative: no NLL is convex then."""
     if weights is None or weights.dtype == jnp.bool_:
         return weights
-    return jnp.where(weights < 0, jnp.nan, weights)
+    return nan_where(weights < 0, weights)
 
 
 def fit_rows(
@@ -139,7 +140,7 @@ def fit_rows(
     # Infinite at the upper bound it is so at every temperature: no class of the label.
     undefined = unknown | jnp.isinf(high.nll)
     tau = jnp.where(undefined, jnp.nan, jnp.clip(tau, taus[0], taus[2]))
-    nll = jnp.where(unknown, jnp.nan, nll)
+    nll = nan_where(unknown, nll)
     side = at_high.astype(jnp.int32) - at_low.astype(jnp.int32)
     return TemperatureFit(tau, nll, jnp.where(undefined, 0, side))
 

@@ -49,8 +49,7 @@ def token_weights(
         result = result.astype(jnp.float64 if wide else jnp.float32)
     if labels is None or ignore_label is None:
         return result
-    if isinstance(ignore_label, bool) or not isinstance(ignore_label, int):
-        raise TypeError(f"`ignore_label` must be an int, got {ignore_label!r}.")
+    ignore_label = checks.python_integer("ignore_label", ignore_label)
     bounds = jnp.iinfo(labels.dtype)
     if not bounds.min <= ignore_label <= bounds.max:
         return result

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, prepare
@@ -22,6 +22,7 @@ from jaxsoft.linear.top_k import linear_top_k
 __all__ = ["adaptive_sample", "adaptive_top_k"]
 
 
+@mesh_axes.accepts_explicit("hidden")
 def adaptive_sample(
     key: jax.Array,
     hidden: ArrayLike,
@@ -114,6 +115,7 @@ def _sample(key: jax.Array, layer: Layer) -> jax.Array:
     return ranks
 
 
+@mesh_axes.accepts_explicit("hidden")
 def adaptive_top_k(
     hidden: ArrayLike,
     head_kernel: ArrayLike,

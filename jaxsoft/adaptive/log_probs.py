@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.numerics import compute_dtype, matmul, operand_dtype
 from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
@@ -26,6 +26,7 @@ from jaxsoft.logits.softmax import log_softmax
 __all__ = ["adaptive_log_prob", "adaptive_log_probs", "log_prob_of_ranks"]
 
 
+@mesh_axes.accepts_explicit("hidden")
 def adaptive_log_prob(
     hidden: ArrayLike,
     head_kernel: ArrayLike,
@@ -104,6 +105,7 @@ def adaptive_log_prob(
     return log_prob_of_ranks(layer, ranks).reshape(layer.shape)
 
 
+@mesh_axes.accepts_explicit("hidden")
 def adaptive_log_probs(
     hidden: ArrayLike,
     head_kernel: ArrayLike,

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.exporting import PyTree, exportable_namedtuple
+from jaxsoft._core.numerics import nan_where
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import reduce_losses
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
@@ -76,6 +77,7 @@ class RowGradient(NamedTuple):
         return jax.tree.map(leaf, self.values)
 
 
+@mesh_axes.accepts_explicit("hidden")
 def hierarchical_value_and_row_grad(
     hidden: ArrayLike,
     node_kernel: ArrayLike,
@@ -168,7 +170,7 @@ def hierarchical_value_and_row_grad(
     shares = jax.grad(reduce)(jnp.zeros(flat.shape, layer.dtype))
     losses, dhidden, gradient = _row_gradients(layer, flat, shares)
     known = (flat >= 0) & (flat < tree.num_classes)
-    loss = reduce(jnp.where(known, losses, jnp.nan))
+    loss = reduce(nan_where(~known, losses))
     dhidden = dhidden.astype(jnp.result_type(hidden)).reshape(jnp.shape(hidden))
     return loss, dhidden, gradient
 

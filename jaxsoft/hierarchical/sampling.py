@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import noise
+from jaxsoft._core import mesh_axes, noise
 from jaxsoft._core.numerics import is_zero
 from jaxsoft._core.registry import Implementation
 from jaxsoft.hierarchical.class_tree import ClassTree
@@ -22,6 +22,7 @@ from jaxsoft.hierarchical.layer import (
 __all__ = ["hierarchical_sample"]
 
 
+@mesh_axes.accepts_explicit("hidden")
 def hierarchical_sample(
     key: jax.Array,
     hidden: ArrayLike,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core.numerics import matmul, over_temperature
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.numerics import matmul, nan_where, over_temperature
 from jaxsoft._core.registry import Implementation
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
@@ -37,6 +38,7 @@ __all__ = [
 _FUSED_LEVELS = 4
 
 
+@mesh_axes.accepts_explicit("hidden")
 def hierarchical_log_prob(
     hidden: ArrayLike,
     node_kernel: ArrayLike,
@@ -107,7 +109,7 @@ def hierarchical_log_prob(
     )
     layer, flat, weight = mask_tokens(layer, labels, weights)
     known = (flat >= 0) & (flat < tree.num_classes)
-    log_prob = jnp.where(known, along_paths(layer, flat), jnp.nan)
+    log_prob = nan_where(~known, along_paths(layer, flat))
     if weight is not None:
         weight = weight.astype(layer.dtype)
         log_prob = weight * jnp.where(weight == 0, 0, log_prob)
@@ -169,6 +171,7 @@ def _log_choice(
     return jnp.where(alone[:, 0], 0, log_prob)
 
 
+@mesh_axes.accepts_explicit("hidden")
 def hierarchical_log_probs(
     hidden: ArrayLike,
     node_kernel: ArrayLike,

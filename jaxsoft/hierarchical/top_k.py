@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.registry import Implementation
 from jaxsoft.hierarchical.class_tree import ClassTree
 from jaxsoft.hierarchical.layer import (
@@ -35,6 +35,7 @@ _GATHER_COST = 16
 _BUDGET = 2**23
 
 
+@mesh_axes.accepts_explicit("hidden")
 def hierarchical_top_k(
     hidden: ArrayLike,
     node_kernel: ArrayLike,
@@ -243,7 +244,7 @@ def _where_not_exact(
 def _best_of_all(layer: Layer, *, k: int) -> _TopK:
     # Without the barrier XLA carries what the slices below leave out through the loop
     # around them, and sorts all classes instead of selecting some.
-    best = lax.optimization_barrier(tuple(lax.top_k(all_log_probs(layer), k)))
+    best = tuple(map(lax.optimization_barrier, lax.top_k(all_log_probs(layer), k)))
     log_probs, ids = best
     return _TopK(log_probs, ids, jnp.ones(ids.shape[0], bool))
 

@@ -114,6 +114,7 @@ class Config:
       implementation: its name, such as "xla".
       vocab_axes: the mesh axes that the classes are sharded over; () for none.
       total_classes: V where the last shards have masked padding; else None.
+      shards: how the arrays are sharded, where their types said so; else None.
     """
 
     kernel_layout: KernelLayout
@@ -124,10 +125,11 @@ class Config:
     implementation: str
     vocab_axes: tuple[str, ...] = ()
     total_classes: int | None = None
+    shards: mesh_axes.Shards | None = None
 
     def over(self, vocab_axes: tuple[str, ...]) -> "Config":
-        """Returns the same configuration with its classes sharded over mesh axes."""
-        return dataclasses.replace(self, vocab_axes=vocab_axes)
+        """Returns that of one shard of the classes, which mesh axes share."""
+        return dataclasses.replace(self, vocab_axes=vocab_axes, shards=None)
 
     @property
     def class_axis(self) -> int:
@@ -291,6 +293,7 @@ def prepare(
         total_classes=(
             vocab_axis.number if isinstance(vocab_axis, mesh_axes.Classes) else None
         ),
+        shards=mesh_axes.explicit_shards(),
     )
     array_tau = tau if isinstance(tau, jax.Array) else None
     rows = hidden.shape[:-1]
@@ -362,9 +365,8 @@ def fold_rows(config: Config, arrays: Operands) -> Operands:
         if classes is None:
             return None
         valid = (classes >= 0) & (classes < num_classes)
-        # Labels of a narrow or an unsigned dtype hold -1 and V only after widening.
-        classes = jnp.where(valid, classes, 0).astype(jnp.int32)
-        return jnp.where(valid, classes, -1).reshape(count, classes.shape[-1])
+        classes = jnp.where(valid, classes, -1).astype(jnp.int32)
+        return classes.reshape(count, classes.shape[-1])
 
     tau = arrays.tau
     return arrays._replace(

@@ -24,6 +24,7 @@ from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 __all__ = ["linear_fit_temperature"]
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_fit_temperature(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -96,7 +97,7 @@ def linear_fit_temperature(
       Guo, Pleiss, Sun and Weinberger, On Calibration of Modern Neural Networks,
       arXiv:1706.04599.
     """
-    axes = mesh_axes.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     hidden, labels, token_weight = labelled_tokens(hidden, labels, weights)
     call = prepare(
         "linear_fit_temperature",

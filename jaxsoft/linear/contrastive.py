@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.numerics import compute_dtype, operand_dtype, over_temperature
 from jaxsoft._core.registry import Implementation
 from jaxsoft.linear.arguments import prepare
@@ -15,6 +15,7 @@ from jaxsoft.linear.folds.statistics import statistics
 __all__ = ["clip_loss", "nt_xent", "supervised_contrastive"]
 
 
+@mesh_axes.accepts_explicit("anchors")
 def nt_xent(
     anchors: ArrayLike,
     positives: ArrayLike,
@@ -81,6 +82,7 @@ def nt_xent(
     return -jnp.mean(log_prob)
 
 
+@mesh_axes.accepts_explicit("image")
 def clip_loss(
     image: ArrayLike,
     text: ArrayLike,
@@ -147,6 +149,7 @@ def clip_loss(
     return -(jnp.mean(log_prob(images, texts)) + jnp.mean(log_prob(texts, images))) / 2
 
 
+@mesh_axes.accepts_explicit("embeddings")
 def supervised_contrastive(
     embeddings: ArrayLike,
     labels: ArrayLike,

@@ -30,6 +30,7 @@ __all__ = ["linear_distillation", "linear_distillation_top_k"]
 Remaining = Literal["other", "renormalize", "ignore"]
 
 
+@mesh_axes.accepts_explicit("student_hidden", kernel="student_kernel")
 def linear_distillation(
     student_hidden: ArrayLike,
     student_kernel: ArrayLike,
@@ -120,7 +121,7 @@ def linear_distillation(
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("divergence", divergence, DIVERGENCES)
-    axes = mesh_axes.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     checks.finite_temperature(temperature)
     student_hidden = checks.floating("student_hidden", student_hidden)
     teacher_hidden = checks.floating("teacher_hidden", teacher_hidden)
@@ -188,6 +189,7 @@ def _distill(fold: TwoLayers, student: Operands, teacher: Operands) -> jax.Array
     return stream(fold, Layers(student, teacher)).loss.reshape(rows)
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_distillation_top_k(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -272,7 +274,7 @@ def linear_distillation_top_k(
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     checks.one_of("remaining", remaining, ("other", "renormalize", "ignore"))
-    axes = mesh_axes.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     hidden = checks.floating("hidden", hidden)
     ids = checks.integer("teacher_ids", teacher_ids)
     log_p = checks.floating("teacher_log_probs", teacher_log_probs)

@@ -22,6 +22,7 @@ from jaxsoft.linear.folds.mixture import Mixed, Mixture
 __all__ = ["linear_expected"]
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_expected(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -99,7 +100,7 @@ def linear_expected(
       Jang, Gu and Poole, Categorical Reparameterization with Gumbel-Softmax,
       arXiv:1611.01144; Bengio et al., arXiv:1308.3432 (straight-through).
     """
-    rows_over = mesh_axes.check_axes("token_axes", token_axes)
+    rows_over = mesh_axes.check_token_axes(token_axes, vocab_axis)
     call = prepare(
         "linear_expected",
         hidden,

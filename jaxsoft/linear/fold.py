@@ -21,6 +21,7 @@ collectives of `mesh_axes.py` inside, as in `jax.shard_map`.
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -250,6 +251,11 @@ class _Program:
         """The one platform that the function has a kernel for; None for any."""
         return registry.platform_of(self.fold.config.implementation)
 
+    @property
+    def has_shards_of_classes(self) -> bool:
+        """Whether it can run for one shard of the classes; stored logits cannot."""
+        return self.fold.config.implementation != "reference"
+
     def axes(self, arrays: object, *others: object) -> list[str]:
         """Returns the axes of the flat arguments."""
         return jax.tree.leaves((self.fold.axes(arrays), axes_of(others)))
@@ -286,7 +292,12 @@ def _bind(program: _Program, *args: object) -> Any:
     axes, result_axes = program.axes(*args), program.result_axes(args[0], result)
     # A kernel in an interpreter has effects: one device runs it, and in order.
     interpreted = program.platform is not None and jaxpr.effects
-    if not interpreted and not any(map(mesh_axes.varying_axes, flat)):
+    shards = program.fold.config.shards
+    if shards is not None:
+        with jax.sharding.use_abstract_mesh(shards.mesh):
+            mapped = _mapped(program, shards, tree, axes, result_axes)
+            jaxpr = jax.make_jaxpr(mapped)(*flat)
+    elif not interpreted and not any(map(mesh_axes.varying_axes, flat)):
         # Outside shard_map XLA may have to share the function among devices.
         shared = _shared(program, jaxpr_as_fun(jaxpr), tree, axes, result_axes)
         jaxpr = jax.make_jaxpr(shared)(*flat)
@@ -436,22 +447,14 @@ def _shared(
             return mesh, _flat(program, tree), results, arguments
         shapes = [shape.shape for shape in arg_shapes]
         mesh_axes_of = _sharded_axes(mesh, axes, shapes, [s.spec for s in shardings])
-        local = _flat(program.over(mesh_axes_of["v"]), tree)
-
-        def lower(*flat):
-            out = local(*flat)
-            if not program.is_partial:
-                return out
-            missing = [_missing(letters, mesh_axes_of) for letters in result_axes]
-            return [
-                lax.psum(a, over) if over else a
-                for a, over in zip(out, missing, strict=True)
-            ]
+        if not program.has_shards_of_classes:
+            mesh_axes_of["v"] = ()
+        local = _of_shards(program, tree, result_axes, mesh_axes_of)
 
         def place(names):
-            return [_named(mesh, letters, mesh_axes_of) for letters in names]
+            return [NamedSharding(mesh, _named(a, mesh_axes_of)) for a in names]
 
-        return mesh, lower, place(result_axes), tuple(place(axes))
+        return mesh, local, place(result_axes), tuple(place(axes))
 
     shared = custom_partitioning(function)
     # In the order in which the rule meets them.
@@ -505,7 +508,67 @@ def _missing(letters: str, axes: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     return sum((names for letter, names in axes.items() if letter not in letters), ())
 
 
-def _named(mesh: Mesh, letters: str, axes: dict[str, tuple[str, ...]]) -> NamedSharding:
-    return NamedSharding(
-        mesh, PartitionSpec(*(axes.get(letter) or None for letter in letters))
-    )
+def _named(letters: str, axes: dict[str, tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(axes.get(letter) or None for letter in letters))
+
+
+def _of_shards(
+    program: _Program,
+    tree: Any,
+    result_axes: tuple[str, ...],
+    axes: dict[str, tuple[str, ...]],
+) -> Callable[..., list[jax.Array]]:
+    """Returns the function of one shard's flat arrays, partial sums added up."""
+    local = _flat(program.over(axes["v"]), tree)
+
+    def call(*flat):
+        out = local(*flat)
+        if not program.is_partial:
+            return out
+        missing = [_missing(letters, axes) for letters in result_axes]
+        return [
+            lax.psum(a, over) if over else a
+            for a, over in zip(out, missing, strict=True)
+        ]
+
+    return call
+
+
+def _mapped(
+    program: _Program,
+    shards: mesh_axes.Shards,
+    tree: Any,
+    axes: list[str],
+    result_axes: tuple[str, ...],
+) -> Callable[..., list[jax.Array]]:
+    """Returns a function of flat arrays that devices share by shard_map.
+
+    That is the way wherever the sharding is known when the function is traced; it
+    serves every platform.
+    """
+
+    def mapped(*flat):
+        sizes = {}
+        for letters, array in zip(axes, flat, strict=True):
+            sizes.update(zip(letters, array.shape, strict=True))
+        names = {"n": shards.rows, "v": ()}
+        if program.has_shards_of_classes:
+            names["v"] = shards.classes
+        for letter, over in names.items():
+            count = math.prod(shards.mesh.shape[name] for name in over)
+            if sizes.get(letter, 0) % count:
+                names[letter] = ()
+        function = _of_shards(program, tree, result_axes, names)
+        used = frozenset(names["n"] + names["v"])
+        if not used:
+            return function(*flat)
+        return jax.shard_map(
+            function,
+            mesh=shards.mesh,
+            in_specs=tuple(_named(letters, names) for letters in axes),
+            out_specs=[_named(letters, names) for letters in result_axes],
+            axis_names=used,
+            check_vma=False,
+        )(*flat)
+
+    return mapped

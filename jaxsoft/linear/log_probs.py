@@ -12,6 +12,7 @@ from jaxsoft.linear.folds.statistics import statistics
 __all__ = ["linear_log_prob", "linear_log_prob_at"]
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_log_prob(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -92,7 +93,7 @@ def linear_log_prob(
       Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300; Wijmans et al., Cut Your
       Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
     """
-    mesh_axes.check_axes("token_axes", token_axes)
+    mesh_axes.check_token_axes(token_axes, vocab_axis)
     call = prepare(
         "linear_log_prob",
         hidden,
@@ -112,6 +113,7 @@ def linear_log_prob(
     return of_tokens.log_prob, of_tokens.entropy
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_log_prob_at(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -176,7 +178,7 @@ def linear_log_prob_at(
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
       arXiv:2411.09009.
     """
-    mesh_axes.check_axes("token_axes", token_axes)
+    mesh_axes.check_token_axes(token_axes, vocab_axis)
     call = prepare(
         "linear_log_prob_at",
         hidden,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core.numerics import scaled
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction, labelled_tokens, reduce_losses
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
@@ -15,6 +16,7 @@ from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 __all__ = ["linear_cross_entropy"]
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -118,7 +120,7 @@ def linear_cross_entropy(
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     smoothing = checks.scalar_in("label_smoothing", label_smoothing, 0, 1)
     z_weight = checks.scalar_in("z_loss", z_loss, 0, float("inf"))
-    axes = mesh_axes.check_axes("token_axes", token_axes)
+    axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     hidden, labels, token_weight = labelled_tokens(
         hidden, labels, weights, ignore_label
     )
@@ -150,7 +152,7 @@ def _token_loss(
 ) -> jax.Array:
     """Returns the loss of each token."""
     assert statistics.label is not None
-    loss = statistics.log_sum - (1 - smoothing) * statistics.label
+    loss = statistics.log_sum - scaled(1 - smoothing, statistics.label)
     if smoothing:
         assert statistics.mean is not None
         loss = loss - smoothing * statistics.mean

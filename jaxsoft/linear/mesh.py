@@ -48,7 +48,9 @@ def over_mesh(
       function: one of jaxsoft's `linear_*` functions.
       mesh: the devices.
       vocab_axis: the mesh axis, or axes, of the classes; None leaves them whole.
-      token_axes: the mesh axes of the tokens; () leaves them whole.
+      token_axes: the mesh axes of the tokens; () leaves them whole. An axis may be
+        both, as where items and users of a batch are sharded alike: the classes are
+        then gathered over it.
 
     Returns:
       A function with the arguments of `function` but the two named here, for whole
@@ -93,6 +95,9 @@ def over_mesh(
                     f"got {axis!r}."
                 )
 
+    # Over an axis of both, a device needs all classes for its own tokens.
+    classes = tuple(axis for axis in classes if axis not in tokens)
+
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(function).bind(*args, **kwargs)
@@ -122,7 +127,9 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
         return function(**arguments)
     count = hidden.shape[0] if hidden.ndim > 1 else None
     number = arrays[kernel].shape[axes[kernel] or 0]
-    shapes = jax.eval_shape(lambda a: function(**a, **static), arrays)
+    # A ShapeDtypeStruct has no sharding, whatever the array's type says.
+    types = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}
+    shapes = jax.eval_shape(lambda a: function(**a, **static), types)
     more = -number % _shards(mesh, classes)
     if more and "class_mask" not in arrays:
         arrays["class_mask"], axes["class_mask"] = jnp.ones(number, jnp.bool_), 0
@@ -153,10 +160,9 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
         is_tokens = count is not None and shape.ndim > 0
         return PartitionSpec(tokens or None) if is_tokens else PartitionSpec()
 
-    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+    if mesh.abstract_mesh.explicit_axes:
         # There the sharding is part of an array's type, and must match.
-        place = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-        arrays = jax.reshard(arrays, place)
+        arrays = jax.reshard(arrays, {n: _explicit(mesh, s) for n, s in specs.items()})
     out_specs = jax.tree.map(out_spec, shapes)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=out_specs)
     out = mapped(arrays)
@@ -172,6 +178,16 @@ def _axis_of_classes(name: str, options: dict[str, Any]) -> int | None:
     if name not in _KERNELS:
         return None
     return 1 if options.get(f"{name}_layout", "hv") == "hv" else 0
+
+
+def _explicit(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    """Returns the part of a sharding that an array's type says."""
+    explicit = mesh.abstract_mesh.explicit_axes
+    entries = [
+        tuple(name for name in mesh_axes.names(entry) if name in explicit) or None
+        for entry in spec
+    ]
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def _is_tokens(name: str, array: jax.Array) -> bool:

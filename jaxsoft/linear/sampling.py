@@ -23,6 +23,7 @@ from jaxsoft.linear.folds.draw import Draw, Drawing
 __all__ = ["linear_sample"]
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_sample(
     key: jax.Array,
     hidden: ArrayLike,
@@ -89,7 +90,7 @@ def linear_sample(
       Gumbel, Statistical Theory of Extreme Values, 1954; Maddison, Tarlow and Minka,
       A* Sampling, arXiv:1411.0030 (Gumbel-max over groups of classes).
     """
-    rows_over = mesh_axes.check_axes("token_axes", token_axes)
+    rows_over = mesh_axes.check_token_axes(token_axes, vocab_axis)
     call = prepare(
         "linear_sample",
         *lax.stop_gradient((jnp.asarray(hidden), jnp.asarray(kernel))),

@@ -11,6 +11,7 @@ from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 __all__ = ["linear_statistics"]
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_statistics(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -90,7 +91,7 @@ def linear_statistics(
       arXiv:1805.02867; Wijmans et al., Cut Your Losses in Large-Vocabulary Language
       Models, arXiv:2411.09009.
     """
-    mesh_axes.check_axes("token_axes", token_axes)
+    mesh_axes.check_token_axes(token_axes, vocab_axis)
     call = prepare(
         "linear_statistics",
         hidden,

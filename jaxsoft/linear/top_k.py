@@ -23,6 +23,7 @@ from jaxsoft.linear.folds.best import Best
 __all__ = ["linear_top_k"]
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def linear_top_k(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -86,7 +87,7 @@ def linear_top_k(
       Milakov and Gimelshein, Online normalizer calculation for softmax,
       arXiv:1805.02867 (softmax fused with top-k).
     """
-    mesh_axes.check_axes("token_axes", token_axes)
+    mesh_axes.check_token_axes(token_axes, vocab_axis)
     call = prepare(
         "linear_top_k",
         hidden,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, numerics
+from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.numerics import times
 from jaxsoft.logits.arguments import (
     check_temperature,
@@ -25,6 +25,7 @@ from jaxsoft.logits.softmax import probabilities, softmax
 __all__ = ["boltzmann_operator", "boltzmann_policy", "soft_argmax"]
 
 
+@mesh_axes.accepts_explicit("values", axis="axis")
 def boltzmann_policy(
     values: ArrayLike,
     temperature: ArrayLike,
@@ -81,6 +82,7 @@ def boltzmann_policy(
     return softmax(values, temperature=temperature, axis=axis, where=where)
 
 
+@mesh_axes.accepts_explicit("values", axis="axis")
 def boltzmann_operator(
     values: ArrayLike,
     temperature: ArrayLike,
@@ -176,6 +178,7 @@ def _operator_jvp(axis, static_tau, primals, tangents):
 _operator.defjvp(_operator_jvp, symbolic_zeros=True)
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def soft_argmax(
     logits: ArrayLike,
     temperature: ArrayLike,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, numerics
+from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.numerics import divide_by_temperature, times
 from jaxsoft._core.temperature_fit import (
     DEFAULT_BOUNDS,
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+@mesh_axes.accepts_explicit("logits", axis=-1)
 def fit_temperature(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -121,13 +122,14 @@ def _fit(axis, bounds, logits, labels, where, weights) -> TemperatureFit:
         expected = jnp.sum(times(exps, centred.values), axis) / total[..., 0]
         own = divide_by_temperature(picked, centred.peak, tau)[..., 0]
         own = jnp.where(jnp.any(centred.kept, axis), own, 0)
-        own = jnp.where(valid, own, jnp.nan)
+        own = numerics.nan_where(~valid, own)
         spread = jnp.min(jnp.where(centred.kept, centred.values, 0), axis)
         return RowFit(jnp.log(total[..., 0]) - own, own - expected, spread)
 
     return fit_rows(rows, row_weights(weights), bounds, dtype)
 
 
+@mesh_axes.accepts_explicit("probabilities", axis=-1)
 def expected_calibration_error(
     probabilities: ArrayLike,
     labels: ArrayLike,
@@ -197,6 +199,7 @@ class CalibrationBins(NamedTuple):
     gap: jax.Array
 
 
+@mesh_axes.accepts_explicit("probabilities", axis=-1)
 def calibration_bins(
     probabilities: ArrayLike,
     labels: ArrayLike,
@@ -225,7 +228,7 @@ def _bins(number, probabilities, labels, weights) -> CalibrationBins:
     best = jnp.argmax(probabilities, -1)
     valid = (labels >= 0) & (labels < classes)
     correct = (best == jnp.where(valid, labels, 0).astype(best.dtype)).astype(dtype)
-    correct = jnp.where(valid, correct, jnp.nan).reshape(-1)
+    correct = numerics.nan_where(~valid, correct).reshape(-1)
     weight = row_weights(weights)
     weight = jnp.ones_like(confidence) if weight is None else weight.reshape(-1)
     weight = weight.astype(dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, numerics
+from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.divergence import SMALL, difference
 from jaxsoft._core.numerics import Temperature, finite, finite_peak, inverse
 from jaxsoft.logits.arguments import (
@@ -24,6 +24,7 @@ from jaxsoft.logits.softmax import exponentials
 __all__ = ["codistillation_loss"]
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def codistillation_loss(
     logits: ArrayLike,
     temperature: ArrayLike = 1.0,

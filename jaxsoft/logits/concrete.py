@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.scipy.special import gammaln
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, numerics
+from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.numerics import is_zero
 from jaxsoft.logits.rows import Rows, to_rows
 from jaxsoft.logits.softmax import logsumexp
@@ -15,6 +15,7 @@ from jaxsoft.logits.softmax import logsumexp
 __all__ = ["concrete_log_prob"]
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def concrete_log_prob(
     relaxed: ArrayLike,
     logits: ArrayLike,
@@ -103,4 +104,4 @@ def _log_prob(
     # XLA's gammaln(1) is not quite 0.
     constant = jnp.where(count <= 2, 0, gammaln(count))
     result = constant + (count - 1) * log_tau + total
-    return jnp.where(jnp.any(bad & kept, axis=1), jnp.nan, result)
+    return numerics.nan_where(jnp.any(bad & kept, axis=1), result)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, noise, registry
-from jaxsoft._core.numerics import inverse
+from jaxsoft._core import checks, mesh_axes, noise, registry
+from jaxsoft._core.numerics import inverse, nan_where
 from jaxsoft._core.registry import Implementation
 from jaxsoft.logits import perturbation
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
@@ -17,6 +17,7 @@ from jaxsoft.logits.rows import Rows, to_rows
 __all__ = ["gumbel_softmax", "gumbel_top_k", "slope"]
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def gumbel_softmax(
     key: jax.Array,
     logits: ArrayLike,
@@ -178,6 +179,7 @@ def slope(static_tau, p: jax.Array, primals, tangents) -> jax.Array:
     return (wide * (change - mean) * inverse(tau, dtype)).astype(p.dtype)
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def gumbel_top_k(
     key: jax.Array,
     logits: ArrayLike,
@@ -243,4 +245,4 @@ def _top_k(generator, k: int, key, rows: Rows) -> tuple[jax.Array, jax.Array]:
     lost = jnp.any(jnp.isnan(noisy), axis=1, keepdims=True)
     values, class_ids = lax.top_k(jnp.where(lost, -jnp.inf, noisy), k)
     class_ids = jnp.where(values == -jnp.inf, -1, class_ids.astype(jnp.int32))
-    return jnp.where(lost, jnp.nan, values), class_ids
+    return nan_where(lost, values), class_ids

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, numerics
+from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.divergence import DIVERGENCES, Divergence
 from jaxsoft._core.numerics import (
     divide_by_temperature,
@@ -29,6 +29,7 @@ from jaxsoft.logits.softmax import exponentials, log_softmax, probabilities
 __all__ = ["distillation_loss", "softmax_cross_entropy"]
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike | None = None,
@@ -134,7 +135,7 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
         lse, _, mean = _row_statistics(axis, static_tau, x, tau, where, labels)
     else:
         lse, picked, mean = _row_statistics(axis, static_tau, x, tau, where, labels)
-    loss = -picked if smoothing == 0 else -(1 - smoothing) * picked
+    loss = -numerics.scaled(1 - smoothing, picked)
     if smoothing:
         loss = loss - smoothing * mean
     if z_weight:
@@ -164,7 +165,7 @@ def _row_statistics(axis, static_tau, x, tau, where, labels):
         )
         label_logit = jnp.where(keeps, label_logit, -jnp.inf)
     log_prob = divide_by_temperature(label_logit, centred.peak, tau) - log_total
-    log_prob = jnp.where((label >= 0) & (label < classes), log_prob, jnp.nan)
+    log_prob = numerics.nan_where((label < 0) | (label >= classes), log_prob)
     number = jnp.maximum(jnp.sum(centred.kept, axis, keepdims=True), 1)
     mean = jnp.sum(
         jnp.where(centred.kept, centred.values, 0), axis, keepdims=True
@@ -211,6 +212,7 @@ def _row_statistics_jvp(axis, static_tau, primals, tangents):
 _row_statistics.defjvp(_row_statistics_jvp, symbolic_zeros=True)
 
 
+@mesh_axes.accepts_explicit("student_logits", axis="axis")
 def distillation_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,

@@ -10,13 +10,14 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxsoft._core import block_sampling, checks, noise, numerics
+from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
 from jaxsoft.logits import filters
 from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 
 __all__ = ["draw_rows", "sample"]
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def sample(
     key: jax.Array,
     logits: ArrayLike,

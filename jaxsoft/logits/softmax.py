@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, numerics, registry
+from jaxsoft._core import checks, mesh_axes, numerics, registry
 from jaxsoft._core.numerics import finite, inverse, over_temperature, times
 from jaxsoft._core.registry import Implementation
 from jaxsoft.logits.arguments import (
@@ -27,6 +27,7 @@ from jaxsoft.logits.centre import Centred, centre
 __all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def softmax(
     logits: ArrayLike,
     *,
@@ -88,6 +89,7 @@ def softmax(
     return _run(_softmax, logits, temperature, axis, where)
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def log_softmax(
     logits: ArrayLike,
     *,
@@ -138,6 +140,7 @@ def log_softmax(
     return _call(_log_softmax, logits, temperature, axis, where, implementation)
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def logsumexp(
     logits: ArrayLike,
     *,
@@ -161,7 +164,8 @@ def logsumexp(
     Returns:
       [...] float32 (float64 for float64 logits). -inf for a row without any kept
       class; ±inf where m / τ overflows; at τ = 0 the limit: -inf, log of the number
-      of ties, or inf, by the sign of the largest logit.
+      of ties, or inf, by the sign of the largest logit. A +inf logit gives +inf, and
+      gradients of NaN.
 
     Raises:
       TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
@@ -184,6 +188,7 @@ def logsumexp(
     return _call(_logsumexp, logits, temperature, axis, where, implementation)
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def entropy(
     logits: ArrayLike,
     *,
@@ -371,7 +376,10 @@ _log_softmax.defjvp(_rule(_log_softmax_derivative), symbolic_zeros=True)
 def _logsumexp(axis, static_tau, x, tau, where):
     tau = pick_temperature(static_tau, tau)
     centred = centre(x, tau, where, axis)
-    total = _sum(jnp.exp(centred.values), axis)
+    # An infinite peak is not subtracted: inf - inf is NaN, and the sum is inf.
+    uncentred = (centred.peak == jnp.inf) & centred.kept
+    values = jnp.where(uncentred, x, centred.values)
+    total = _sum(jnp.exp(values), axis)
     lse = over_temperature(centred.peak, tau) + jnp.log(total)
     return jnp.squeeze(jnp.where(total == 0, -jnp.inf, lse), axis)
 

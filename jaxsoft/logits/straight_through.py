@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, noise, numerics
+from jaxsoft._core import checks, mesh_axes, noise, numerics
 from jaxsoft._core.numerics import inverse
 from jaxsoft.logits import perturbation
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
@@ -19,6 +19,7 @@ from jaxsoft.logits.softmax import exponentials
 __all__ = ["gumbel_rao", "reinmax"]
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def reinmax(
     key: jax.Array,
     logits: ArrayLike,
@@ -131,6 +132,7 @@ def _project(p: jax.Array, change: jax.Array) -> jax.Array:
     return p * (change - jnp.sum(p * change, axis=1, keepdims=True))
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def gumbel_rao(
     key: jax.Array,
     logits: ArrayLike,

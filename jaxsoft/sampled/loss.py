@@ -11,12 +11,13 @@ from jax import lax
 from jax.typing import ArrayLike
 from numpy import typing as npt
 
-from jaxsoft._core import checks, registry
+from jaxsoft._core import checks, mesh_axes, registry
 from jaxsoft._core.exporting import Leaf, exportable_dataclass
 from jaxsoft._core.numerics import (
     compute_dtype,
     is_zero,
     matmul,
+    nan_where,
     operand_dtype,
     over_temperature,
 )
@@ -174,6 +175,7 @@ def _classes(num_classes: int) -> int:
     return int(num_classes)
 
 
+@mesh_axes.accepts_explicit("hidden", kernel="kernel")
 def sampled_softmax_loss(
     key: jax.Array,
     hidden: ArrayLike,
@@ -300,7 +302,7 @@ def sampled_softmax_loss(
     if remove_accidental_hits:
         others = jnp.where(ids[None] == own[:, None], -jnp.inf, others)
     loss = _log_sum_with_one(others, is_zero(tau, dtype))
-    loss = jnp.where(known, loss, jnp.nan).reshape(rows)
+    loss = nan_where(~known, loss).reshape(rows)
     return reduce_losses(loss, token_weight, reduction)
 
 

@@ -1,10 +1,11 @@
-"""Matrix products whose derivatives multiply narrow numbers."""
+"""Matrix products of narrow numbers, and arithmetic without needless NaN."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsoft
 from jaxsoft._core.numerics import matmul
 from tests.accelerators.mosaic_tpu import products
 
@@ -67,3 +68,21 @@ def test_first_and_second_derivatives_in_wide_dtypes():
     b = pair("float32")[1]
     found = jax.vmap(lambda a: matmul(a, b, None, jnp.dtype("float32")))(batch)
     np.testing.assert_allclose(found, batch @ np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+def test_debug_nans_without_jit():
+    """Operations that run one by one make no NaN that is not chosen."""
+    x, labels = jnp.array([1.0, 2.0, -3.0]), jnp.array(1)
+    key = jax.random.key(0)
+    functions = (
+        lambda x: jaxsoft.softmax(x)[0],
+        jaxsoft.logsumexp,
+        jaxsoft.entropy,
+        lambda x: jaxsoft.softmax_cross_entropy(x, labels),
+        lambda x: jaxsoft.distillation_loss(x, x[::-1], 2.0),
+        lambda x: jaxsoft.gumbel_softmax(key, x, 0.5)[0],
+        lambda x: jaxsoft.linear_cross_entropy(x[None], jnp.eye(3), labels[None]),
+    )
+    with jax.debug_nans(True), jax.disable_jit():
+        for function in functions:
+            assert np.isfinite(jax.grad(function)(x)).all()

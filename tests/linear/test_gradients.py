@@ -263,3 +263,32 @@ def test_weights_have_gradients():
     np.testing.assert_allclose(grad[live], expected[live], rtol=1e-5)
     # What a masked token holds may not matter, so its loss counts as 0.
     np.testing.assert_allclose(grad[~live], -mean / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropped", ["class_mask", "bias"])
+def test_rows_without_classes_have_no_slope(dropped):
+    """The loss and all gradients are 0, by a temperature for each row too."""
+    hidden, kernel, labels = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.array([0, 1, 0])
+    mask = {"class_mask": jnp.zeros(4, bool), "bias": jnp.full(4, -jnp.inf)}[dropped]
+
+    def loss(hidden, kernel, tau):
+        return linear_cross_entropy(
+            hidden,
+            kernel,
+            labels,
+            temperature=tau,
+            z_loss=0.5,
+            reduction="sum",
+            **{dropped: mask},
+        )
+
+    def lse(hidden, kernel, tau):
+        found = linear_statistics(hidden, kernel, temperature=tau, **{dropped: mask})
+        return jnp.where(jnp.isfinite(found.lse), found.lse, 0).sum()
+
+    for tau in (jnp.array([0.5, 1.0, 2.0]), jnp.array([0.0, 1.0, jnp.inf])):
+        for function in (loss, lse):
+            value, slopes = jax.value_and_grad(function, (0, 1, 2))(hidden, kernel, tau)
+            assert value == 0
+            for slope in slopes:
+                np.testing.assert_array_equal(slope, 0)

@@ -634,7 +634,8 @@ class LogitStatistics:
     @property
     def lse(self) -> jax.Array:
         """Log Σ exp(u / τ) [...]; -inf in a row without any kept class."""
-        return self._peak() + self.log_sum
+        lse = self._peak() + self.log_sum
+        return jnp.where(self.max == -jnp.inf, -jnp.inf, lse)
 
     @property
     def label_logit(self) -> jax.Array:
@@ -659,7 +660,8 @@ class LogitStatistics:
 
     def _peak(self) -> jax.Array:
         tau = jnp.broadcast_to(self.temperature, self.max.shape)
-        return over_temperature(jax.lax.stop_gradient(self.max), tau)
+        peak = numerics.finite_peak(jax.lax.stop_gradient(self.max))
+        return over_temperature(peak, tau)
 
     def _need(self, name: str) -> jax.Array:
         value = getattr(self, name)
@@ -700,7 +702,7 @@ def _run(fold: Statistics, arrays: Operands) -> LogitStatistics:
     label = fields.label
     if label is not None and operands.labels is not None:
         valid = operands.labels.reshape(label.shape) >= 0
-        label = jnp.where(valid, label, jnp.nan)
+        label = numerics.nan_where(~valid, label)
     tau = arrays.tau
     temperature = jnp.asarray(config.static_tau, dtype) if tau is None else tau
     return LogitStatistics(
