@@ -190,19 +190,19 @@ def test_full_smoothing_leaves_the_label_out():
     """With smoothing 1 the label weighs 0, whether or not its class is kept."""
     labels = jnp.array([0])
     options = {"label_smoothing": 1.0}
-    for where, truth in (((False, True, True, True), np.log(3)), ((False,) * 4, 0)):
+    for where, value in (((False, True, True, True), np.log(3)), ((False,) * 4, 0)):
         where = jnp.array(where)
         loss, slope = jax.value_and_grad(
             lambda x, where=where: jaxsoft.softmax_cross_entropy(
                 x, labels, where=where, **options
             ).sum()
         )(jnp.ones((1, 4)))
-        np.testing.assert_allclose(loss, truth, rtol=1e-6)
+        np.testing.assert_allclose(loss, value, rtol=1e-6)
         np.testing.assert_allclose(slope, np.zeros((1, 4)), atol=1e-7)
         streamed = jaxsoft.linear_cross_entropy(
             jnp.ones((1, 2)), jnp.ones((2, 4)), labels, class_mask=where, **options
         )
-        np.testing.assert_allclose(streamed, truth, rtol=1e-6)
+        np.testing.assert_allclose(streamed, value, rtol=1e-6)
     wrong = jaxsoft.softmax_cross_entropy(jnp.ones((1, 4)), jnp.array([4]), **options)
     assert np.isnan(wrong).all()
 
