@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 import jaxsoft
 from jaxsoft.linear import mesh as meshes
+from tests.truth import log_softmax
 
 ROWS, FEATURES, OTHER, CLASSES, WIDTH = 24, 8, 6, 1208, 5
 TILE = 4 * 8 * 256
@@ -277,6 +278,40 @@ def test_over_mesh_pads_what_does_not_divide(name, rows, classes):
     (_, truth), true_grad = on_one_device(name, rows, classes)
     close(out, truth)
     close(grad, true_grad, scale=5)
+
+
+def test_a_mean_without_weights_is_over_the_tokens_of_all_shards():
+    hidden, kernel, labels = (arguments()[n] for n in ("hidden", "kernel", "labels"))
+    loss = jaxsoft.over_mesh(
+        jaxsoft.linear_cross_entropy,
+        mesh_of("2 × 4"),
+        vocab_axis="vocab",
+        token_axes="data",
+    )
+    log_p = log_softmax(hidden.astype("float64") @ kernel)
+    expected = -log_p[np.arange(ROWS), labels].mean()
+    np.testing.assert_allclose(loss(hidden, kernel, labels), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("student, teacher", [("hv", "vh"), ("vh", "hv")])
+def test_over_mesh_takes_each_kernel_in_its_own_layout(student, teacher):
+    a = arguments()
+    names = ("hidden", "kernel", "teacher_hidden", "teacher_kernel")
+    h, w, g, k = (a[name].astype("float64") for name in names)
+    log_p, log_q = log_softmax(g @ k), log_softmax(h @ w)
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+    loss = jaxsoft.over_mesh(
+        jaxsoft.linear_distillation, mesh_of("8"), vocab_axis="vocab"
+    )
+    found = loss(
+        a["hidden"],
+        a["kernel"] if student == "hv" else a["kernel"].T,
+        a["teacher_hidden"],
+        a["teacher_kernel"] if teacher == "hv" else a["teacher_kernel"].T,
+        student_kernel_layout=student,
+        teacher_kernel_layout=teacher,
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_over_a_mesh_of_explicit_axes():
