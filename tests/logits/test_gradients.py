@@ -104,6 +104,28 @@ def test_reverse_mode_matches_float64_autodiff(name, kind, x64):
         assert (grads[0][0] == 0).all()
 
 
+def test_dropped_classes_have_no_part_in_the_gradient_of_cross_entropy():
+    x = truth.logits("unit", (3, 5))
+    tau = np.asarray([[0.6], [1.0], [2.5]], "float32")
+    where = np.array([True, False, True, True, True])
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(x, tau):
+        return jaxsoft.softmax_cross_entropy(
+            x, LABELS, tau, where=where, label_smoothing=0.2, z_loss=0.1
+        ).sum()
+
+    by_x, by_tau = gradients(x, tau)
+    p, lse = truth.softmax(x, tau, where), truth.logsumexp(x, tau, where)
+    goal = 0.8 * np.eye(5)[LABELS] + 0.2 * where / 4
+    expected = (p - goal + 0.2 * lse[:, None] * p) / tau
+    assert truth.error(by_x, expected) < 1e-6
+    np.testing.assert_array_equal(by_x[:, ~where], 0)
+    # The loss is a function of x / τ.
+    assert truth.error(by_tau, -(expected * x / tau).sum(-1, keepdims=True)) < 1e-6
+
+
 @jax.jit
 def _gradients_of_finite_results(x, tau):
     def total(name, x, tau):
