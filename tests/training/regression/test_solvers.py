@@ -21,6 +21,7 @@ from jaxsoft.training.regression.inputs import Rows
 from jaxsoft.training.regression.objective import Parameters
 from jaxsoft.training.regression.whitening import whitening
 from tests.training.regression.problems import problem
+from tests.truth import softmax
 
 OPTIONS = Hyperparameters(
     **SoftmaxRegression(
@@ -92,6 +93,25 @@ def test_reasons_to_stop(name):
     assert settled.objective <= gradient.objective * (1 + 1e-15)
     limited = reason(tol=0.0, max_iter=3)
     assert (limited.reason, limited.iteration) == ("max_iter", 3)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 1.0])
+def test_fista_stops_where_the_penalty_balances_the_gradient(ratio):
+    """Where a coefficient is 0, the L1 penalty is at least the slope of the loss."""
+    given = problem()
+    solver = solver_of("fista", C=0.2, l1_ratio=ratio, tol=1e-8)
+    state, status = solving.solve(solver)
+    assert status.reason == "gradient"
+    coef, intercept = solver.fitted(state)
+    scores = given.features @ coef.T + intercept
+    wrong = given.weights[:, None] * (softmax(scores) - np.eye(4)[given.labels])
+    strength = 1 / (0.2 * given.weights.sum())
+    slope = wrong.T @ given.features / given.weights.sum()
+    slope += (1 - ratio) * strength * coef
+    zero, most = coef == 0, ratio * strength
+    np.testing.assert_allclose(slope[~zero], -most * np.sign(coef[~zero]), atol=1e-7)
+    assert (np.abs(slope[zero]) <= most + 1e-7).all() and 0 < zero.sum() < zero.size
+    np.testing.assert_allclose(wrong.sum(axis=0), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
