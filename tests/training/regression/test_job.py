@@ -38,16 +38,24 @@ def make_data():
     return features * (1, 100, 0.01) + (0, 1e4, 5), NAMES[labels]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "a.csv"
-    features, labels = make_data()
+def write(path, features, labels):
     with path.open("w") as file:
         writer = csv.writer(file)
         writer.writerow(["a", "b", "c", "kind"])
         for row, label in zip(features.tolist(), labels, strict=True):
             writer.writerow([*row, label])
     return str(path)
+
+
+def split(labels):
+    """Returns the rows that the runs below train on, and those that they test on."""
+    rows = np.arange(ROWS)
+    return train_test_split(rows, test_size=23, stratify=labels, random_state=5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "a.csv", *make_data())
 
 
 def config_of(data, out, **changes):
@@ -66,9 +74,7 @@ def finished(data, tmp_path_factory):
 def test_report_is_that_of_the_saved_model(finished):
     out, report = finished
     features, labels = make_data()
-    train, test = train_test_split(
-        np.arange(ROWS), test_size=23, stratify=labels, random_state=5
-    )
+    train, test = split(labels)
     model: Any = load_model(out / "model.safetensors", SoftmaxRegression)
     assert model.feature_names_in_.tolist() == ["a", "b", "c"]
     assert model.label_column_ == "kind"
@@ -89,6 +95,20 @@ def test_report_is_that_of_the_saved_model(finished):
     np.testing.assert_allclose(report.recall, matrix.diagonal() / matrix.sum(axis=1))
     assert report.classes == ("ant", "bee", "cat") and report.features == 3
     assert report.test.accuracy > 0.5 and report.scaling == "columns"
+
+
+def test_the_model_depends_on_no_row_to_test_on(finished, tmp_path):
+    """Nor does the scale of its features."""
+    features, labels = make_data()
+    features[split(labels)[1]] *= 3
+    path, out = write(tmp_path / "a.csv", features, labels), tmp_path / "run"
+    report = train_regression(config_of(path, out))
+    assert report.train == finished[1].train and report.test != finished[1].test
+    model, other = (
+        load_model(each / "model.safetensors", SoftmaxRegression)
+        for each in (out, finished[0])
+    )
+    np.testing.assert_array_equal(model.coef_, other.coef_)
 
 
 def test_run_writes_its_files_and_no_others(finished):
