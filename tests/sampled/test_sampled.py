@@ -94,6 +94,18 @@ def test_a_class_of_count_zero_is_never_drawn_and_a_rare_one_is_possible():
     assert ClassSampler.unigram([5]).sample(KEY, 3).tolist() == [0, 0, 0]
 
 
+def test_random_bits_where_a_class_begins_and_ends(monkeypatch):
+    """A class too low there would be -1 once in 2³⁰ draws."""
+    sampler = ClassSampler.unigram([0, 3, 0, 0, 2, 1, 0])
+    live = [1, 4, 5]
+    starts = np.asarray(sampler.starts, "uint32")
+    first, last = starts[live], starts[1:][live] - 1
+    # The highest 30 of 32 bits choose.
+    bits = np.concatenate([first << 2, (last << 2) + 3])
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(bits))
+    assert sampler.sample(KEY, 6).tolist() == live + live
+
+
 @pytest.mark.parametrize("layout", ["hv", "vh"])
 @pytest.mark.parametrize("hits", [True, False])
 def test_value_and_gradients_by_definition(hits, layout, x64):
