@@ -791,7 +791,7 @@ _LANGUAGE_MODELS = (
         file="jaxsoft/training/mesh.py",
         before="for name in AXES if name in mesh.axis_names]",
         after="for name in mesh.axis_names]",
-        tests=("tests/training/language_model/test_mesh.py",),
+        tests=("tests/training/test_meshes.py",),
     ),
 )
 

@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from jaxsoft.training import LanguageModelConfig, MeshError, parse_mesh
+from jaxsoft.training import LanguageModelConfig, MeshError
 from jaxsoft.training.heads import HEADS
 from jaxsoft.training.language_model.preparation import check_vocabulary
-from jaxsoft.training.mesh import usable_mesh
 
 # One worker: its runs serve many tests.
 SCRIPT = Path(__file__).with_name("runs_on_meshes.py")
@@ -132,35 +129,6 @@ def test_command_refuses_in_one_line(runs, name, message):
     code, _, errors = runs[name]
     assert code == 2
     assert message in errors and len(errors.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "`mesh` must be axes with their sizes, such as data=2,vocab=4, got ''."),
-        ("data", "must be axes with their sizes"),
-        ("data=0", "must be axes with their sizes"),
-        ("data=-1,vocab=1", "must be axes with their sizes"),
-        ("data=1,", "must be axes with their sizes"),
-        ("data=1;vocab=1", "must be axes with their sizes"),
-        ("data=" + "9" * 5000, "must be axes with their sizes"),
-        ("model=1", "must have the axes data and vocab, each once, got 'model=1'."),
-        ("data=1,data=1", "must have the axes data and vocab, each once"),
-        ("vocab=99", "must multiply to the number of devices"),
-    ],
-)
-def test_text_of_a_mesh_is_checked(text, message):
-    with pytest.raises(MeshError) as caught:
-        parse_mesh(text)
-    assert message in str(caught.value)
-
-
-def test_a_mesh_has_both_axes(one_device):
-    devices = np.asarray(jax.devices()[:1])
-    for mesh in (None, Mesh(devices, ("vocab",)), parse_mesh(" data=1 ")):
-        assert dict(usable_mesh(mesh, 4).shape) == {"data": 1, "vocab": 1}
-    with pytest.raises(MeshError, match="the axes data and vocab, got 'model'"):
-        usable_mesh(Mesh(devices, ("model",)), 4)
 
 
 def test_vocabulary_to_take_is_large_enough():
