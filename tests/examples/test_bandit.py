@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsoft.examples import bandit
+from tests.truth import softmax
 
 
 def test_annealing_beats_greed_and_chance(capsys, tmp_path):
@@ -23,13 +24,18 @@ def test_annealing_beats_greed_and_chance(capsys, tmp_path):
     assert annealed < totals["greedy (τ = 0)"] < totals["uniform (τ = ∞)"]
 
 
-def test_regret_of_a_uniform_player_is_the_mean_gap():
+def test_regrets_are_those_of_softmax_over_the_mean_rewards():
+    """First at temperature ∞, then at 1 by the average rewards of so many pulls."""
     keys = jax.random.split(jax.random.key(3), 500)
-    temperatures = jnp.full(20, jnp.inf)
+    temperatures = jnp.repeat(np.array([np.inf, 1], "float32"), 400)
     regret = jax.jit(jax.vmap(lambda key: bandit.play(key, temperatures, 4)))(keys)
-    # The largest of four unit normals has mean 1.029.
-    np.testing.assert_allclose(regret.mean(), 1.029, atol=0.1)
-    assert (np.asarray(regret) >= 0).all()
+    regret = np.asarray(regret)
+    means = np.random.default_rng(0).standard_normal((100_000, 4))
+    gaps = means.max(axis=1, keepdims=True) - means
+    np.testing.assert_allclose(regret[:, :400].mean(), gaps.mean(), atol=0.1)
+    expected = (softmax(means) * gaps).sum(axis=1).mean()
+    np.testing.assert_allclose(regret[:, 400:].mean(), expected, atol=0.05)
+    assert (regret >= 0).all()
 
 
 @pytest.mark.parametrize(
