@@ -25,6 +25,7 @@ __all__ = [
     "one_of",
     "positive_integer",
     "python_integer",
+    "row_temperature",
     "scalar_in",
     "shape",
     "temperature",
@@ -169,6 +170,34 @@ def temperature(value: ArrayLike, dtype: jnp.dtype) -> float | jax.Array:
     array = floating("temperature", value)
     _not_negative(array)
     return array.astype(dtype)
+
+
+def row_temperature(
+    value: ArrayLike,
+    dtype: jnp.dtype,
+    rows: tuple[int, ...],
+    legend: str = "hidden.shape[:-1]",
+) -> float | jax.Array:
+    """Returns a temperature of all rows, a float or a scalar array, or one of each.
+
+    Args:
+      value: a scalar, `rows`, or what broadcasts to `(*rows, 1)` as it would against
+        stored logits.
+      dtype: of the result, where it is an array.
+      rows: the shape of the rows.
+      legend: what `rows` is, for messages.
+    """
+    tau = temperature(value, dtype)
+    if not isinstance(tau, jax.Array) or tau.ndim == 0 or tau.shape == rows:
+        return tau
+    try:
+        broadcasts_to("temperature", tau, (*rows, 1))
+    except ValueError:
+        raise ValueError(
+            f"`temperature` must have shape (), {legend} = {rows} or (*{legend}, 1), "
+            f"got {tau.shape}."
+        ) from None
+    return jnp.broadcast_to(tau, (*rows, 1))[..., 0]
 
 
 def finite_temperature(value: ArrayLike) -> None:

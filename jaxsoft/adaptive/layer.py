@@ -237,13 +237,11 @@ def prepare(
         for index, (tail, classes) in enumerate(zip(tails, bands.tails, strict=True))
     )
     dtype = compute_dtype(hidden, kernel)
-    tau = checks.temperature(temperature, dtype)
+    tau = checks.row_temperature(temperature, dtype, shape)
     constant, row_tau = 1.0, None
     if isinstance(tau, (int, float)):
         constant = float(tau)
     else:
-        if tau.ndim:
-            checks.shape("temperature", tau, shape, "() or hidden.shape[:-1]")
         row_tau = jnp.broadcast_to(tau, shape).reshape(-1)
     folded = hidden.astype(operand_dtype(hidden, kernel))
     folded = folded.reshape(math.prod(shape), features)

@@ -130,13 +130,11 @@ def prepare(
     operand = operand_dtype(hidden, kernel)
     dtype = compute_dtype(hidden, kernel)
     shape = hidden.shape[:-1]
-    tau = checks.temperature(temperature, dtype)
+    tau = checks.row_temperature(temperature, dtype, shape)
     constant, row_tau = 1.0, None
     if isinstance(tau, (int, float)):
         constant = float(tau)
     else:
-        if tau.ndim:
-            checks.shape("temperature", tau, shape, "() or hidden.shape[:-1]")
         row_tau = jnp.broadcast_to(tau, shape).reshape(-1)
     return Layer(
         hidden.astype(operand).reshape(math.prod(shape), features),

@@ -276,10 +276,9 @@ def prepare(
         )
         if logit_softcap == 0:
             raise ValueError(f"`{prefix}logit_softcap` must be positive, got 0.")
-    tau = checks.temperature(temperature, numerics.compute_dtype(hidden, kernel))
-    if isinstance(tau, jax.Array) and tau.ndim:
-        rows = f"{prefix}hidden.shape[:-1] or ()"
-        checks.shape("temperature", tau, hidden.shape[:-1], rows)
+    dtype = numerics.compute_dtype(hidden, kernel)
+    legend = f"{prefix}hidden.shape[:-1]"
+    tau = checks.row_temperature(temperature, dtype, hidden.shape[:-1], legend)
     if tile_bytes is None:
         tile_bytes = default_tile_bytes(hidden.nbytes + kernel.nbytes)
     config = Config(

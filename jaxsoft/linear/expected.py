@@ -56,7 +56,7 @@ def linear_expected(
       hard: whether the result is `values` at the largest logit (with its noise), and
         the gradient that of the mixture: the straight-through estimator.
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
-      temperature: τ in [0, ∞], a scalar or [...].
+      temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
       kernel_layout: "hv" or "vh".

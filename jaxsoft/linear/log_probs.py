@@ -41,7 +41,7 @@ def linear_log_prob(
       kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`.
       labels: [...] integers in [0, V).
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
-      temperature: τ in [0, ∞], a scalar or [...].
+      temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
       kernel_layout: "hv" or "vh".
@@ -140,7 +140,7 @@ def linear_log_prob_at(
       kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`.
       class_ids: [..., K] integers in [0, V), K >= 1; repeated ids are fine.
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
-      temperature: τ in [0, ∞], a scalar or [...].
+      temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
       kernel_layout: "hv" or "vh".

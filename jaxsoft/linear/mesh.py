@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsoft._core import mesh_axes
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft.linear.arguments import MeshAxes
 
 __all__ = ["over_mesh"]
@@ -125,6 +125,10 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     kernel = "kernel" if "kernel" in arrays else "student_kernel"
     if hidden is None or hidden.ndim < 1 or arrays[kernel].ndim != 2:
         return function(**arguments)
+    tau = arrays.get("temperature")
+    if tau is not None and tau.ndim:
+        rows = checks.row_temperature(tau, tau.dtype, hidden.shape[:-1])
+        arrays["temperature"] = jnp.asarray(rows)
     count = hidden.shape[0] if hidden.ndim > 1 else None
     number = arrays[kernel].shape[axes[kernel] or 0]
     # A ShapeDtypeStruct has no sharding, whatever the array's type says.

@@ -51,7 +51,8 @@ def linear_sample(
       hidden: [..., H] floating.
       kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`.
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
-      temperature: τ in [0, ∞], a scalar or [...]. τ = 0 gives the lowest argmax.
+      temperature: τ in [0, ∞], a scalar, [...] or [..., 1]. τ = 0 gives the lowest
+        argmax.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
       kernel_layout: "hv" or "vh".

@@ -41,7 +41,7 @@ def linear_statistics(
         embedding table; it is never transposed nor padded in memory.
       labels: [...] integers in [0, V), or None.
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
-      temperature: τ in [0, ∞], a scalar or [...].
+      temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
       kernel_layout: "hv" or "vh".

@@ -32,13 +32,15 @@ def check_temperature(
         return tau
     if tau.ndim == 0:
         return tau.reshape((1,) * logits.ndim)
+    if tau.shape == logits.shape[:axis] + logits.shape[axis + 1 :]:
+        return jax.lax.expand_dims(tau, (axis,))
     rows = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
     try:
         checks.broadcasts_to("temperature", tau, rows)
     except ValueError as error:
         raise ValueError(
-            f"{error} Its class axis must have size 1: for one temperature a row, "
-            f"pass jnp.expand_dims(temperature, {axis})."
+            f"{error} Its class axis must have size 1; an array without that axis is "
+            "one temperature a row."
         ) from None
     return tau.reshape((1,) * (logits.ndim - tau.ndim) + tau.shape)
 

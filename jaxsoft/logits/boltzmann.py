@@ -42,9 +42,9 @@ def boltzmann_policy(
     Args:
       values: [..., V] estimated action values on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `values`
-        with size 1 on the action axis: one for each row, or a traced one that a
-        schedule anneals. τ = 0 is the greedy policy, uniform over ties, with zero
-        gradients. τ = ∞ is uniform over the kept actions.
+        with size 1 on the action axis, or lacks it: one for each row, or a traced one
+        that a schedule anneals. τ = 0 is the greedy policy, uniform over ties, with
+        zero gradients. τ = ∞ is uniform over the kept actions.
       axis: the action axis.
       where: booleans that broadcast to `values`; False drops an illegal action. None
         keeps all.
@@ -98,8 +98,8 @@ def boltzmann_operator(
     Args:
       values: [..., V] action values on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `values`
-        with size 1 on the action axis. τ = 0 gives the maximum, τ = ∞ the mean of the
-        kept values.
+        with size 1 on the action axis, or lacks it. τ = 0 gives the maximum, τ = ∞ the
+        mean of the kept values.
       axis: the action axis, which the result lacks.
       where: booleans that broadcast to `values`; False drops an action. None keeps
         all.
@@ -195,8 +195,9 @@ def soft_argmax(
     Args:
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis. τ = 0 gives the argmax, the mean position of
-        ties, with zero gradients; τ = ∞ the mean position of the kept classes.
+        with size 1 on the class axis, or lacks it. τ = 0 gives the argmax, the mean
+        position of ties, with zero gradients; τ = ∞ the mean position of the kept
+        classes.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       positions: [V] or [V, D] finite positions of the classes, floating. None means

@@ -36,7 +36,7 @@ def concrete_log_prob(
         `log_space` log y.
       logits: [..., V] x, of the shape of `relaxed`, any floating dtype.
       temperature: τ in (0, ∞), a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis.
+        with size 1 on the class axis, or lacks it.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class, as does a logit
         of -inf, and its entry does not matter. None keeps all.

@@ -38,8 +38,8 @@ def gumbel_softmax(
       key: a JAX random key.
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis. τ = 0 is one-hot with zero gradients; τ = ∞ is
-        uniform over the kept classes.
+        with size 1 on the class axis, or lacks it. τ = 0 is one-hot with zero
+        gradients; τ = ∞ is uniform over the kept classes.
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       hard: whether to return the one-hot class that was drawn, exactly, with the

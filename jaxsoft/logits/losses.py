@@ -16,6 +16,12 @@ from jaxsoft._core.numerics import (
     over_temperature,
     times,
 )
+from jaxsoft._core.tokens import (
+    Reduction,
+    keep_tokens,
+    reduce_losses,
+    token_weights,
+)
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
@@ -40,6 +46,9 @@ def softmax_cross_entropy(
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    reduction: Reduction = "none",
 ) -> jax.Array:
     """Cross-entropy between labels or target distributions and a tempered softmax.
 
@@ -51,7 +60,7 @@ def softmax_cross_entropy(
       logits: [..., V] with the classes on `axis`, any floating dtype.
       labels: [...] integers in [0, V). Exactly one of `labels` and `targets`.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis.
+        with size 1 on the class axis, or lacks it.
       targets: [..., V] of the shape of `logits`, floating; non-negative weights of
         classes, not required to sum to 1.
       axis: the class axis.
@@ -59,10 +68,15 @@ def softmax_cross_entropy(
       label_smoothing: ε in [0, 1], spread evenly over the kept classes.
       z_loss: weight >= 0 of the squared log-sum-exp, which keeps logits from
         drifting.
+      weights: [...] booleans or reals, one weight a row, or None; a row of weight 0
+        contributes exactly nothing, whatever it holds.
+      ignore_label: the label whose rows have weight 0, such as -100, or None.
+      reduction: "none", "sum", or "mean" (Σ weight · loss / Σ weight, 0 if the weights
+        sum to 0). The streamed twin's default is "mean".
 
     Returns:
-      [...] float32 (float64 for float64 logits), one loss per example. NaN where a
-      label lies outside [0, V); inf where it names a dropped class; 0 in a row
+      [...], or a scalar with a reduction, float32 (float64 for float64 logits). NaN
+      where a label lies outside [0, V); inf where it names a dropped class; 0 in a row
       without any kept class.
 
     Raises:
@@ -100,14 +114,39 @@ def softmax_cross_entropy(
     if targets is not None:
         targets = checks.floating("targets", targets)
         checks.shape("targets", targets, logits.shape, "logits.shape")
-    else:
-        assert labels is not None
-        labels = checks.integer("labels", labels)
+    ids = None
+    if labels is not None:
+        ids = checks.integer("labels", labels)
         rows = logits.shape[:axis] + logits.shape[axis + 1 :]
-        checks.shape("labels", labels, rows, "logits.shape without the class axis")
+        checks.shape("labels", ids, rows, "logits.shape without the class axis")
+    weight, (logits,) = _weigh(
+        weights, axis, logits, labels=ids, ignore_label=ignore_label
+    )
+    if ids is not None:
+        ids = keep_tokens(weight, ids)
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     options = _Options(axis, static_tau, smoothing, z_weight)
-    return _cross_entropy(options, logits, tau, where, labels, targets)
+    loss = _cross_entropy(options, logits, tau, where, ids, targets)
+    return reduce_losses(loss, weight, reduction)
+
+
+def _weigh(
+    weights: ArrayLike | None,
+    axis: int,
+    *arrays: jax.Array,
+    labels: jax.Array | None = None,
+    ignore_label: int | None = None,
+) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
+    """Returns the weights of rows, and logits that are 0 in rows without weight."""
+    shape = arrays[0].shape
+    rows = shape[:axis] + shape[axis + 1 :]
+    legend = "logits.shape without the class axis"
+    weight = token_weights(rows, weights, labels, ignore_label, legend)
+    if weight is None:
+        return None, arrays
+    live = jnp.expand_dims(weight != 0, axis)
+    return weight, tuple(jnp.where(live, array, 0) for array in arrays)
 
 
 class _Options(NamedTuple):
@@ -221,6 +260,8 @@ def distillation_loss(
     axis: int = -1,
     where: ArrayLike | None = None,
     divergence: Divergence = "forward_kl",
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "none",
 ) -> jax.Array:
     """Divergence between a teacher's and a student's tempered softmax, times τ².
 
@@ -236,16 +277,20 @@ def distillation_loss(
       student_logits: [..., V] with the classes on `axis`, any floating dtype.
       teacher_logits: [..., V], the same shape, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against the
-        logits with size 1 on the class axis. The loss is 0 at τ = 0 and, at τ = ∞,
-        half the variance over classes of the difference of the logits (an eighth for
-        Jensen-Shannon).
+        logits with size 1 on the class axis, or lacks it. The loss is 0 at τ = 0 and,
+        at τ = ∞, half the variance over classes of the difference of the logits (an
+        eighth for Jensen-Shannon).
       axis: the class axis.
       where: booleans that broadcast to the logits; False drops a class from both.
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
+      weights: [...] booleans or reals, one weight a row, or None; a row of weight 0
+        contributes exactly nothing, whatever it holds.
+      reduction: "none", "sum", or "mean" (Σ weight · loss / Σ weight, 0 if the weights
+        sum to 0). The streamed twin's default is "mean".
 
     Returns:
-      [...] float32 (float64 if either is), one loss >= 0 per example; 0 in a row
-      without any kept class; inf where a class has mass on one side only and the
+      [...], or a scalar with a reduction, float32 (float64 if either is), >= 0; 0 in a
+      row without any kept class; inf where a class has mass on one side only and the
       divergence is infinite.
 
     Raises:
@@ -277,8 +322,11 @@ def distillation_loss(
     dtype = numerics.compute_dtype(student, teacher)
     student, teacher = student.astype(dtype), teacher.astype(dtype)
     tau = check_temperature(temperature, student, axis)
+    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    weight, (student, teacher) = _weigh(weights, axis, student, teacher)
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
-    return _distillation(divergence, axis, static_tau, student, teacher, tau, where)
+    loss = _distillation(divergence, axis, static_tau, student, teacher, tau, where)
+    return reduce_losses(loss, weight, reduction)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)

@@ -43,7 +43,7 @@ def sample(
       key: a JAX random key.
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis. τ = 0 gives the lowest argmax.
+        with size 1 on the class axis, or lacks it. τ = 0 gives the lowest argmax.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       top_k: an integer >= 1: the k first classes stay, exactly k where there are as

@@ -46,8 +46,8 @@ def softmax(
     Args:
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis. τ = 0 is the limit: uniform over the largest
-        logits, with zero gradients. τ = ∞ is uniform over the kept classes.
+        with size 1 on the class axis, or lacks it. τ = 0 is the limit: uniform over the
+        largest logits, with zero gradients. τ = ∞ is uniform over the kept classes.
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       implementation: None, "xla" or a kernel, not yet measured: "mosaic_tpu" for TPUs,
@@ -106,7 +106,7 @@ def log_softmax(
     Args:
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis.
+        with size 1 on the class axis, or lacks it.
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       implementation: None or "xla".
@@ -156,7 +156,7 @@ def logsumexp(
     Args:
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis.
+        with size 1 on the class axis, or lacks it.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       implementation: None or "xla".
@@ -205,7 +205,7 @@ def entropy(
     Args:
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis.
+        with size 1 on the class axis, or lacks it.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
       implementation: None or "xla".

@@ -39,8 +39,8 @@ def reinmax(
       key: a JAX random key.
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis; of the gradient alone, where values above 1 mean
-        less variance and more bias.
+        with size 1 on the class axis, or lacks it; of the gradient alone, where values
+        above 1 mean less variance and more bias.
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
 
@@ -154,7 +154,8 @@ def gumbel_rao(
       key: a JAX random key.
       logits: [..., V] with the classes on `axis`, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against `logits`
-        with size 1 on the class axis; of the gradient alone. Zero gradients at 0, ∞.
+        with size 1 on the class axis, or lacks it; of the gradient alone. Zero
+        gradients at 0, ∞.
       num_samples: K >= 1, how many draws of noise the derivative averages over.
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.

@@ -210,7 +210,7 @@ def sampled_softmax_loss(
       sampler: a `ClassSampler` over V classes, or any object with its methods `sample`
         and `log_prob`.
       bias: [V] floating, added to the logits.
-      temperature: τ in [0, ∞], a scalar or [...].
+      temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       remove_accidental_hits: False counts sampled classes that are a token's label as
         wrong: the estimate is then too large by the label's own part.
       weights: [...] booleans or reals, one weight a token; a token of weight 0
@@ -282,10 +282,8 @@ def sampled_softmax_loss(
         bias = checks.floating("bias", bias)
         checks.shape("bias", bias, (classes,), "(V,)")
     dtype = compute_dtype(hidden, kernel)
-    tau = checks.temperature(temperature, dtype)
+    tau = checks.row_temperature(temperature, dtype, rows)
     if not isinstance(tau, (int, float)):
-        if tau.ndim:
-            checks.shape("temperature", tau, rows, "() or hidden.shape[:-1]")
         tau = jnp.broadcast_to(tau, rows).reshape(-1, 1)
     ids = checks.integer("sampler.sample(...)", sampler.sample(key, count))
     expected = sampler.log_prob(ids).astype(dtype) + math.log(count)

@@ -1,6 +1,4 @@
-"""Matrix products of narrow numbers, and arithmetic without needless NaN."""
-
-"""Matrix products of narrow numbers, and their derivatives."""
+"""Matrix products of narrow numbers, their derivatives, and NaN that is not needed."""
 
 import jax
 import jax.numpy as jnp

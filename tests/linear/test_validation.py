@@ -29,7 +29,7 @@ CALLS = [
     ((H, W, Y), {"temperature": -1}, ValueError, "`temperature` must not be negative"),
     (
         (H, W, Y),
-        {"temperature": np.ones((2, 1), "f")},
+        {"temperature": np.ones((3, 1), "f")},
         ValueError,
         "`temperature` must have shape",
     ),

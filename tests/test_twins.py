@@ -1,0 +1,115 @@
+"""Functions of stored logits and their streamed twins take the same, and agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoft
+
+ROWS, FEATURES, CLASSES = (2, 3), 4, 9
+RNG = np.random.default_rng(0)
+HIDDEN = RNG.standard_normal((*ROWS, FEATURES)).astype("float32")
+OTHER = RNG.standard_normal((*ROWS, FEATURES)).astype("float32")
+KERNEL = RNG.standard_normal((FEATURES, CLASSES)).astype("float32")
+LOGITS, OTHERS = HIDDEN @ KERNEL, OTHER @ KERNEL
+LABELS = RNG.integers(0, CLASSES, ROWS)
+KEY = jax.random.key(0)
+TEMPERATURES = {
+    "scalar": np.float32(0.7),
+    "rows": np.linspace(0.5, 2, 6, dtype="float32").reshape(ROWS),
+    "rows and one": np.linspace(0.5, 2, 6, dtype="float32").reshape(*ROWS, 1),
+    "broadcast": np.array([[[0.5]], [[2.0]]], "float32"),
+}
+REDUCTIONS = ("none", "sum", "mean")
+
+
+@pytest.mark.parametrize("shape", TEMPERATURES)
+def test_shapes_of_temperatures(shape):
+    """A temperature has the rows' shape, with the class axis or without it."""
+    tau = jnp.asarray(TEMPERATURES[shape])
+    full = jnp.broadcast_to(tau if tau.ndim != 2 else tau[..., None], (*ROWS, 1))
+    options = {"temperature": tau}
+    np.testing.assert_allclose(
+        jaxsoft.softmax_cross_entropy(LOGITS, LABELS, full[..., 0]),
+        jaxsoft.linear_cross_entropy(
+            HIDDEN, KERNEL, LABELS, reduction="none", **options
+        ),
+        rtol=1e-5,
+    )
+    np.testing.assert_array_equal(
+        jaxsoft.softmax_cross_entropy(LOGITS, LABELS, tau),
+        jaxsoft.softmax_cross_entropy(LOGITS, LABELS, full),
+    )
+    truth = jaxsoft.linear_sample(KEY, HIDDEN, KERNEL, temperature=full[..., 0])
+    np.testing.assert_array_equal(jaxsoft.sample(KEY, LOGITS, tau), truth)
+    np.testing.assert_array_equal(
+        jaxsoft.linear_sample(KEY, HIDDEN, KERNEL, **options), truth
+    )
+    mesh = jax.make_mesh((2,), ("data",))
+    over = jaxsoft.over_mesh(jaxsoft.linear_sample, mesh, token_axes="data")
+    np.testing.assert_array_equal(over(KEY, HIDDEN, KERNEL, **options), truth)
+
+
+def test_a_temperature_that_fits_no_rows():
+    """The message names the shapes that do."""
+    tau = jnp.ones(4)
+    with pytest.raises(ValueError, match="`temperature` must broadcast"):
+        jaxsoft.softmax(LOGITS, temperature=tau)
+    with pytest.raises(ValueError, match="`temperature` must have shape"):
+        jaxsoft.linear_log_prob(HIDDEN, KERNEL, LABELS, temperature=tau)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cross_entropy(reduction):
+    """Weights, ignored labels and reductions mean the same in both."""
+    weights = np.array([[1.0, 0.0, 0.5], [2.0, 1.0, 1.0]], "float32")
+    labels = np.where(np.arange(6).reshape(ROWS) == 4, -100, LABELS)
+    options = {"weights": weights, "ignore_label": -100, "reduction": reduction}
+
+    def stored(logits):
+        loss = jaxsoft.softmax_cross_entropy(logits, labels, 0.7, **options)
+        return loss.sum(), loss
+
+    def streamed(hidden):
+        loss = jaxsoft.linear_cross_entropy(
+            hidden, KERNEL, labels, temperature=0.7, **options
+        )
+        return loss.sum(), loss
+
+    slope, loss = jax.grad(stored, has_aux=True)(LOGITS)
+    other_slope, other = jax.grad(streamed, has_aux=True)(HIDDEN)
+    np.testing.assert_allclose(loss, other, rtol=1e-5)
+    np.testing.assert_allclose(slope @ KERNEL.T, other_slope, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_distillation(reduction):
+    """Weights and reductions mean the same in both."""
+    weights = np.array([[True, False, True], [True, True, True]])
+    options = {"weights": weights, "reduction": reduction}
+    np.testing.assert_allclose(
+        jaxsoft.distillation_loss(LOGITS, OTHERS, 2.0, **options),
+        jaxsoft.linear_distillation(
+            HIDDEN, KERNEL, OTHER, KERNEL, temperature=2.0, **options
+        ),
+        rtol=1e-4,
+    )
+
+
+def test_rows_without_weight_may_hold_anything():
+    """NaN in a row that does not count reaches neither the loss nor a gradient."""
+    weights = np.arange(6).reshape(ROWS) > 0
+    logits = LOGITS.copy()
+    logits[0, 0] = np.nan
+    options = {"weights": weights, "reduction": "mean"}
+
+    def losses(logits):
+        return jaxsoft.softmax_cross_entropy(
+            logits, LABELS, **options
+        ) + jaxsoft.distillation_loss(logits, OTHERS, **options)
+
+    value, slope = jax.value_and_grad(losses)(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(slope).all()
+    assert not np.any(slope[0, 0])
