@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
@@ -21,7 +22,7 @@ from jaxsoft._core.temperature_fit import (
     fit_rows,
     row_weights,
 )
-from jaxsoft._core.tokens import token_weights
+from jaxsoft._core.tokens import keep_tokens, token_weights
 from jaxsoft.logits.arguments import check_where
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.softmax import exponentials
@@ -32,6 +33,9 @@ __all__ = [
     "expected_calibration_error",
     "fit_temperature",
 ]
+
+# How far from 1 rounding, that of bfloat16 included, may bring a sum of probabilities.
+_ROUNDING = 0.01
 
 
 @mesh_axes.accepts_explicit("logits", axis=-1)
@@ -156,7 +160,8 @@ def expected_calibration_error(
 
     Raises:
       TypeError: if a dtype is wrong, or `num_bins` is no int.
-      ValueError: if a shape does not fit, or `num_bins` is below 1.
+      ValueError: if a shape does not fit, `num_bins` is below 1, or rows with weight
+        are known to be no probabilities: one is negative, or their sum above 1.01.
 
     Notes:
       A confidence on the edge of two bins, as it is rounded in the dtype of the result,
@@ -217,7 +222,26 @@ def calibration_bins(
     legend = "probabilities.shape[:-1]"
     token_weight = token_weights(labels.shape, weights, legend=legend)
     number = checks.positive_integer("num_bins", num_bins)
+    _check_probabilities(probabilities, token_weight)
     return _bins(number, probabilities, labels, token_weight)
+
+
+def _check_probabilities(
+    probabilities: jax.Array, token_weight: jax.Array | None
+) -> None:
+    """Requires rows to be distributions wherever their values are known."""
+    if any(isinstance(a, Tracer) for a in (probabilities, token_weight)):
+        return
+    wide = keep_tokens(token_weight, probabilities.astype(jnp.float32))
+    low, total = jnp.min(wide, -1), jnp.sum(wide, -1)
+    # Those of the likeliest classes alone sum to less. Comparisons with NaN are false.
+    bad = (low < 0) | (total > 1 + _ROUNDING)
+    if bad.size and bad.any():
+        raise ValueError(
+            "`probabilities` must lie in [0, 1] and sum to at most 1, got a row with "
+            f"sum {total[bad][0]:g} and least {low[bad][0]:g}. Pass softmax(logits), "
+            "not logits."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -300,3 +300,17 @@ CALLS = [
 def test_messages(function, args, options, kind, message):
     with pytest.raises(kind, match=message):
         function(*args, **options)
+
+
+@pytest.mark.parametrize(
+    "row", [[2.0, -1.0], [1.5, 0.0], [0.6, 0.6]], ids=["negative", "above 1", "sum"]
+)
+def test_calibration_error_of_no_probabilities(row):
+    """Logits are refused where they are known; a row without weight may hold any."""
+    rows, labels = jnp.array([[0.5, 0.5], row]), jnp.array([0, 1])
+    with pytest.raises(ValueError, match="`probabilities` must lie in"):
+        jaxsoft.expected_calibration_error(rows, labels)
+    found = jaxsoft.expected_calibration_error(
+        rows, labels, weights=jnp.array([1.0, 0.0])
+    )
+    np.testing.assert_allclose(found, 0.5)
