@@ -153,7 +153,6 @@ def draw(
     words: jax.Array,
     first_block: jax.Array | int,
     block: int,
-    whole: jax.Array | None = None,
     where: jax.Array | None = None,
 ) -> Drawn:
     """Draws a class from consecutive blocks.
@@ -165,7 +164,6 @@ def draw(
       words: [R, 2], see `noise.row_words`.
       first_block: the number of the first block.
       block: B, the classes of a block.
-      whole: [⌈C / B⌉] booleans, False for blocks that do not take part; None for all.
       where: [R, C] or [1, C] booleans, False drops a class; None keeps all.
 
     Returns:
@@ -175,9 +173,6 @@ def draw(
     summaries = _summaries(_parts(logits, block, where, dtype), tau)
     # Each is used more than once: none of it is to be computed again.
     tops, sums = lax.optimization_barrier(summaries)
-    if whole is not None:
-        tops = jnp.where(whole[None], tops, -jnp.inf)
-        sums = jnp.where(whole[None], sums, 0)
     zero = is_zero(tau, dtype)
     largest = jnp.max(tops, axis=1, keepdims=True)
     peak = finite_peak(largest)

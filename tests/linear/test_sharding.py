@@ -314,6 +314,21 @@ def test_over_mesh_takes_each_kernel_in_its_own_layout(student, teacher):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("classes, tile_bytes", [(160, None), (1000, 1)])
+def test_samples_where_shards_begin_and_end_inside_a_block(classes, tile_bytes):
+    """A block has 128 classes: more than a shard of the first, and not the second."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = rng.standard_normal((500, 4)), rng.standard_normal((4, classes))
+    layer = hidden.astype("float32"), kernel.astype("float32")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("vocab",))
+    over = jaxsoft.over_mesh(jaxsoft.linear_sample, mesh, vocab_axis="vocab")
+    drawn, truth = (
+        jax.jit(functools.partial(f, tile_bytes=tile_bytes))(jax.random.key(0), *layer)
+        for f in (over, jaxsoft.linear_sample)
+    )
+    np.testing.assert_array_equal(drawn, truth)
+
+
 def test_over_a_mesh_of_explicit_axes():
     mesh = jax.make_mesh((2, 4), ("data", "vocab"))
     over = functools.partial(

@@ -56,12 +56,10 @@ class _Blocks(NamedTuple):
     Attributes:
       logits: [R, B] of whole blocks, -inf outside the tile.
       first: the number of the first block.
-      whole: which blocks lie in this shard as a whole; None where all do.
     """
 
     logits: jax.Array
     first: jax.Array
-    whole: jax.Array | None
 
 
 class _Vocabulary(NamedTuple):
@@ -109,7 +107,7 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
 
     def tile(self, part: Drawing, tiles: Tiling, index: jax.Array) -> _Blocks:
         """Returns a tile that starts where a block does."""
-        first, classes, total, block = self._vocabulary(part.operands)
+        first, _, _, block = self._vocabulary(part.operands)
         is_sharded = bool(self.config.vocab_axes)
         is_alone = tiles.class_blocks == 1
         shift = first % block if is_sharded else 0
@@ -127,13 +125,7 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
             moved = tile.start - begin
             roll = functools.partial(jnp.roll, shift=moved, axis=1)
             u = lax.cond(moved == 0, lambda u: u, roll, u)
-        first_block = (first + begin) // block
-        whole = None
-        if is_sharded:
-            numbers = first_block + lax.iota(jnp.int32, u.shape[1] // block)
-            ends = jnp.minimum((numbers + 1) * block, total)
-            whole = (numbers * block >= first) & (ends <= first + classes)
-        return _Blocks(u, first_block, whole)
+        return _Blocks(u, (first + begin) // block)
 
     def start(self, rows: int, arrays: Drawing) -> block_sampling.Drawn:
         dtype = compute_dtype(arrays.operands.hidden, arrays.operands.kernel)
@@ -148,9 +140,7 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
     ) -> block_sampling.Drawn:
         tau = part.operands.temperature(self.config)
         block = self._vocabulary(part.operands).block
-        new = block_sampling.draw(
-            tile.logits, tau, part.words, tile.first, block, tile.whole
-        )
+        new = block_sampling.draw(tile.logits, tau, part.words, tile.first, block)
         row_tau = tau[:, 0] if isinstance(tau, jax.Array) else tau
         return block_sampling.later(carry, new, row_tau)
 
@@ -170,7 +160,9 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
 
         The logits of a shard's first and last block, where another shard has the rest,
         are computed again; the shards exchange their sums, and agree on the block's
-        score and on whose part of it the drawn class lies in.
+        score and on whose part of it the drawn class lies in. A shard's own draw has
+        its part of such a block too: with the same noise and less than the block's sum,
+        it cannot beat the block.
         """
         candidates = [carry, *self._of_shared_blocks(carry, arrays)]
         return self._agree(candidates, arrays)
