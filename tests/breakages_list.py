@@ -92,8 +92,8 @@ _CORE = (
         "later-of-equal-draws",
         kind="tie broken the wrong way",
         file="jaxsoft/_core/block_sampling.py",
-        before="better = after > before",
-        after="better = after >= before",
+        before="better = (after > before)",
+        after="better = (after >= before)",
         tests=("tests/linear/test_draws.py",),
     ),
     Breakage(

@@ -20,7 +20,7 @@ from jaxsoft._core.numerics import (
     divide_by_temperature,
     finite_peak,
     is_zero,
-    nan_where,
+    maximum_or_nan,
 )
 
 __all__ = [
@@ -173,13 +173,15 @@ def draw(
     summaries = _summaries(_parts(logits, block, where, dtype), tau)
     # Each is used more than once: none of it is to be computed again.
     tops, sums = lax.optimization_barrier(summaries)
+    # A block's maximum may have left NaN out; its sum never does.
+    tops = jnp.where(jnp.isnan(sums), sums, tops)
     zero = is_zero(tau, dtype)
     largest = jnp.max(tops, axis=1, keepdims=True)
     peak = finite_peak(largest)
     perturbed = scores(sums, words, first_block, zero)
     perturbed += divide_by_temperature(tops, peak, tau)
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
-    score = jnp.max(perturbed, axis=1)
+    score = maximum_or_nan(perturbed, axis=1)
     top = jnp.take_along_axis(tops, best, axis=1)
     inside = _inside(logits, where, tau, words, block, best, top, sums)
     class_id = (first_block + best[:, 0]) * block + inside
@@ -232,10 +234,10 @@ def draw_row(
     zero = is_zero(tau, dtype)
     parts = _parts(logits, block, where, dtype)
     peak = jnp.max(parts[0][:, 0], axis=1, keepdims=True)
-    peak = nan_where(~jnp.isfinite(peak), peak)
     sums = _sums(parts, [peak[:, :, None]] * len(parts), tau)
     sums = lax.optimization_barrier(sums)
-    usable = jnp.all(jnp.isfinite(sums)) & ~jnp.any(zero)
+    # The first block of a row may have no kept class.
+    usable = jnp.all(jnp.isfinite(sums)) & jnp.all(jnp.isfinite(peak)) & ~jnp.any(zero)
 
     def quickly():
         perturbed = scores(sums, words, 0, zero)
@@ -312,7 +314,7 @@ def later(old: Drawn, new: Drawn, tau: float | jax.Array) -> Drawn:
     peak = finite_peak(largest)
     before = old.score + divide_by_temperature(old.max, peak, tau)
     after = new.score + divide_by_temperature(new.max, peak, tau)
-    better = after > before
+    better = (after > before) | jnp.isnan(after)
     return Drawn(
         largest,
         jnp.where(better, after, before),

@@ -153,8 +153,20 @@ def offset(axes: Axes, number: int) -> jax.Array | int:
 
 
 def maximum(values: jax.Array, axes: Axes) -> jax.Array:
-    """Returns the largest of the shards' values; no gradient flows through it."""
-    return lax.pmax(lax.stop_gradient(values), axes) if axes else values
+    """Returns the largest of the shards' values, NaN where any shard's is NaN.
+
+    No gradient flows through it.
+    """
+    if not axes:
+        return values
+    values = lax.stop_gradient(values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        return lax.pmax(values, axes)
+    # XLA's own maximum of devices' values may leave NaN out.
+    is_nan = jnp.isnan(values)
+    both = jnp.stack([jnp.where(is_nan, -jnp.inf, values), is_nan.astype(values.dtype)])
+    largest, any_nan = lax.pmax(both, axes)
+    return jnp.where(any_nan > 0, jnp.nan, largest)
 
 
 def lowest(values: jax.Array, axes: Axes) -> jax.Array:

@@ -25,6 +25,7 @@ __all__ = [
     "is_ordinary",
     "is_zero",
     "matmul",
+    "maximum_or_nan",
     "nan_where",
     "operand_dtype",
     "over_temperature",
@@ -153,6 +154,14 @@ def nan_where(bad: jax.Array, values: jax.Array) -> jax.Array:
     if jax.debug_nans.value and is_known and not bad.any():
         return values
     return jnp.where(bad, jnp.nan, values)
+
+
+def maximum_or_nan(values: jax.Array, axis: int) -> jax.Array:
+    """Returns the largest values along an axis, NaN where one is NaN.
+
+    XLA's own maximum on CPUs leaves NaN out in loops that it vectorises.
+    """
+    return nan_where(jnp.isnan(values).any(axis), jnp.max(values, axis))
 
 
 def finite_peak(peak: jax.Array) -> jax.Array:

@@ -394,3 +394,28 @@ def test_over_mesh_knows_what_the_axes_of_every_array_are():
 def _takes_array(parameter):
     """Tells whether a parameter is annotated with ArrayLike, or with that or None."""
     return set(get_args(ArrayLike)) <= set(get_args(parameter.annotation))
+
+
+@pytest.mark.parametrize("column", [10, 700, 1200])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none_on_one_shard_alone(value, column):
+    """Statistics and draws are those of one device, NaN and -1 where they are."""
+    a = arguments()
+    kernel = a["kernel"].copy()
+    kernel[0, column] = value
+    mesh = Mesh(np.array(jax.devices()), ("vocab",))
+    over = functools.partial(jaxsoft.over_mesh, mesh=mesh, vocab_axis="vocab")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(wrap, hidden, kernel):
+        key, labels = jax.random.key(0), a["labels"]
+        statistics = wrap(jaxsoft.linear_statistics)(hidden, kernel, labels)
+        return statistics, wrap(jaxsoft.linear_sample)(key, hidden, kernel)
+
+    found, one = (both(f, a["hidden"], kernel) for f in (over, plain))
+    np.testing.assert_array_equal(found[1], one[1])
+    assert (found[1] == -1).any()
+    for name in ("log_sum", "log_prob"):
+        np.testing.assert_allclose(
+            getattr(found[0], name), getattr(one[0], name), rtol=1e-5
+        )

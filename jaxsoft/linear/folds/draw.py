@@ -24,6 +24,7 @@ from jaxsoft._core.numerics import (
     divide_by_temperature,
     finite_peak,
     is_zero,
+    maximum_or_nan,
 )
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
@@ -239,7 +240,7 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         tops, scores, ids = (jnp.stack(a) for a in zip(*candidates, strict=True))
         top = mesh_axes.maximum(jnp.max(tops, axis=0), axes)
         scores += divide_by_temperature(tops, finite_peak(top)[None], row_tau)
-        best = mesh_axes.maximum(jnp.max(scores, axis=0), axes)
+        best = mesh_axes.maximum(maximum_or_nan(scores, axis=0), axes)
         none = jnp.iinfo(jnp.int32).max
         here = (scores == best[None]) & (ids >= 0)
         class_id = mesh_axes.lowest(jnp.min(jnp.where(here, ids, none), axis=0), axes)
