@@ -15,6 +15,7 @@ __all__ = [
     "labelled_tokens",
     "reduce_losses",
     "token_weights",
+    "weigh_tokens",
 ]
 
 Reduction = Literal["mean", "sum", "none"]
@@ -44,6 +45,11 @@ def token_weights(
         result = jnp.asarray(weights)
         if result.dtype != jnp.bool_:
             result = checks.floating("weights", result)
+        if result.ndim == 1 and result.shape != rows:
+            raise ValueError(
+                f"`weights` must have shape {legend} = {rows}, got {result.shape}. "
+                "Weights of the classes are `weights[labels]` of the tokens."
+            )
         checks.shape("weights", result, rows, legend)
         wide = result.dtype == jnp.float64
         result = result.astype(jnp.float64 if wide else jnp.float32)
@@ -106,6 +112,20 @@ def labelled_tokens(
     return keep_tokens(weight, hidden), keep_tokens(weight, labels), weight
 
 
+def weigh_tokens(token_weight: jax.Array | None, array: jax.Array) -> jax.Array:
+    """Returns the numbers of tokens times their weights, 0 where the weight is.
+
+    Args:
+      token_weight: [...] what `token_weights` returned.
+      array: [..., *], of tokens first.
+    """
+    if token_weight is None:
+        return array
+    weight = token_weight.astype(array.dtype)
+    weight = weight.reshape(weight.shape + (1,) * (array.ndim - weight.ndim))
+    return weight * jnp.where(weight == 0, 0, array)
+
+
 def reduce_losses(
     loss: jax.Array,
     weights: jax.Array | None,
@@ -124,12 +144,10 @@ def reduce_losses(
         shards = math.prod(jax.lax.axis_size(axis) for axis in token_axes)
         count = loss.size * shards
         return total(loss) / max(count, 1) if reduction == "mean" else total(loss)
-    weights = weights.astype(loss.dtype)
-    loss = jnp.where(weights == 0, 0, loss)
-    weighted = weights * loss
+    weighted = weigh_tokens(weights, loss)
     if reduction == "none":
         return weighted
     if reduction == "sum":
         return total(weighted)
-    weight = total(weights)
+    weight = total(weights.astype(loss.dtype))
     return total(weighted) / jnp.where(weight == 0, 1, weight)

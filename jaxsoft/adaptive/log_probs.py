@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype, matmul, operand_dtype
 from jaxsoft._core.registry import Implementation
+from jaxsoft._core.tokens import keep_tokens, labelled_tokens, weigh_tokens
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, TailLayer, prepare
 from jaxsoft.adaptive.row_blocks import RowBlocks, take
@@ -36,6 +37,8 @@ def adaptive_log_prob(
     *,
     head_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -55,6 +58,10 @@ def adaptive_log_prob(
       temperature: τ in [0, ∞], a scalar or [...], of every softmax: at τ = 1 these are
         the model's probabilities; at others each choice on the way is tempered, which
         is not the tempered softmax over all classes.
+      weights: [...] booleans or reals, one weight a token, which its log-probability
+        is multiplied by; a token of weight 0 has log-probability 0, and gradients of
+        0, whatever its label and hidden state, NaN included. None weights all by 1.
+      ignore_label: a label whose tokens have weight 0, such as -100; or None.
       precision: the precision of the matrix products, as in `jnp.matmul`.
       implementation: None or "xla".
 
@@ -88,6 +95,9 @@ def adaptive_log_prob(
     References:
       Grave et al., Efficient softmax approximation for GPUs, arXiv:1609.04309.
     """
+    hidden, labels, token_weight = labelled_tokens(
+        hidden, labels, weights, ignore_label
+    )
     layer = prepare(
         "adaptive_log_prob",
         hidden,
@@ -99,10 +109,10 @@ def adaptive_log_prob(
         precision=precision,
         implementation=implementation,
     )
-    labels = checks.integer("labels", labels)
-    checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
-    ranks = bands.rank_of(labels).reshape(-1)
-    return log_prob_of_ranks(layer, ranks).reshape(layer.shape)
+    # A token without weight falls into no tail, which then need not be computed.
+    ranks = keep_tokens(token_weight, bands.rank_of(labels), -1).reshape(-1)
+    log_prob = log_prob_of_ranks(layer, ranks).reshape(layer.shape)
+    return weigh_tokens(token_weight, log_prob)
 
 
 @mesh_axes.accepts_explicit("hidden")

@@ -76,7 +76,10 @@ class Layer:
 
 
 def mask_tokens(
-    layer: Layer, labels: ArrayLike, weights: ArrayLike | None
+    layer: Layer,
+    labels: ArrayLike,
+    weights: ArrayLike | None,
+    ignore_label: int | None = None,
 ) -> tuple[Layer, jax.Array, jax.Array | None]:
     """Leaves out tokens without weight, whatever their label and hidden state.
 
@@ -84,6 +87,7 @@ def mask_tokens(
       layer: the layer.
       labels: [...] integers.
       weights: [...] booleans or reals, or None.
+      ignore_label: the label whose tokens have weight 0, or None.
 
     Returns:
       The layer with hidden states of 0 there, labels [N] with -1 there, and weights
@@ -95,8 +99,8 @@ def mask_tokens(
     """
     labels = checks.integer("labels", labels)
     checks.shape("labels", labels, layer.shape, "hidden.shape[:-1]")
+    weight = token_weights(layer.shape, weights, labels, ignore_label)
     labels = labels.reshape(-1)
-    weight = token_weights(layer.shape, weights)
     weight = None if weight is None else weight.reshape(-1)
     layer = dataclasses.replace(layer, hidden=keep_tokens(weight, layer.hidden))
     return layer, keep_tokens(weight, labels, -1), weight

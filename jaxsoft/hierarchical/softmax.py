@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import matmul, nan_where, over_temperature
 from jaxsoft._core.registry import Implementation
+from jaxsoft._core.tokens import weigh_tokens
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
@@ -48,6 +49,7 @@ def hierarchical_log_prob(
     node_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     precision: jax.lax.PrecisionLike = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -66,8 +68,9 @@ def hierarchical_log_prob(
         the temperature of the distribution over the classes: that of a tree has no
         such form but at 1.
       weights: [...] booleans or reals, one weight a token, which its log-probability
-        is multiplied by; a token of weight 0 is 0, and adds 0 to gradients, whatever
-        its label and hidden state. None weights all by 1.
+        is multiplied by; a token of weight 0 has log-probability 0, and gradients of
+        0, whatever its label and hidden state, NaN included. None weights all by 1.
+      ignore_label: a label whose tokens have weight 0, such as -100; or None.
       precision: the precision of the products, as in `jnp.matmul`.
       implementation: None or "xla".
 
@@ -107,13 +110,10 @@ def hierarchical_log_prob(
         precision=precision,
         implementation=implementation,
     )
-    layer, flat, weight = mask_tokens(layer, labels, weights)
+    layer, flat, weight = mask_tokens(layer, labels, weights, ignore_label)
     known = (flat >= 0) & (flat < tree.num_classes)
     log_prob = nan_where(~known, along_paths(layer, flat))
-    if weight is not None:
-        weight = weight.astype(layer.dtype)
-        log_prob = weight * jnp.where(weight == 0, 0, log_prob)
-    return log_prob.reshape(layer.shape)
+    return weigh_tokens(weight, log_prob).reshape(layer.shape)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -28,6 +28,7 @@ __all__ = [
     "MeshAxes",
     "Operands",
     "axes_of",
+    "check_ids",
     "default_tile_bytes",
     "fold_rows",
     "has_axes",
@@ -301,9 +302,9 @@ def prepare(
         checks.shape("labels", labels, rows, f"{prefix}hidden.shape[:-1]")
         class_ids = labels[..., None]
     elif class_ids is not None:
-        class_ids = _check_ids("class_ids", class_ids, rows)
+        class_ids = check_ids("class_ids", class_ids, rows)
     if excluded is not None:
-        excluded = _check_ids("excluded", excluded, rows)
+        excluded = check_ids("excluded", excluded, rows)
     return Call(
         config, arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
     )
@@ -314,7 +315,7 @@ def default_tile_bytes(operand_bytes: int) -> int:
     return int(min(max(operand_bytes * _SHARE, _LEAST), _MOST))
 
 
-def _check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
+def check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
     """Returns integers whose shape must be [..., K], K at least 1."""
     ids = checks.integer(name, ids)
     if ids.ndim == 0 or ids.shape[:-1] != rows or ids.shape[-1] == 0:

@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import mesh_axes
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
+from jaxsoft._core.tokens import (
+    keep_tokens,
+    labelled_tokens,
+    token_weights,
+    weigh_tokens,
+)
+from jaxsoft.linear.arguments import KernelLayout, MeshAxes, check_ids, prepare
 from jaxsoft.linear.folds.statistics import statistics
 
 __all__ = ["linear_log_prob", "linear_log_prob_at"]
@@ -22,6 +28,8 @@ def linear_log_prob(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
@@ -44,6 +52,10 @@ def linear_log_prob(
       temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      weights: [...] booleans or reals, one weight a token, which its numbers are
+        multiplied by; a token of weight 0 has log-probability and entropy 0, and
+        gradients of 0, whatever its label and hidden state, NaN included.
+      ignore_label: a label whose tokens have weight 0, such as -100; or None.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
@@ -56,8 +68,8 @@ def linear_log_prob(
 
     Returns:
       A pair of log-probability, at most 0, and entropy, in [0, log V]: [...] float32
-      (float64 if an input is). The log-probability is NaN for a label outside [0, V),
-      -inf for a dropped class.
+      (float64 if an input is), times the weights. The log-probability is NaN for a
+      label outside [0, V), -inf for a dropped class.
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -89,11 +101,21 @@ def linear_log_prob(
       >>> print(f"{loss:.4f}")
       -0.0461
 
+      Labels of -100 where a token is padding:
+
+      >>> tokens = tokens.at[1, 2].set(-100)
+      >>> log_prob, _ = linear_log_prob(hidden, kernel, tokens, ignore_label=-100)
+      >>> print(log_prob[1])
+      [-4.6051702 -4.6051702  0.       ]
+
     References:
       Shao et al., DeepSeekMath (GRPO), arXiv:2402.03300; Wijmans et al., Cut Your
       Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
     """
     mesh_axes.check_token_axes(token_axes, vocab_axis)
+    hidden, labels, token_weight = labelled_tokens(
+        hidden, labels, weights, ignore_label
+    )
     call = prepare(
         "linear_log_prob",
         hidden,
@@ -110,7 +132,8 @@ def linear_log_prob(
         implementation=implementation,
     )
     of_tokens = statistics(call, ("expected",)).with_one_label()
-    return of_tokens.log_prob, of_tokens.entropy
+    log_prob = weigh_tokens(token_weight, of_tokens.log_prob)
+    return log_prob, weigh_tokens(token_weight, of_tokens.entropy)
 
 
 @mesh_axes.accepts_explicit("hidden", kernel="kernel")
@@ -123,6 +146,8 @@ def linear_log_prob_at(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
@@ -143,6 +168,11 @@ def linear_log_prob_at(
       temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      weights: [...] booleans or reals, one weight a token, which its log-probabilities
+        are multiplied by; a token of weight 0 has log-probabilities 0, and gradients
+        of 0, whatever its ids and hidden state, NaN included.
+      ignore_label: an id whose log-probability is 0, such as -100 where a token has
+        fewer than K classes; a token that has no other has weight 0. None ignores none.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
@@ -179,6 +209,17 @@ def linear_log_prob_at(
       arXiv:2411.09009.
     """
     mesh_axes.check_token_axes(token_axes, vocab_axis)
+    hidden = checks.floating("hidden", hidden)
+    class_ids = check_ids("class_ids", class_ids, hidden.shape[:-1])
+    token_weight = token_weights(hidden.shape[:-1], weights)
+    id_weight = token_weights(class_ids.shape, None, class_ids, ignore_label)
+    if id_weight is not None:
+        listed = jnp.max(id_weight, axis=-1)
+        token_weight = (
+            listed if token_weight is None else jnp.where(listed > 0, token_weight, 0)
+        )
+    hidden = keep_tokens(token_weight, hidden)
+    class_ids = keep_tokens(id_weight, keep_tokens(token_weight, class_ids))
     call = prepare(
         "linear_log_prob_at",
         hidden,
@@ -196,4 +237,5 @@ def linear_log_prob_at(
     )
     of_tokens = statistics(call)
     assert of_tokens.label is not None
-    return of_tokens.label - jnp.expand_dims(of_tokens.log_sum, -1)
+    log_probs = of_tokens.label - jnp.expand_dims(of_tokens.log_sum, -1)
+    return weigh_tokens(token_weight, weigh_tokens(id_weight, log_probs))

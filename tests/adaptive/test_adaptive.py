@@ -403,6 +403,53 @@ def test_unknown_labels_are_nan():
     np.testing.assert_array_equal(np.isnan(found), [True, True, False, True])
 
 
+def test_tokens_without_weight_are_zero_and_reach_no_gradient():
+    case = Case(ClassBands.from_counts(np.arange(60), cutoffs=(10, 30)), rows=6)
+    keep = np.array([True, False, True, False, True, False])
+    weights = np.where(keep, [0.5, 0, 2, 0, 1, 1], 0).astype(np.float32)
+    labels = np.where(keep, case.labels, [0, -1, 0, 60, 0, -100]).astype(np.int32)
+    bad = np.array([0, np.nan, 0, np.inf, 0, 0], np.float32)[:, None]
+
+    def total(layer, labels, weights, ignore_label=None):
+        hidden, head, bias, tails = layer
+        found = jaxsoft.adaptive_log_prob(
+            hidden,
+            head,
+            tails,
+            labels,
+            case.bands,
+            head_bias=bias,
+            weights=weights,
+            ignore_label=ignore_label,
+        )
+        return jnp.where(keep, found, 0).sum(), found
+
+    run = jax.jit(
+        jax.value_and_grad(total, has_aux=True), static_argnames="ignore_label"
+    )
+    layer = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), case.layer)
+    # A state of 0 adds nothing to the gradient of a kernel, but it does to a bias's.
+    only = jax.tree.map(lambda a: a, (layer[0][keep], *layer[1:]))
+    (_, expected), wanted = jax.value_and_grad(
+        lambda layer: (
+            (found := _log_prob(layer, case.labels[keep], case.bands)).sum(),
+            found,
+        ),
+        has_aux=True,
+    )(only)
+    hidden = jnp.where(keep[:, None], layer[0], bad)
+    (_, found), gradients = run((hidden, *layer[1:]), labels, keep, ignore_label=-100)
+    np.testing.assert_allclose(found[keep], expected, rtol=1e-5)
+    np.testing.assert_array_equal(found[~keep], 0)
+    assert (np.asarray(gradients[0])[~keep] == 0).all()
+    gradients = (gradients[0][keep], *gradients[1:])
+    for a, b in zip(*map(jax.tree.leaves, (gradients, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    (_, found), _ = run((hidden, *layer[1:]), labels, weights)
+    np.testing.assert_allclose(found[keep], weights[keep] * expected, rtol=1e-5)
+    np.testing.assert_array_equal(found[~keep], 0)
+
+
 def test_bands_are_arguments_of_a_program():
     bands = ClassBands.from_counts(np.arange(60), cutoffs=(10, 30))
     case = Case(bands, rows=4)

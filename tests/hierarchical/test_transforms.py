@@ -85,6 +85,10 @@ def test_labels_that_are_no_class_and_masked_positions():
     np.testing.assert_allclose(halved[1], 0.5 * gradients[1], rtol=1e-6, atol=1e-7)
     none = value_and_grad(hidden, kernel, labels, keep & False)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(none))
+    ignored = jax.jit(
+        lambda *arguments: hierarchical_log_prob(*arguments, tree, ignore_label=-100)
+    )(hidden, kernel, np.where(keep, labels, -100))
+    np.testing.assert_allclose(ignored, np.where(keep, found, 0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["alone", "all"])

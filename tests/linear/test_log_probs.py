@@ -148,3 +148,99 @@ def test_offsets_change_nothing():
     for offset in (1e4, 1e6, -1e6):
         moved = linear_log_prob_at(one, logits + np.float32(offset), ids)
         np.testing.assert_array_equal(moved, plain)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_tokens_without_weight_are_zero_and_reach_no_gradient(implementation):
+    hidden, kernel, labels = cases.layer(6, FEATURES, 300)
+    # What the tokens that do not count hold: NaN, inf, and labels that are no class.
+    keep = np.array([True, False, True, False, False, True])
+    weights = np.where(keep, [0.5, 0, 2, 0, 1, 1], 0).astype("float32")
+    lost = np.where(keep, labels, [0, -1, 0, 300, -100, 0]).astype("int32")
+    bad = np.where(
+        keep[:, None], hidden, np.array([0, np.nan, 0, np.inf, 1, 0])[:, None]
+    )
+    bad = bad.astype("float32")
+    # The class that stands in for a lost label is dropped.
+    mask = np.arange(300) > 0
+    labels = np.maximum(labels, 1)
+    lost = np.where(keep, labels, lost)
+    options = {
+        "class_mask": mask,
+        "tile_bytes": TILE,
+        "implementation": implementation,
+    }
+
+    def pair(hidden, kernel, labels, **more):
+        found = linear_log_prob(hidden, kernel, labels, **options, **more)
+        total = sum(jnp.where(keep, a, 0).sum() for a in found)
+        return total, found
+
+    def at(hidden, kernel, labels, **more):
+        ids = jnp.stack([labels, jnp.full_like(labels, 7)], -1)
+        found = linear_log_prob_at(hidden, kernel, ids, **options, **more)
+        return jnp.where(keep[:, None], found, 0).sum(), (found,)
+
+    for function in (pair, at):
+        run = jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))
+        (_, expected), (of_hidden, of_kernel) = run(
+            np.where(keep[:, None], hidden, 0), kernel, labels
+        )
+        weighted = jax.jit(
+            jax.value_and_grad(
+                lambda *a, f=function: f(*a, weights=keep, ignore_label=-100),
+                (0, 1),
+                has_aux=True,
+            )
+        )
+        (_, found), gradients = weighted(bad, kernel, lost)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a[keep], b[keep], rtol=1e-6)
+            np.testing.assert_array_equal(a[~keep], 0)
+        np.testing.assert_allclose(gradients[0], of_hidden, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(gradients[1], of_kernel, rtol=1e-5, atol=1e-7)
+        assert (np.asarray(gradients[0])[~keep] == 0).all()
+        real = jax.jit(lambda *a, f=function: f(*a, weights=weights)[1])
+        for a, b in zip(real(bad, kernel, lost), expected, strict=True):
+            scale = weights.reshape(6, *(1,) * (b.ndim - 1))
+            np.testing.assert_allclose(a, np.where(scale == 0, 0, scale * b), rtol=1e-6)
+
+
+def test_ignored_ids_of_a_token():
+    hidden, kernel, _ = cases.layer(3, FEATURES, 300)
+    ids = np.asarray([[7, -100, 8], [-100, -100, -100], [0, 299, -1]], "int32")
+    bad = hidden.at[1].set(jnp.nan)
+
+    @jax.jit
+    def run(hidden, weights):
+        def total(hidden):
+            out = linear_log_prob_at(
+                hidden, kernel, ids, weights=weights, ignore_label=-100
+            )
+            return jnp.where(jnp.isfinite(out), out, 0).sum(), out
+
+        return jax.grad(total, has_aux=True)(hidden)
+
+    gradient, out = run(bad, np.array([1, 1, 0.5], "float32"))
+    expected = np.array(linear_log_prob_at(hidden, kernel, ids))
+    expected[ids == -100] = 0
+    expected[2] *= np.float32(0.5)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert np.isnan(out[2, 2]) and np.isfinite(gradient).all()
+    assert (np.asarray(gradient[1]) == 0).all()
+    _, out = run(bad, np.array([0, 1, 1], "float32"))
+    assert (np.asarray(out[:2]) == 0).all()
+
+
+def test_weights_of_the_classes_are_told_what_to_do():
+    hidden, kernel, labels = cases.layer(3, FEATURES, 300)
+    with pytest.raises(
+        ValueError,
+        match=r"`weights` must have shape .* = \(3,\), got \(300,\)\. Weights of the "
+        r"classes are `weights\[labels\]` of the tokens\.",
+    ):
+        linear_log_prob(hidden, kernel, labels, weights=np.ones(300, "float32"))
+    with pytest.raises(ValueError, match=r"got \(3, 1\)\.$"):
+        linear_log_prob(hidden, kernel, labels, weights=np.ones((3, 1), "float32"))
+    with pytest.raises(TypeError, match="`ignore_label` must be an int, got 1.5"):
+        linear_log_prob_at(hidden, kernel, labels[:, None], ignore_label=1.5)  # type: ignore

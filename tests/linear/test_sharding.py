@@ -81,13 +81,13 @@ def softcap(a, wrap=plain, **mesh):
 
 def log_prob(a, wrap=plain, **mesh):
     f = wrap(jaxsoft.linear_log_prob)
-    return f(a["hidden"], a["kernel"], a["labels"], **shared(a), **mesh)
+    return f(a["hidden"], a["kernel"], a["labels"], **shared(a, "weights"), **mesh)
 
 
 def log_prob_at(a, wrap=plain, **mesh):
     f = wrap(jaxsoft.linear_log_prob_at)
     ids = jnp.stack([a["labels"], a["labels"], (7 * a["labels"] + 1) % 500], -1)
-    options = shared(a)
+    options = shared(a, "weights")
     del options["class_mask"]
     return f(a["hidden"], a["kernel"], ids, **options, **mesh)
 
