@@ -12,27 +12,30 @@ __all__ = ["logits", "statistics"]
 
 
 def logits(config: Config, operands: Operands) -> jax.Array:
-    """Returns u [N, V]: the capped logits, -inf at masked classes."""
-    dtype = compute_dtype(operands.hidden, operands.kernel)
-    kernel = operands.kernel if config.class_axis == 1 else operands.kernel.T
-    operand_dtype = operands.matmul_dtype()
-    u = jnp.matmul(
-        operands.hidden.astype(operand_dtype),
+    """Returns u [..., V]: the capped logits, -inf at masked classes."""
+    hidden, kernel = operands.hidden, operands.kernel
+    dtype, operand_dtype = compute_dtype(hidden, kernel), operands.matmul_dtype()
+    leading = range(hidden.ndim - 1)
+    u = jax.lax.dot_general(
+        hidden.astype(operand_dtype),
         kernel.astype(operand_dtype),
+        (((hidden.ndim - 1,), (1 - config.class_axis,)), ((), ())),
         precision=config.precision,
         preferred_element_type=dtype,
     )
     if operands.bias is not None:
-        u = u + operands.bias.astype(dtype)[None]
+        u = u + jnp.expand_dims(operands.bias, leading).astype(dtype)
     if config.softcap is not None:
         capped = config.softcap * jnp.tanh(u / config.softcap)
         u = jnp.where(u == -jnp.inf, u, capped)
     if operands.class_mask is not None:
-        u = jnp.where(operands.class_mask[None], u, -jnp.inf)
+        u = jnp.where(jnp.expand_dims(operands.class_mask, leading), u, -jnp.inf)
     if operands.excluded is not None:
-        classes = jnp.arange(u.shape[1], dtype=jnp.int32)
-        dropped = operands.excluded[..., None] == classes[None, None]
-        u = jnp.where(jnp.any(dropped, axis=1), -jnp.inf, u)
+        classes = jnp.arange(u.shape[-1], dtype=jnp.int32)
+        dropped = (
+            operands.excluded[..., None] == jnp.expand_dims(classes, leading)[None]
+        )
+        u = jnp.where(jnp.any(dropped, axis=-2), -jnp.inf, u)
     return u
 
 

@@ -169,6 +169,8 @@ class AdaptiveSoftmaxHead(nnx.Module):
         labels: ArrayLike,
         *,
         temperature: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        ignore_label: int | None = None,
     ) -> jax.Array:
         """Log-probability of labels.
 
@@ -176,12 +178,23 @@ class AdaptiveSoftmaxHead(nnx.Module):
           hidden: [..., H] floating.
           labels: [...] integers in [0, V).
           temperature: τ, a scalar or [...]; None takes the module's.
+          weights: [...] booleans or reals, one weight a token, which its
+            log-probability is multiplied by; a token of weight 0 has log-probability
+            0, and gradients of 0, whatever its label and hidden state, NaN included.
+          ignore_label: a label whose tokens have weight 0.
 
         Returns:
           [...] float32 (float64 if an input is), at most 0.
         """
         operands, options = self._operands(hidden, temperature)
-        return adaptive_log_prob(*operands, labels, self._bands(), **options)
+        return adaptive_log_prob(
+            *operands,
+            labels,
+            self._bands(),
+            weights=weights,
+            ignore_label=ignore_label,
+            **options,
+        )
 
     def sample(
         self,

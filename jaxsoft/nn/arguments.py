@@ -17,6 +17,7 @@ __all__ = [
     "promoted",
     "reduced",
     "stored",
+    "stream",
 ]
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -40,6 +41,13 @@ def current(own: StoredTemperature, given: ArrayLike | None) -> ArrayLike:
     if isinstance(own, nnx.Module):
         return own()  # pyright: ignore[reportCallIssue]
     return own[...] if isinstance(own, nnx.Variable) else own
+
+
+def stream(rngs: nnx.Rngs | None) -> nnx.Rngs:
+    """Returns the source of new parameters' keys, which there must be."""
+    if rngs is None:
+        raise TypeError("`rngs` must be an nnx.Rngs to make parameters, got None.")
+    return rngs
 
 
 def promoted(dtype: DTypeLike | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:

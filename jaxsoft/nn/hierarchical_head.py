@@ -201,6 +201,8 @@ class HierarchicalSoftmaxHead(nnx.Module):
         labels: ArrayLike,
         *,
         temperature: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        ignore_label: int | None = None,
     ) -> jax.Array:
         """Log-probability of labels.
 
@@ -208,12 +210,24 @@ class HierarchicalSoftmaxHead(nnx.Module):
           hidden: [..., H] floating.
           labels: [...] integers in [0, V).
           temperature: τ, a scalar or [...]; None takes the module's.
+          weights: [...] booleans or reals, one weight a token, which its
+            log-probability is multiplied by; a token of weight 0 has log-probability
+            0, and gradients of 0, whatever its label and hidden state, NaN included.
+          ignore_label: a label whose tokens have weight 0.
 
         Returns:
           [...] float32 (float64 if an input is), at most 0.
         """
         hidden, kernel, tree, options = self._operands(hidden, temperature)
-        return hierarchical_log_prob(hidden, kernel, labels, tree, **options)
+        return hierarchical_log_prob(
+            hidden,
+            kernel,
+            labels,
+            tree,
+            weights=weights,
+            ignore_label=ignore_label,
+            **options,
+        )
 
     def sample(
         self,

@@ -1,5 +1,7 @@
 """A full softmax layer that is trained on samples of its classes."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +24,8 @@ class SampledSoftmaxHead(nnx.Module):
     is `loss` after `eval()`.
 
     Attributes:
-      full: the `SoftmaxHead` that has the parameters.
+      full: the `SoftmaxHead` that has the parameters, and the methods that are not
+        here: `statistics`, `log_prob_at`, `call` and more.
       sampler: the variable, no parameter, that holds the sampler.
       num_samples: S.
       deterministic: whether `loss` is that of the full softmax; set by `train()` and
@@ -35,6 +38,7 @@ class SampledSoftmaxHead(nnx.Module):
       sampler: what draws them, a pytree such as a `ClassSampler` over V classes.
       use_bias: whether the logits have a bias.
       embedding: an `nnx.Embed` with V rows and H features to tie the head to.
+      tied: whether `tied_to` gives it for a call instead, as in `SoftmaxHead`.
       temperature: τ in [0, ∞], a Python float or an array, both constants and no
         parameters; or a module that gives it, such as `LearnableTemperature`.
       remove_accidental_hits: as in `jaxsoft.sampled_softmax_loss`.
@@ -46,7 +50,8 @@ class SampledSoftmaxHead(nnx.Module):
       bias_init: initialiser of the bias.
       implementation: as in `jaxsoft.linear_cross_entropy`.
       rngs: source of the parameters' keys, and of the samples' (stream "negatives", or
-        "params" where there is neither that nor a default).
+        "params" where there is neither that nor a default). None in a tied head without
+        a bias: then each call of `loss` in training needs a key.
 
     Raises:
       ValueError: if an argument is out of its range.
@@ -77,6 +82,7 @@ class SampledSoftmaxHead(nnx.Module):
         *,
         use_bias: bool = False,
         embedding: nnx.Embed | None = None,
+        tied: bool = False,
         temperature: arguments.Temperature = 1.0,
         remove_accidental_hits: bool = True,
         deterministic: bool = False,
@@ -86,7 +92,7 @@ class SampledSoftmaxHead(nnx.Module):
         kernel_init: nnx.Initializer = arguments.KERNEL_INIT,
         bias_init: nnx.Initializer = nnx.initializers.zeros,
         implementation: Implementation | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ):
         """Makes the parameters; see the class for the arguments."""
         self.num_samples = checks.positive_integer("num_samples", num_samples)
@@ -96,6 +102,7 @@ class SampledSoftmaxHead(nnx.Module):
             num_classes,
             use_bias=use_bias,
             embedding=embedding,
+            tied=tied,
             temperature=temperature,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -108,9 +115,25 @@ class SampledSoftmaxHead(nnx.Module):
         self.sampler = nnx.Variable(sampler)
         self.remove_accidental_hits = remove_accidental_hits
         self.deterministic = deterministic
-        # Linen's bridge makes the stream "params" alone.
-        named = "negatives" if {"negatives", "default"} & {*rngs} else "params"
-        self.rngs = rngs[named].fork()
+        if rngs is None:
+            self.rngs = nnx.data(None)
+        else:
+            # Linen's bridge makes the stream "params" alone.
+            named = "negatives" if {"negatives", "default"} & {*rngs} else "params"
+            self.rngs = rngs[named].fork()
+
+    def tied_to(self, embedding: nnx.Embed) -> "SampledSoftmaxHead":
+        """Returns this head with an embedding's table as its kernel, for a call.
+
+        Args:
+          embedding: an `nnx.Embed` with V rows and H features.
+
+        Returns:
+          A head that shares all other parts with this one, as `SoftmaxHead.tied_to`.
+        """
+        head = copy.copy(self)
+        head.full = self.full.tied_to(embedding)
+        return head
 
     def __call__(self, hidden: ArrayLike) -> jax.Array:
         """Returns all logits, not divided by the temperature.
@@ -147,6 +170,9 @@ class SampledSoftmaxHead(nnx.Module):
 
         Returns:
           A scalar, or [...] with reduction "none", float32 (float64 if an input is).
+
+        Raises:
+          ValueError: if a key is needed and there is neither one nor a stream.
         """
         if self.deterministic:
             return self.full.loss(
@@ -157,19 +183,26 @@ class SampledSoftmaxHead(nnx.Module):
                 ignore_label=ignore_label,
                 reduction=reduction,
             )
-        hidden, kernel, options = self.full.operands(hidden, temperature)
-        return sampled_softmax_loss(
-            self.rngs() if key is None else key,
+        if key is None:
+            if self.rngs is None:
+                raise ValueError(
+                    "`key` must be given where the head has no `rngs`, got None."
+                )
+            key = self.rngs()
+        return self.full.call(
+            sampled_softmax_loss,
+            key,
             hidden,
-            kernel,
             labels,
             self.num_samples,
             sampler=self.sampler.get_value(),
+            temperature=temperature,
             remove_accidental_hits=self.remove_accidental_hits,
             weights=weights,
             ignore_label=ignore_label,
             reduction=reduction,
-            **options,
+            # The head's own is that of the full softmax.
+            implementation=None,
         )
 
     def log_prob(
@@ -178,6 +211,8 @@ class SampledSoftmaxHead(nnx.Module):
         labels: ArrayLike,
         *,
         temperature: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        ignore_label: int | None = None,
     ) -> jax.Array:
         """Log-probability of labels under the full softmax.
 
@@ -185,11 +220,21 @@ class SampledSoftmaxHead(nnx.Module):
           hidden: [..., H] floating.
           labels: [...] integers in [0, V).
           temperature: τ, a scalar or [...]; None takes the module's.
+          weights: [...] booleans or reals, one weight a token, which its
+            log-probability is multiplied by; a token of weight 0 has log-probability
+            0, and gradients of 0, whatever its label and hidden state, NaN included.
+          ignore_label: a label whose tokens have weight 0.
 
         Returns:
           [...] float32 (float64 if an input is), never above 0.
         """
-        return self.full.log_prob(hidden, labels, temperature=temperature)
+        return self.full.log_prob(
+            hidden,
+            labels,
+            temperature=temperature,
+            weights=weights,
+            ignore_label=ignore_label,
+        )
 
     def sample(
         self,

@@ -1,24 +1,23 @@
 """The full softmax layer: logits when asked for, losses without them."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsoft._core import checks, numerics
+from jaxsoft._core import checks
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear.arguments import KernelLayout, MeshAxes
-from jaxsoft.linear.log_probs import linear_log_prob
-from jaxsoft.linear.losses import linear_cross_entropy
-from jaxsoft.linear.sampling import linear_sample
-from jaxsoft.linear.top_k import linear_top_k
-from jaxsoft.nn import arguments
+from jaxsoft.linear import reference
+from jaxsoft.linear.arguments import MeshAxes, prepare
+from jaxsoft.nn import arguments, calling
+from jaxsoft.nn.linear_methods import LinearMethods
 
-__all__ = ["ClassOptions", "SoftmaxHead", "StreamOptions"]
+__all__ = ["SoftmaxHead"]
 
 # Flax keeps metadata of any type.
 _Metadata = Mapping[str, Any]
@@ -26,33 +25,12 @@ _Metadata = Mapping[str, Any]
 _NO_METADATA: _Metadata = MappingProxyType({})
 
 
-class ClassOptions(TypedDict):
-    """Options of functions of single classes: parts of the layer and of the call."""
-
-    bias: jax.Array | None
-    temperature: ArrayLike
-    kernel_layout: KernelLayout
-    precision: jax.lax.PrecisionLike
-
-
-class StreamOptions(TypedDict):
-    """Options of functions that stream over the classes: those of the layer."""
-
-    logit_softcap: float | None
-    kernel_layout: KernelLayout
-    precision: jax.lax.PrecisionLike
-    vocab_axis: MeshAxes
-    token_axes: MeshAxes
-    tile_bytes: int | None
-    implementation: Implementation | None
-
-
-class SoftmaxHead(nnx.Module):
+class SoftmaxHead(LinearMethods):
     """A softmax over many classes on top of hidden states.
 
     Logits are `u = softcap(hidden @ kernel + bias)`, probabilities `softmax(u / τ)`.
-    `loss`, `log_prob`, `sample` and `top_k` stream over the classes and never store
-    [N, V] logits; calling the module does.
+    All methods stream over the classes and never store [N, V] logits, but for the call
+    of the module itself. `call` takes any other function of hidden states and a kernel.
 
     On many devices, place the parameters and jit: no method gathers `hidden` or the
     kernel. `kernel_metadata` and `bias_metadata` say where a parameter belongs, and
@@ -72,7 +50,10 @@ class SoftmaxHead(nnx.Module):
       use_bias: whether the logits have a bias.
       embedding: an `nnx.Embed` with V rows and H features to tie the head to. The
         two share one parameter: gradients of both uses add up, and its metadata is
-        the embedding's.
+        the embedding's. A model that holds both is a graph, which Flax's tree mode
+        refuses; see `tied`.
+      tied: True makes a head without a kernel or an embedding, which `tied_to` gives
+        it for a call: models in Flax's tree mode are tied so.
       temperature: τ in [0, ∞], a Python float or an array, both constants and no
         parameters; or a module that gives it, such as `LearnableTemperature`.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None.
@@ -93,9 +74,11 @@ class SoftmaxHead(nnx.Module):
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens: losses are those
         of all shards, and every token is drawn with bits of its own.
       implementation: as in `jaxsoft.linear_cross_entropy`.
-      rngs: source of the parameters' keys.
+      rngs: source of the parameters' keys; None where there are none, in a tied head
+        without a bias.
 
     Raises:
+      TypeError: if a parameter needs a key and there is no source.
       ValueError: if the embedding's shape is not [num_classes, in_features], or an
         argument is out of its range or does nothing with an embedding.
 
@@ -120,6 +103,13 @@ class SoftmaxHead(nnx.Module):
       >>> print(class_ids)
       [7 0 1]
 
+      Any function of hidden states and a kernel, with the head's options:
+
+      >>> import jaxsoft
+      >>> values = jnp.ones((1000, 3))
+      >>> print(head.call(jaxsoft.linear_expected, hidden, values).shape)
+      (2, 5, 3)
+
       The loss of GRPO (arXiv:2402.03300) for a group of two answers to one prompt:
 
       >>> def grpo_loss(head, hidden, tokens, old_log_prob, advantages):
@@ -135,6 +125,45 @@ class SoftmaxHead(nnx.Module):
       ... )
       >>> print(gradients["kernel"].shape)
       (16, 1000)
+
+      A tied head in Flax's tree mode, where no part of a model may be in two places:
+
+      >>> class Model(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.embedding = nnx.Embed(1000, 16, rngs=rngs)
+      ...         self.head = SoftmaxHead(16, 1000, tied=True)
+      ...     def loss(self, tokens, labels):
+      ...         head = self.head.tied_to(self.embedding)
+      ...         return head.loss(self.embedding(tokens), labels)
+      >>> model = Model(nnx.Rngs(0))
+      >>> _, state = nnx.split(model, graph=False)
+      >>> print(jax.tree.map(jnp.shape, nnx.to_pure_dict(state)))
+      {'embedding': {'embedding': (1000, 16)}}
+
+      In Linen, partitioned as by `flax.linen.with_logical_partitioning`:
+
+      >>> import flax.linen as nn
+      >>> partitioned = {
+      ...     "out_sharding": ("embed", "vocab"), "sharding_rules": None,
+      ...     "eager_sharding": False, "linen_meta_type": nn.LogicallyPartitioned,
+      ... }
+      >>> class LinenModel(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, hidden, labels):
+      ...         options = {"kernel_metadata": partitioned}
+      ...         head = nnx.bridge.ToLinen(
+      ...             SoftmaxHead, args=(16, 1000), kwargs=options, name="head"
+      ...         )
+      ...         return head(hidden, labels, nnx_method="loss")
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> linen, key = LinenModel(), jax.random.key(0)
+      >>> names = nn.get_partition_spec(jax.eval_shape(linen.init, key, hidden, labels))
+      >>> rules = (("embed", None), ("vocab", "model"))
+      >>> shardings = nn.logical_to_mesh_sharding(names, mesh, rules)
+      >>> print(shardings["params"]["head"]["kernel"].spec == jax.P(None, "model"))
+      True
+      >>> variables = jax.jit(linen.init, out_shardings=shardings)(key, hidden, labels)
+      >>> loss = jax.jit(linen.apply)(variables, hidden, labels)
     """
 
     def __init__(
@@ -144,6 +173,7 @@ class SoftmaxHead(nnx.Module):
         *,
         use_bias: bool = False,
         embedding: nnx.Embed | None = None,
+        tied: bool = False,
         temperature: arguments.Temperature = 1.0,
         logit_softcap: float | None = None,
         dtype: DTypeLike | None = None,
@@ -157,28 +187,35 @@ class SoftmaxHead(nnx.Module):
         token_axes: MeshAxes = (),
         tile_bytes: int | None = None,
         implementation: Implementation | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ):
         """Makes the parameters; see the class for the arguments."""
         self.in_features = checks.positive_integer("in_features", in_features)
         self.num_classes = checks.positive_integer("num_classes", num_classes)
         shape = (self.num_classes, self.in_features)
-        if embedding is not None:
-            _check_embedding(embedding, shape, kernel_metadata)
+        if tied and embedding is not None:
+            raise ValueError(
+                "`embedding` must be None with tied=True, and be given to `tied_to`."
+            )
+        self.tied = tied or embedding is not None
+        if self.tied and kernel_metadata:
+            raise ValueError(
+                "`kernel_metadata` must be empty with a tied embedding, got "
+                f"{dict(kernel_metadata)}. Give nnx.Embed `embedding_metadata`."
+            )
+
+        def parameter(init, shape, metadata):
+            key = arguments.stream(rngs).params()
+            return nnx.Param(init(key, shape, param_dtype), **metadata)
+
         # One assignment each: Flax fixes an attribute's kind by its first value.
         self.kernel = (
-            nnx.Param(
-                kernel_init(rngs.params(), shape[::-1], param_dtype), **kernel_metadata
-            )
-            if embedding is None
-            else None
+            None if self.tied else parameter(kernel_init, shape[::-1], kernel_metadata)
         )
-        self.embedding = embedding
-        self.bias = (
-            nnx.Param(bias_init(rngs.params(), shape[:1], param_dtype), **bias_metadata)
-            if use_bias
-            else None
-        )
+        self.embedding: nnx.Embed | None = embedding if not tied else nnx.data(None)
+        if embedding is not None:
+            _check_embedding(embedding, shape)
+        self.bias = parameter(bias_init, shape[:1], bias_metadata) if use_bias else None
         self.temperature: arguments.StoredTemperature = arguments.stored(temperature)
         self.logit_softcap = logit_softcap
         self.dtype = dtype
@@ -188,6 +225,27 @@ class SoftmaxHead(nnx.Module):
         self.token_axes = _axes(token_axes)
         self.tile_bytes = tile_bytes
         self.implementation: Implementation | None = implementation
+
+    def tied_to(self, embedding: nnx.Embed) -> "SoftmaxHead":
+        """Returns this head with an embedding's table as its kernel, for a call.
+
+        Args:
+          embedding: an `nnx.Embed` with V rows and H features.
+
+        Returns:
+          A head that shares all other parts with this one. To keep it makes the
+          embedding a part of two modules.
+
+        Raises:
+          ValueError: if this head is not one with `tied=True`, or the embedding's
+            shape is not [num_classes, in_features].
+        """
+        if not self.tied:
+            raise ValueError("`tied` must be True in a head for `tied_to`, got False.")
+        _check_embedding(embedding, (self.num_classes, self.in_features))
+        head = copy.copy(self)
+        head.embedding = nnx.data(embedding)
+        return head
 
     def __call__(self, hidden: ArrayLike) -> jax.Array:
         """Returns all logits, soft-capped and not divided by the temperature.
@@ -199,218 +257,59 @@ class SoftmaxHead(nnx.Module):
           [..., V] float32 (float64 if an input is): these are stored. With a
           `vocab_axis`, the logits of this shard's classes.
         """
-        hidden, kernel, bias = self._promote(hidden)
-        wide = numerics.compute_dtype(hidden, kernel)
-        operand = numerics.operand_dtype(hidden, kernel)
-        axis = 0 if self.embedding is None else 1
-        logits = jax.lax.dot_general(
-            hidden.astype(operand),
-            kernel.astype(operand),
-            (((hidden.ndim - 1,), (axis,)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=wide,
-        )
-        if bias is not None:
-            logits = logits + jnp.expand_dims(bias, range(hidden.ndim - 1)).astype(wide)
-        if self.logit_softcap is not None:
-            capped = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
-            logits = jnp.where(logits == -jnp.inf, logits, capped)
-        return logits
+        hidden, kernel = self._promoted(hidden)
+        options = self._options()
+        names = ("bias", "logit_softcap", "kernel_layout", "precision")
+        chosen = {name: options[name] for name in names}
+        call = prepare("linear_statistics", hidden, kernel, **chosen)
+        return reference.logits(call.config, call.arrays)
 
-    def loss(
-        self,
-        hidden: ArrayLike,
-        labels: ArrayLike,
-        *,
-        temperature: ArrayLike | None = None,
-        class_mask: ArrayLike | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        weights: ArrayLike | None = None,
-        ignore_label: int | None = None,
-        reduction: Literal["mean", "sum", "none"] = "mean",
-    ) -> jax.Array:
-        """Cross-entropy of labels, without stored logits.
+    def call(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
+        """Calls a function of hidden states and a kernel with this head's.
+
+        The function gets the kernel, bias, temperature, soft-cap, layout, precision,
+        mesh axes, tile size and implementation of the head, and hidden states in its
+        dtype. It may be any `linear_*` function of jaxsoft, one that `over_mesh`
+        returned, `sampled_softmax_loss`, or one of your own.
 
         Args:
-          hidden: [..., H] floating.
-          labels: [...] integers in [0, V).
-          temperature: τ, a scalar or [...]; None takes the module's.
-          class_mask: [V] booleans; False drops a class.
-          label_smoothing: in [0, 1].
-          z_loss: weight >= 0 of the squared log-sum-exp.
-          weights: [...] booleans or reals, one weight a token.
-          ignore_label: a label whose tokens have weight 0.
-          reduction: "mean", "sum" or "none".
+          function: takes `hidden` and `kernel`, or `student_hidden` and
+            `student_kernel`: then the head is the student.
+          *args: its positional arguments, without the kernel.
+          **options: its other arguments, by name. They come before the head's own: a
+            temperature of None is that of the module.
 
         Returns:
-          A scalar, or [...] with reduction "none", as `jaxsoft.linear_cross_entropy`.
-        """
-        hidden, kernel, bias = self._promote(hidden)
-        return linear_cross_entropy(
-            hidden,
-            kernel,
-            labels,
-            bias=bias,
-            temperature=self._temperature(temperature),
-            class_mask=class_mask,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            weights=weights,
-            ignore_label=ignore_label,
-            reduction=reduction,
-            **self._options(),
-        )
-
-    def log_prob(
-        self,
-        hidden: ArrayLike,
-        labels: ArrayLike,
-        *,
-        temperature: ArrayLike | None = None,
-        class_mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Log-probability of labels, without stored logits.
-
-        Args:
-          hidden: [..., H] floating.
-          labels: [...] integers in [0, V).
-          temperature: τ, a scalar or [...]; None takes the module's.
-          class_mask: [V] booleans; False drops a class.
-
-        Returns:
-          [...] float32 (float64 if an input is), never above 0.
-        """
-        hidden, kernel, bias = self._promote(hidden)
-        log_prob, _ = linear_log_prob(
-            hidden,
-            kernel,
-            labels,
-            bias=bias,
-            temperature=self._temperature(temperature),
-            class_mask=class_mask,
-            **self._options(),
-        )
-        return log_prob
-
-    def sample(
-        self,
-        key: jax.Array,
-        hidden: ArrayLike,
-        *,
-        temperature: ArrayLike | None = None,
-        class_mask: ArrayLike | None = None,
-    ) -> jax.Array:
-        """Draws one class for each token, exactly, without stored logits.
-
-        Args:
-          key: a JAX random key.
-          hidden: [..., H] floating.
-          temperature: τ in [0, ∞], a scalar or [...]; 0 takes the lowest argmax; None
-            takes the module's.
-          class_mask: [V] booleans; False drops a class.
-
-        Returns:
-          [...] int32 in [0, V), as `jaxsoft.linear_sample`: the same for every tile
-          size and sharding, but for ties within rounding; -1 for a row without any kept
-          class, or with a NaN.
-        """
-        hidden, kernel, bias = self._promote(hidden)
-        return linear_sample(
-            key,
-            hidden,
-            kernel,
-            bias=bias,
-            temperature=self._temperature(temperature),
-            class_mask=class_mask,
-            **self._options(),
-        )
-
-    def top_k(
-        self,
-        hidden: ArrayLike,
-        k: int,
-        *,
-        temperature: ArrayLike | None = None,
-        class_mask: ArrayLike | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The k most probable classes of each token, without stored logits.
-
-        Args:
-          hidden: [..., H] floating.
-          k: how many classes, in [1, V].
-          temperature: τ in [0, ∞], a scalar or [...], of the log-probabilities; None
-            takes the module's.
-          class_mask: [V] booleans; False drops a class.
-
-        Returns:
-          Log-probabilities [..., k], descending, float32 (float64 if an input is), and
-          class ids [..., k], int32, as `jaxsoft.linear_top_k`: equal ones ordered by
-          id; -inf and id -1 where fewer than k classes are kept.
-        """
-        hidden, kernel, bias = self._promote(hidden)
-        return linear_top_k(
-            hidden,
-            kernel,
-            k,
-            bias=bias,
-            temperature=self._temperature(temperature),
-            class_mask=class_mask,
-            **self._options(),
-        )
-
-    def operands(
-        self, hidden: ArrayLike, temperature: ArrayLike | None = None
-    ) -> tuple[jax.Array, jax.Array, ClassOptions]:
-        """Returns what functions of single classes need of this layer.
-
-        Args:
-          hidden: [..., H] floating.
-          temperature: τ, a scalar or [...]; None takes the module's.
-
-        Returns:
-          Hidden states and kernel in the dtype of matrix products, and a dict of the
-          options bias, temperature, kernel_layout and precision.
+          What the function returns.
 
         Raises:
-          ValueError: if the layer has what such functions do not know: a soft cap or
-            sharded classes.
+          TypeError: if the function takes no kernel, or other arguments.
+          ValueError: if it does not take what the head has: a bias, a soft-cap, a tied
+            embedding or mesh axes. A temperature alone is left out.
         """
-        if self.logit_softcap is not None or self.vocab_axis is not None:
-            raise ValueError(
-                "`logit_softcap` and `vocab_axis` must be None, got "
-                f"{self.logit_softcap!r} and {self.vocab_axis!r}."
-            )
-        hidden, kernel, bias = self._promote(hidden)
-        return (
-            hidden,
-            kernel,
-            {
-                "bias": bias,
-                "temperature": self._temperature(temperature),
-                "kernel_layout": "hv" if self.embedding is None else "vh",
-                "precision": self.precision,
-            },
-        )
+        call = calling.bind(function, args, options)
+        hidden, kernel = self._promoted(call.given[f"{call.prefix}hidden"])
+        return call.run(hidden, kernel, self._options())
 
-    def _promote(self, hidden: ArrayLike):
-        """Returns hidden, kernel and bias in the dtype of matrix products."""
+    def _promoted(self, hidden: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Returns hidden states and kernel in the dtype of matrix products."""
         hidden = checks.floating("hidden", hidden)
         param = self.kernel if self.embedding is None else self.embedding.embedding
-        assert param is not None
-        kernel = param[...]
-        bias = None if self.bias is None else self.bias[...]
-        hidden, kernel = arguments.promoted(self.dtype, hidden, kernel)
-        return hidden, kernel, bias
+        if param is None:
+            raise ValueError(
+                "`embedding` must be given to a head with tied=True, got None. Call "
+                "the method of `head.tied_to(embedding)`."
+            )
+        hidden, kernel = arguments.promoted(self.dtype, hidden, param[...])
+        return hidden, kernel
 
-    def _temperature(self, temperature: ArrayLike | None) -> ArrayLike:
-        return arguments.current(self.temperature, temperature)
-
-    def _options(self) -> StreamOptions:
-        """Returns the options that every function of the linear room takes."""
+    def _options(self) -> dict[str, Any]:
+        """Returns the options of functions that the head knows."""
         return {
+            "bias": None if self.bias is None else self.bias[...],
+            "temperature": arguments.current(self.temperature, None),
             "logit_softcap": self.logit_softcap,
-            "kernel_layout": "hv" if self.embedding is None else "vh",
+            "kernel_layout": "vh" if self.tied else "hv",
             "precision": self.precision,
             "vocab_axis": self.vocab_axis,
             "token_axes": self.token_axes,
@@ -424,14 +323,7 @@ def _axes(value: MeshAxes) -> str | tuple[str, ...] | None:
     return value if value is None or isinstance(value, str) else tuple(value)
 
 
-def _check_embedding(
-    embedding: nnx.Embed, shape: tuple[int, int], kernel_metadata: _Metadata
-) -> None:
-    """Raises unless a tied embedding is a kernel [V, H], with its own metadata."""
+def _check_embedding(embedding: nnx.Embed, shape: tuple[int, int]) -> None:
+    """Raises unless a tied embedding is a kernel [V, H]."""
     table = embedding.embedding[...]
     checks.shape("embedding", table, shape, "[num_classes, in_features]")
-    if kernel_metadata:
-        raise ValueError(
-            "`kernel_metadata` must be empty with a tied embedding, got "
-            f"{dict(kernel_metadata)}. Give nnx.Embed `embedding_metadata`."
-        )

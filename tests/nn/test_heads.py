@@ -139,6 +139,36 @@ def test_weights_and_ignored_labels(kind):
 
 
 @each_kind
+def test_log_prob_of_tokens_without_weight(kind):
+    head = KINDS[kind].make()
+    weights = np.array([1.0, 0.0, 0.5, 2.0, 1.0, 1.0], np.float32)
+    bad = HIDDEN.at[1].set(jnp.nan).at[4].set(jnp.inf)
+    labels = LABELS.at[1].set(-1).at[4].set(-100)
+    keep = np.array([True, False, True, True, False, True])
+
+    @nnx.jit
+    def results(head, hidden, labels):
+        def total(head, hidden):
+            found = head.log_prob(
+                hidden, labels, weights=weights, ignore_label=-100, temperature=0.7
+            )
+            # As a loss that selects by a mask of its own.
+            return jnp.where(keep, jnp.exp(found), 0).sum(), found
+
+        return nnx.grad(total, argnums=(0, 1), has_aux=True)(head, hidden)
+
+    (of_head, of_hidden), found = results(head, bad, labels)
+    expected = weights * head.log_prob(HIDDEN, LABELS, temperature=0.7)
+    np.testing.assert_allclose(found, np.where(keep, expected, 0), rtol=1e-5)
+    assert (np.asarray(of_hidden)[~keep] == 0).all()
+    for leaf in jax.tree.leaves(of_head):
+        assert np.isfinite(leaf).all()
+    (clean, _), _ = results(head, HIDDEN, LABELS.at[4].set(-100))
+    for a, b in zip(*map(jax.tree.leaves, (of_head, clean)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@each_kind
 @pytest.mark.many_cases
 def test_temperature_of_the_module_and_of_the_call(kind):
     warm, tau = KINDS[kind].make(), np.linspace(0.5, 2, N, dtype=np.float32)

@@ -1,5 +1,6 @@
 """SoftmaxHead: the same numbers as the functions, in NNX and in Linen."""
 
+import contextlib
 from typing import Any
 
 import flax.linen as nn
@@ -303,6 +304,43 @@ def test_decoding_in_linen_through_the_bridge():
     np.testing.assert_array_equal(drawn, expected[0])
     np.testing.assert_array_equal(ids, expected[1][1])
     np.testing.assert_allclose(log_probs, expected[1][0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+def test_logical_partitioning_in_linen(in_context):
+    partitioned = {
+        "out_sharding": ("embed", "vocab"),
+        "sharding_rules": None,
+        "eager_sharding": False,
+        "linen_meta_type": nn.LogicallyPartitioned,
+    }
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels):
+            options = {"kernel_metadata": partitioned}
+            head = bridge.ToLinen(
+                SoftmaxHead, args=(8, 50), kwargs=options, name="head"
+            )
+            return head(x, labels, nnx_method="loss")
+
+    model, key = Model(), jax.random.key(0)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        names = nn.get_partition_spec(jax.eval_shape(model.init, key, HIDDEN, LABELS))
+        assert names["params"]["head"]["kernel"] == P("embed", "vocab")
+        rules = (("embed", None), ("vocab", "model"))
+        shardings = nn.logical_to_mesh_sharding(  # pyright: ignore[reportPrivateImportUsage]
+            names, mesh, rules
+        )
+        init = jax.jit(model.init, out_shardings=shardings)
+        variables: Any = init(key, HIDDEN, LABELS)
+        loss = jax.jit(model.apply)(variables, HIDDEN, LABELS)
+    boxed = variables["params"]["head"]["kernel"]
+    assert isinstance(boxed, nn.LogicallyPartitioned)
+    assert boxed.value.sharding == NamedSharding(mesh, P(None, "model"))
+    expected = jaxsoft.linear_cross_entropy(HIDDEN, boxed.value, LABELS)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_messages():
