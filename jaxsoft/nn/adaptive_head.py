@@ -17,6 +17,7 @@ from jaxsoft.adaptive.decoding import adaptive_sample, adaptive_top_k
 from jaxsoft.adaptive.layer import AdaptiveTail
 from jaxsoft.adaptive.log_probs import adaptive_log_prob, adaptive_log_probs
 from jaxsoft.nn import arguments
+from jaxsoft.nn.tables import Tables
 
 __all__ = ["AdaptiveSoftmaxHead"]
 
@@ -34,7 +35,8 @@ class AdaptiveSoftmaxHead(nnx.Module):
       projections: the parameters [H, D] of the tails.
       tail_kernels: the parameters [D, V_i] of the tails.
       tail_biases: the parameters [V_i] of the tails; empty without a bias.
-      bands: the variable, no parameter, that holds the `ClassBands`.
+      bands: the arrays of the `ClassBands`, variables and no parameters;
+        `bands.get_value()` is the `ClassBands` itself.
       temperature: τ, where a method is not given another.
 
     Args:
@@ -99,7 +101,7 @@ class AdaptiveSoftmaxHead(nnx.Module):
             )
         self.in_features = checks.positive_integer("in_features", in_features)
         self.num_classes = bands.num_classes
-        self.bands = nnx.Variable(bands)
+        self.bands = Tables(bands)
         widths = _widths(self.in_features, len(bands.tails), tail_features, tail_factor)
 
         def parameters(init, *shapes):

@@ -57,9 +57,7 @@ class Call(NamedTuple):
             name = f"{prefix}{option}" if option in _OF_LAYER else option
             if name in passed:
                 continue
-            has_none = not isinstance(value, jax.Array) and value == _DEFAULTS.get(
-                option, value
-            )
+            has_none = _has_none(option, value)
             if has_none and option in _OF_MESH:
                 continue
             if self.names is None or name in self.names:
@@ -105,6 +103,15 @@ def bind(
     if given.get("temperature", 0) is None:
         del given["temperature"]
     return Call(function, prefix, given, None if rest else frozenset(parameters))
+
+
+def _has_none(option: str, value: object) -> bool:
+    """Tells whether a head has nothing of what an option is for."""
+    if option not in _DEFAULTS:
+        return False
+    none = _DEFAULTS[option]
+    # An array is of another type, and is not compared.
+    return type(value) is type(none) and value == none
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -22,6 +22,7 @@ from jaxsoft.hierarchical.softmax import (
 )
 from jaxsoft.hierarchical.top_k import hierarchical_top_k
 from jaxsoft.nn import arguments
+from jaxsoft.nn.tables import Tables
 
 __all__ = ["HierarchicalSoftmaxHead"]
 
@@ -36,7 +37,8 @@ class HierarchicalSoftmaxHead(nnx.Module):
     Attributes:
       node_kernel: the parameter [tree.num_rows, H].
       node_bias: the parameter [tree.num_rows], or None.
-      tree: the variable, no parameter, that holds the `ClassTree`.
+      tree: the arrays of the `ClassTree`, variables and no parameters;
+        `tree.get_value()` is the `ClassTree` itself.
       temperature: τ, where a method is not given another.
 
     Args:
@@ -102,7 +104,7 @@ class HierarchicalSoftmaxHead(nnx.Module):
             raise TypeError(f"`tree` must be a ClassTree, got {type(tree).__name__}.")
         self.in_features = checks.positive_integer("in_features", in_features)
         self.num_classes = tree.num_classes
-        self.tree = nnx.Variable(tree)
+        self.tree = Tables(tree)
         rows = tree.num_rows
         kernel = kernel_init(rngs.params(), (self.in_features, rows), param_dtype)
         self.node_kernel = nnx.Param(kernel.T)

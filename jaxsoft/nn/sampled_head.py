@@ -12,6 +12,7 @@ from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import Reduction
 from jaxsoft.nn import arguments
 from jaxsoft.nn.softmax_head import SoftmaxHead
+from jaxsoft.nn.tables import Tables
 from jaxsoft.sampled.loss import Sampler, sampled_softmax_loss
 
 __all__ = ["SampledSoftmaxHead"]
@@ -26,7 +27,8 @@ class SampledSoftmaxHead(nnx.Module):
     Attributes:
       full: the `SoftmaxHead` that has the parameters, and the methods that are not
         here: `statistics`, `log_prob_at`, `call` and more.
-      sampler: the variable, no parameter, that holds the sampler.
+      sampler: the sampler's arrays, variables and no parameters;
+        `sampler.get_value()` is the sampler.
       num_samples: S.
       deterministic: whether `loss` is that of the full softmax; set by `train()` and
         `eval()`.
@@ -112,7 +114,7 @@ class SampledSoftmaxHead(nnx.Module):
             implementation=implementation,
             rngs=rngs,
         )
-        self.sampler = nnx.Variable(sampler)
+        self.sampler = Tables(sampler)
         self.remove_accidental_hits = remove_accidental_hits
         self.deterministic = deterministic
         if rngs is None:

@@ -20,6 +20,7 @@ from jaxsoft.nn import (
     SampledSoftmaxHead,
     SoftmaxHead,
 )
+from jaxsoft.nn.tables import Tables
 from tests import truth
 
 H, V, N = 16, 50, 6
@@ -449,3 +450,73 @@ def test_messages_of_calls(kind):
         head.loss(HIDDEN, LABELS[:2])
     with pytest.raises(ValueError, match="`reduction` must be one of"):
         head.loss(HIDDEN, LABELS, reduction="median")
+
+
+@each_kind
+def test_state_is_plain_arrays_and_comes_back_from_a_pure_dictionary(kind):
+    head = KINDS[kind].make()
+    state = nnx.state(head)
+    for _, variable in nnx.to_flat_state(state):
+        if not isinstance(variable, nnx.RngState):
+            np.testing.assert_array_equal(np.asarray(variable[...]) * 0, 0)
+    pure = nnx.to_pure_dict(nnx.state(head, nnx.Not(nnx.RngState)))
+    arrays = jax.tree.map(np.asarray, pure)
+    # Another tree, other bands and another sampler of the same form.
+    graph, own, keys = nnx.split(
+        KINDS[kind].make(seed=1), nnx.Not(nnx.RngState), nnx.RngState
+    )
+    for path, variable in nnx.to_flat_state(own):
+        if path[0] in ("tree", "bands", "sampler"):
+            variable[...] = variable[...] * 0
+    nnx.replace_by_pure_dict(own, nnx.restore_int_paths(arrays))
+    again = nnx.merge(graph, own, keys)
+    for f in (lambda h: h.log_prob(HIDDEN, LABELS), lambda h: h(HIDDEN)):
+        np.testing.assert_array_equal(f(again), f(head))
+
+
+def test_the_structure_of_a_head_is_what_it_was_given():
+    kinds = {"hierarchical": ("tree", TREE), "adaptive": ("bands", BANDS)}
+    for kind, (name, given) in (kinds | {"sampled": ("sampler", SAMPLER)}).items():
+        found = getattr(KINDS[kind].make(), name).get_value()
+        assert type(found) is type(given)
+        assert jax.tree.structure(found) == jax.tree.structure(given)
+        for a, b in zip(*map(jax.tree.leaves, (found, given)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    # A tree that is known by its form alone has no state.
+    balanced = HierarchicalSoftmaxHead(
+        H, jaxsoft.ClassTree.balanced(V), rngs=nnx.Rngs(0)
+    )
+    assert list(nnx.to_pure_dict(nnx.state(balanced))) == ["node_kernel"]
+
+
+class _EveryOther:
+    """A sampler of one's own that is no pytree."""
+
+    def sample(self, key, num_samples):
+        return 2 * jax.random.randint(key, (num_samples,), 0, V // 2)
+
+    def log_prob(self, class_ids):
+        return jnp.where(class_ids % 2, -jnp.inf, -jnp.log(V // 2))
+
+
+def test_a_sampler_of_ones_own_is_a_constant():
+    sampler = _EveryOther()
+    head = SampledSoftmaxHead(H, V, 16, sampler, rngs=nnx.Rngs(0))
+    assert head.sampler.get_value() is sampler
+    key = jax.random.key(4)
+    found = nnx.jit(lambda head: head.loss(HIDDEN, LABELS, key=key))(head)
+    assert head.full.kernel is not None
+    expected = jaxsoft.sampled_softmax_loss(
+        key, HIDDEN, head.full.kernel[...], LABELS, 16, sampler=sampler
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_tables_name_their_arrays_by_paths():
+    value = {"a": (np.arange(3), 2.5), "b": [np.ones(2, np.int32)], "c": "text"}
+    tables = Tables(value)
+    names = nnx.to_pure_dict(nnx.state(tables))
+    assert sorted(names) == ["a_0", "b_0"]
+    assert jax.tree.structure(tables.get_value()) == jax.tree.structure(value)
+    assert sorted(nnx.to_pure_dict(nnx.state(Tables((np.arange(3),))))) == ["array_0"]
+    np.testing.assert_array_equal(Tables(np.arange(3)).get_value(), np.arange(3))

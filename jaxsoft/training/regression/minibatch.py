@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxsoft import ClassTree
 from jaxsoft._core import checks
+from jaxsoft.nn import HierarchicalSoftmaxHead
 from jaxsoft.training.heads import Head, HeadPlan, Params
 from jaxsoft.training.mesh import DATA, usable_mesh
 from jaxsoft.training.regression.coefficients import Coefficients
@@ -283,7 +284,8 @@ def _start(
             head, counts, rows.source.num_features, fit_intercept, seed, start
         )
         if by_rows:
-            tables = tables, jnp.asarray(_visits(tables, counts), dtype)
+            made = nnx.merge(graph, params, tables)
+            tables = tables, jnp.asarray(_visits(made, counts), dtype)
     return graph, jax.tree.map(lambda leaf: jnp.array(leaf, dtype), params), tables
 
 
@@ -328,10 +330,10 @@ def _head_parameters(
 _paths = jax.jit(functools.partial(ClassTree.paths, axis=0))
 
 
-def _visits(tables: Tables, counts: np.ndarray) -> np.ndarray:
+def _visits(head: Head, counts: np.ndarray) -> np.ndarray:
     """Returns how often an epoch visits each row of a tree; 1 for one it does not."""
-    tree = jax.tree.leaves(tables, is_leaf=lambda x: isinstance(x, ClassTree))[0]
-    assert isinstance(tree, ClassTree)
+    assert isinstance(head, HierarchicalSoftmaxHead)
+    tree = head.tree.get_value()
     every = jnp.arange(tree.num_classes, dtype=jnp.int32)
     paths = _paths(tree, every)
     visits = np.zeros(tree.num_rows)
