@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
+from numpy import typing as npt
 
 __all__ = [
     "boolean",
     "broadcasts_to",
     "class_axis",
+    "concrete",
+    "counts",
     "finite_temperature",
     "floating",
     "integer",
@@ -75,6 +78,32 @@ def boolean(name: str, value: ArrayLike) -> jax.Array:
             f"`{name}` must have dtype bool (True keeps), got {array.dtype}."
         )
     return array
+
+
+def concrete(name: str, value: npt.ArrayLike) -> np.ndarray:
+    """Returns `value` as a NumPy array, which a traced array cannot become."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"`{name}` must be known when a program is traced, got a traced array. "
+            "Make it outside of jit, with NumPy, or under "
+            "jax.ensure_compile_time_eval()."
+        )
+    return np.asarray(value)
+
+
+def counts(value: npt.ArrayLike) -> np.ndarray:
+    """Returns how often each class comes, [V] float64, finite and not negative."""
+    weights = concrete("counts", value).astype(np.float64)
+    if weights.ndim != 1 or not len(weights):
+        raise ValueError(
+            f"`counts` must have shape [V] with V >= 1, got {weights.shape}."
+        )
+    bad = ~(np.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        raise ValueError(
+            f"`counts` must be finite and not negative, got {weights[bad][0]}."
+        )
+    return weights
 
 
 def shape(name: str, array: jax.Array, expected: Sequence[int], legend: str) -> None:

@@ -76,7 +76,7 @@ class ClassBands:
         """Bands of classes in any order, by how often they come.
 
         Args:
-          counts: [V] finite and not negative.
+          counts: [V] finite and not negative; no traced array.
           cutoffs: the first rank of each tail; None takes those that a token's logits
             cost least with: `S + T + Σ_i p_i·V_i / tail_factor^(i+1)` products of H
             numbers, for a shortlist of S and T tails of V_i classes, which a share
@@ -95,16 +95,7 @@ class ClassBands:
           Grave et al., Efficient softmax approximation for GPUs, arXiv:1609.04309
           (their cost has the constants of one GPU, too).
         """
-        weights = np.asarray(counts, np.float64)
-        if weights.ndim != 1 or not len(weights):
-            raise ValueError(
-                f"`counts` must have shape [V] with V >= 1, got {weights.shape}."
-            )
-        bad = ~(np.isfinite(weights) & (weights >= 0))
-        if bad.any():
-            raise ValueError(
-                f"`counts` must be finite and not negative, got {weights[bad][0]}."
-            )
+        weights = checks.counts(counts)
         order = np.argsort(-weights, kind="stable").astype(np.int32)
         if cutoffs is None:
             tails = checks.positive_integer("num_tails", num_tails)

@@ -113,7 +113,7 @@ class ClassTree:
 
         Args:
           counts: [V] finite and not negative, how often each class comes; in any
-            order. A count of 0 is taken for a very small one.
+            order; no traced array. A count of 0 is taken for a very small one.
           arity: children of a node, at least 2.
           max_depth: the longest path, at least ceil(log_arity V); None takes that
             plus 4.
@@ -126,16 +126,7 @@ class ClassTree:
           ValueError: if an argument is out of its range.
         """
         arity = _arity(arity)
-        weights = np.asarray(counts, np.float64)
-        if weights.ndim != 1 or not len(weights):
-            raise ValueError(
-                f"`counts` must have shape [V] with V >= 1, got {weights.shape}."
-            )
-        bad = ~(np.isfinite(weights) & (weights >= 0))
-        if bad.any():
-            raise ValueError(
-                f"`counts` must be finite and not negative, got {weights[bad][0]}."
-            )
+        weights = checks.counts(counts)
         count = _classes(len(weights))
         least = least_depth(count, arity)
         if max_depth is None:
@@ -174,7 +165,7 @@ class ClassTree:
         principal component and cut into equal parts.
 
         Args:
-          embeddings: [V, H] finite.
+          embeddings: [V, H] finite; no traced array.
           arity: children of a node, at least 2.
           seed: of the estimates of principal components.
 
@@ -187,7 +178,7 @@ class ClassTree:
           ValueError: if an argument is out of its range.
         """
         arity = _arity(arity)
-        table = np.asarray(embeddings)
+        table = checks.concrete("embeddings", embeddings)
         if table.ndim != 2 or not len(table):
             raise ValueError(
                 f"`embeddings` must have shape [V, H] with V >= 1, got {table.shape}."
@@ -211,7 +202,10 @@ class ClassTree:
 
         Args:
           paths: of each class, the names of the branches from the root to it, as in
-            `[("animal", "cat"), ("animal", "dog"), ("plant",)]`.
+            `[("animal", "cat"), ("animal", "dog"), ("plant",)]`. A class may be an
+            inner node, as "animal" if there is the path `("animal",)`, too: it is a
+            leaf beside the classes below. Lines of text are split first, by
+            `line.split(" > ")`.
           arity: the most children of a node: wider ones get inner nodes of their own.
             None leaves them as they are; every node of a path then costs what the
             widest node does.
@@ -220,8 +214,8 @@ class ClassTree:
           The tree. Nodes with one child are left out.
 
         Raises:
-          TypeError: if a type is wrong.
-          ValueError: if there are no paths, two are equal or one begins another.
+          TypeError: if a type is wrong, or a path is a string.
+          ValueError: if there are no paths, or two are equal.
         """
         if arity is not None:
             arity = _arity(arity)
@@ -299,14 +293,16 @@ class ClassTree:
         A head whose `node_bias` is this and whose kernel is 0 starts there.
 
         Args:
-          probabilities: [V] finite and positive, of any sum.
+          probabilities: [V] finite and positive, of any sum; no traced array.
 
         Returns:
           [num_rows] float32.
 
         Raises:
+          TypeError: if an argument is traced.
           ValueError: if an argument is out of its range.
         """
+        probabilities = checks.concrete("probabilities", probabilities)
         # Where a model is made inside a traced function, too.
         with jax.ensure_compile_time_eval():
             paths = self.paths(np.arange(self.num_classes), axis=0)

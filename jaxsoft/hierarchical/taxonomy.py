@@ -8,6 +8,9 @@ from jaxsoft.hierarchical.levels import Tables
 
 __all__ = ["tables_of_paths"]
 
+# The branch of an inner node to the class whose path ends at that node.
+_ITSELF = object()
+
 # What each branch of an inner node leads to: a class or another inner node.
 _Branches = dict[Hashable, "int | _Branches"]
 # A class, an inner node, or a group of an inner node's children.
@@ -27,7 +30,8 @@ def tables_of_paths(
       The tree, and [V] int64, the classes from left to right.
 
     Raises:
-      ValueError: if two paths are equal or one is the beginning of another.
+      TypeError: if a path is a string.
+      ValueError: if two paths are equal, or there are none.
     """
     root: _Branches = {}
     count = 0
@@ -40,22 +44,27 @@ def tables_of_paths(
 
 
 def _insert(root: _Branches, class_id: int, path: Sequence[Hashable]) -> None:
+    if isinstance(path, str | bytes):
+        raise TypeError(
+            f"`paths` must be sequences of branches, got {path!r} for class "
+            f'{class_id}. Split it, as path.split(" > ") does, or give tuple(path) if '
+            "each character is a branch."
+        )
     *inner, last = list(path) or [None]
     node = root
     for branch in inner:
         below = node.setdefault(branch, {})
         if not isinstance(below, dict):
-            raise ValueError(
-                f"`paths` must not go on below a class, got {tuple(path)} for class "
-                f"{class_id} below class {below}."
-            )
+            below = node[branch] = {_ITSELF: below}
         node = below
-    if last in node:
-        other = node[last]
-        clash = "an inner node" if isinstance(other, dict) else f"class {other}"
+    at_end = node.get(last)
+    if isinstance(at_end, dict):
+        node, last = at_end, _ITSELF
+        at_end = node.get(last)
+    if at_end is not None:
         raise ValueError(
             f"`paths` must lead each class to a place of its own, got {tuple(path)} "
-            f"for class {class_id}, where {clash} is already."
+            f"for class {class_id}, where class {at_end} is already."
         )
     node[last] = class_id
 

@@ -98,7 +98,7 @@ class ClassSampler:
         """Classes as often as they come, or by any other probabilities.
 
         Args:
-          counts: [V] finite and not negative, not all 0.
+          counts: [V] finite and not negative, not all 0; no traced array.
           power: of the counts, such as 0.75 in word2vec; a count of 0 stays 0.
 
         Returns:
@@ -108,15 +108,8 @@ class ClassSampler:
           TypeError: if a type is wrong.
           ValueError: if an argument is out of its range.
         """
-        weights = np.asarray(counts, np.float64)
-        if weights.ndim != 1:
-            raise ValueError(f"`counts` must have shape [V], got {weights.shape}.")
-        _classes(max(len(weights), 1))
-        bad = ~(np.isfinite(weights) & (weights >= 0))
-        if bad.any():
-            raise ValueError(
-                f"`counts` must be finite and not negative, got {weights[bad][0]}."
-            )
+        weights = checks.counts(counts)
+        _classes(len(weights))
         if not (weights > 0).any():
             raise ValueError("`counts` must not be all 0.")
         power = checks.scalar_in("power", power, 0, float("inf"))

@@ -31,6 +31,11 @@ LABELS = jnp.asarray([0, V - 1, 3, 17, 3, 30])
 TREE = jaxsoft.ClassTree.huffman(COUNTS, 4)
 BANDS = jaxsoft.ClassBands.from_counts(COUNTS, cutoffs=(12, 30))
 SAMPLER = jaxsoft.ClassSampler.unigram(COUNTS + 1)
+KINDS_OF_COUNTS: dict[str, Callable[[Any], Any]] = {
+    "hierarchical": jaxsoft.ClassTree.huffman,
+    "adaptive": jaxsoft.ClassBands.from_counts,
+    "sampled": jaxsoft.ClassSampler.unigram,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,6 +444,56 @@ def test_sampled_head_tied_to_an_embedding():
 def test_messages(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("counts", lambda x: KINDS_OF_COUNTS["hierarchical"](x[0])),
+        ("counts", lambda x: KINDS_OF_COUNTS["adaptive"](x[0])),
+        ("counts", lambda x: KINDS_OF_COUNTS["sampled"](x[0])),
+        ("embeddings", jaxsoft.ClassTree.clustered),
+        ("probabilities", lambda x: TREE.biases(x[0])),
+    ],
+)
+def test_counts_that_a_program_computes_are_told_what_to_do(name, make):
+    @nnx.jit
+    def build():
+        make(jnp.ones((1, V)))
+        return HierarchicalSoftmaxHead(H, TREE, rngs=nnx.Rngs(0))
+
+    with pytest.raises(TypeError, match=f"`{name}` must be known when a program is tr"):
+        build()
+
+
+def test_heads_are_made_from_known_counts_inside_a_program():
+    known = jnp.asarray(COUNTS + 1.0)
+
+    @nnx.jit
+    def build():
+        with jax.ensure_compile_time_eval():
+            counts = known * 2
+        return [
+            module(H, *arguments, make(counts), rngs=nnx.Rngs(0))
+            for module, arguments, make in (
+                (HierarchicalSoftmaxHead, (), KINDS_OF_COUNTS["hierarchical"]),
+                (AdaptiveSoftmaxHead, (), KINDS_OF_COUNTS["adaptive"]),
+                (SampledSoftmaxHead, (V, 16), KINDS_OF_COUNTS["sampled"]),
+            )
+        ]
+
+    made: list[Any] = build()
+    tree, bands, sampled = made
+    for found, make in (
+        (tree.tree, KINDS_OF_COUNTS["hierarchical"]),
+        (bands.bands, KINDS_OF_COUNTS["adaptive"]),
+        (sampled.sampler, KINDS_OF_COUNTS["sampled"]),
+    ):
+        expected = make(2 * np.asarray(known))
+        leaves = map(jax.tree.leaves, (found.get_value(), expected))
+        for a, b in zip(*leaves, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert np.isfinite(tree.loss(HIDDEN, LABELS))
 
 
 @each_kind

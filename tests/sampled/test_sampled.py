@@ -370,7 +370,7 @@ def test_errors(error, options, message):
         ("`counts` must be finite", lambda: ClassSampler.unigram([1, -1])),
         ("`counts` must be finite", lambda: ClassSampler.unigram([1, np.nan])),
         ("`counts` must not be all 0", lambda: ClassSampler.unigram([0, 0])),
-        ("`counts` must not be all 0", lambda: ClassSampler.unigram([])),
+        ("`counts` must have shape", lambda: ClassSampler.unigram([])),
         ("`power` must", lambda: ClassSampler.unigram([1], -1.0)),
         ("`num_classes` must", lambda: ClassSampler.uniform(0)),
         ("`num_classes` must be at most", lambda: ClassSampler.log_uniform(2**29)),
