@@ -23,7 +23,7 @@ class Filters(NamedTuple):
     """The filters of a call, each [R, 1] or [1, 1], or None.
 
     Attributes:
-      top_k: int32, how many classes are kept, at least 1.
+      top_k: int32, how many classes are kept, at least 0; 0 keeps all.
       top_p: the probability that the kept classes reach, in [0, 1].
       min_p: the least probability of a kept class over the largest, in [0, 1].
     """
@@ -51,7 +51,9 @@ def apply(x: jax.Array, tau: float | jax.Array, filters: Filters) -> jax.Array:
     peak = finite_peak(top)
     if filters.top_k is not None:
         ones = (x != -jnp.inf).astype(jnp.int32)
-        x = _first(x, ones, filters.top_k)
+        # No row has as many classes as the largest int32.
+        every = jnp.iinfo(jnp.int32).max
+        x = _first(x, ones, jnp.where(filters.top_k > 0, filters.top_k, every))
     if filters.top_p is not None:
         weights = jnp.exp(divide_by_temperature(x, peak, tau))
         total = jnp.sum(weights, axis=1, keepdims=True)

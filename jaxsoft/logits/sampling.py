@@ -16,6 +16,8 @@ from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 
 __all__ = ["draw_rows", "sample"]
 
+_KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0}
+
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
 def sample(
@@ -46,12 +48,13 @@ def sample(
         with size 1 on the class axis, or lacks it. τ = 0 gives the lowest argmax.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
-      top_k: an integer >= 1: the k first classes stay, exactly k where there are as
-        many. Like the other filters a scalar, or an array as `temperature`.
+      top_k: an integer >= 0: the k first classes stay, exactly k where there are as
+        many; 0 keeps all. Like the other filters a scalar, or an array as
+        `temperature`.
       top_p: p in [0, 1]: a class stays if the probability of those before it is less
-        than p, renormalised to the classes that `top_k` left.
+        than p, renormalised to the classes that `top_k` left; 1 keeps all.
       min_p: in [0, 1]: a class stays if its probability is at least this share of the
-        largest.
+        largest; 0 keeps all.
 
     Returns:
       [...] int32 in [0, V); -1 for a row without any kept class, or with a NaN or
@@ -97,7 +100,10 @@ def sample(
 def _filter(
     name: str, value: ArrayLike | None, logits: jax.Array, axis: int
 ) -> jax.Array | None:
-    """Returns a filter as an array [R, 1] or [1, 1]; checks what is known of it."""
+    """Returns a filter as an array [R, 1] or [1, 1]; checks what is known of it.
+
+    None stands for a filter that is known to keep all classes.
+    """
     if value is None:
         return None
     whole = name == "top_k"
@@ -108,6 +114,8 @@ def _filter(
         kind = numbers.Integral if whole else numbers.Real
         if not isinstance(value, kind):
             raise TypeError(f"`{name}` must be an int, got {value!r}.")
+        if value == _KEEPS_ALL[name]:
+            return None
         # An int beyond int32 means what the end of int32 does.
         ends = jnp.iinfo(jnp.int32)
         value = min(max(value, ends.min), ends.max) if whole else value
@@ -117,9 +125,9 @@ def _filter(
         array = check(name, value)
     if not isinstance(array, Tracer) and array.is_fully_addressable:
         known = np.asarray(array)
-        bad = known < 1 if whole else ~((known >= 0) & (known <= 1))
+        bad = known < 0 if whole else ~((known >= 0) & (known <= 1))
         if bad.any():
-            rule = "be at least 1" if whole else "lie in [0, 1]"
+            rule = "be at least 0" if whole else "lie in [0, 1]"
             raise ValueError(f"`{name}` must {rule}, got {known[bad].flat[0]}.")
     row_shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
     checks.broadcasts_to(name, array, row_shape)
@@ -191,7 +199,7 @@ def _out_of_range(chosen: filters.Filters) -> jax.Array:
     """Tells where a filter has a value that it must not have, [R, 1] or [1, 1]."""
     bad = jnp.zeros((1, 1), bool)
     if chosen.top_k is not None:
-        bad |= chosen.top_k < 1
+        bad |= chosen.top_k < 0
     for value in (chosen.top_p, chosen.min_p):
         if value is not None:
             bad |= ~((value >= 0) & (value <= 1))

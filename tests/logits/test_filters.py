@@ -168,6 +168,41 @@ def test_draws_are_kept_classes_at_their_rates(given):
     assert chi_square(np.searchsorted(names, drawn), rates) > 1e-4
 
 
+OFF = {"top_k": 0, "top_p": 1, "min_p": 0}
+
+
+def test_filters_that_are_off_keep_all():
+    x = truth.logits("unit", (9, 400))
+    x[3, ::2], x[4] = -np.inf, -np.inf
+    plain = jaxsoft.sample(KEY, x, 1.3)
+    for name, value in OFF.items():
+        np.testing.assert_array_equal(
+            jaxsoft.sample(KEY, x, 1.3, **{name: value}), plain
+        )
+    np.testing.assert_array_equal(jaxsoft.sample(KEY, x, 1.3, **OFF), plain)
+    # Off for some rows of an array.
+    counts = np.where(np.arange(9) % 3 == 0, 0, 5)[:, None]
+    found = np.asarray(
+        jax.jit(filters.apply, static_argnums=1)(
+            x, 1.3, filters.Filters(jnp.asarray(counts), None, None)
+        )
+    )
+    every = np.isfinite(x).sum(1)
+    expected = np.where(counts[:, 0] == 0, every, np.minimum(every, 5))
+    np.testing.assert_array_equal(np.isfinite(found).sum(1), expected)
+    drawn = np.asarray(jaxsoft.sample(KEY, x, 1.3, top_k=counts))
+    np.testing.assert_array_equal(drawn[::3], plain[::3])
+
+
+def test_what_is_known_to_be_off_adds_nothing_to_the_program():
+    x = truth.logits("unit", (9, 400))
+    texts = [
+        str(jax.make_jaxpr(lambda x, o=options: jaxsoft.sample(KEY, x, 1.3, **o))(x))
+        for options in ({}, OFF)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_filters_of_each_row():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((4, 50, 3)).astype("float32")
@@ -228,7 +263,9 @@ def test_traced_filters_out_of_their_range():
         return jaxsoft.sample(KEY, x, top_k=k, top_p=p, min_p=m)
 
     drawn = draw(top_k, top_p, min_p)
-    np.testing.assert_array_equal(drawn[:6], -1)
+    # 0 classes are all of them; a filter out of its range leaves none.
+    assert drawn[0] in range(5)
+    np.testing.assert_array_equal(drawn[1:6], -1)
     assert drawn[6] in (0, 1, 2)
 
 
@@ -239,7 +276,7 @@ WRONG = [
     ({"top_k": 2.0}, TypeError, "`top_k` must be an int, got 2.0"),
     ({"top_k": np.ones(2, "f")}, TypeError, "`top_k` must have an integer dtype"),
     ({"top_p": np.ones(1, int)}, TypeError, "`top_p` must have a floating-point"),
-    ({"top_k": 0}, ValueError, "`top_k` must be at least 1, got 0"),
+    ({"top_k": -1}, ValueError, "`top_k` must be at least 0, got -1"),
     ({"top_k": np.array([[1], [-3]])}, ValueError, "`top_k` must be .* got -3"),
     ({"top_p": 1.5}, ValueError, r"`top_p` must lie in \[0, 1\], got 1.5"),
     ({"min_p": float("nan")}, ValueError, r"`min_p` must lie in \[0, 1\], got nan"),

@@ -469,21 +469,22 @@ def test_counts_that_a_program_computes_are_told_what_to_do(name, make):
 def test_heads_are_made_from_known_counts_inside_a_program():
     known = jnp.asarray(COUNTS + 1.0)
 
+    modules: list[tuple[str, Callable[..., Any], tuple[int, ...]]] = [
+        ("hierarchical", HierarchicalSoftmaxHead, (H,)),
+        ("adaptive", AdaptiveSoftmaxHead, (H,)),
+        ("sampled", SampledSoftmaxHead, (H, V, 16)),
+    ]
+
     @nnx.jit
     def build():
         with jax.ensure_compile_time_eval():
             counts = known * 2
         return [
-            module(H, *arguments, make(counts), rngs=nnx.Rngs(0))
-            for module, arguments, make in (
-                (HierarchicalSoftmaxHead, (), KINDS_OF_COUNTS["hierarchical"]),
-                (AdaptiveSoftmaxHead, (), KINDS_OF_COUNTS["adaptive"]),
-                (SampledSoftmaxHead, (V, 16), KINDS_OF_COUNTS["sampled"]),
-            )
+            module(*sizes, KINDS_OF_COUNTS[name](counts), rngs=nnx.Rngs(0))
+            for name, module, sizes in modules
         ]
 
-    made: list[Any] = build()
-    tree, bands, sampled = made
+    tree, bands, sampled = build()
     for found, make in (
         (tree.tree, KINDS_OF_COUNTS["hierarchical"]),
         (bands.bands, KINDS_OF_COUNTS["adaptive"]),
