@@ -6,6 +6,7 @@ that leave one or none, dropped and absent labels, temperatures at their limits.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,11 @@ def slopes(function, arrays):
     return out
 
 
+def pick(rng, *values: Any) -> Any:
+    """Draws one of some values, of any type."""
+    return values[rng.integers(len(values))]
+
+
 def a_mask(rng, classes):
     """Draws a mask that keeps all classes, some, one, or none."""
     kind = rng.integers(4)
@@ -226,9 +232,9 @@ def streamed_losses(rng):
     """Likewise for hidden states and a kernel, with all their options."""
     classes = int(rng.choice(CLASSES))
     smoothing, z_weight = rng.choice([0.0, 0.1, 1.0]), rng.choice([0.0, 0.1])
-    softcap = rng.choice([None, 1.5])
-    layout = str(rng.choice(["hv", "vh"]))
-    ignore = rng.choice([None, -1])
+    softcap = pick(rng, None, 1.5)
+    layout = pick(rng, "hv", "vh")
+    ignore = pick(rng, None, -1)
 
     def call(floats, others):
         kernel = floats["kernel"]
@@ -315,7 +321,7 @@ def log_probs(rng):
 def distillations(rng):
     """Likewise for divergences of two rows of logits."""
     classes = int(rng.choice(CLASSES))
-    kind = str(rng.choice(["forward_kl", "reverse_kl", "jensen_shannon"]))
+    kind = pick(rng, "forward_kl", "reverse_kl", "jensen_shannon")
 
     def call(floats, others):
         return jaxsoft.distillation_loss(
@@ -416,9 +422,9 @@ def test_samplers(seed):
     rng = np.random.default_rng(1000 + seed)
     classes = int(rng.choice(CLASSES))
     filters = {
-        "top_k": rng.choice([None, 1, 2, 100]),
-        "top_p": rng.choice([None, 0.0, 0.5, 1.0]),
-        "min_p": rng.choice([None, 0.0, 0.3]),
+        "top_k": pick(rng, None, 1, 2, 100),
+        "top_p": pick(rng, None, 0.0, 0.5, 1.0),
+        "min_p": pick(rng, None, 0.0, 0.3),
     }
 
     @jax.jit

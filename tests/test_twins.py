@@ -1,5 +1,7 @@
 """Functions of stored logits and their streamed twins take the same, and agree."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,7 @@ def test_shapes_of_temperatures(shape):
     """A temperature has the rows' shape, with the class axis or without it."""
     tau = jnp.asarray(TEMPERATURES[shape])
     full = jnp.broadcast_to(tau if tau.ndim != 2 else tau[..., None], (*ROWS, 1))
-    options = {"temperature": tau}
+    options: dict[str, Any] = {"temperature": tau}
     np.testing.assert_allclose(
         jaxsoft.softmax_cross_entropy(LOGITS, LABELS, full[..., 0]),
         jaxsoft.linear_cross_entropy(
@@ -65,7 +67,11 @@ def test_cross_entropy(reduction):
     """Weights, ignored labels and reductions mean the same in both."""
     weights = np.array([[1.0, 0.0, 0.5], [2.0, 1.0, 1.0]], "float32")
     labels = np.where(np.arange(6).reshape(ROWS) == 4, -100, LABELS)
-    options = {"weights": weights, "ignore_label": -100, "reduction": reduction}
+    options: dict[str, Any] = {
+        "weights": weights,
+        "ignore_label": -100,
+        "reduction": reduction,
+    }
 
     def stored(logits):
         loss = jaxsoft.softmax_cross_entropy(logits, labels, 0.7, **options)
@@ -87,7 +93,7 @@ def test_cross_entropy(reduction):
 def test_distillation(reduction):
     """Weights and reductions mean the same in both."""
     weights = np.array([[True, False, True], [True, True, True]])
-    options = {"weights": weights, "reduction": reduction}
+    options: dict[str, Any] = {"weights": weights, "reduction": reduction}
     np.testing.assert_allclose(
         jaxsoft.distillation_loss(LOGITS, OTHERS, 2.0, **options),
         jaxsoft.linear_distillation(
@@ -102,7 +108,7 @@ def test_rows_without_weight_may_hold_anything():
     weights = np.arange(6).reshape(ROWS) > 0
     logits = LOGITS.copy()
     logits[0, 0] = np.nan
-    options = {"weights": weights, "reduction": "mean"}
+    options: dict[str, Any] = {"weights": weights, "reduction": "mean"}
 
     def losses(logits):
         return jaxsoft.softmax_cross_entropy(
