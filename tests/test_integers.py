@@ -1,6 +1,7 @@
 """Labels of every integer dtype, and NumPy's integers where an int is taken."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,16 +104,17 @@ def test_labels_beyond_int32_are_no_classes(labels):
 
 def test_integers_of_numpy():
     """A NumPy integer is an int wherever one is taken."""
-    one = np.int64(1)
+    one: Any = np.int64(1)
+    ignored: Any = np.int64(-100)
+    last: Any = np.int64(-1)
+    three: Any = np.int64(3)
     hidden, kernel, labels = jnp.ones((2, 4)), jnp.ones((4, 8)), jnp.array([1, -100])
-    loss = jaxsoft.linear_cross_entropy(
-        hidden, kernel, labels, ignore_label=np.int64(-100)
-    )
+    loss = jaxsoft.linear_cross_entropy(hidden, kernel, labels, ignore_label=ignored)
     np.testing.assert_allclose(loss, np.log(8), rtol=1e-6)
     assert jaxsoft.linear_top_k(hidden, kernel, one)[1].shape == (2, 1)
     key, logits = jax.random.key(0), jnp.zeros((2, 8))
     assert jaxsoft.gumbel_top_k(key, logits, one)[1].shape == (2, 1)
-    jaxsoft.sample(key, logits, top_k=one, axis=np.int64(-1))
-    jaxsoft.expected_calibration_error(jaxsoft.softmax(logits), labels, np.int64(3))
+    jaxsoft.sample(key, logits, top_k=one, axis=last)
+    jaxsoft.expected_calibration_error(jaxsoft.softmax(logits), labels, three)
     with pytest.raises(TypeError, match="`ignore_label` must be an int"):
         jaxsoft.linear_cross_entropy(hidden, kernel, labels, ignore_label=True)

@@ -86,7 +86,9 @@ def test_labels_that_are_no_class_and_masked_positions():
     none = value_and_grad(hidden, kernel, labels, keep & False)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(none))
     ignored = jax.jit(
-        lambda *arguments: hierarchical_log_prob(*arguments, tree, ignore_label=-100)
+        lambda hidden, kernel, labels: hierarchical_log_prob(
+            hidden, kernel, labels, tree, ignore_label=-100
+        )
     )(hidden, kernel, np.where(keep, labels, -100))
     np.testing.assert_allclose(ignored, np.where(keep, found, 0), rtol=1e-6)
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,7 @@ def test_rows_without_classes_have_no_slope(dropped):
     """The loss and all gradients are 0, by a temperature for each row too."""
     hidden, kernel, labels = jnp.ones((3, 2)), jnp.ones((2, 4)), jnp.array([0, 1, 0])
     mask = {"class_mask": jnp.zeros(4, bool), "bias": jnp.full(4, -jnp.inf)}[dropped]
+    options: dict[str, Any] = {dropped: mask}
 
     def loss(hidden, kernel, tau):
         return linear_cross_entropy(
@@ -279,11 +281,11 @@ def test_rows_without_classes_have_no_slope(dropped):
             temperature=tau,
             z_loss=0.5,
             reduction="sum",
-            **{dropped: mask},
+            **options,
         )
 
     def lse(hidden, kernel, tau):
-        found = linear_statistics(hidden, kernel, temperature=tau, **{dropped: mask})
+        found = linear_statistics(hidden, kernel, temperature=tau, **options)
         return jnp.where(jnp.isfinite(found.lse), found.lse, 0).sum()
 
     for tau in (jnp.array([0.5, 1.0, 2.0]), jnp.array([0.0, 1.0, jnp.inf])):

@@ -3,6 +3,8 @@
 None of it is of the machine code, so this is a file that is compiled quickly.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,7 +191,7 @@ def test_one_class_and_no_rows():
 def test_full_smoothing_leaves_the_label_out():
     """With smoothing 1 the label weighs 0, whether or not its class is kept."""
     labels = jnp.array([0])
-    options = {"label_smoothing": 1.0}
+    options: dict[str, Any] = {"label_smoothing": 1.0}
     for where, value in (((False, True, True, True), np.log(3)), ((False,) * 4, 0)):
         where = jnp.array(where)
         loss, slope = jax.value_and_grad(
