@@ -386,9 +386,11 @@ def _evaluate_whole(*args, jaxpr, program, tree, result_axes):
     """Computes the function where devices cannot be made to share it.
 
     Compilers for TPU do not know custom partitioning (JAX issue 38196); shard_map is
-    the way there, and `over_mesh`.
+    the way there, where the sharding is known, and `over_mesh`.
     """
-    del jaxpr, result_axes
+    del result_axes
+    if program.fold.config.shards is not None:
+        return jaxpr_as_fun(jaxpr)(*args)
     return _flat(program, tree)(*args)
 
 
