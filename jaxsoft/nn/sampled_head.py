@@ -1,7 +1,5 @@
 """A full softmax layer that is trained on samples of its classes."""
 
-import copy
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -133,9 +131,7 @@ class SampledSoftmaxHead(nnx.Module):
         Returns:
           A head that shares all other parts with this one, as `SoftmaxHead.tied_to`.
         """
-        head = copy.copy(self)
-        head.full = self.full.tied_to(embedding)
-        return head
+        return _TiedHead(self, embedding)
 
     def __call__(self, hidden: ArrayLike) -> jax.Array:
         """Returns all logits, not divided by the temperature.
@@ -276,3 +272,17 @@ class SampledSoftmaxHead(nnx.Module):
           Log-probabilities [..., k], descending, and class ids [..., k] int32.
         """
         return self.full.top_k(hidden, k, temperature=temperature)
+
+
+class _TiedHead(SampledSoftmaxHead):
+    """A head with the parts of another, and an embedding; see that of `SoftmaxHead`."""
+
+    def __init__(self, head: SampledSoftmaxHead, embedding: nnx.Embed):
+        """Takes the parts."""
+        self.full = head.full.tied_to(embedding)
+        self.num_classes = head.num_classes
+        self.num_samples = head.num_samples
+        self.sampler = head.sampler
+        self.remove_accidental_hits = head.remove_accidental_hits
+        self.deterministic = head.deterministic
+        self.rngs = nnx.data(None) if head.rngs is None else head.rngs

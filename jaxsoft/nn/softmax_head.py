@@ -1,6 +1,5 @@
 """The full softmax layer: logits when asked for, losses without them."""
 
-import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -42,6 +41,7 @@ class SoftmaxHead(LinearMethods):
       bias: the parameter [V], or None.
       embedding: the tied embedding, whose table [V, H] serves as the kernel in place;
         or None.
+      tied: whether the kernel is that of an embedding.
       temperature: τ, where a method is not given another.
 
     Args:
@@ -243,9 +243,7 @@ class SoftmaxHead(LinearMethods):
         if not self.tied:
             raise ValueError("`tied` must be True in a head for `tied_to`, got False.")
         _check_embedding(embedding, (self.num_classes, self.in_features))
-        head = copy.copy(self)
-        head.embedding = nnx.data(embedding)
-        return head
+        return _TiedHead(self, embedding)
 
     def __call__(self, hidden: ArrayLike) -> jax.Array:
         """Returns all logits, soft-capped and not divided by the temperature.
@@ -316,6 +314,37 @@ class SoftmaxHead(LinearMethods):
             "tile_bytes": self.tile_bytes,
             "implementation": self.implementation,
         }
+
+
+class _TiedHead(SoftmaxHead):
+    """A head with the parts of another, and an embedding.
+
+    It is made anew: Flax refuses to change a module, or its copy, in a transformation
+    that the module was not made in.
+    """
+
+    def __init__(self, head: SoftmaxHead, embedding: nnx.Embed):
+        """Takes the parts."""
+        self.embedding = embedding
+        for name in _PARTS:
+            setattr(self, name, getattr(head, name))
+
+
+_PARTS = (
+    "in_features",
+    "num_classes",
+    "tied",
+    "kernel",
+    "bias",
+    "temperature",
+    "logit_softcap",
+    "dtype",
+    "precision",
+    "vocab_axis",
+    "token_axes",
+    "tile_bytes",
+    "implementation",
+)
 
 
 def _axes(value: MeshAxes) -> str | tuple[str, ...] | None:

@@ -286,6 +286,28 @@ def test_tied_heads_in_tree_mode(kind):
     assert step(moved, others, np.float32(0.5))[0] < first
 
 
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_a_head_is_tied_in_a_program_that_it_was_not_made_in(kind):
+    model = _Model(kind, nnx.Rngs(0))
+    options = {"key": KEY} if kind == "sampled" else {}
+
+    def loss(tokens):
+        return model.loss(tokens, **options)
+
+    whole = loss(LABELS)
+    np.testing.assert_allclose(jax.jit(loss)(LABELS), whole, rtol=1e-6)
+    each = jax.jit(jax.vmap(lambda token: loss(token[None])))(LABELS)
+    np.testing.assert_allclose(each.mean(), whole, rtol=1e-5)
+    # All parts of the head are those of the one that was tied, and what it draws
+    # from its stream of keys is not drawn again.
+    tied = model.head.tied_to(model.embedding)
+    parts = {name for name in vars(model.head) if not name.startswith("_")}
+    assert parts == {name for name in vars(tied) if not name.startswith("_")}
+    assert type(model.head) in type(tied).__mro__
+    if kind == "sampled":
+        assert model.loss(LABELS) != model.loss(LABELS)
+
+
 def test_a_tied_head_that_has_no_parameters_needs_no_keys():
     embedding = nnx.Embed(V, H, rngs=nnx.Rngs(1))
     plain, with_keys = (
