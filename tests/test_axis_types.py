@@ -7,10 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
+from jaxsoft.nn import (
+    AdaptiveSoftmaxHead,
+    HierarchicalSoftmaxHead,
+    SampledSoftmaxHead,
+    SoftmaxHead,
+)
 
 ROWS, FEATURES, CLASSES = 16, 8, 32
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -420,3 +427,50 @@ def test_an_axis_of_tokens_and_of_classes(vocab_axis):
     a = arguments()
     with pytest.raises(ValueError, match="`token_axes` must not share a mesh axis"):
         jaxsoft.linear_cross_entropy(a["hidden"], a["kernel"], a["labels"], **axes)
+
+
+HEADS = {
+    "softmax": functools.partial(
+        SoftmaxHead,
+        FEATURES,
+        CLASSES,
+        use_bias=True,
+        logit_softcap=5.0,
+        kernel_metadata={"out_sharding": (None, "vocab")},
+        bias_metadata={"out_sharding": ("vocab",)},
+    ),
+    "hierarchical": functools.partial(HierarchicalSoftmaxHead, FEATURES, TREE),
+    "adaptive": functools.partial(AdaptiveSoftmaxHead, FEATURES, BANDS),
+    "sampled": functools.partial(SampledSoftmaxHead, FEATURES, CLASSES, 16, SAMPLER),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name):
+    """Heads whose parameters and tokens are sharded by types do as on one device."""
+
+    def use(head, hidden, labels):
+        def loss(head):
+            return head.loss(hidden, labels, ignore_label=0)
+
+        value, gradients = nnx.value_and_grad(loss)(head)
+        key, parameters = jax.random.key(1), nnx.state(gradients, nnx.Param)
+        results = head.log_prob(hidden, labels), head.top_k(hidden, 3)[:2]
+        return value, parameters, results, head.sample(key, hidden), head(hidden)
+
+    a = arguments()
+    with jax.set_mesh(jax.make_mesh((1, 1), ("data", "vocab"))):
+        one = nnx.jit(use)(HEADS[name](rngs=nnx.Rngs(0)), a["hidden"], a["labels"])
+    mesh = mesh_of("explicit")
+    with jax.set_mesh(mesh):
+        head = HEADS[name](rngs=nnx.Rngs(0))
+        if name == "softmax":
+            spec = jax.typeof(head.kernel[...]).sharding.spec
+            assert spec == SPECS["kernel"]
+        sharded = on(mesh)
+        found = nnx.jit(use)(head, sharded["hidden"], sharded["labels"])
+    assert jax.typeof(found[3]).sharding.spec == P("data")
+    for x, y in zip(*(jax.tree.leaves(tree) for tree in (found, one)), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x), np.asarray(y), rtol=3e-5, atol=3e-5, err_msg=name
+        )

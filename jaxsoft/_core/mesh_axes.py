@@ -322,11 +322,10 @@ def _shards_of(mesh, options, rows, kernel, class_axis) -> Shards:
                     "jaxsoft.over_mesh(...), which does."
                 )
             classes = names(over_classes)
-    over_rows: list[str] = []
-    for i, entry in enumerate(spec):
-        is_row = i != class_axis % len(spec) if class_axis is not None else True
-        if is_row and not (class_axis is None and i == len(spec) - 1):
-            over_rows.extend(names(entry))
+    other = (-1 if class_axis is None else class_axis) % max(len(spec), 1)
+    over_rows = [
+        name for i, entry in enumerate(spec) if i != other for name in names(entry)
+    ]
     auto = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
     remaining = tuple(name for name in classes if name not in over_rows)
     return Shards(auto, tuple(over_rows), remaining)

@@ -1,9 +1,9 @@
 """The functions of the linear room, to compile for a target that is not here.
 
 Modes: `vmap` over 8 on one device, `tokens` (hidden states over 4 devices), `mesh`
-(hidden states and classes over 4), `table` (the kernel of one device laid out by
-classes, and how many matrix products there are of what). What `functions.py` has is not
-here again: one device, and the contrastive losses.
+(hidden states and classes over 4), `explicit` (likewise, by types), `table` (the kernel
+of one device laid out by classes, and how many matrix products there are of what). What
+`functions.py` has is not here again: one device, and the contrastive losses.
 """
 
 import functools
@@ -12,7 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsoft
@@ -94,13 +94,18 @@ def main(target, mode):
     platform, devices = topology(target)
     if mode == "table":
         return table(platform, devices[0])
-    data = int(len(devices) ** 0.5) if mode == "mesh" else len(devices)
-    mesh = Mesh(np.array(devices).reshape(data, -1), ("data", "vocab"))
-    sharded = mode in ("tokens", "mesh")
+    data = len(devices) if mode in ("vmap", "tokens") else int(len(devices) ** 0.5)
+    explicit = mode == "explicit"
+    mesh = Mesh(
+        np.array(devices).reshape(data, -1),
+        ("data", "vocab"),
+        axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 2,
+    )
+    sharded = mode != "vmap"
 
     def wrap(function):
         # Compilers for TPU do not cut a program by custom partitioning.
-        if not sharded or platform != "tpu":
+        if not sharded or explicit or platform != "tpu":
             return function
         return jaxsoft.over_mesh(
             function, mesh, vocab_axis="vocab", token_axes=("data",)

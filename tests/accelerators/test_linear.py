@@ -35,7 +35,14 @@ def test_tied_embeddings_of_gemma2(target):
 
 @pytest.mark.parametrize(
     "target, mode",
-    [("h100", "vmap"), ("h100", "tokens"), ("h100", "mesh"), ("v6e", "mesh")],
+    [
+        ("h100", "vmap"),
+        ("h100", "tokens"),
+        ("h100", "mesh"),
+        ("h100", "explicit"),
+        ("v6e", "mesh"),
+        ("v6e", "explicit"),
+    ],
 )
 def test_temporaries_and_traffic(target, mode):
     found = {(r["name"], r["what"]): r for r in results("linear", target, mode)}
@@ -61,8 +68,9 @@ def test_temporaries_and_traffic(target, mode):
     if mode == "tokens":
         return
     forward = found["cross_entropy", "value"]["collectives"]
-    # One maximum, one sum of two numbers a token, and the mean.
+    # One maximum with what says where it is NaN, one sum of two numbers a token, and
+    # the mean.
     assert [op for op, _ in forward] == ["all-reduce"] * 3
     assert sorted(shape for _, shape in forward) == sorted(
-        [f"f32[{rows},1]", f"f32[{rows},2]", "f32[]"]
+        [f"f32[2,{rows},1]", f"f32[{rows},2]", "f32[]"]
     )
