@@ -5,6 +5,8 @@ returns a float32 array of its shape. Steps below 0 count as 0. Every function o
 that takes a schedule takes these.
 """
 
+from __future__ import annotations
+
 import math
 import numbers
 from collections.abc import Callable

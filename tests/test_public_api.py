@@ -52,6 +52,22 @@ def test_docstrings_are_complete_and_run(module, name):
     assert runner.tries > 0 and runner.failures == 0
 
 
+@pytest.mark.parametrize("module, name", PUBLIC)
+def test_signatures_can_be_read(module, name):
+    """`help` names types as they are written, not what they are made of."""
+    item = getattr(importlib.import_module(module), name)
+    functions = [item] if callable(item) else []
+    if inspect.isclass(item):
+        members = inspect.getmembers(item, inspect.isfunction)
+        functions += [f for n, f in members if n in vars(item) and n[0] != "_"]
+    for function in functions:
+        try:
+            text = str(inspect.signature(function))
+        except ValueError:
+            continue
+        assert "Union[" not in text, text
+
+
 def test_bare_import_takes_no_extra_and_starts_no_device():
     code = f"""
 import sys

@@ -1,5 +1,7 @@
 """Bands of classes by frequency: a shortlist, and tails of rarer classes."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -47,7 +49,7 @@ class ClassBands:
     ranks: Leaf | None = None
 
     @classmethod
-    def in_order(cls, num_classes: int, cutoffs: Sequence[int]) -> "ClassBands":
+    def in_order(cls, num_classes: int, cutoffs: Sequence[int]) -> ClassBands:
         """Bands of classes that are numbered by falling frequency.
 
         Args:
@@ -72,7 +74,7 @@ class ClassBands:
         cutoffs: Sequence[int] | None = None,
         num_tails: int = 2,
         tail_factor: float = 4.0,
-    ) -> "ClassBands":
+    ) -> ClassBands:
         """Bands of classes in any order, by how often they come.
 
         Args:

@@ -1,5 +1,7 @@
 """Samples and the best classes of an adaptive softmax."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 

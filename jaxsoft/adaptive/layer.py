@@ -1,5 +1,7 @@
 """The layer that all functions of an adaptive softmax work on."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import itertools
@@ -26,7 +28,7 @@ class AdaptiveTail(NamedTuple):
     """Parameters of a tail of V_i classes and width D.
 
     Attributes:
-      projection: [H, D] floating, of the hidden state.
+      projection: [H, D] floating, of the hidden state; D is at least 1.
       kernel: [D, V_i] floating.
       bias: [V_i] floating, or None.
 
@@ -94,7 +96,7 @@ class TailLayer:
         """The dtype of log-probabilities."""
         return compute_dtype(self.hidden, self.parameters.kernel)
 
-    def rows(self, rows: jax.Array) -> "TailLayer":
+    def rows(self, rows: jax.Array) -> TailLayer:
         """Returns the layer of some rows, of zeros where there is none."""
         tau = self.row_tau
         if tau is not None:
@@ -157,7 +159,7 @@ class Layer:
         """The dtype of log-probabilities."""
         return compute_dtype(self.hidden, self.kernel)
 
-    def repeated(self, times: int) -> "Layer":
+    def repeated(self, times: int) -> Layer:
         """Returns the layer with each row several times."""
         tau = self.row_tau
         return dataclasses.replace(

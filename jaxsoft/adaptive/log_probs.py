@@ -6,6 +6,8 @@ a tail pay for it: they are sorted to the front and worked on in blocks, as many
 there are tokens for, under one static shape.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Sequence

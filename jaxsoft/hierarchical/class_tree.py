@@ -1,5 +1,7 @@
 """Trees whose leaves are the classes."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -89,7 +91,7 @@ class ClassTree:
     ranks: Leaf | None = None
 
     @classmethod
-    def balanced(cls, num_classes: int, arity: int = 2) -> "ClassTree":
+    def balanced(cls, num_classes: int, arity: int = 2) -> ClassTree:
         """A tree whose paths differ by one at most: arithmetic, without any table.
 
         Args:
@@ -108,7 +110,7 @@ class ClassTree:
     @classmethod
     def huffman(
         cls, counts: npt.ArrayLike, arity: int = 2, max_depth: int | None = None
-    ) -> "ClassTree":
+    ) -> ClassTree:
         """The tree of least expected path length under a bound on the longest.
 
         Args:
@@ -158,7 +160,7 @@ class ClassTree:
     @classmethod
     def clustered(
         cls, embeddings: npt.ArrayLike, arity: int = 2, *, seed: int = 0
-    ) -> "ClassTree":
+    ) -> ClassTree:
         """A balanced tree in which similar classes share paths.
 
         From the root down, the classes of a node are sorted along their first
@@ -197,7 +199,7 @@ class ClassTree:
     @classmethod
     def from_paths(
         cls, paths: Iterable[Sequence[Hashable]], arity: int | None = None
-    ) -> "ClassTree":
+    ) -> ClassTree:
         """A tree of one's own, such as a taxonomy.
 
         Args:
@@ -211,7 +213,8 @@ class ClassTree:
             widest node does.
 
         Returns:
-          The tree. Nodes with one child are left out.
+          The tree. The children of a node come in the order in which their branches
+          first do; the first has no row. Nodes with one child are left out.
 
         Raises:
           TypeError: if a type is wrong, or a path is a string.
@@ -336,7 +339,7 @@ class ClassTree:
             np.savez(file, form=np.array(json.dumps(form)), **tables)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ClassTree":
+    def load(cls, path: str | os.PathLike[str]) -> ClassTree:
         """Reads a tree that `save` wrote.
 
         Args:

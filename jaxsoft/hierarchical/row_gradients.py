@@ -1,5 +1,7 @@
 """The loss of a tree's softmax and its gradient in the rows on some paths alone."""
 
+from __future__ import annotations
+
 import functools
 from typing import Literal, NamedTuple
 

@@ -1,5 +1,7 @@
 """Optimizers that read and write no rows but those that have a gradient."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 

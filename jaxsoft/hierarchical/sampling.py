@@ -1,5 +1,7 @@
 """Exact samples of a tree's classes, in O(H·log V)."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """Log-probabilities of classes at the leaves of a tree."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 

@@ -1,5 +1,7 @@
 """The best classes of a tree, by a search that knows when it is done."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The temperature that fits a softmax layer's labels best, without its logits."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 

@@ -1,5 +1,7 @@
 """Contrastive losses: a softmax over a batch of embeddings, similarities not stored."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

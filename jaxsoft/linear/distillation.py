@@ -1,5 +1,7 @@
 """Distillation between two softmax layers, neither of whose logits are stored."""
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Literal

@@ -1,5 +1,7 @@
 """The mean of values under a softmax layer's probabilities, which are never stored."""
 
+from __future__ import annotations
+
 import functools
 import math
 

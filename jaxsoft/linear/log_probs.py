@@ -1,5 +1,7 @@
 """Log-probabilities of given classes, and the entropy, without the logits."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """Cross-entropy of a softmax layer without its logits."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Functions of this room for arrays that live on a mesh of devices."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Classes drawn from a softmax layer, without the logits."""
 
+from __future__ import annotations
+
 import functools
 import math
 

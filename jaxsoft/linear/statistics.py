@@ -1,5 +1,7 @@
 """Statistics of the softmax over `hidden @ kernel`, from one stream over classes."""
 
+from __future__ import annotations
+
 import jax
 from jax.typing import ArrayLike
 

@@ -1,5 +1,7 @@
 """The best classes of a softmax layer, without the logits."""
 
+from __future__ import annotations
+
 import functools
 import math
 

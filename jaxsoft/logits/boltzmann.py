@@ -5,6 +5,8 @@ its mean position, the soft argmax, are sums over differences from a reference, 
 a common offset of values or positions costs no digits.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -3,6 +3,8 @@
 Also for logits that are never stored: `jaxsoft.linear.calibration`.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """Co-distillation: several heads, each taught by the consensus of the others."""
 
+from __future__ import annotations
+
 import functools
 import numbers
 

@@ -1,5 +1,7 @@
 """The density of relaxed one-hot samples."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """Gumbel-softmax, and the best classes of perturbed logits."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """Softmax losses of stored logits: cross-entropy and distillation."""
 
+from __future__ import annotations
+
 import functools
 from typing import NamedTuple
 

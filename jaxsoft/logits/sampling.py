@@ -1,5 +1,7 @@
 """Classes drawn from stored logits."""
 
+from __future__ import annotations
+
 import functools
 import numbers
 

@@ -6,6 +6,8 @@ derivative needs the probabilities alone, in forward and in reverse mode and of 
 order.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 
@@ -60,7 +62,8 @@ def softmax(
 
     Raises:
       TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
-      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      ValueError: if a shape does not fit, there is no class (V = 0), or a known
+        temperature is negative or NaN.
       NotImplementedError: for an implementation that softmax does not have.
 
     Notes:
@@ -117,13 +120,14 @@ def log_softmax(
 
     Raises:
       TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
-      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      ValueError: if a shape does not fit, there is no class (V = 0), or a known
+        temperature is negative or NaN.
       NotImplementedError: for an implementation that log_softmax does not have.
 
     Notes:
       Arithmetic is float32 (float64 for float64 logits); the result is rounded once.
       Differentiable in `logits` and `temperature`, in both modes and to any order;
-      dropped classes have gradient 0.
+      dropped classes have gradient 0. NaN and +inf logits give rows of NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -169,7 +173,8 @@ def logsumexp(
 
     Raises:
       TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
-      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      ValueError: if a shape does not fit, there is no class (V = 0), or a known
+        temperature is negative or NaN.
       NotImplementedError: for an implementation that logsumexp does not have.
 
     Notes:
@@ -216,11 +221,13 @@ def entropy(
 
     Raises:
       TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.
-      ValueError: if a shape does not fit, or a known temperature is negative or NaN.
+      ValueError: if a shape does not fit, there is no class (V = 0), or a known
+        temperature is negative or NaN.
       NotImplementedError: for an implementation that entropy does not have.
 
     Notes:
-      Differentiable in `logits` and `temperature`, in both modes and to any order.
+      Differentiable in `logits` and `temperature`, in both modes and to any order. NaN
+      and +inf logits give NaN.
 
     Example:
       >>> import jax.numpy as jnp

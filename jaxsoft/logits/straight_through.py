@@ -1,5 +1,7 @@
 """Hard samples with gradients better than those of straight-through Gumbel-softmax."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

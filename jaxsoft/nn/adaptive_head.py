@@ -1,5 +1,7 @@
 """A softmax layer of a shortlist and narrow tails."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """What heads do alike with initial kernels, temperatures, dtypes and weights."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -1,5 +1,7 @@
 """How a head calls a function of hidden states and a kernel with its own arrays."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

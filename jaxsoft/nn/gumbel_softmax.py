@@ -1,5 +1,7 @@
 """A layer of relaxed one-hot samples, annealed as it is trained."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

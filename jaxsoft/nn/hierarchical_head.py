@@ -1,5 +1,7 @@
 """A softmax layer that goes down a tree of classes."""
 
+from __future__ import annotations
+
 from typing import Any, Literal
 
 import jax

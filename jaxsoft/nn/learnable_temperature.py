@@ -1,5 +1,7 @@
 """A temperature that is trained, kept between bounds that it can come back from."""
 
+from __future__ import annotations
+
 import functools
 import math
 

@@ -1,5 +1,7 @@
 """Methods of a head that are functions of its hidden states and its kernel."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
@@ -213,7 +215,7 @@ class LinearMethods(nnx.Module):
     def distillation(
         self,
         hidden: ArrayLike,
-        teacher: "LinearMethods",
+        teacher: LinearMethods,
         teacher_hidden: ArrayLike,
         *,
         temperature: ArrayLike | None = None,

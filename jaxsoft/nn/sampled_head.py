@@ -1,5 +1,7 @@
 """A full softmax layer that is trained on samples of its classes."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -122,7 +124,7 @@ class SampledSoftmaxHead(nnx.Module):
             named = "negatives" if {"negatives", "default"} & {*rngs} else "params"
             self.rngs = rngs[named].fork()
 
-    def tied_to(self, embedding: nnx.Embed) -> "SampledSoftmaxHead":
+    def tied_to(self, embedding: nnx.Embed) -> SampledSoftmaxHead:
         """Returns this head with an embedding's table as its kernel, for a call.
 
         Args:

@@ -1,5 +1,7 @@
 """The full softmax layer: logits when asked for, losses without them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -226,7 +228,7 @@ class SoftmaxHead(LinearMethods):
         self.tile_bytes = tile_bytes
         self.implementation: Implementation | None = implementation
 
-    def tied_to(self, embedding: nnx.Embed) -> "SoftmaxHead":
+    def tied_to(self, embedding: nnx.Embed) -> SoftmaxHead:
         """Returns this head with an embedding's table as its kernel, for a call.
 
         Args:

@@ -1,5 +1,7 @@
 """A tree of classes, bands or a sampler as state of a module."""
 
+from __future__ import annotations
+
 from typing import Generic, TypeVar
 
 import jax

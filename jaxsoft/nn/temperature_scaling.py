@@ -1,5 +1,7 @@
 """Temperature scaling: one number between a trained model and its probabilities."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Softmax losses over a label and a few sampled classes."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Protocol
@@ -70,7 +72,7 @@ class ClassSampler:
     starts: Leaf
 
     @classmethod
-    def uniform(cls, num_classes: int) -> "ClassSampler":
+    def uniform(cls, num_classes: int) -> ClassSampler:
         """Every class alike.
 
         Args:
@@ -82,7 +84,7 @@ class ClassSampler:
         return cls.unigram(np.ones(_classes(num_classes)))
 
     @classmethod
-    def log_uniform(cls, num_classes: int) -> "ClassSampler":
+    def log_uniform(cls, num_classes: int) -> ClassSampler:
         """Zipf's law, for classes in order of falling frequency.
 
         Args:
@@ -94,7 +96,7 @@ class ClassSampler:
         return cls.unigram(np.log1p(1 / np.arange(1.0, _classes(num_classes) + 1)))
 
     @classmethod
-    def unigram(cls, counts: npt.ArrayLike, power: float = 1.0) -> "ClassSampler":
+    def unigram(cls, counts: npt.ArrayLike, power: float = 1.0) -> ClassSampler:
         """Classes as often as they come, or by any other probabilities.
 
         Args:
