@@ -1,5 +1,6 @@
 """`SoftmaxRegression`: scikit-learn's conventions, Optax's solvers."""
 
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Hashable
@@ -15,6 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from jaxsoft.logits.calibration import fit_temperature
@@ -22,6 +24,7 @@ from jaxsoft.logits.softmax import log_softmax, softmax
 from jaxsoft.training.heads import Head
 from jaxsoft.training.regression import fitting, full_batch, inputs, solving
 from jaxsoft.training.regression.coefficients import Coefficients
+from jaxsoft.training.regression.head_files import pack_head, unpack_head
 from jaxsoft.training.regression.head_predictions import log_probs, top_classes
 from jaxsoft.training.regression.hyperparameters import Hyperparameters
 from jaxsoft.training.regression.identity import fingerprint
@@ -37,6 +40,15 @@ from jaxsoft.training.regression.sources import RowSource, as_source
 __all__ = ["SoftmaxRegression"]
 
 State = TypeVar("State")
+
+
+def _goes_on(estimator: "SoftmaxRegression") -> bool:
+    """Says that there is `partial_fit`, or raises with the reason that there is not."""
+    ratio = estimator.l1_ratio
+    # What is no number is for `fit` to refuse.
+    if isinstance(ratio, numbers.Real) and ratio > 0:
+        raise AttributeError(f"`l1_ratio` must be 0 for partial_fit, got {ratio!r}.")
+    return True
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
@@ -303,6 +315,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             )
         return self
 
+    @available_if(_goes_on)
     def partial_fit(
         self,
         X: Features,
@@ -332,15 +345,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
           the penalty weighs k times as much in each; give k times C.
 
         Raises:
+          AttributeError: there is an L1 penalty, with which the method is not there.
           TypeError, ValueError, NonFiniteLossError: as in `fit`; or a class is not one
-            of the first call's, `class_weight` is "balanced", or there is an L1
-            penalty.
+            of the first call's, or `class_weight` is "balanced".
         """
         parameters = self._parameters()
-        if self.l1_ratio > 0:
-            raise ValueError(
-                f"`l1_ratio` must be 0 for partial_fit, got {self.l1_ratio!r}."
-            )
         if isinstance(self.class_weight, str):
             raise ValueError(
                 "`class_weight` must be None or a dict for partial_fit, which does not "
@@ -460,6 +469,27 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
           ModelFileError: the file is missing, damaged or something else.
         """
         return load_model(path, cls)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what pickle and copies keep: JAX's arrays as NumPy's.
+
+        JAX's own come back as float32 where x64 is off.
+        """
+        kept: Any = super().__getstate__()
+        state: dict[str, Any] = dict(kept)
+        if "head_" in state:
+            tensors: dict[str, np.ndarray] = {}
+            state["head_"] = pack_head(state["head_"], tensors), tensors
+        if "_state" in state:
+            state["_state"] = jax.tree.map(np.asarray, state["_state"])
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes what `__getstate__` returned."""
+        head = state.get("head_")
+        if isinstance(head, tuple):
+            state = state | {"head_": unpack_head(*head)}
+        super().__setstate__(state)
 
     def __sklearn_tags__(self) -> Tags:
         """Returns scikit-learn's tags: sparse input is accepted."""

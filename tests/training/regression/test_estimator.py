@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import pickle
 import signal
 import warnings
 from typing import Any
@@ -61,11 +62,13 @@ def reference(**options):
     return LogisticRegression(tol=1e-11, max_iter=100_000, **options)
 
 
-def test_scikit_learn_estimator_checks():
+@pytest.mark.parametrize("options", [{}, {"l1_ratio": 1.0}], ids=["l2", "l1"])
+def test_scikit_learn_estimator_checks(options):
+    model = SoftmaxRegression(**options)
     with warnings.catch_warnings():
         # Some checks stop solvers early, or look at a class without tags.
         warnings.simplefilter("ignore")
-        results = check_estimator(SoftmaxRegression(), on_fail=None, on_skip=None)
+        results = check_estimator(model, on_fail=None, on_skip=None)
     failed = {
         each["check_name"]: repr(each["exception"])
         for each in results
@@ -543,8 +546,32 @@ def test_partial_fit_goes_on_with_what_there_is(head):
             *given[:2], classes=[0, 1, 2, 3]
         )
     if head == "full":
-        with pytest.raises(ValueError, match="`l1_ratio` must be 0 for partial_fit"):
+        assert not hasattr(SoftmaxRegression(l1_ratio=0.5), "partial_fit")
+        with pytest.raises(AttributeError) as caught:
             SoftmaxRegression(l1_ratio=0.5).partial_fit(*given[:2], classes=range(4))
+        assert "`l1_ratio` must be 0 for partial_fit" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("head", ["full", "hierarchical", "adaptive"])
+def test_pickles_and_copies_keep_the_bits_of_float64(head):
+    given = problem(60)
+    model = SoftmaxRegression(head=head, solver="minibatch", batch_size=30, max_iter=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(*given[:2])
+    copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    expected = model.predict_log_proba(given.features)
+    for each in copies:
+        found = each.predict_log_proba(given.features)
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, expected)
+    # The optimizer's state is kept too, as `partial_fit` goes on with it.
+    model.partial_fit(*given[:2])
+    copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    expected = model.partial_fit(*given[:2]).predict_log_proba(given.features)
+    for each in copies:
+        found = each.partial_fit(*given[:2]).predict_log_proba(given.features)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_minibatches_smooth_targets_and_take_optimizers_that_need_the_value():
