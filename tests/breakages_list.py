@@ -861,6 +861,33 @@ _REGRESSION = (
         tests=("tests/training/regression/test_solvers.py",),
     ),
     Breakage(
+        "penalty-of-the-scaled-coefficients",
+        kind="dropped factor",
+        file="jaxsoft/training/regression/full_batch.py",
+        before="strength=strengths,",
+        after="strength=np.full_like(strengths, strength),",
+        tests=(
+            "tests/training/regression/test_hard_tables.py",
+            "tests/training/regression/test_estimator.py",
+        ),
+    ),
+    Breakage(
+        "steps-that-rise-are-taken",
+        kind="unvalidated input",
+        file="jaxsoft/training/regression/full_batch_solver.py",
+        before="return ~(after <= before + slack)",
+        after="return jnp.zeros_like(after, bool)",
+        tests=("tests/training/regression/test_hard_tables.py",),
+    ),
+    Breakage(
+        "separated-classes-converge",
+        kind="ignored mask",
+        file="jaxsoft/training/regression/newton.py",
+        before="near=near & ~(loose & (change.reach > _NEAR_REACH)),",
+        after="near=near,",
+        tests=("tests/training/regression/test_hard_tables.py",),
+    ),
+    Breakage(
         "labels-by-order-not-by-position",
         kind="wrong class order",
         file="jaxsoft/training/regression/full_batch.py",

@@ -24,6 +24,7 @@ from jaxsoft.logits.softmax import log_softmax, softmax
 from jaxsoft.training.heads import Head
 from jaxsoft.training.regression import fitting, full_batch, inputs, solving
 from jaxsoft.training.regression.coefficients import Coefficients
+from jaxsoft.training.regression.full_batch_solver import FullBatchSolver
 from jaxsoft.training.regression.head_files import pack_head, unpack_head
 from jaxsoft.training.regression.head_predictions import log_probs, top_classes
 from jaxsoft.training.regression.hyperparameters import Hyperparameters
@@ -40,6 +41,9 @@ from jaxsoft.training.regression.sources import RowSource, as_source
 __all__ = ["SoftmaxRegression"]
 
 State = TypeVar("State")
+
+# The folder in that of checkpoints where those of a second solver are.
+_SECOND = "second"
 
 
 def _goes_on(estimator: "SoftmaxRegression") -> bool:
@@ -77,12 +81,25 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       head is given, the features stay on disk, or there are more than 2²⁴
       coefficients; else "newton" where it is cheap, or "lbfgs".
 
-    The first three stop where the largest absolute entry of the gradient is at most
-    `tol` ("gradient"; of Newton's method, where its step also leads to the optimum
-    within rounding or 1e-10 of the objective), or where the objective no longer falls
-    beyond its rounding ("objective"); "minibatch" where the mean objective of an epoch
-    has not fallen by `tol` for five epochs. They run in compiled segments, between
-    which progress is shown, checkpoints are written and Ctrl-C is looked at.
+    The first three bring features to one scale in float64, and undo it in the
+    coefficients: neither a unit nor, with an intercept, the mean of dense features
+    costs digits or iterations, and the penalty is that of the features as given. They
+    stop where, of features of one scale, the largest absolute entry of the gradient is
+    at most `tol` ("gradient"; of Newton's method, where its step also leads to the
+    optimum within rounding or 1e-10 of the objective), or where the objective no longer
+    falls beyond its rounding, and the gradient is of that size ("objective"). One that
+    is larger ("stalled") is a failure, as is a value that is not finite: another of
+    them takes over then, in float64. "minibatch" takes features as they are, and stops
+    where the mean objective of an epoch has not fallen by `tol` for five epochs. All
+    run in compiled segments, between which progress is shown, checkpoints are written
+    and Ctrl-C is looked at.
+
+    Without a penalty there is no optimum where a direction of the coefficients raises
+    the label of some rows above other classes, and lowers that of none: the objective
+    falls along it for ever. That is told ("unbounded", `converged_` False) of rows that
+    are all classified right, and of others where Newton's method costs little enough to
+    be asked, whichever solver was: up to 1024 coefficients whose square times the
+    number of rows is 10¹⁰.
 
     Adding one vector to all rows of W, or one number to all of b, changes no
     probability. With `reference_class=None` there is a row a class, and of all equal
@@ -109,9 +126,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       solver: see above.
       tol: where to stop. scikit-learn's is 1e-4, which leaves the sixth digit of the
         objective open; this one leaves the tenth.
-      max_iter: most iterations; of "minibatch", epochs. None is 1000, and of epochs so
-        many that there are about 5000 steps, 20 to 1000, in which the learning rate
-        comes down to 0.
+      max_iter: most iterations of a solver; of "minibatch", epochs. None is 1000, and
+        of epochs so many that there are about 5000 steps, 20 to 1000, in which the
+        learning rate comes down to 0.
       warm_start: start at the coefficients of the last fit; of a full head. Others go
         on by `partial_fit`.
       random_state: seed of the held-out rows and of the order of minibatches; None
@@ -139,15 +156,17 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       n_features_in_, feature_names_in_: as scikit-learn's.
       n_iter_: [1] iterations or epochs made.
       converged_: whether the solver's rule was met.
-      stopping_reason_: "gradient", "objective", "max_iter", "non_finite" or
-        "interrupted".
+      stopping_reason_: "gradient", "objective", "unbounded", "stalled", "max_iter",
+        "non_finite" or "interrupted".
       objective_: the objective above, where it stopped.
       temperature_: that probabilities are computed with; 1 without `calibrate`.
-      solver_: the solver that "auto" chose.
+      solver_: the solver that "auto" chose, or that took over.
 
     Notes:
       Passes scikit-learn's `check_estimator`. `decision_function` gives logits before
-      the temperature. Under a mesh results are the same within rounding.
+      the temperature. Under a mesh results are the same within rounding. Coefficients
+      of float32 features are float64 where a mean is so large beside its spread that
+      float32 would move logits by more than 1e-3.
 
     Example:
       >>> from sklearn.datasets import load_iris
@@ -272,7 +291,10 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             other rows or parameters.
 
         Warns:
-          ConvergenceWarning: scikit-learn's, where `max_iter` stops the solver.
+          ConvergenceWarning: scikit-learn's, where `max_iter` stops the solver, where
+            the objective has no minimum, and where solvers stalled. It names a column.
+          UserWarning: a column's mean is so large beside its spread that float64 rounds
+            the logits of the features as given by more than 1e-3.
         """
         self.__dict__.pop("_state", None)
         with fitting.watch(self.verbose) as watch:
@@ -297,22 +319,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             ):
                 training = training.astype(np.dtype(np.float64))
             with jax.enable_x64(training.dtype == np.float64):
-                status = self._solve(parameters, rows, training, watch)
+                status, told = self._solve(parameters, rows, training, watch)
                 if held is not None:
                     self._calibrate(held)
         solving.check_finite(status)
-        # Epochs that were not asked for are as many as the learning rate's way down.
-        planned = self.solver_ == "minibatch" and self.max_iter is None
-        if status.reason == solving.MAX_ITER and not planned:
-            unit = "step" if self.solver_ == "minibatch" else "iteration"
-            warnings.warn(
-                f"{self.solver_} failed to converge after {status.iteration} {unit}(s):"
-                " the total number of iterations reached its limit. Increase "
-                "`max_iter` to improve the convergence, or scale the data, for example "
-                "by sklearn.preprocessing.StandardScaler.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        for warning in told:
+            warnings.warn(warning, stacklevel=2)
         return self
 
     @available_if(_goes_on)
@@ -537,30 +549,146 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         rows: Rows,
         training: Rows,
         watch: fitting.Watch,
-    ) -> solving.Status:
-        """Runs the solver to its end, and sets the fitted attributes."""
+    ) -> tuple[solving.Status, list[Warning]]:
+        """Runs a solver, and another where that fails; sets the fitted attributes.
+
+        Returns:
+          How it ended, and what there is to warn of.
+        """
+        # Asked for before any attribute of this fit is set.
+        warm = parameters.warm_start and hasattr(self, "coef_")
         run = self._solver(parameters, training)
         self.classes_, self.temperature_ = rows.classes, 1.0
         folder = parameters.checkpoint_dir
+        folder = None if folder is None else Path(folder)
+        state, status = self._run(parameters, rows, training, run, folder, watch)
+        if not isinstance(run, FullBatchSolver):
+            return self._end(parameters, rows, run, state, status)
+        name = full_batch.successor(
+            parameters, training, self.solver_, run, state, status, warm=warm
+        )
+        if name is None:
+            return self._end(parameters, rows, run, state, status)
+        self.solver_, start = name, None
+        # Newton's method needs no start, and far out no curvature is left to it.
+        if name != "newton" and (
+            status.reason != solving.NON_FINITE or status.iteration
+        ):
+            order = self._order(parameters, rows)
+            start = Coefficients.of_parameters(run.fitted(state), order)
+        training = training.astype(np.dtype(np.float64))
+        folder = None if folder is None else folder / _SECOND
+        with jax.enable_x64(True):
+            run = full_batch.make_solver(
+                parameters, training, name, start, status.iteration
+            )
+            state, status = self._run(parameters, rows, training, run, folder, watch)
+            return self._end(parameters, rows, run, state, status)
+
+    def _run(
+        self,
+        parameters: Hyperparameters,
+        rows: Rows,
+        training: Rows,
+        run: solving.Solver[State],
+        folder: Path | None,
+        watch: fitting.Watch,
+    ) -> tuple[State, solving.Status]:
+        """Runs one solver to its end."""
         given = self.get_params(deep=False)
         try:
-            state, status = solving.solve(
+            return solving.solve(
                 run,
-                checkpoints=None if folder is None else Path(folder),
+                checkpoints=folder,
                 fingerprint=lambda: fingerprint(given, self.solver_, training),
                 checkpoint_seconds=parameters.checkpoint_seconds,
                 listener=watch.listener,
                 stop=watch.stop,
             )
         except solving.FitInterrupted as interruption:
-            state = interruption.state
+            state: Any = interruption.state
             status = run.status(state)._replace(reason=solving.INTERRUPTED)
             self._set_fitted(parameters, rows, run, state, status)
             raise
+
+    def _end(
+        self,
+        parameters: Hyperparameters,
+        rows: Rows,
+        run: solving.Solver[Any],
+        state: Any,
+        status: solving.Status,
+    ) -> tuple[solving.Status, list[Warning]]:
+        """Sets the fitted attributes, and returns what there is to warn of."""
+        told: list[Warning] = []
         if status.reason != solving.NON_FINITE:
             status = status._replace(objective=run.objective(state))
+            if isinstance(run, FullBatchSolver):
+                status = full_batch.judged(run, state, status)
+                told = self._told(run, state, status)
+            elif status.reason == solving.MAX_ITER and self.max_iter is not None:
+                # Epochs that were not asked for are as many as the learning rate's
+                # way down.
+                told.append(
+                    ConvergenceWarning(
+                        f"minibatch failed to converge after {status.iteration} "
+                        "step(s): the number of epochs reached its limit. Increase "
+                        "`max_iter` to improve the convergence, or scale the data, for "
+                        "example by sklearn.preprocessing.StandardScaler."
+                    )
+                )
         self._set_fitted(parameters, rows, run, state, status)
-        return status
+        return status, told
+
+    def _told(
+        self, run: FullBatchSolver, state: Any, status: solving.Status
+    ) -> list[Warning]:
+        """Returns what there is to warn of, where all rows were read."""
+        told: list[Warning] = []
+        after = f"after {status.iteration} iteration(s)"
+        if status.reason == solving.MAX_ITER:
+            column = self._column(run.column_of_gradient(state))
+            told.append(
+                ConvergenceWarning(
+                    f"{self.solver_} failed to converge {after}: the total number of "
+                    "iterations reached its limit. Increase `max_iter` to improve the "
+                    f"convergence; the gradient is largest in {column}."
+                )
+            )
+        elif status.reason == solving.STALLED:
+            column = self._column(run.column_of_gradient(state))
+            told.append(
+                ConvergenceWarning(
+                    f"{self.solver_} failed to converge {after}: the objective no "
+                    "longer falls, though its gradient is not 0; it is largest in "
+                    f"{column}."
+                )
+            )
+        elif status.reason == solving.UNBOUNDED:
+            column = self._column(run.column_of_growth(state))
+            told.append(
+                ConvergenceWarning(
+                    "the objective has no minimum: without a penalty, features that "
+                    "tell a class from the others have coefficients that grow for "
+                    f"ever, most of all {column}. {self.solver_} stopped {after}; "
+                    "give a finite `C`."
+                )
+            )
+        found = run.column_of_rounding(run.fitted(state))
+        if found is not None:
+            told.append(
+                UserWarning(
+                    f"{self._column(found[0])} has a mean that is so large beside its "
+                    "spread that rounding of float64 moves the logits of the features "
+                    f"as given by {found[1]:.1g}; subtract its mean from it."
+                )
+            )
+        return told
+
+    def _column(self, index: int) -> str:
+        """Returns a column's name in a sentence."""
+        names = getattr(self, "feature_names_in_", None)
+        return f"column {index if names is None else repr(str(names[index]))}"
 
     def _solver(self, parameters: Hyperparameters, rows: Rows) -> solving.Solver[Any]:
         """Makes the solver that was chosen."""
@@ -579,6 +707,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     ) -> MinibatchSolver:
         """Makes the minibatch solver; see `fitting.make_minibatch_solver`."""
         start = self._start(parameters, rows, go_on=go_on)
+        if start is not None:
+            start = start.astype(rows.dtype)
         if parameters.head != "full":
             start = getattr(self, "head_", None) if go_on else None
         return fitting.make_minibatch_solver(parameters, rows, start, passes=passes)
@@ -599,7 +729,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         start = start.by_class(parameters.reference(rows.classes))
         if not parameters.fit_intercept:
             start = start._replace(intercept=np.zeros_like(start.intercept))
-        return start.astype(rows.dtype)
+        return start
 
     def _set_fitted(
         self,
@@ -621,16 +751,22 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         if not isinstance(fitted, Parameters):
             self.head_ = fitted
             return
-        reference = parameters.reference(rows.classes)
-        order = np.arange(len(rows.classes))
-        if self.solver_ != "minibatch":
-            order = full_batch.order_of(reference, len(order))
+        order = self._order(parameters, rows)
         coefficients = Coefficients.of_parameters(fitted, order)
-        if reference is None and parameters.l1_ratio == 0:
+        reference = parameters.reference(rows.classes)
+        if reference is None and self.solver_ == "minibatch":
             coefficients = coefficients.of_least_norm()
         elif reference is not None and len(order) == 2:
             coefficients = coefficients.of_second_class()
-        self.coef_, self.intercept_ = coefficients.astype(rows.dtype)
+        dtype = run.coefficient_dtype(fitted, rows.dtype)
+        self.coef_, self.intercept_ = coefficients.astype(dtype)
+
+    def _order(self, parameters: Hyperparameters, rows: Rows) -> np.ndarray:
+        """Returns the classes in the order of the rows of the solver's parameters."""
+        if self.solver_ == "minibatch":
+            return np.arange(len(rows.classes))
+        reference = parameters.reference(rows.classes)
+        return full_batch.order_of(reference, len(rows.classes))
 
     def _calibrate(self, held: Rows) -> None:
         """Fits the temperature on rows that the fit did not see."""

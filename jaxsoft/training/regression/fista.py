@@ -104,9 +104,8 @@ def _units(problem: Problem) -> jax.Array:
 def _thresholds(plan: Plan, problem: Problem) -> jax.Array:
     """Returns [R, e] the L1 penalty of a unit of each coordinate."""
     units = _units(problem)
-    width = units.shape[1]
-    free = jnp.arange(width) == (width - 1 if plan.intercept else -1)
-    return jnp.where(free[None], 0, problem.sparsity * units)
+    sparsity = jnp.pad(problem.sparsity, (0, int(plan.intercept)))
+    return sparsity[None] * units
 
 
 def _proximal_step(

@@ -15,15 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsoft.training.regression.objective import Data, Parameters, Plan, objective
+from jaxsoft.training.heads import Head
+from jaxsoft.training.regression.objective import (
+    Data,
+    Parameters,
+    Plan,
+    drift,
+    objective,
+)
 from jaxsoft.training.regression.solving import (
     GRADIENT,
     MAX_ITER,
     NON_FINITE,
     OBJECTIVE,
+    STALLED,
+    UNBOUNDED,
     Solver,
     Status,
 )
+from jaxsoft.training.regression.standardisation import Standardisation
 from jaxsoft.training.regression.whitening import Whitening
 
 __all__ = [
@@ -34,16 +44,20 @@ __all__ = [
     "fell_little",
     "largest",
     "line_search",
+    "rose",
 ]
 
 # The reasons to stop, by the index that compiled loops keep.
-_REASONS = ("", GRADIENT, OBJECTIVE, MAX_ITER, NON_FINITE)
+_REASONS = ("", UNBOUNDED, GRADIENT, STALLED, OBJECTIVE, MAX_ITER, NON_FINITE)
 # A segment lasts about so long, so that progress and Ctrl-C keep up.
 _SEGMENT_SECONDS, _RATE, _MOST_ITERATIONS = 0.5, 3e10, 8
 # The line search counts an increase by so many units of rounding as none.
 _BACKTRACKING_STEPS, _ROUNDING_ULPS = 40, 4.0
 # An objective that falls by no more than so many units of its rounding hardly falls.
 _SETTLED_ULPS = 2.0
+# Where an objective f no longer falls, its gradient is of the size of √(ε f), or of its
+# own rounding: one so many times larger says that there is a lower objective.
+_STALLED_GRADIENT, _GRADIENT_ULPS = 30.0, 1000.0
 
 Point = TypeVar("Point")
 Memory = TypeVar("Memory")
@@ -55,8 +69,8 @@ class Problem(NamedTuple):
     Attributes:
       data: the rows.
       coordinates: to minimise in; None are the parameters themselves.
-      strength: λ of the squared norm.
-      sparsity: λ of the sum of absolute values.
+      strength: [d] λ of each column's squares.
+      sparsity: [d] λ of each column's absolute values.
     """
 
     data: Data
@@ -108,6 +122,7 @@ class Iterate(NamedTuple, Generic[Point, Memory]):
       gradient_norm: see there.
       little: whether there was hardly any progress.
       near: whether a gradient within the tolerance is enough to stop.
+      unbounded: whether the objective was seen to have no minimum.
       unknown: whether the norm is left out at the start, where it is NaN.
     """
 
@@ -117,6 +132,7 @@ class Iterate(NamedTuple, Generic[Point, Memory]):
     gradient_norm: jax.Array
     little: jax.Array | bool = False
     near: jax.Array | bool = True
+    unbounded: jax.Array | bool = False
     unknown: bool = False
 
 
@@ -138,28 +154,36 @@ class FullBatchSolver(Solver[State[Point, Memory]], abc.ABC, Generic[Point, Memo
         start: Parameters,
         *,
         coordinates: Whitening | None = None,
-        strength: float,
-        sparsity: float = 0.0,
+        standard: Standardisation,
+        strength: np.ndarray,
+        sparsity: np.ndarray,
         tol: float,
         max_iter: int,
-        rows: int = 0,
+        before: int = 0,
+        rows: int,
     ):
         """Keeps the problem.
 
         Args:
           plan: what is compiled.
-          data: the rows.
-          start: the first classifier.
+          data: the rows, of features of one scale.
+          start: the first classifier, of the features as given, float64.
           coordinates: to minimise in, or None.
-          strength: λ of the squared norm.
-          sparsity: λ of the sum of absolute values.
+          standard: what brought the features to one scale.
+          strength: [d] λ of each column's squares.
+          sparsity: [d] λ of each column's absolute values.
           tol: largest absolute entry of the gradient at which to stop.
-          max_iter: iterations at most.
+          max_iter: iterations at most, those before included.
+          before: iterations of a solver that this one goes on from.
           rows: without padding, for the rate.
         """
         dtype = data.weights.dtype
         self.limit, self.rows_per_iteration = max_iter, rows
-        self._plan, self._start = plan, start
+        self._before, self._standard = before, standard
+        self._plan, self._given = plan, start
+        self._start = jax.tree.map(
+            lambda array: array.astype(dtype), standard.of_given(start)
+        )
         self._problem = Problem(
             data,
             coordinates,
@@ -212,15 +236,16 @@ class FullBatchSolver(Solver[State[Point, Memory]], abc.ABC, Generic[Point, Memo
 
     def advance(self, state: State[Point, Memory]) -> State[Point, Memory]:
         """Returns the state a segment later."""
-        until = min(int(state.iteration) + self._length, self.limit)
+        limit = self.limit - self._before
+        until = min(int(state.iteration) + self._length, limit)
         return _segment(
-            type(self), self._plan, self._problem, state, self._tol, until, self.limit
+            type(self), self._plan, self._problem, state, self._tol, until, limit
         )
 
     def status(self, state: State[Point, Memory]) -> Status:
         """Reads where a state stands."""
         return Status(
-            int(state.iteration),
+            self._before + int(state.iteration),
             float(state.value),
             float(state.gradient_norm),
             _REASONS[int(state.reason)],
@@ -231,11 +256,72 @@ class FullBatchSolver(Solver[State[Point, Memory]], abc.ABC, Generic[Point, Memo
         return float(state.value)
 
     def fitted(self, state: State[Point, Memory]) -> Parameters:
-        """Returns the classifier."""
+        """Returns the classifier of the features as given, float64.
+
+        Where all classes have a row and squares alone are penalised, or nothing, rows
+        sum to 0, as of all equal classifiers that is the one of least norm.
+        """
         if int(state.iteration) == 0:
-            return self._start
+            return self._given
+        scaled = self._scaled(state)
+        if not (self._plan.reference or np.any(self._problem.sparsity)):
+            scaled = jax.tree.map(lambda array: array - array.mean(0), scaled)
+        return self._standard.to_given(scaled)
+
+    def coefficient_dtype(self, fitted: Parameters | Head, dtype: np.dtype) -> np.dtype:
+        """Returns float64 where a column's mean is too large for a narrower dtype."""
+        assert isinstance(fitted, Parameters)
+        coarse = self._standard.rounds(fitted.kernel, dtype)
+        return np.dtype(np.float64) if coarse else dtype
+
+    def column_of_rounding(self, fitted: Parameters) -> tuple[int, float] | None:
+        """Returns a column whose mean is so large that float64 rounds the logits.
+
+        Args:
+          fitted: the classifier of the features as given.
+
+        Returns:
+          The column and by how much it moves them; None where it tells nothing.
+        """
+        if not self._standard.rounds(fitted.kernel, np.float64):
+            return None
+        moved = self._standard.rounding(fitted.kernel, np.float64)
+        return int(moved.argmax()), float(moved.max())
+
+    def column_of_gradient(self, state: State[Point, Memory]) -> int:
+        """Returns the column in which the objective's gradient is largest."""
+        scaled = jax.tree.map(jnp.asarray, self._scaled(state))
+        gradient = _gradient(self._plan, self._problem, scaled)
+        return int(np.abs(gradient.kernel).max(0).argmax())
+
+    def column_of_growth(self, state: State[Point, Memory]) -> int:
+        """Returns the column that the logits depend on most."""
+        return int(np.abs(self._scaled(state).kernel).max(0).argmax())
+
+    def penalised(self) -> bool:
+        """Says whether there is any penalty."""
+        problem = self._problem
+        return bool(np.any(problem.strength) or np.any(problem.sparsity))
+
+    def separates(self, state: State[Point, Memory]) -> bool:
+        """Says whether the classifier gives each row's label the largest logit."""
+        scaled = jax.tree.map(jnp.asarray, self._scaled(state))
+        return not _drift(self._plan, scaled, self._problem.data).undecided > 0
+
+    def _scaled(self, state: State[Point, Memory]) -> Parameters:
+        """Returns the classifier of the features of one scale, as NumPy arrays."""
         point = jax.tree.map(np.asarray, state.point)
         return self._problem.parameters(self._plan, point)
+
+
+_drift = jax.jit(drift, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(plan: Plan, problem: Problem, parameters: Parameters) -> Parameters:
+    """Returns the gradient of the objective, without its L1 part."""
+    plain = problem._replace(coordinates=None)
+    return jax.grad(lambda at: plain.objective(plan, at))(parameters)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -275,7 +361,7 @@ def _segment(
             memory=at.memory,
             value=at.value,
             gradient_norm=norm,
-            reason=_reason(finite, (at.near & (norm <= tol),)),
+            reason=_reason(finite, {GRADIENT: at.near & (norm <= tol)}),
         )
 
     def step(state: State) -> State:
@@ -283,11 +369,17 @@ def _segment(
         settled = jnp.where(at.little, state.settled + 1, 0)
         iteration = state.iteration + 1
         finite = jnp.isfinite(at.value) & jnp.isfinite(at.gradient_norm)
-        conditions = (
-            at.near & (at.gradient_norm <= tol),
-            settled >= solver.SETTLED_ITERATIONS,
-            iteration >= limit,
-        )
+        small = at.gradient_norm <= tol
+        # Much further on, rounding would hide the direction.
+        seen = at.gradient_norm <= jnp.maximum(tol, jnp.finfo(tol.dtype).eps ** 0.5)
+        still = settled >= solver.SETTLED_ITERATIONS
+        conditions = {
+            UNBOUNDED: at.unbounded & (seen | still),
+            GRADIENT: at.near & small,
+            STALLED: still & ~(small | _at_rounding(at.value, at.gradient_norm)),
+            OBJECTIVE: still,
+            MAX_ITER: iteration >= limit,
+        }
         reason = _reason(finite, conditions)
         stepped = State(*at[:4], iteration, settled, reason)
         # The run is over where not all is finite: the memory is not used again.
@@ -302,11 +394,18 @@ def _segment(
         )
 
 
-def _reason(finite: jax.Array, conditions: tuple[jax.Array, ...]) -> jax.Array:
+def _at_rounding(value: jax.Array, norm: jax.Array) -> jax.Array:
+    """Says whether a gradient is as small as rounding of the objective leaves it."""
+    ulp = jnp.finfo(value.dtype).eps
+    seen = _STALLED_GRADIENT * jnp.sqrt(ulp * jnp.abs(value))
+    return norm <= seen + _GRADIENT_ULPS * ulp
+
+
+def _reason(finite: jax.Array, conditions: dict[str, jax.Array]) -> jax.Array:
     """Returns the index of the first reason to stop, 0 for none."""
     index = jnp.int32(0)
-    for place in range(len(conditions), 0, -1):
-        index = jnp.where(conditions[place - 1], place, index)
+    for reason, holds in reversed(conditions.items()):
+        index = jnp.where(holds, _REASONS.index(reason), index)
     return jnp.where(finite, index, _REASONS.index(NON_FINITE)).astype(jnp.int32)
 
 
@@ -335,6 +434,12 @@ def largest(tree: optax.Params) -> jax.Array:
     return jnp.max(
         jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)])
     )
+
+
+def rose(before: jax.Array, after: jax.Array) -> jax.Array:
+    """Says whether a line search ended above where it began, or at no number."""
+    slack = _ROUNDING_ULPS * jnp.finfo(before.dtype).eps * jnp.abs(before)
+    return ~(after <= before + slack)
 
 
 def fell_little(before: jax.Array, after: jax.Array) -> jax.Array:

@@ -13,6 +13,8 @@ __all__ = ["fingerprint"]
 
 # Parameters that change nothing in what a fit arrives at.
 _FREE = ("checkpoint_dir", "checkpoint_seconds", "verbose", "mesh")
+# Checkpoints of solvers with other states, or other coordinates, are another fit's.
+_FORM = 2
 # The number of rows that are read for the digest where features stay on disk.
 _ROWS_READ = 1024
 
@@ -31,7 +33,7 @@ def fingerprint(parameters: Mapping[str, object], solver: str, rows: Rows) -> st
         for name, value in sorted(parameters.items())
         if name not in _FREE
     }
-    digest.update(json.dumps([solver, given]).encode())
+    digest.update(json.dumps([_FORM, solver, given]).encode())
     features = rows.features
     if isinstance(features, RowSource):
         count = len(features)

@@ -14,6 +14,7 @@ from jaxsoft.training.regression.full_batch_solver import (
     fell_little,
     largest,
     line_search,
+    rose,
 )
 from jaxsoft.training.regression.objective import Parameters, Plan
 
@@ -89,6 +90,15 @@ class LBFGS(FullBatchSolver[jax.Array, Memory]):
         )
         v = cast(jax.Array, optax.apply_updates(state.point, updates))
         value = optax.tree.get(optimizer, "value")
+        # Where no step goes down, what was learned of the curvature is wrong.
+        fresh = optax.tree.set(
+            _optimizer(v.dtype).init(v), value=state.value, grad=gradient
+        )
+        v, value, optimizer = jax.tree.map(
+            lambda old, new: jnp.where(rose(state.value, value), old, new),
+            (state.point, state.value, fresh),
+            (v, value, optimizer),
+        )
         norm = _gradient_norm(plan, problem, optax.tree.get(optimizer, "grad"))
         little = fell_little(lowest[0], value) & (norm > _SETTLED_GRADIENT * lowest[1])
         lower = jnp.minimum(value, lowest[0]), jnp.minimum(norm, lowest[1])

@@ -18,17 +18,31 @@ from jaxsoft.training.regression.full_batch_solver import (
     fell_little,
     largest,
     line_search,
+    rose,
 )
-from jaxsoft.training.regression.objective import Data, Parameters, Plan, hessian
+from jaxsoft.training.regression.objective import (
+    Data,
+    Parameters,
+    Plan,
+    drift,
+    hessian,
+)
 
 __all__ = ["Newton"]
 
 # Iterations between looks at Ctrl-C; few are needed in all.
 _SEGMENT = 4
 # A step from where half the squared Newton decrement, which estimates the distance to
-# the optimum, is below this share of the objective lands on the optimum: the next
-# distance is about the square of this one.
-_NEAR = 1e-6
+# the optimum, is below this share of the objective lands on the optimum, if logits
+# change by less than 1: the next distance is about the square of this one. Below the
+# second share the point is there already.
+_NEAR, _THERE = 1e-6, 1e-11
+# Without a penalty light rows may decide where the optimum is, which the objective does
+# not show: a step lands on it if the squared ranges of the rows' logits change by no
+# more in all. One that changes them by more, and with no larger a share against the
+# labels, goes on for ever: each step of Newton's method adds about 1 to those logits.
+_NEAR_REACH = 1e-2
+_AGAINST = 1e-6
 
 
 class Memory(NamedTuple):
@@ -65,6 +79,11 @@ class Newton(FullBatchSolver[Parameters, Memory]):
         cls, plan: Plan, problem: Problem, start: Parameters
     ) -> tuple[Parameters, Memory]:
         """Returns the start, and the line search's first state."""
+        if not plan.reference:
+            # A part that all classes share would stay: steps have none of it.
+            start = jax.tree.map(
+                lambda array: array - jnp.mean(array, 0, keepdims=True), start
+            )
         search = line_search(start.kernel.dtype).init(cast(optax.Params, start))
         return start, Memory(search, optax.tree.full_like(start, jnp.nan))
 
@@ -97,14 +116,30 @@ class Newton(FullBatchSolver[Parameters, Memory]):
         )
         moved = optax.apply_updates(cast(optax.Params, state.point), updates)
         value = optax.tree.get(search, "value")
-        gradient = optax.tree.get(search, "grad")
+        arrived = moved, Memory(search, optax.tree.get(search, "grad")), value
+        little = fell_little(state.value, value)
+        # Rounding may leave no step that goes down.
+        point, memory, value = jax.tree.map(
+            lambda old, new: jnp.where(rose(state.value, value), old, new),
+            (state.point, state.memory, state.value),
+            arrived,
+        )
+        change = drift(plan, direction, problem.data)
+        loose = jnp.all(problem.strength == 0)
+        share = 0.5 * decrement / jnp.abs(state.value)
+        near = (share <= _NEAR) & (change.reach <= 1) | (share <= _THERE)
+        # No objective is below 0.
+        near = near | (state.value <= jnp.finfo(state.value.dtype).eps)
         return Iterate(
-            cast(Parameters, moved),
-            Memory(search, gradient),
+            point,
+            memory,
             value,
-            largest(gradient),
-            little=fell_little(state.value, value),
-            near=0.5 * decrement <= _NEAR * jnp.abs(state.value),
+            largest(memory.gradient),
+            little=little,
+            near=near & ~(loose & (change.reach > _NEAR_REACH)),
+            unbounded=loose
+            & (change.reach > _NEAR_REACH)
+            & (change.against <= _AGAINST * change.reach),
         )
 
 
@@ -112,23 +147,21 @@ def _direction(
     plan: Plan, problem: Problem, parameters: Parameters, gradient: Parameters
 ) -> tuple[Parameters, jax.Array]:
     """Returns the Newton step, and the squared Newton decrement gᵀ H⁻¹ g."""
-    strength = problem.strength
     curved = hessian(plan, parameters, problem.data)
     count, width, _, _ = curved.shape
-    free = jnp.arange(width) == (width - 1 if plan.intercept else width)
-    # Where nothing is penalised, a shift of all classes alike changes nothing, and
-    # the gradient has none of it: any curvature along it leaves the step as it is.
+    strength = jnp.pad(problem.strength, (0, int(plan.intercept)))
+    # A shift of all classes alike changes no probability, and the gradient has none of
+    # it: any curvature along it leaves the step as it is.
     classes, columns = jnp.arange(count), jnp.arange(width)
     diagonal = curved[classes[:, None], columns, classes[:, None], columns]
     if not plan.reference:
-        loose = jnp.where(free | (strength == 0), jnp.mean(diagonal, 0), 0)
+        shift = jnp.mean(diagonal, 0) / count
         curved = curved.at[:, columns, :, columns].add(
-            jnp.broadcast_to((loose / count)[:, None, None], (width, count, count))
+            jnp.broadcast_to(shift[:, None, None], (width, count, count))
         )
-    diagonal = diagonal + jnp.where(free, 0, strength)[None]
     size = count * width
     curved = curved.reshape(size, size)
-    curved = curved + jnp.diag(jnp.tile(jnp.where(free, 0, strength), count))
+    curved = curved + jnp.diag(jnp.tile(strength, count))
     scale = jnp.sqrt(jnp.maximum(jnp.diag(curved), jnp.finfo(curved.dtype).tiny))
     curved = curved / scale[:, None] / scale[None, :]
     ridge = 4 * jnp.finfo(curved.dtype).eps * size**0.5

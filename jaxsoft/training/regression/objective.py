@@ -1,8 +1,9 @@
 """The objective of softmax regression, its gradient and its curvature, tile by tile.
 
-    f(W, b) = Σ_i w_i loss(x_i Wᵀ + b) + λ/2 ‖W‖²      with Σ_i w_i = 1
+    f(W, b) = Σ_i w_i loss(x_i Wᵀ + b) + ½ Σ λ_j W_kj²      with Σ_i w_i = 1
 
-scikit-learn's, per unit of sample weight: λ = (1 - l1_ratio) / (C · sum of weights).
+scikit-learn's, per unit of sample weight, where all λ_j are
+(1 - l1_ratio) / (C · sum of weights); columns that were scaled have their own.
 Value and gradient come out of one pass over the rows; the logits of a tile of rows
 exist at a time. A mesh with the axis `data` cuts the rows.
 """
@@ -26,8 +27,10 @@ from jaxsoft.training.regression.sparse_tiles import SparseTiles
 __all__ = [
     "Array",
     "Data",
+    "Drift",
     "Parameters",
     "Plan",
+    "drift",
     "fold",
     "hessian",
     "logits",
@@ -237,7 +240,7 @@ def value_and_gradient(
 def objective(
     plan: Plan, parameters: Parameters, data: Data, strength: jax.Array
 ) -> jax.Array:
-    """Returns the weighted mean loss and the penalty λ/2 ‖W‖²; the bias is free.
+    """Returns the weighted mean loss and the penalty ½ Σ λ_j W_kj²; the bias is free.
 
     The gradient is made with the value: `jax.value_and_grad` reads the rows once.
 
@@ -245,11 +248,11 @@ def objective(
       plan: what is compiled.
       parameters: the classifier.
       data: the rows.
-      strength: λ.
+      strength: [d] λ of each column, or one of all.
     """
-    squares = jnp.sum(jnp.square(parameters.kernel))
+    penalty = jnp.sum(strength * jnp.sum(jnp.square(parameters.kernel), 0))
     mean: Array = _loss(plan, parameters, data)
-    return mean + 0.5 * strength * squares
+    return mean + 0.5 * penalty
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -321,3 +324,58 @@ def _outer(p: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
     blocks = jnp.einsum("kna,nb->kab", weighted, x, precision=_HIGHEST)
     classes = jnp.arange(count)
     return crossed.at[classes, :, classes, :].add(blocks)
+
+
+class Drift(NamedTuple):
+    """What a direction does to the logits of the rows that have weight.
+
+    Attributes:
+      reach: the sum over rows of the squared range of their changes.
+      against: the sum over rows of the squared part of it that is against the labels:
+        by which a class that is not the label's rises above it.
+      undecided: the number of rows whose label does not rise above all other classes.
+    """
+
+    reach: jax.Array
+    against: jax.Array
+    undecided: jax.Array
+
+
+def drift(plan: Plan, direction: Parameters, data: Data) -> Drift:
+    """Follows a direction in the parameters.
+
+    Along one that has no part against the labels, but some reach, the loss falls for
+    ever: it has no minimum (Albert and Anderson, On the Existence of Maximum Likelihood
+    Estimates in Logistic Regression Models, Biometrika 71, 1984). Of a row that several
+    classes share, by targets or by smoothing, their logits must stay equal.
+
+    Args:
+      plan: what is compiled.
+      direction: of the parameters.
+      data: the rows.
+    """
+    share = plan.share(data)
+
+    def rows(data: Data, direction: Parameters) -> Drift:
+        def tile(part: Data) -> Drift:
+            z = logits(plan, direction, part.features)
+            own = jnp.full(z.shape, plan.label_smoothing > 0)
+            if share < 1:
+                own = own | (
+                    jnp.arange(z.shape[0], dtype=jnp.int32)[:, None]
+                    == part.labels[None]
+                )
+            if share > 0:
+                own = own | (part.targets.T > 0)
+            low = jnp.min(jnp.where(own, z, jnp.inf), axis=0)
+            high = jnp.max(jnp.where(own, z, -jnp.inf), axis=0)
+            other = jnp.max(jnp.where(own, -jnp.inf, z), axis=0)
+            against = jnp.maximum(other - low, 0) + (high - low)
+            decided = (other < low) & (high == low) & ~jnp.all(own, axis=0)
+            squares = jnp.square(jnp.max(z, 0) - jnp.min(z, 0)), jnp.square(against)
+            terms = *squares, jnp.where(decided, 0.0, 1.0).astype(z.dtype)
+            return Drift(*(jnp.sum(jnp.where(part.weights > 0, t, 0)) for t in terms))
+
+        return fold(plan, data, tile)
+
+    return on_mesh(plan, rows)(data, direction)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.errors import (
@@ -32,6 +33,8 @@ __all__ = [
     "MAX_ITER",
     "NON_FINITE",
     "OBJECTIVE",
+    "STALLED",
+    "UNBOUNDED",
     "FitInterrupted",
     "Solver",
     "Status",
@@ -45,6 +48,10 @@ State = TypeVar("State")
 GRADIENT = "gradient"
 OBJECTIVE = "objective"
 MAX_ITER = "max_iter"
+# The objective has no minimum: it falls for ever along some direction.
+UNBOUNDED = "unbounded"
+# The objective no longer falls, though its gradient says that it should.
+STALLED = "stalled"
 # A solver's own, for a state after which it cannot go on.
 NON_FINITE = "non_finite"
 # The reason of an estimator whose fit a signal stopped.
@@ -124,6 +131,15 @@ class Solver(abc.ABC, Generic[State]):
     @abc.abstractmethod
     def objective(self, state: State) -> float:
         """Returns the objective at the parameters of a state."""
+
+    def coefficient_dtype(self, fitted: Parameters | Head, dtype: np.dtype) -> np.dtype:
+        """Returns the dtype of a fitted classifier's coefficients.
+
+        Args:
+          fitted: the classifier.
+          dtype: of the features; the result is another where it is too coarse.
+        """
+        return dtype
 
 
 def solve(

@@ -77,7 +77,7 @@ def whitening(
     features: Matrix,
     weights: np.ndarray,
     prior: np.ndarray,
-    strength: float,
+    strength: np.ndarray | float,
     *,
     intercept: bool,
     diagonal: bool = False,
@@ -88,7 +88,7 @@ def whitening(
       features: [n, d] NumPy array, or scipy's CSR.
       weights: [n] weights of the rows, of any sum.
       prior: [R] share of each class that has a row in the kernel.
-      strength: λ.
+      strength: λ, of all columns or [d] of each.
       intercept: whether there is a bias.
       diagonal: scale the features only, each by itself.
 
@@ -117,7 +117,11 @@ def whitening(
 
 
 def _whole(
-    rows: np.ndarray, weights: np.ndarray, damping: float, *, intercept: bool
+    rows: np.ndarray,
+    weights: np.ndarray,
+    damping: np.ndarray | float,
+    *,
+    intercept: bool,
 ) -> tuple[np.ndarray, np.ndarray, None]:
     """Returns the inverse of A's Cholesky factor as T, and T's inverse."""
     top = _largest(np.abs(rows).max(0))
@@ -141,7 +145,11 @@ def _whole(
 
 
 def _diagonal(
-    features: np.ndarray | Csr, weights: np.ndarray, damping: float, *, intercept: bool
+    features: np.ndarray | Csr,
+    weights: np.ndarray,
+    damping: np.ndarray | float,
+    *,
+    intercept: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Returns T's diagonal, the features' inverse deviations, and T's inverse."""
     shares = weights / weights.sum()
@@ -150,7 +158,7 @@ def _diagonal(
         units = features / top
         sums = shares @ units, shares @ np.square(units)
     else:
-        top = _largest(abs(features).max(0).toarray()[0])
+        top = _largest(abs(features).max(0).toarray().reshape(-1))
         units = features.multiply(1 / top).tocsr()
         sums = shares @ units, shares @ units.power(2)
     mean, moment = (np.asarray(values, np.float64) for values in sums)
@@ -169,6 +177,6 @@ def _largest(top: np.ndarray) -> np.ndarray:
     return np.where(top > 0, top, 1.0)
 
 
-def _damping(damping: float, top: np.ndarray) -> np.ndarray:
+def _damping(damping: np.ndarray | float, top: np.ndarray) -> np.ndarray:
     """Returns the damping of features in units of their largest entries."""
     return np.minimum(np.sqrt(damping) / top, 1e100) ** 2
