@@ -22,9 +22,14 @@ from jaxsoft.training.regression.objective import Parameters
 __all__ = ["Standardisation", "standardisation"]
 
 # Bytes of float64 rows that exist at a time.
-_BLOCK_BYTES = 2**24
+_BLOCK_BYTES = 2**20
 # Powers of 2 beyond which a column's unit, or its inverse, is no float64.
 _LARGEST_EXPONENT = 1000
+# Powers of 2 up to which squares of a column are far from over- and underflow.
+_PLAIN_EXPONENT = 300
+# Share of a moment about another point than the mean below which the moment about the
+# mean, a difference, has lost digits.
+_CANCELLED = 1e-4
 # The largest ratio of a penalty's scale to a column's: its square is a float64.
 _LARGEST_RATIO = 1e150
 # Penalties of a column that are larger leave 0 of its coefficient as well: gradients of
@@ -38,7 +43,7 @@ class Standardisation(NamedTuple):
     """What features are brought to one scale with: x is (x / unit - mean) / scale.
 
     Attributes:
-      unit: [d] powers of 2 about as large as each column, so that nothing overflows.
+      unit: [d] powers of 2 in which no square of a column over- or underflows.
       mean: [d] in units; 0 where the mean stays.
       scale: [d] in units, positive.
     """
@@ -59,9 +64,13 @@ class Standardisation(NamedTuple):
           count: number of rows, of which those from n on are 0.
         """
         made = np.zeros((count, features.shape[1]), dtype)
-        for rows, block in _blocks(features, self.unit):
-            block = (block - self.mean) / self.scale
-            made[rows] = np.where(used[rows, None], block, 0)
+        for rows, block in _blocks(features, self.unit, used):
+            block -= self.mean
+            block /= self.scale
+            if len(block) == rows.stop - rows.start:
+                made[rows] = block
+            else:
+                made[rows][used[rows]] = block
         return made
 
     def apply_sparse(self, features: Csr, dtype: DTypeLike) -> Csr:
@@ -137,38 +146,58 @@ def standardisation(
         squares = features.astype(np.float64).multiply(1 / unit).tocsr().power(2)
         moment = np.asarray(shares @ squares)
         return Standardisation(unit, np.zeros(len(unit)), _scale(moment, unit, damping))
-    width, used = features.shape[1], shares > 0
-    top, ones = np.zeros(width), np.ones(width)
-    for rows, block in _blocks(features, ones):
-        top = np.maximum(top, np.abs(block[used[rows]]).max(0, initial=0))
+    used = shares > 0
+    counted = features if used.all() else features[used]
+    top = np.maximum(counted.max(0), -counted.min(0)).astype(np.float64)
     unit = _units(top)
-    mean = np.zeros(width)
+    mean = np.zeros(features.shape[1])
     if centre:
         # Differences to a row are exact where rows differ little.
-        first = features[np.flatnonzero(used)[0]] / unit
-        for rows, block in _blocks(features, unit):
-            mean += shares[rows] @ np.where(used[rows, None], block - first, 0)
-        mean += first
-    moment = np.zeros(width)
-    for rows, block in _blocks(features, unit):
-        moment += shares[rows] @ np.where(used[rows, None], np.square(block - mean), 0)
+        mean = features[np.flatnonzero(used)[0]].astype(np.float64) / unit
+    first, moment = _moments(features, shares, unit, mean)
+    if centre:
+        mean = mean + first
+        spread = moment - np.square(first)
+        if np.any(spread < _CANCELLED * moment):
+            _, spread = _moments(features, shares, unit, mean)
+        moment = spread
     return Standardisation(unit, mean, _scale(moment, unit, damping))
 
 
+def _moments(
+    features: np.ndarray, shares: np.ndarray, unit: np.ndarray, about: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns [d] means of the features less `about`, in units, and of its squares."""
+    first, second = np.zeros(len(unit)), np.zeros(len(unit))
+    used = shares > 0
+    for rows, block in _blocks(features, unit, used):
+        block -= about
+        first += shares[rows][used[rows]] @ block
+        np.square(block, out=block)
+        second += shares[rows][used[rows]] @ block
+    return first, second
+
+
 def _blocks(
-    features: np.ndarray, unit: np.ndarray
+    features: np.ndarray, unit: np.ndarray, used: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields places of rows, and the rows in units, float64."""
+    """Yields places of rows, and those of them that are used, in units, float64."""
     step = max(1, _BLOCK_BYTES // (8 * max(1, features.shape[1])))
+    plain, whole = np.all(unit == 1), np.all(used)
     for start in range(0, len(features), step):
         rows = slice(start, min(start + step, len(features)))
-        yield rows, features[rows].astype(np.float64) / unit
+        block = features[rows]
+        block = (block if whole else block[used[rows]]).astype(np.float64)
+        if not plain:
+            block /= unit
+        yield rows, block
 
 
 def _units(top: np.ndarray) -> np.ndarray:
-    """Returns powers of 2 not above columns' largest entries; 1 for one of zeros."""
+    """Returns powers of 2 near columns' largest entries, or 1 if squares exist."""
     exponent = np.clip(np.frexp(top)[1] - 1, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-    return np.where(top > 0, np.ldexp(1.0, exponent), 1.0)
+    plain = (top == 0) | (np.abs(exponent) < _PLAIN_EXPONENT)
+    return np.where(plain, 1.0, np.ldexp(1.0, exponent))
 
 
 def _scale(moment: np.ndarray, unit: np.ndarray, damping: float) -> np.ndarray:

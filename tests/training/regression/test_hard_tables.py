@@ -105,6 +105,19 @@ def test_columns_of_every_kind_at_once_with_an_l1_penalty():
     np.testing.assert_allclose(small.objective_, plain.objective_, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "options", [{"l1_ratio": 0.5}, {}, {"solver": "lbfgs"}], ids=str
+)
+def test_rows_without_weight_and_offsets_count_nothing(options):
+    plain, _ = fitted(X, LABELS, **options)
+    features = np.concatenate([X + [1e9, 0], [[1e300, -1e300]]])
+    labels, weights = np.append(LABELS, 1), np.append(np.ones(60), 0)
+    model, messages = fitted(features, labels, weights, **options)
+    assert model.converged_ and not messages
+    np.testing.assert_allclose(model.objective_, plain.objective_, rtol=1e-7)
+    np.testing.assert_allclose(model.coef_, plain.coef_, atol=1e-6)
+
+
 @pytest.mark.parametrize("solver", ["auto", "lbfgs"])
 @pytest.mark.parametrize("part", [1.0, 0.5])
 def test_without_a_minimum_no_solver_converges(solver, part):
