@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax
 import numpy as np
 import pandas
 import pytest
@@ -10,7 +11,10 @@ from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 
 from jaxsoft.training import SoftmaxRegression
-from jaxsoft.training.regression import full_batch_solver
+from jaxsoft.training.regression import full_batch_solver, solving
+from jaxsoft.training.regression.full_batch import make_solver
+from jaxsoft.training.regression.hyperparameters import Hyperparameters
+from jaxsoft.training.regression.inputs import Rows
 from jaxsoft.training.regression.newton import Newton
 from tests.training.regression.random_tables import (
     has_optimum,
@@ -157,6 +161,14 @@ def test_light_rows_decide_where_heavy_ones_are_apart():
     z = features[:, 0] * model.coef_[0, 0] + model.intercept_[0]
     residual = weights * (1 / (1 + np.exp(-z)) - labels)
     assert abs(residual.sum()) < 1e-12 and abs(residual @ features[:, 0]) < 1e-12
+    # Beside rows of which the objective is, their own share of it is rounding.
+    features = np.concatenate([X * [1, 0], np.tile([0.0, 1.0], (11, 1))])
+    labels = np.concatenate([LABELS, np.ones(10, int), [0]])
+    weights = np.append(np.ones(70), 1e-11)
+    model, messages = fitted(features, labels, weights, C=np.inf)
+    assert model.converged_ and not messages
+    z = model.decision_function([[0.0, 1.0]])
+    np.testing.assert_allclose(z, np.log(1e12), atol=0.05)
 
 
 def test_warnings_name_the_column():
@@ -195,11 +207,17 @@ def test_another_solver_takes_over_and_the_fit_resumes(monkeypatch, tmp_path):
         """Of its own, as programs are kept by the class."""
 
     def direction(plan, problem, parameters, gradient):
-        return gradient, sum((leaf**2).sum() for leaf in gradient)
+        step = jax.tree.map(lambda leaf: 1e30 * leaf, gradient)
+        return step, sum((leaf**2).sum() for leaf in gradient)
 
     expected, _ = fitted(X, LABELS)
     monkeypatch.setattr("jaxsoft.training.regression.newton._direction", direction)
     monkeypatch.setattr("jaxsoft.training.regression.full_batch.Newton", Uphill)
+    parameters = Hyperparameters(**SoftmaxRegression().get_params())
+    rows = Rows(X, np.unique(LABELS), LABELS.astype(np.int32), None, np.ones(60))
+    with jax.enable_x64(True):
+        _, status = solving.solve(make_solver(parameters, rows, "newton", None))
+    assert status.reason == "stalled" and status.objective <= np.log(2)
     model, messages = fitted(X, LABELS, checkpoint_dir=tmp_path)
     assert expected.solver_ == "newton" and model.solver_ == "lbfgs"
     assert model.converged_ and not messages
