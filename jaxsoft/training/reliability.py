@@ -1,5 +1,7 @@
 """A picture of calibration: accuracy against confidence, bin by bin."""
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +89,7 @@ def reliability_diagram(
     return path
 
 
-def _figure(bins: CalibrationBins, title: str | None) -> "Figure":
+def _figure(bins: CalibrationBins, title: str | None) -> Figure:
     """Returns the figure of bins' sums."""
     from matplotlib.figure import Figure
 

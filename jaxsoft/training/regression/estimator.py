@@ -1,5 +1,7 @@
 """`SoftmaxRegression`: scikit-learn's conventions, Optax's solvers."""
 
+from __future__ import annotations
+
 import numbers
 import os
 import warnings
@@ -46,7 +48,7 @@ State = TypeVar("State")
 _SECOND = "second"
 
 
-def _goes_on(estimator: "SoftmaxRegression") -> bool:
+def _goes_on(estimator: SoftmaxRegression) -> bool:
     """Says that there is `partial_fit`, or raises with the reason that there is not."""
     ratio = estimator.l1_ratio
     # What is no number is for `fit` to refuse.

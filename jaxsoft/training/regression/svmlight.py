@@ -1,5 +1,7 @@
 """libsvm files as memory-mapped sparse rows: read once, in chunks."""
 
+from __future__ import annotations
+
 import bz2
 import gzip
 import io
@@ -141,7 +143,7 @@ class _Writers:
         self._least, self._most = np.iinfo(np.int32).max, -1
         self._files["indptr"].add(np.zeros(1, np.int64))
 
-    def __enter__(self) -> "_Writers":
+    def __enter__(self) -> _Writers:
         return self
 
     def __exit__(self, *failure: object) -> None:

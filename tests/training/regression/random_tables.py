@@ -112,7 +112,7 @@ def least_objective(table):
         parameters = flat.reshape(-1, width + 1)
         z = x @ parameters[:, :-1].T + table.intercept * parameters[:, -1]
         z = np.column_stack([np.zeros(len(z)), z]) if two else z
-        log_p = z - logsumexp(z, 1, keepdims=True)
+        log_p = z - np.asarray(logsumexp(z, 1, keepdims=True))
         loss = -shares @ log_p[np.arange(len(z)), table.labels]
         loss += 0.5 * (penalty * np.square(parameters[:, :-1])).sum()
         residual = (shares[:, None] * (np.exp(log_p) - truth))[:, two:]

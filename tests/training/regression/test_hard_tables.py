@@ -11,7 +11,7 @@ from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 
 from jaxsoft.training import SoftmaxRegression
-from jaxsoft.training.regression import full_batch_solver, solving
+from jaxsoft.training.regression import solving
 from jaxsoft.training.regression.full_batch import make_solver
 from jaxsoft.training.regression.hyperparameters import Hyperparameters
 from jaxsoft.training.regression.inputs import Rows
@@ -231,7 +231,16 @@ def test_fits_of_other_sizes_compile_nothing():
     given = np.random.default_rng(0).normal(size=(900, 3))
     labels = (given[:, 0] + np.random.default_rng(1).normal(size=900) > 0).astype(int)
     fitted(given[:100], labels[:100])
-    before = full_batch_solver._segment._cache_size()
-    for size in (131, 250, 307, 444, 512, 640, 707, 800, 900):
-        fitted(given[:size], labels[:size])
-    assert full_batch_solver._segment._cache_size() == before
+    compiled = []
+
+    def count(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for size in (131, 250, 307, 444, 512, 640, 707, 800, 900):
+            fitted(given[:size], labels[:size])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert not compiled
