@@ -192,7 +192,7 @@ CALLS = [
     ("boltzmann_policy", (X.astype(int), 1.0), {}, TypeError, "`values` must have a f"),
     ("boltzmann_policy", (X, -1.0), {}, ValueError, "not be negative or NaN, got -1"),
     ("boltzmann_policy", (X, 1.0), {"axis": 2}, ValueError, "2 axes of `values`, got"),
-    ("boltzmann_policy", (X, np.ones(2, "f")), {}, ValueError, "class axis must have"),
+    ("boltzmann_policy", (X, np.ones(3, "f")), {}, ValueError, "class axis must have"),
     ("boltzmann_operator", (X.astype(int), 1.0), {}, TypeError, "`values` must have"),
     ("boltzmann_operator", (X[:, :0], 1.0), {}, ValueError, "`values` must have at l"),
     ("boltzmann_operator", (X, 1.0), {"where": X}, TypeError, "`where` must have dty"),

@@ -233,9 +233,9 @@ def test_fits_of_other_sizes_compile_nothing():
     fitted(given[:100], labels[:100])
     compiled = []
 
-    def count(event, seconds, **_):
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("backend_compile_duration"):
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
