@@ -263,18 +263,40 @@ def context_of(mesh, is_set):
         yield
 
 
-def case(mode, is_set):
-    """Returns a mode with a mesh that is set or not; one is of the default tier."""
-    marks = () if mode == "explicit" and is_set else pytest.mark.slow
-    how = "set_mesh" if is_set else "arguments"
-    return pytest.param(mode, is_set, id=f"{mode}-{how}", marks=marks)
+# Of the default tier, on a mesh that is Explicit and set: one function of each way in
+# which functions compute.
+DEFAULT = (
+    "softmax",
+    "softmax_cross_entropy",
+    "sample",
+    "gumbel_softmax",
+    "linear_cross_entropy",
+    "linear_top_k",
+    "linear_expected",
+    "linear_fit_temperature",
+    "clip_loss",
+    "hierarchical_log_prob",
+    "hierarchical_top_k",
+    "adaptive_log_prob",
+    "sampled_softmax_loss",
+    "stored logits",
+)
 
 
-CASES = [case(mode, True) for mode in MODES] + [case("explicit", False)]
+def cases(names, default=DEFAULT):
+    """Returns functions in all modes, on a mesh that is set or not."""
+    found = []
+    for mode, is_set in [(mode, True) for mode in MODES] + [("explicit", False)]:
+        how = "set_mesh" if is_set else "arguments"
+        for name in names:
+            is_default = name in default and mode == "explicit" and is_set
+            marks = () if is_default else pytest.mark.slow
+            case = (mode, is_set, name)
+            found.append(pytest.param(*case, id=f"{mode}-{how}-{name}", marks=marks))
+    return found
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("mode, is_set", CASES)
+@pytest.mark.parametrize("mode, is_set, name", cases(CALLS))
 def test_sharded_arguments_are_enough(mode, is_set, name):
     """Values and gradients are those of one device, by plain jit."""
     mesh = mesh_of(mode)
@@ -314,8 +336,7 @@ def test_classes_of_stored_logits_are_sharded(mode, name):
     assert_equal(found, name)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("mode, is_set", CASES)
+@pytest.mark.parametrize("mode, is_set, name", cases(LAYERS, ["linear_sample"]))
 def test_over_mesh(mode, is_set, name):
     """`over_mesh` takes arrays of every type."""
     mesh = mesh_of(mode)
@@ -328,8 +349,10 @@ def test_over_mesh(mode, is_set, name):
     assert_equal(found, name)
 
 
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_sample"])
-@pytest.mark.parametrize("mode, is_set", CASES)
+@pytest.mark.parametrize(
+    "mode, is_set, name",
+    cases(["linear_cross_entropy", "linear_sample"], ["linear_cross_entropy"]),
+)
 def test_inside_ones_own_shard_map(mode, is_set, name):
     """A function that is called inside `jax.shard_map` names the axes itself."""
     mesh = mesh_of(mode)
@@ -445,7 +468,13 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "softmax",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in HEADS if n != "softmax"),
+    ],
+)
 def test_heads(name):
     """Heads whose parameters and tokens are sharded by types do as on one device."""
 

@@ -378,7 +378,7 @@ def test_messages():
 def test_over_mesh_knows_what_the_axes_of_every_array_are():
     """An argument in none of its lists would be whole on every device, in silence."""
     functions = {
-        name: inspect.signature(getattr(jaxsoft, name)).parameters
+        name: inspect.signature(getattr(jaxsoft, name), eval_str=True).parameters
         for name in jaxsoft.__all__
         if inspect.isfunction(getattr(jaxsoft, name)) and name != "over_mesh"
     }

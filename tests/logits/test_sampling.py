@@ -61,8 +61,7 @@ def test_classes_of_tiny_probability_appear_at_their_rate():
     assert chi_square(others * 32 // (tail + 1), np.full(32, 1 / 32)) > 1e-4
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_rows_without_classes_or_with_nan_give_no_class(per_row):
+def test_rows_without_classes_or_with_nan_give_no_class():
     """Draws are -1 at every temperature, given once or for each row."""
     rows, classes = 40, 1000
     hidden = np.random.default_rng(0).standard_normal((rows, 4)).astype("float32")
@@ -71,14 +70,14 @@ def test_rows_without_classes_or_with_nan_give_no_class(per_row):
     nan[0, 500] = np.nan
     nothing = jnp.zeros(classes, bool)
     key = jax.random.key(0)
-    for tau in (0.0, 0.5, 1.0, jnp.inf):
-        tau = jnp.full((rows, 1), tau) if per_row else tau
-        for found in (
-            jaxsoft.sample(key, hidden @ kernel, tau, where=nothing),
-            jaxsoft.sample(key, hidden @ nan, tau),
-            jaxsoft.linear_sample(
-                key, hidden, kernel, temperature=tau, class_mask=nothing
-            ),
-            jaxsoft.linear_sample(key, hidden, nan, temperature=tau),
-        ):
-            np.testing.assert_array_equal(found, -1)
+    of_rows = np.tile(np.array([0, 0.5, 1, np.inf], "float32"), rows // 4)
+    for found in (
+        jaxsoft.sample(key, hidden @ kernel, of_rows, where=nothing),
+        jaxsoft.sample(key, hidden @ nan, of_rows),
+        jaxsoft.sample(key, hidden @ nan, 0.0),
+        jaxsoft.linear_sample(
+            key, hidden, kernel, temperature=of_rows, class_mask=nothing
+        ),
+        jaxsoft.linear_sample(key, hidden, nan, temperature=of_rows),
+    ):
+        np.testing.assert_array_equal(found, -1)
