@@ -503,3 +503,70 @@ def test_heads(name):
         np.testing.assert_allclose(
             np.asarray(x), np.asarray(y), rtol=3e-5, atol=3e-5, err_msg=name
         )
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_inside_a_shard_map_over_some_axes(kind):
+    """Another axis of the mesh, whatever its type, changes no gradient."""
+    mesh = jax.make_mesh(
+        (2, 2, 2), ("data", "vocab", "x"), axis_types=(AUTO,) * 2 + (kind,)
+    )
+    a = arguments()
+    specs = tuple(SPECS[name] for name in ("hidden", "kernel", "labels"))
+
+    def gradient(hidden, kernel, labels):
+        axes = {"vocab_axis": "vocab", "token_axes": ("data",)}
+        loss = functools.partial(jaxsoft.linear_cross_entropy, **axes)
+        return jax.grad(loss, 1)(hidden, kernel, labels)
+
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            gradient,
+            in_specs=specs,
+            out_specs=SPECS["kernel"],
+            axis_names={"data", "vocab"},
+        )
+        found = jax.jit(mapped)(a["hidden"], a["kernel"], a["labels"])
+    one = on_one_device("linear_cross_entropy")[1]["kernel"]
+    np.testing.assert_allclose(found, one, rtol=3e-5, atol=1e-6)
+
+
+def test_what_is_made_of_results():
+    """Statistics have properties, and rows of gradients are what optimizers take."""
+    mesh = mesh_of("explicit")
+    with jax.set_mesh(mesh):
+        a = on(mesh)
+        statistics = jaxsoft.linear_statistics(a["hidden"], a["kernel"], a["labels"])
+        lse = statistics.lse
+        assert jax.typeof(lse).sharding.spec == P("data")
+        _, _, gradient = jaxsoft.hierarchical_value_and_row_grad(
+            a["hidden"], a["node_kernel"], a["labels"], TREE
+        )
+        optimizer = jaxsoft.row_sgd(1.0)
+        state = optimizer.init(a["node_kernel"])
+        moved, _ = optimizer.update(a["node_kernel"], gradient, state)
+        paths = TREE.paths(a["labels"])
+        assert jax.typeof(paths.choices).sharding.spec[0] == "data"
+        assert jax.typeof(SAMPLER.log_prob(a["labels"])).sharding.spec == P("data")
+    b = arguments()
+    np.testing.assert_allclose(
+        lse, jaxsoft.logsumexp(b["hidden"] @ b["kernel"]), rtol=1e-5
+    )
+    slope = jax.grad(
+        lambda w: (
+            -jaxsoft.hierarchical_log_prob(b["hidden"], w, b["labels"], TREE).mean()
+        )
+    )(b["node_kernel"])
+    np.testing.assert_allclose(moved, b["node_kernel"] - slope, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_without_jit():
+    """Tokens over one axis of two, and nothing over the other."""
+    mesh = mesh_of("explicit")
+    with jax.set_mesh(mesh):
+        a = on(mesh, SPECS | {"kernel": P()})
+        found = jax.grad(jaxsoft.linear_cross_entropy, 1)(
+            a["hidden"], a["kernel"], a["labels"]
+        )
+    one = on_one_device("linear_cross_entropy")[1]["kernel"]
+    np.testing.assert_allclose(found, one, rtol=3e-5, atol=1e-6)

@@ -118,3 +118,34 @@ def test_integers_of_numpy():
     jaxsoft.expected_calibration_error(jaxsoft.softmax(logits), labels, three)
     with pytest.raises(TypeError, match="`ignore_label` must be an int"):
         jaxsoft.linear_cross_entropy(hidden, kernel, labels, ignore_label=True)
+
+
+def test_groups_of_large_labels():
+    """Labels that are no class ids, such as hashes, stay apart."""
+    embeddings = np.random.default_rng(0).standard_normal((6, 4)).astype("float32")
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    small = jaxsoft.supervised_contrastive(embeddings, labels)
+    for large in (labels + 2**40, (labels + 2**31).astype("uint32")):
+        found = jaxsoft.supervised_contrastive(embeddings, large)
+        np.testing.assert_allclose(found, small, rtol=1e-6)
+    found = jaxsoft.supervised_contrastive(embeddings, jnp.asarray(large))
+    np.testing.assert_allclose(found, small, rtol=1e-6)
+
+
+def test_ignored_labels_beyond_int32():
+    """A label is ignored that only its own dtype holds; no other is."""
+    logits = jnp.zeros((3, 4))
+    for labels, ignored in (
+        (jnp.array([1, 2**32 - 1, 2**32 - 2], "uint32"), 2**32 - 1),
+        (np.array([1, -(2**40), -(2**41)]), -(2**40)),
+    ):
+        found = jaxsoft.softmax_cross_entropy(logits, labels, ignore_label=ignored)
+        np.testing.assert_allclose(found, [np.log(4), 0, np.nan], rtol=1e-6)
+        found = jaxsoft.linear_cross_entropy(
+            jnp.zeros((3, 2)),
+            jnp.zeros((2, 4)),
+            labels,
+            ignore_label=ignored,
+            reduction="none",
+        )
+        np.testing.assert_allclose(found, [np.log(4), 0, np.nan], rtol=1e-6)

@@ -119,3 +119,39 @@ def test_rows_without_weight_may_hold_anything():
     assert np.isfinite(value)
     assert np.isfinite(slope).all()
     assert not np.any(slope[0, 0])
+
+
+def test_temperatures_and_targets_without_weight_may_be_nan():
+    """Neither reaches a gradient, by a temperature of all rows or of each."""
+    weights = np.array([1.0, 0.0, 2.0], "float32")
+    options: dict[str, Any] = {"weights": weights, "reduction": "sum"}
+    targets = np.full((3, CLASSES), 1 / CLASSES, "float32")
+    targets[1] = np.nan
+    hidden, logits, labels = HIDDEN[0], LOGITS[0], LABELS[0]
+
+    @jax.jit
+    def slopes(tau, taus):
+        def soft(tau):
+            return jaxsoft.softmax_cross_entropy(
+                logits, targets=targets, temperature=tau, **options
+            )
+
+        def stored(logits, taus):
+            return jaxsoft.softmax_cross_entropy(logits, labels, taus, **options)
+
+        def streamed(kernel, taus):
+            return jaxsoft.linear_cross_entropy(
+                hidden, kernel, labels, temperature=taus, **options
+            )
+
+        return (
+            jax.grad(soft)(tau),
+            jax.grad(stored, (0, 1))(logits, taus),
+            jax.grad(streamed, (0, 1))(KERNEL, taus),
+        )
+
+    taus = jnp.array([0.5, jnp.nan, 2.0])
+    for slope in jax.tree.leaves(slopes(jnp.float32(0.7), taus)):
+        assert np.isfinite(slope).all()
+    with pytest.raises(ValueError, match="`ignore_label` must be None"):
+        jaxsoft.softmax_cross_entropy(LOGITS, targets=OTHERS, ignore_label=0)

@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +235,12 @@ def explicit_shards() -> Shards | None:
 
 
 def accepts_explicit(
-    rows: str, *, kernel: str | None = None, axis: int | str | None = None
+    rows: str,
+    *,
+    kernel: str | None = None,
+    axis: int | str | None = None,
+    has_features: bool = True,
+    whole: int | None = None,
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Lets a public function take arrays that are sharded over Explicit mesh axes.
 
@@ -248,6 +253,9 @@ def accepts_explicit(
         contracted with, or None.
       axis: the class axis of `rows` or the name of the argument that gives it; None
         where its last axis holds features.
+      has_features: whether, without a class axis, the last axis of `rows` holds
+        features; False where all its axes are rows.
+      whole: the place in the result of what is not sharded, whatever its shape.
 
     Returns:
       A decorator.
@@ -272,16 +280,27 @@ def accepts_explicit(
             shape, spec = jnp.shape(options[rows]), _spec(options[rows])
             class_axis = options[axis] if isinstance(axis, str) else axis
             shards = _shards_of(mesh, options, rows, kernel, class_axis)
-            with jax.sharding.use_abstract_mesh(shards.mesh), _sharded(shards):
+            # Inside someone's shard_map shards meet as its caller says.
+            known = None if mesh.manual_axes else shards
+            with jax.sharding.use_abstract_mesh(shards.mesh), _sharded(known):
                 leaves = [_reshard(leaf, shards.mesh, ()) for leaf in leaves]
                 args, kwargs = jax.tree.unflatten(tree, leaves)
                 result = function(*args, **kwargs)
 
             def typed(leaf):
-                of_leaf = _result_spec(jnp.shape(leaf), shape, spec, class_axis)
+                of_leaf = _result_spec(
+                    jnp.shape(leaf), shape, spec, class_axis, has_features
+                )
                 return _reshard(leaf, mesh, of_leaf)
 
-            return jax.tree.map(typed, result)
+            if whole is None:
+                return jax.tree.map(typed, result)
+            parts: list[Any] = list(cast("tuple", result))
+            replicated = functools.partial(_reshard, mesh=mesh, spec=())
+            for place, part in enumerate(parts):
+                to = replicated if place == whole else typed
+                parts[place] = jax.tree.map(to, part)
+            return cast("Result", tuple(parts))
 
         return wrapped
 
@@ -339,10 +358,12 @@ def _spec(array: ArrayLike) -> tuple[str | Axes | None, ...]:
     return tuple(spec) + (None,) * (array.ndim - len(spec))
 
 
-def _result_spec(shape, rows_shape, spec, class_axis) -> tuple[str | Axes | None, ...]:
+def _result_spec(
+    shape, rows_shape, spec, class_axis, has_features
+) -> tuple[str | Axes | None, ...]:
     """Returns the sharding of a result: that of the rows which it has."""
     if class_axis is None:
-        leading = len(rows_shape) - 1
+        leading = len(rows_shape) - has_features
         if leading > 0 and shape[:leading] == rows_shape[:leading]:
             return (*spec[:leading], *(None,) * (len(shape) - leading))
         return (None,) * len(shape)
@@ -369,7 +390,7 @@ def _reshard(leaf: object, mesh: AbstractMesh, spec: tuple) -> object:
 
 
 @contextlib.contextmanager
-def _sharded(shards: Shards) -> Iterator[None]:
+def _sharded(shards: Shards | None) -> Iterator[None]:
     token = _shards.set(shards)
     try:
         yield

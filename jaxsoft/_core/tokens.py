@@ -5,12 +5,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks
 
 __all__ = [
     "Reduction",
+    "keep_temperature",
     "keep_tokens",
     "labelled_tokens",
     "reduce_losses",
@@ -24,7 +26,7 @@ Reduction = Literal["mean", "sum", "none"]
 def token_weights(
     rows: tuple[int, ...],
     weights: ArrayLike | None,
-    labels: jax.Array | None = None,
+    labels: ArrayLike | None = None,
     ignore_label: int | None = None,
     legend: str = "hidden.shape[:-1]",
 ) -> jax.Array | None:
@@ -33,7 +35,7 @@ def token_weights(
     Args:
       rows: the shape that weights must have.
       weights: [...] booleans or reals, or None.
-      labels: [...] integers, or None.
+      labels: [...] integers as they were given, of any width, or None.
       ignore_label: the label whose tokens have weight 0, or None.
       legend: what `rows` is, for messages.
 
@@ -56,10 +58,11 @@ def token_weights(
     if labels is None or ignore_label is None:
         return result
     ignore_label = checks.python_integer("ignore_label", ignore_label)
-    bounds = jnp.iinfo(labels.dtype)
+    given = labels if isinstance(labels, np.ndarray) else jnp.asarray(labels)
+    bounds = jnp.iinfo(given.dtype)
     if not bounds.min <= ignore_label <= bounds.max:
         return result
-    keep = labels != ignore_label
+    keep = jnp.asarray(given != np.asarray(ignore_label, given.dtype))
     return keep.astype(jnp.float32) if result is None else jnp.where(keep, result, 0)
 
 
@@ -105,11 +108,22 @@ def labelled_tokens(
       ValueError: if a shape is not `hidden.shape[:-1]`.
     """
     hidden = checks.floating("hidden", hidden)
-    labels = checks.integer("labels", labels)
+    ids = checks.integer("labels", labels)
     rows = hidden.shape[:-1]
-    checks.shape("labels", labels, rows, "hidden.shape[:-1]")
+    checks.shape("labels", ids, rows, "hidden.shape[:-1]")
     weight = token_weights(rows, weights, labels, ignore_label)
-    return keep_tokens(weight, hidden), keep_tokens(weight, labels), weight
+    return keep_tokens(weight, hidden), keep_tokens(weight, ids), weight
+
+
+def keep_temperature(
+    token_weight: jax.Array | None, temperature: ArrayLike
+) -> ArrayLike:
+    """Returns a temperature, one a token, with 1 at all tokens without weight."""
+    if token_weight is None or not jnp.ndim(temperature):
+        return temperature
+    tau = checks.floating("temperature", temperature)
+    rows = checks.row_temperature(tau, tau.dtype, token_weight.shape)
+    return keep_tokens(token_weight, jnp.asarray(rows), 1)
 
 
 def weigh_tokens(token_weight: jax.Array | None, array: jax.Array) -> jax.Array:

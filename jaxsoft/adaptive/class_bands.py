@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy import typing as npt
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.exporting import Leaf, exportable_dataclass
 
 __all__ = ["ClassBands"]
@@ -122,6 +122,7 @@ class ClassBands:
         """Classes of each tail, at least 1."""
         return tuple(end - start for start, end in itertools.pairwise(self.cutoffs))
 
+    @mesh_axes.accepts_explicit("class_ids", has_features=False)
     def rank_of(self, class_ids: jax.Array) -> jax.Array:
         """Returns the ranks of classes, int32; -1 for one that there is not."""
         known = (class_ids >= 0) & (class_ids < self.num_classes)

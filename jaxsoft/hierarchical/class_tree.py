@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from numpy import typing as npt
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.exporting import (
     Leaf,
     exportable_dataclass,
@@ -256,6 +256,7 @@ class ClassTree:
         """
         return jnp.sum(self.paths(class_ids).num_rows > 0, axis=-1, dtype=jnp.int32)
 
+    @mesh_axes.accepts_explicit("class_ids", has_features=False)
     def paths(self, class_ids: ArrayLike, *, axis: int = -1) -> ClassPath:
         """Returns the paths to classes.
 

@@ -79,7 +79,7 @@ class RowGradient(NamedTuple):
         return jax.tree.map(leaf, self.values)
 
 
-@mesh_axes.accepts_explicit("hidden")
+@mesh_axes.accepts_explicit("hidden", whole=2)
 def hierarchical_value_and_row_grad(
     hidden: ArrayLike,
     node_kernel: ArrayLike,

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
@@ -205,7 +206,7 @@ def supervised_contrastive(
       Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362.
     """
     z = _matrix("embeddings", embeddings)
-    labels = checks.integer("labels", labels)
+    labels = _groups(labels)
     count = z.shape[0]
     checks.shape("labels", labels, (count,), "[N]")
     dtype = compute_dtype(z)
@@ -237,6 +238,17 @@ def supervised_contrastive(
     # A row alone in the batch has no similarity at all: its maximum is -inf.
     loss = jnp.where(alone, 0, of_rows.log_sum - jnp.where(alone, 0, centred))
     return jnp.sum(loss) / jnp.maximum(jnp.sum(~alone), 1).astype(dtype)
+
+
+def _groups(labels: ArrayLike) -> jax.Array:
+    """Returns integers that are equal where the labels are, whatever their size."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        # Without x64 JAX keeps the low 32 bits alone.
+        numbers = np.unique(labels, return_inverse=True)[1]
+        return jnp.asarray(numbers.reshape(labels.shape).astype(np.int32))
+    array = jnp.asarray(labels)
+    checks.integer("labels", array)
+    return array
 
 
 def _matrix(name: str, value: ArrayLike) -> jax.Array:

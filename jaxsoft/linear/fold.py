@@ -573,4 +573,5 @@ def _mapped(
             check_vma=False,
         )(*flat)
 
-    return mapped
+    # Without jit around it JAX runs a mapped function for all axes of a mesh alone.
+    return jax.jit(mapped)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import (
+    keep_temperature,
     keep_tokens,
     labelled_tokens,
     token_weights,
@@ -124,7 +125,7 @@ def linear_log_prob(
         kernel,
         labels,
         bias=bias,
-        temperature=temperature,
+        temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
         kernel_layout=kernel_layout,
@@ -212,23 +213,23 @@ def linear_log_prob_at(
     """
     mesh_axes.check_token_axes(token_axes, vocab_axis)
     hidden = checks.floating("hidden", hidden)
-    class_ids = check_ids("class_ids", class_ids, hidden.shape[:-1])
+    ids = check_ids("class_ids", class_ids, hidden.shape[:-1])
     token_weight = token_weights(hidden.shape[:-1], weights)
-    id_weight = token_weights(class_ids.shape, None, class_ids, ignore_label)
+    id_weight = token_weights(ids.shape, None, class_ids, ignore_label)
     if id_weight is not None:
         listed = jnp.max(id_weight, axis=-1)
         token_weight = (
             listed if token_weight is None else jnp.where(listed > 0, token_weight, 0)
         )
     hidden = keep_tokens(token_weight, hidden)
-    class_ids = keep_tokens(id_weight, keep_tokens(token_weight, class_ids))
+    ids = keep_tokens(id_weight, keep_tokens(token_weight, ids))
     call = prepare(
         "linear_log_prob_at",
         hidden,
         kernel,
-        class_ids=class_ids,
+        class_ids=ids,
         bias=bias,
-        temperature=temperature,
+        temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
         kernel_layout=kernel_layout,

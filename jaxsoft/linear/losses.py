@@ -11,7 +11,12 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.numerics import scaled
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction, labelled_tokens, reduce_losses
+from jaxsoft._core.tokens import (
+    Reduction,
+    keep_temperature,
+    labelled_tokens,
+    reduce_losses,
+)
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 
@@ -132,7 +137,7 @@ def linear_cross_entropy(
         kernel,
         labels,
         bias=bias,
-        temperature=temperature,
+        temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
         kernel_layout=kernel_layout,

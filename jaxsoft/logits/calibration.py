@@ -232,7 +232,8 @@ def _check_probabilities(
     probabilities: jax.Array, token_weight: jax.Array | None
 ) -> None:
     """Requires rows to be distributions wherever their values are known."""
-    if any(isinstance(a, Tracer) for a in (probabilities, token_weight)):
+    arrays = [a for a in (probabilities, token_weight) if a is not None]
+    if any(isinstance(a, Tracer) or not a.is_fully_addressable for a in arrays):
         return
     wide = keep_tokens(token_weight, probabilities.astype(jnp.float32))
     low, total = jnp.min(wide, -1), jnp.sum(wide, -1)

@@ -121,11 +121,15 @@ def softmax_cross_entropy(
         ids = checks.integer("labels", labels)
         rows = logits.shape[:axis] + logits.shape[axis + 1 :]
         checks.shape("labels", ids, rows, "logits.shape without the class axis")
-    weight, (logits,) = _weigh(
-        weights, axis, logits, labels=ids, ignore_label=ignore_label
+    elif ignore_label is not None:
+        raise ValueError("`ignore_label` must be None without `labels`, got both None.")
+    weight, (logits,), tau = _weigh(
+        weights, axis, logits, tau=tau, labels=labels, ignore_label=ignore_label
     )
     if ids is not None:
         ids = keep_tokens(weight, ids)
+    if targets is not None:
+        _, (targets,), _ = _weigh(weights, axis, targets)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     options = _Options(axis, static_tau, smoothing, z_weight)
@@ -137,18 +141,24 @@ def _weigh(
     weights: ArrayLike | None,
     axis: int,
     *arrays: jax.Array,
-    labels: jax.Array | None = None,
+    tau: float | jax.Array = 1.0,
+    labels: ArrayLike | None = None,
     ignore_label: int | None = None,
-) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
-    """Returns the weights of rows, and logits that are 0 in rows without weight."""
+) -> tuple[jax.Array | None, tuple[jax.Array, ...], float | jax.Array]:
+    """Returns the weights of rows, and what rows without weight do not spoil.
+
+    There logits are 0, and a temperature of each row is 1.
+    """
     shape = arrays[0].shape
     rows = shape[:axis] + shape[axis + 1 :]
     legend = "logits.shape without the class axis"
     weight = token_weights(rows, weights, labels, ignore_label, legend)
     if weight is None:
-        return None, arrays
+        return None, arrays, tau
     live = jnp.expand_dims(weight != 0, axis)
-    return weight, tuple(jnp.where(live, array, 0) for array in arrays)
+    if isinstance(tau, jax.Array) and tau.size > 1:
+        tau = jnp.where(live, tau, 1)
+    return weight, tuple(jnp.where(live, array, 0) for array in arrays), tau
 
 
 class _Options(NamedTuple):
@@ -325,7 +335,7 @@ def distillation_loss(
     student, teacher = student.astype(dtype), teacher.astype(dtype)
     tau = check_temperature(temperature, student, axis)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    weight, (student, teacher) = _weigh(weights, axis, student, teacher)
+    weight, (student, teacher), tau = _weigh(weights, axis, student, teacher, tau=tau)
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     loss = _distillation(divergence, axis, static_tau, student, teacher, tau, where)
     return reduce_losses(loss, weight, reduction)

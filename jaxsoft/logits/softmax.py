@@ -168,8 +168,8 @@ def logsumexp(
     Returns:
       [...] float32 (float64 for float64 logits). -inf for a row without any kept
       class; ±inf where m / τ overflows; at τ = 0 the limit: -inf, log of the number
-      of ties, or inf, by the sign of the largest logit. A +inf logit gives +inf, and
-      gradients of NaN.
+      of ties, or inf, by the sign of the largest logit. A +inf logit gives +inf
+      (NaN at τ = ∞), and gradients of NaN.
 
     Raises:
       TypeError: if `logits` or `temperature` is not floating, or `where` not boolean.

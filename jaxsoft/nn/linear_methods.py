@@ -229,8 +229,8 @@ class LinearMethods(nnx.Module):
 
         Args:
           hidden: [..., H] floating.
-          teacher: a `SoftmaxHead` over the same classes and mesh axes, with features,
-            dtype, layout and soft-cap of its own.
+          teacher: a `SoftmaxHead` over the same classes and their mesh axes, with
+            features, dtype, layout and soft-cap of its own.
           teacher_hidden: [..., G] floating, for the teacher.
           temperature: τ of both, a scalar or [...]; None takes this module's.
           divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
@@ -243,8 +243,14 @@ class LinearMethods(nnx.Module):
           A scalar, or [...] with reduction "none", as `jaxsoft.linear_distillation`.
 
         Raises:
-          ValueError: if the teacher has another number of classes or other mesh axes.
+          TypeError: if the teacher is no such head.
+          ValueError: if the teacher has another number of classes or vocab_axis.
         """
+        if not hasattr(teacher, "vocab_axis"):
+            raise TypeError(
+                "`teacher` must be a SoftmaxHead, such as `full` of a "
+                f"SampledSoftmaxHead, got {type(teacher).__name__}."
+            )
         if teacher.vocab_axis != self.vocab_axis:
             raise ValueError(
                 f"`teacher` must have the vocab_axis {self.vocab_axis!r}, got "

@@ -223,8 +223,8 @@ class SoftmaxHead(LinearMethods):
         self.dtype = dtype
         self.precision = precision
         # Flax takes tuples, but no lists, for constants.
-        self.vocab_axis = _axes(vocab_axis)
-        self.token_axes = _axes(token_axes)
+        self.vocab_axis = _axes(vocab_axis) or None
+        self.token_axes = _axes(token_axes) or ()
         self.tile_bytes = tile_bytes
         self.implementation: Implementation | None = implementation
 

@@ -44,6 +44,8 @@ class Tables(nnx.Module, Generic[T]):
                 name = jax.tree_util.keystr(path, simple=True, separator="_")
                 # Flax takes the names of digits for places in a list.
                 name = name if name.isidentifier() else f"array_{name}"
+                if hasattr(self, name):
+                    raise ValueError(f"`value` must not have two arrays named {name}.")
                 parts.append((name,))
                 setattr(self, name, nnx.Variable(jnp.asarray(leaf)))
             else:

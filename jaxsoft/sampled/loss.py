@@ -149,6 +149,7 @@ class ClassSampler:
         )
         return following - 1
 
+    @mesh_axes.accepts_explicit("class_ids", has_features=False)
     def log_prob(self, class_ids: ArrayLike) -> jax.Array:
         """Returns log-probabilities in one draw.
 

@@ -659,7 +659,10 @@ class LogitStatistics:
         return dataclasses.replace(self, label=self.label[..., 0])
 
     def _peak(self) -> jax.Array:
-        tau = jnp.broadcast_to(self.temperature, self.max.shape)
+        tau = self.temperature
+        if not tau.ndim:
+            # A broadcast scalar would be sharded as no row is.
+            tau = tau.reshape((1,) * self.max.ndim)
         peak = numerics.finite_peak(jax.lax.stop_gradient(self.max))
         return over_temperature(peak, tau)
 
