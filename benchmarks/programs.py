@@ -188,7 +188,10 @@ def _of_class(whole: str, found: type) -> dict[str, str]:
 
 def _signature(function: Any) -> str:
     try:
-        text = _without_modules(str(inspect.signature(function)))
+        text = str(inspect.signature(function))
+        # An annotation that Python has not evaluated is a string.
+        text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
+        text = _without_modules(text)
     except ValueError:
         return "built in"
     union = _without_modules(inspect.formatannotation(ArrayLike))
