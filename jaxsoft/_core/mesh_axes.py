@@ -42,6 +42,7 @@ __all__ = [
     "size",
     "type_of",
     "varying_axes",
+    "within",
 ]
 
 Axes = tuple[str, ...]
@@ -387,6 +388,20 @@ def _reshard(leaf: object, mesh: AbstractMesh, spec: tuple) -> object:
         return leaf
     entries = spec if spec else (None,) * leaf.ndim
     return jax.reshard(leaf, NamedSharding(mesh, PartitionSpec(*entries)))
+
+
+@contextlib.contextmanager
+def within(shards: Shards | None) -> Iterator[None]:
+    """Goes on with a public function's work, as in a rule of its derivative.
+
+    Args:
+      shards: what `explicit_shards` returned when the function was called.
+    """
+    if shards is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(shards.mesh), _sharded(shards):
+        yield
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, registry
+from jaxsoft._core import checks, mesh_axes, registry
 from jaxsoft._core.exporting import Leaf, exportable_namedtuple
 from jaxsoft._core.numerics import compute_dtype, matmul, operand_dtype
 from jaxsoft._core.registry import Implementation
@@ -64,7 +64,7 @@ class Options(TypedDict):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["hidden", "parameters", "row_tau"],
-    meta_fields=["constant", "precision", "implementation"],
+    meta_fields=["constant", "precision", "implementation", "shards"],
 )
 @dataclasses.dataclass(frozen=True)
 class TailLayer:
@@ -77,6 +77,7 @@ class TailLayer:
       constant: the temperature where `row_tau` is None.
       precision: of matrix products.
       implementation: what the caller asked for.
+      shards: how rows are sharded, where their types said so; else None.
     """
 
     hidden: jax.Array
@@ -85,6 +86,7 @@ class TailLayer:
     constant: float
     precision: jax.lax.PrecisionLike
     implementation: Implementation | None
+    shards: mesh_axes.Shards | None
 
     @property
     def num_classes(self) -> int:
@@ -115,7 +117,7 @@ class TailLayer:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["hidden", "kernel", "bias", "tails", "row_tau"],
-    meta_fields=["constant", "precision", "implementation", "shape"],
+    meta_fields=["constant", "precision", "implementation", "shards", "shape"],
 )
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -130,6 +132,7 @@ class Layer:
       constant: the temperature where `row_tau` is None.
       precision: of matrix products.
       implementation: what the caller asked for.
+      shards: how rows are sharded, where their types said so; else None.
       shape: of the rows, before they were folded.
     """
 
@@ -141,6 +144,7 @@ class Layer:
     constant: float
     precision: jax.lax.PrecisionLike
     implementation: Implementation | None
+    shards: mesh_axes.Shards | None
     shape: tuple[int, ...]
 
     @property
@@ -182,6 +186,7 @@ class Layer:
             self.constant,
             self.precision,
             self.implementation,
+            self.shards,
         )
 
 
@@ -256,6 +261,7 @@ def prepare(
         constant,
         precision,
         implementation,
+        mesh_axes.explicit_shards(),
         shape,
     )
 

@@ -228,7 +228,8 @@ def log_prob_of_ranks(layer: Layer, ranks: jax.Array) -> jax.Array:
 
 def _log_prob(layer: Layer | TailLayer, labels: jax.Array) -> jax.Array:
     operands, options = layer.call()
-    return -linear_cross_entropy(*operands, labels, reduction="none", **options)
+    with mesh_axes.within(layer.shards):
+        return -linear_cross_entropy(*operands, labels, reduction="none", **options)
 
 
 @jax.custom_vjp
