@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsoft
 from jaxsoft.nn import (
     AdaptiveSoftmaxHead,
+    GumbelSoftmax,
     HierarchicalSoftmaxHead,
     SampledSoftmaxHead,
     SoftmaxHead,
@@ -570,3 +571,15 @@ def test_gradients_without_jit():
         )
     one = on_one_device("linear_cross_entropy")[1]["kernel"]
     np.testing.assert_allclose(found, one, rtol=3e-5, atol=1e-6)
+
+
+def test_a_layer_after_training():
+    """`GumbelSoftmax` gives the argmax of logits whose classes are sharded."""
+    mesh, layer = mesh_of("explicit"), GumbelSoftmax(rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh):
+        a = on(mesh, SPECS | {"logits": P("data", "vocab")})
+        found = layer(a["logits"], deterministic=True)
+    assert jax.typeof(found).sharding.spec == P("data", "vocab")
+    truth = arguments()["logits"].argmax(1)
+    np.testing.assert_array_equal(np.asarray(found).argmax(1), truth)
+    np.testing.assert_array_equal(np.asarray(found).sum(1), 1)

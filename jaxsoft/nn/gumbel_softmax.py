@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxsoft._core import noise
+from jaxsoft._core import mesh_axes, noise
 from jaxsoft.logits.gumbel import gumbel_softmax
 from jaxsoft.logits.softmax import softmax
 from jaxsoft.nn import arguments
@@ -150,6 +150,7 @@ class GumbelSoftmax(nnx.Module):
         return out
 
 
+@mesh_axes.accepts_explicit("logits", axis="axis")
 def _argmax_one_hot(logits: ArrayLike, axis: int, where: ArrayLike | None) -> jax.Array:
     """Returns 1 at the lowest of the largest kept logits; 0 in a row without any."""
     ties = softmax(logits, temperature=0.0, axis=axis, where=where)

@@ -235,8 +235,8 @@ class SoftmaxHead(LinearMethods):
           embedding: an `nnx.Embed` with V rows and H features.
 
         Returns:
-          A head that shares all other parts with this one. To keep it makes the
-          embedding a part of two modules.
+          A `SoftmaxHead` that shares all other parts with this one, without what a
+          subclass adds. To keep it makes the embedding a part of two modules.
 
         Raises:
           ValueError: if this head is not one with `tied=True`, or the embedding's

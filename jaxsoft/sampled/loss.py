@@ -204,7 +204,7 @@ def sampled_softmax_loss(
       labels: [...] integers in [0, V).
       num_samples: S >= 1.
       sampler: a `ClassSampler` over V classes, or any object with its methods `sample`
-        and `log_prob`.
+        and `log_prob`; its arrays are NumPy's, or leaves of a pytree that it is.
       bias: [V] floating, added to the logits.
       temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       remove_accidental_hits: False counts sampled classes that are a token's label as
