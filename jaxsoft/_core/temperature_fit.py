@@ -139,7 +139,7 @@ def fit_rows(
     unknown = jnp.isnan(first.slope).any() | jnp.isnan(first.nll).any()
     # Infinite at the upper bound it is so at every temperature: no class of the label.
     undefined = unknown | jnp.isinf(high.nll)
-    tau = jnp.where(undefined, jnp.nan, jnp.clip(tau, taus[0], taus[2]))
+    tau = nan_where(undefined, jnp.clip(tau, taus[0], taus[2]))
     nll = nan_where(unknown, nll)
     side = at_high.astype(jnp.int32) - at_low.astype(jnp.int32)
     return TemperatureFit(tau, nll, jnp.where(undefined, 0, side))

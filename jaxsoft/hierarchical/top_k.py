@@ -245,7 +245,8 @@ def _where_not_exact(
 
 def _best_of_all(layer: Layer, *, k: int) -> _TopK:
     # Without the barrier XLA carries what the slices below leave out through the loop
-    # around them, and sorts all classes instead of selecting some.
+    # around them, and sorts all classes instead of selecting some. Each result has its
+    # own: one of both ends the process in XLA for CPUs (JAX 0.10) under any mesh.
     best = tuple(map(lax.optimization_barrier, lax.top_k(all_log_probs(layer), k)))
     log_probs, ids = best
     return _TopK(log_probs, ids, jnp.ones(ids.shape[0], bool))

@@ -129,7 +129,7 @@ def softmax_cross_entropy(
     if ids is not None:
         ids = keep_tokens(weight, ids)
     if targets is not None:
-        _, (targets,), _ = _weigh(weights, axis, targets)
+        targets = _keep_rows(weight, targets, axis)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     options = _Options(axis, static_tau, smoothing, z_weight)
@@ -153,12 +153,18 @@ def _weigh(
     rows = shape[:axis] + shape[axis + 1 :]
     legend = "logits.shape without the class axis"
     weight = token_weights(rows, weights, labels, ignore_label, legend)
-    if weight is None:
-        return None, arrays, tau
-    live = jnp.expand_dims(weight != 0, axis)
     if isinstance(tau, jax.Array) and tau.size > 1:
-        tau = jnp.where(live, tau, 1)
-    return weight, tuple(jnp.where(live, array, 0) for array in arrays), tau
+        tau = _keep_rows(weight, tau, axis, 1)
+    return weight, tuple(_keep_rows(weight, array, axis) for array in arrays), tau
+
+
+def _keep_rows(
+    weight: jax.Array | None, array: jax.Array, axis: int, other: float = 0
+) -> jax.Array:
+    """Returns an array with `other` in all rows without weight, classes on `axis`."""
+    if weight is None:
+        return array
+    return jnp.where(jnp.expand_dims(weight != 0, axis), array, other)
 
 
 class _Options(NamedTuple):
