@@ -155,3 +155,48 @@ def test_temperatures_and_targets_without_weight_may_be_nan():
         assert np.isfinite(slope).all()
     with pytest.raises(ValueError, match="`ignore_label` must be None"):
         jaxsoft.softmax_cross_entropy(LOGITS, targets=OTHERS, ignore_label=0)
+
+
+def test_a_temperature_without_weight_reaches_nothing_anywhere():
+    """NaN as the temperature of a token of weight 0 is in no loss and no slope."""
+    weights = np.array([1.0, 0.0, 2.0], "float32")
+    hidden, other, labels = HIDDEN[0], OTHER[0], LABELS[0]
+    ids, log_probs = jax.lax.top_k(jax.nn.log_softmax(OTHERS[0]), 3)[::-1]
+    tree = jaxsoft.ClassTree.balanced(CLASSES)
+    bands = jaxsoft.ClassBands.from_counts(np.arange(CLASSES, 0, -1), cutoffs=[4])
+    tails = [jaxsoft.AdaptiveTail(np.eye(FEATURES, dtype="float32"), KERNEL[:, 4:])]
+    sampler = jaxsoft.ClassSampler.uniform(CLASSES)
+
+    def losses(kernel, tau):
+        options: dict[str, Any] = {"temperature": tau, "weights": weights}
+        yield jaxsoft.linear_cross_entropy(hidden, kernel, labels, **options)
+        yield jaxsoft.linear_log_prob(hidden, kernel, labels, **options)
+        yield jaxsoft.linear_log_prob_at(hidden, kernel, ids, **options)
+        yield jaxsoft.linear_distillation(hidden, kernel, other, kernel, **options)
+        yield jaxsoft.linear_distillation_top_k(
+            hidden, kernel, ids, log_probs, **options
+        )
+        yield jaxsoft.sampled_softmax_loss(
+            KEY, hidden, kernel, labels, sampler=sampler, num_samples=4, **options
+        )
+        nodes = kernel.T[: tree.num_rows]
+        yield jaxsoft.hierarchical_log_prob(hidden, nodes, labels, tree, **options)
+        yield jaxsoft.hierarchical_value_and_row_grad(
+            hidden, nodes, labels, tree, **options
+        )[0]
+        yield jaxsoft.adaptive_log_prob(
+            hidden, kernel[:, :5], tails, labels, bands, **options
+        )
+
+    def total(kernel, tau):
+        values = tuple(losses(kernel, tau))
+        return sum(map(jnp.sum, jax.tree.leaves(values))), values
+
+    tau = jnp.array([0.5, jnp.nan, 2.0])
+    (_, values), slopes = jax.jit(
+        jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    )(KERNEL, tau)
+    for name, array in {**dict(enumerate(values)), "slopes": slopes}.items():
+        for leaf in jax.tree.leaves(array):
+            assert np.isfinite(leaf).all(), (name, array)
+    assert not slopes[1][1]

@@ -19,7 +19,12 @@ from jax.typing import ArrayLike
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype, matmul, operand_dtype
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import keep_tokens, labelled_tokens, weigh_tokens
+from jaxsoft._core.tokens import (
+    keep_temperature,
+    keep_tokens,
+    labelled_tokens,
+    weigh_tokens,
+)
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, TailLayer, prepare
 from jaxsoft.adaptive.row_blocks import RowBlocks, take
@@ -107,7 +112,7 @@ def adaptive_log_prob(
         tails,
         bands,
         head_bias=head_bias,
-        temperature=temperature,
+        temperature=keep_temperature(token_weight, temperature),
         precision=precision,
         implementation=implementation,
     )

@@ -90,8 +90,8 @@ def mask_tokens(
       ignore_label: the label whose tokens have weight 0, or None.
 
     Returns:
-      The layer with hidden states of 0 there, labels [N] with -1 there, and weights
-      [N], None if all are 1.
+      The layer with hidden states of 0 and temperatures of 1 there, labels [N] with -1
+      there, and weights [N], None if all are 1.
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -102,7 +102,12 @@ def mask_tokens(
     weight = token_weights(layer.shape, weights, labels, ignore_label)
     labels = labels.reshape(-1)
     weight = None if weight is None else weight.reshape(-1)
-    layer = dataclasses.replace(layer, hidden=keep_tokens(weight, layer.hidden))
+    row_tau = layer.row_tau
+    layer = dataclasses.replace(
+        layer,
+        hidden=keep_tokens(weight, layer.hidden),
+        row_tau=None if row_tau is None else keep_tokens(weight, row_tau, 1),
+    )
     return layer, keep_tokens(weight, labels, -1), weight
 
 

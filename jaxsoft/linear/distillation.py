@@ -15,7 +15,13 @@ from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.divergence import DIVERGENCES, Divergence, excess
 from jaxsoft._core.numerics import is_zero
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction, keep_tokens, reduce_losses, token_weights
+from jaxsoft._core.tokens import (
+    Reduction,
+    keep_temperature,
+    keep_tokens,
+    reduce_losses,
+    token_weights,
+)
 from jaxsoft.linear.arguments import (
     KernelLayout,
     MeshAxes,
@@ -137,7 +143,7 @@ def linear_distillation(
     student_hidden = keep_tokens(token_weight, student_hidden)
     teacher_hidden = keep_tokens(token_weight, teacher_hidden)
     shared = {
-        "temperature": temperature,
+        "temperature": keep_temperature(token_weight, temperature),
         "class_mask": class_mask,
         "precision": precision,
         "vocab_axis": vocab_axis,
@@ -294,7 +300,7 @@ def linear_distillation_top_k(
         kernel,
         class_ids=jnp.where(gone, -1, ids),
         bias=bias,
-        temperature=temperature,
+        temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
         kernel_layout=kernel_layout,

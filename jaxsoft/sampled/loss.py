@@ -24,7 +24,12 @@ from jaxsoft._core.numerics import (
     over_temperature,
 )
 from jaxsoft._core.registry import Implementation
-from jaxsoft._core.tokens import Reduction, labelled_tokens, reduce_losses
+from jaxsoft._core.tokens import (
+    Reduction,
+    keep_temperature,
+    labelled_tokens,
+    reduce_losses,
+)
 from jaxsoft.hierarchical.layer import products_of_rows
 from jaxsoft.hierarchical.same_rows import take_rows
 from jaxsoft.linear.arguments import KernelLayout
@@ -278,7 +283,8 @@ def sampled_softmax_loss(
         bias = checks.floating("bias", bias)
         checks.shape("bias", bias, (classes,), "(V,)")
     dtype = compute_dtype(hidden, kernel)
-    tau = checks.row_temperature(temperature, dtype, rows)
+    tau = keep_temperature(token_weight, temperature)
+    tau = checks.row_temperature(tau, dtype, rows)
     if not isinstance(tau, (int, float)):
         tau = jnp.broadcast_to(tau, rows).reshape(-1, 1)
     ids = checks.integer("sampler.sample(...)", sampler.sample(key, count))
