@@ -26,7 +26,10 @@ __all__ = [
 _EXTRA_PACKAGES = (
     "grain",
     "matplotlib",
+    "msgspec",
     "orbax",
+    "polars",
+    "psutil",
     "rich",
     "safetensors",
     "sklearn",
