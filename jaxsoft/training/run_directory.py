@@ -13,15 +13,18 @@ A comparison of heads has `comparison.json` and `comparison.png` instead.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from jaxsoft.training.errors import RunDirectoryError
+from jaxsoft.training.files import open_regular
 from jaxsoft.training.reporting import Record
+from jaxsoft.training.schemas import MOST_BYTES, convert, decode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +40,32 @@ __all__ = [
 
 # Fields of a metrics line that differ between equal runs.
 WALL_CLOCK_FIELDS = frozenset({"seconds", "tokens_per_second", "compile_seconds"})
+
+
+class _Validation(TypedDict):
+    event: Literal["validation"]
+    step: int
+    loss: float
+
+
+class _Train(TypedDict):
+    event: Literal["train"]
+    step: int
+    loss: float
+    gradient_norm: float
+    seconds: float
+    parameter_norm: NotRequired[float]
+    learning_rate: NotRequired[float]
+    tokens: NotRequired[int]
+    tokens_per_second: NotRequired[float]
+    rows_per_second: NotRequired[float]
+
+
+class _Final(TypedDict):
+    """Of the "final" line what any run has; the rest is of its report."""
+
+    event: Literal["final"]
+    step: int
 
 
 class RunDirectory:
@@ -125,25 +154,26 @@ class RunDirectory:
                 f"`out` {self.path} cannot be written ({error})."
             ) from error
 
-    def description(self) -> Record:
-        """Reads `config.json`."""
-        self.check_resumable()
-        try:
-            return json.loads(self.config.read_text())
-        except (OSError, ValueError) as error:
-            raise RunDirectoryError(
-                f"{self.config} cannot be read ({error})."
-            ) from error
-
     def records(self) -> Iterator[Record]:
-        """Yields the complete lines of the metrics file."""
+        """Yields the complete lines of the metrics file.
+
+        Raises:
+          RunDirectoryError: a line is none of a run's; the last line of a killed
+            process may be cut short.
+        """
         if not self.metrics.exists():
             return
-        for line in self.metrics.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return  # the last line of a killed process may be cut short
+        with open_regular(self.metrics, RunDirectoryError) as file:
+            for number in itertools.count(1):
+                line = file.readline(MOST_BYTES)
+                if not line:
+                    return
+                try:
+                    yield _record(line, f"{self.metrics}, line {number},")
+                except RunDirectoryError:
+                    if line.endswith(b"\n") or len(line) == MOST_BYTES:
+                        raise
+                    return
 
     def final_record(self) -> Record | None:
         """The "final" metrics line of a finished run, or None."""
@@ -219,6 +249,18 @@ class RunDirectory:
         """The run's files and folders that exist."""
         paths = [self.path / name for name in self.own_names]
         return [path for path in paths if path.exists()]
+
+
+def _record(line: bytes, where: str) -> Record:
+    """Reads a line of metrics."""
+    record = decode(line, dict[str, Any], where, RunDirectoryError, finite=False)
+    match record.get("event"):
+        case "final":
+            known = {name: record[name] for name in record.keys() & {"event", "step"}}
+            return record | convert(known, _Final, where, RunDirectoryError)
+        case "validation":
+            return convert(record, _Validation, where, RunDirectoryError)
+    return convert(record, _Train, where, RunDirectoryError)
 
 
 def _figure(horizontal: str, unigram: float) -> tuple["Figure", "Axes"]:

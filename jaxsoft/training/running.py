@@ -5,7 +5,8 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, ClassVar, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from jaxsoft.training.errors import (
     MissingExtraError,
@@ -14,6 +15,7 @@ from jaxsoft.training.errors import (
 )
 from jaxsoft.training.reporting import Listener, Record
 from jaxsoft.training.run_directory import RunDirectory
+from jaxsoft.training.schemas import decode_file
 
 __all__ = [
     "check_finite",
@@ -49,6 +51,21 @@ class _RunConfig(Protocol):
 
 
 Config = TypeVar("Config", bound=_RunConfig)
+Contents = TypeVar("Contents")
+
+
+@dataclass(frozen=True)
+class _Description(Generic[Contents]):
+    """Contents of `config.json`, of a run of any kind."""
+
+    config: Contents
+    versions: dict[str, str]
+    device: str
+    mesh: dict[str, int] | None = None
+    corpus: dict[str, Any] | None = None
+    tokens: dict[str, Any] | None = None
+    unigram: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
 
 
 def require_train_extra() -> None:
@@ -83,14 +100,20 @@ def read_config(out: str | os.PathLike[str], kind: type[Config]) -> Config:
     Raises:
       RunDirectoryError: there is none.
     """
-    directory = RunDirectory(out)
-    description = directory.description()
-    try:
-        return kind(**description["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{directory.config} is not the configuration of a run ({error})."
-        ) from error
+    return _read_description(RunDirectory(out), kind).config
+
+
+def _read_description(
+    directory: RunDirectory, kind: type[Contents]
+) -> _Description[Contents]:
+    """Reads `config.json`, whose configuration is of some class."""
+    directory.check_resumable()
+    return decode_file(
+        directory.config,
+        _Description[kind],
+        RunDirectoryError,
+        what="the configuration",
+    )
 
 
 def check_same(config: Config, stored: Config, free: Set[str]) -> None:
@@ -120,15 +143,15 @@ def check_same_surroundings(
     digested: Sequence[str],
 ) -> None:
     """Raises if what has a digest changed; notes if versions, device or mesh did."""
-    stored = directory.description()
+    stored = _read_description(directory, dict[str, Any])
     for part in digested:
-        if stored.get(part, {}).get("digest") != description[part]["digest"]:
+        if (getattr(stored, part) or {}).get("digest") != description[part]["digest"]:
             raise RunDirectoryError(
                 f"the {part} of the run in {directory.path} changed since it started; "
                 "start another run."
             )
     for part in ("versions", "device", "mesh"):
-        if stored.get(part) != description.get(part):
+        if getattr(stored, part) != description.get(part):
             listener.note(
                 f"{part} changed since the run started: it goes on, but not bit for bit"
             )

@@ -4,9 +4,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from jaxsoft.training.errors import RunDirectoryError
 from jaxsoft.training.heads import HeadKind
 from jaxsoft.training.language_model.steps import MemoryReport
 from jaxsoft.training.reporting import Record
+from jaxsoft.training.schemas import convert
 
 __all__ = ["FinalReport", "Sample", "perplexity"]
 
@@ -72,9 +74,9 @@ class FinalReport:
         return {"event": "final", **dataclasses.asdict(self)}
 
     @classmethod
-    def from_record(cls, record: Record) -> "FinalReport":
-        """Reads a metrics line back."""
+    def from_record(
+        cls, record: Record, where: str = "the final line"
+    ) -> "FinalReport":
+        """Reads a metrics line back; `where` it is begins the message of an error."""
         fields = {name: value for name, value in record.items() if name != "event"}
-        fields["memory"] = MemoryReport(**fields["memory"])
-        fields["samples"] = tuple(Sample(**sample) for sample in fields["samples"])
-        return cls(**fields)
+        return convert(fields, cls, where, RunDirectoryError)

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxsoft.training.errors import CorpusError
 from jaxsoft.training.language_model.corpus import Corpus
+from jaxsoft.training.schemas import decode_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,6 +45,8 @@ _MIN_FREQUENCY = 2
 _CACHE_FORMAT = 1
 _ENCODE_BATCH = 256
 _STALE_SECONDS = 24 * 3600.0
+# Tokens that are checked at a time.
+_CHECKED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -189,19 +192,30 @@ def _cache_key(corpus: Corpus, vocab_size: int) -> str:
 
 def _open(directory: Path) -> TokenCache | None:
     """Opens a cache entry; None if it is missing or damaged."""
+    files = [directory / f"{name}.npy" for name in ("train", "validation")]
+    if not all(file.is_file() for file in (*files, directory / "tokenizer.json")):
+        return None
     try:
-        facts = TokenFacts(**json.loads((directory / "facts.json").read_text()))
-        train, validation = (
-            np.load(directory / f"{split}.npy", mmap_mode="r")
-            for split in ("train", "validation")
-        )
-    except (OSError, TypeError, ValueError):
+        facts = decode_file(directory / "facts.json", TokenFacts, ValueError)
+        train, validation = (np.load(file, mmap_mode="r") for file in files)
+    except (OSError, EOFError, ValueError):
         return None
-    if (len(train), len(validation)) != (facts.train_tokens, facts.validation_tokens):
+    if not MIN_VOCAB_SIZE <= facts.vocab_size <= 2**32:
         return None
-    if not (directory / "tokenizer.json").is_file():
-        return None
+    dtype = _token_dtype(facts.vocab_size)
+    lengths = (facts.train_tokens, facts.validation_tokens)
+    for tokens, length in zip((train, validation), lengths, strict=True):
+        if tokens.dtype != dtype or tokens.shape != (length,):
+            return None
+        starts = range(0, length, _CHECKED)
+        most = (tokens[start : start + _CHECKED].max() for start in starts)
+        if any(token >= facts.vocab_size for token in most):
+            return None
     return TokenCache(directory, facts, train, validation)
+
+
+def _token_dtype(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def _build(
@@ -230,7 +244,7 @@ def _write_entry(
     """Trains the tokenizer, encodes the texts, and writes all files."""
     tokenizer = _train_tokenizer(corpus.train, vocab_size)
     size = tokenizer.get_vocab_size()
-    dtype = np.uint16 if size <= 2**16 else np.uint32
+    dtype = _token_dtype(size)
     tokenizer.save(str(directory / "tokenizer.json"))
     digest = hashlib.blake2b(
         (directory / "tokenizer.json").read_bytes(), digest_size=16

@@ -99,7 +99,7 @@ def train_language_model(
         check_same(config, load_config(config.out), FREE_FIELDS)
         finished = directory.final_record()
         if finished is not None:
-            report = FinalReport.from_record(finished)
+            report = FinalReport.from_record(finished, str(directory.metrics))
             listener.note(f"the run in {config.out} finished at step {report.step}")
             return report
     else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from jaxsoft.training.errors import RunDirectoryError, TableError
+from jaxsoft.training.errors import TableError
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.regression.measures import (
     Predictions,
@@ -86,9 +86,8 @@ def train_regression(
     directory = RegressionDirectory(config.out)
     if resume:
         check_same(config, read_config(config.out, RegressConfig), FREE_FIELDS)
-        finished = directory.read_report()
-        if finished is not None:
-            report = _read_report(directory, finished)
+        report = directory.read_report()
+        if report is not None:
             listener.note(
                 f"the run in {config.out} finished at iteration {report.iterations}"
             )
@@ -174,16 +173,6 @@ def _split(table: Table, config: RegressConfig) -> tuple[np.ndarray, np.ndarray]
                 f"{table.source} to train on; leave it out."
             )
     return np.sort(train), np.sort(test)
-
-
-def _read_report(directory: RegressionDirectory, record: Record) -> RegressionReport:
-    """Reads the report of a finished run from what its file holds."""
-    try:
-        return RegressionReport.from_record(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{directory.report} is not the report of a run ({error})."
-        ) from error
 
 
 def _scaled(

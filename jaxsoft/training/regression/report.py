@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from jaxsoft.training.regression.measures import Measures
 from jaxsoft.training.reporting import Record
@@ -35,7 +34,7 @@ class RegressionReport:
 
     train: Measures
     test: Measures
-    classes: tuple[Any, ...]
+    classes: tuple[bool | int | float | str, ...]
     features: int
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...] | None
@@ -48,18 +47,17 @@ class RegressionReport:
     scaling: str
     seconds: float
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` unless all is there of each class."""
+        lengths = [len(self.recall)]
+        if self.confusion is not None:
+            lengths += [len(self.confusion), *map(len, self.confusion)]
+        if {len(self.classes)} != set(lengths) or set(self.recall) <= {None}:
+            raise ValueError(
+                f"`recall` and `confusion` must be of {len(self.classes)} classes, "
+                f"got {sorted(set(lengths))}."
+            )
+
     def record(self) -> Record:
         """The contents of `metrics.json`."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Record) -> "RegressionReport":
-        """Reads it back."""
-        fields = dict(record)
-        for name in ("train", "test"):
-            fields[name] = Measures(**fields[name])
-        for name in ("classes", "recall"):
-            fields[name] = tuple(fields[name])
-        if fields["confusion"] is not None:
-            fields["confusion"] = tuple(map(tuple, fields["confusion"]))
-        return cls(**fields)

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxsoft.training.errors import RunDirectoryError
+from jaxsoft.training.regression.report import RegressionReport
 from jaxsoft.training.reporting import Record
 from jaxsoft.training.run_directory import (
     RunDirectory,
     save_figure,
     write_atomically,
 )
+from jaxsoft.training.schemas import decode_file
 
 if TYPE_CHECKING:
     from jaxsoft.training.regression.inputs import Csr
@@ -68,16 +70,17 @@ class RegressionDirectory(RunDirectory):
         """Writes what the run measured; a run that has it is finished."""
         write_atomically(self.report, (json.dumps(record, indent=2) + "\n").encode())
 
-    def read_report(self) -> Record | None:
+    def read_report(self) -> RegressionReport | None:
         """Reads what the run measured; None while it is not finished."""
         if not self.report.exists():
             return None
-        try:
-            return json.loads(self.report.read_text())
-        except (OSError, ValueError) as error:
-            raise RunDirectoryError(
-                f"{self.report} cannot be read ({error})."
-            ) from error
+        return decode_file(
+            self.report,
+            RegressionReport,
+            RunDirectoryError,
+            what="the report",
+            finite=False,
+        )
 
     def plot_confusion(self, counts: "Csr", classes: np.ndarray) -> None:
         """Draws a confusion matrix, unless the classes are too many.

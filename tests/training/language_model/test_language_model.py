@@ -216,7 +216,7 @@ def test_changed_versions_are_noted(uninterrupted, tmp_path):
     with pytest.raises(MemoryError):
         train_language_model(config, listener=DiesAfter(6))
     directory = RunDirectory(config.out)
-    description = directory.description()
+    description = json.loads(directory.config.read_text())
     description["versions"]["jax"] = "0.0.1"
     directory.config.write_text(json.dumps(description))
     notes = Notes()
