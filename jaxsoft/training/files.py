@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from jaxsoft.training.memory import MemoryBudget
 
 __all__ = [
     "COMPRESSIONS",
     "DAMAGED",
     "endings",
+    "map_array",
     "open_regular",
     "open_unpacked",
     "read_unpacked",
@@ -136,3 +139,20 @@ def read_unpacked(
                 budget.require(size, f"{what} {path} unpacked", error)
             pieces.append(piece)
     return b"".join(pieces)
+
+
+def map_array(path: Path, error: type[Exception]) -> np.memmap:
+    """Maps an array of NumPy's format into memory, to be read.
+
+    Args:
+      path: the .npy file.
+      error: the class of what is raised where it is none, or not whole.
+
+    Returns:
+      The array, whose dtype holds no objects.
+    """
+    with open_regular(path, error):
+        try:
+            return np.lib.format.open_memmap(path, mode="r")
+        except (OSError, EOFError, OverflowError, TypeError, ValueError) as reason:
+            raise error(f"the file {path} cannot be read ({reason}).") from reason

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxsoft.training.errors import CorpusError
+from jaxsoft.training.files import map_array
 from jaxsoft.training.language_model.corpus import Corpus
 from jaxsoft.training.schemas import decode_file
 
@@ -192,15 +193,15 @@ def _cache_key(corpus: Corpus, vocab_size: int) -> str:
 
 def _open(directory: Path) -> TokenCache | None:
     """Opens a cache entry; None if it is missing or damaged."""
-    files = [directory / f"{name}.npy" for name in ("train", "validation")]
-    if not all(file.is_file() for file in (*files, directory / "tokenizer.json")):
-        return None
     try:
         facts = decode_file(directory / "facts.json", TokenFacts, ValueError)
-        train, validation = (np.load(file, mmap_mode="r") for file in files)
-    except (OSError, EOFError, ValueError):
+        train, validation = (
+            map_array(directory / f"{split}.npy", ValueError)
+            for split in ("train", "validation")
+        )
+    except ValueError:
         return None
-    if not MIN_VOCAB_SIZE <= facts.vocab_size <= 2**32:
+    if not (directory / "tokenizer.json").is_file():
         return None
     dtype = _token_dtype(facts.vocab_size)
     lengths = (facts.train_tokens, facts.validation_tokens)

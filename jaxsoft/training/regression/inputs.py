@@ -18,7 +18,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from jaxsoft.training.regression.sources import RowSource
+from jaxsoft.training.regression.sources import RowSource, check_matrix
 
 __all__ = [
     "ClassWeight",
@@ -142,6 +142,8 @@ def checked(
       reset: whether this is the first look at the features.
     """
     accepted = [np.float64, np.float32] if dtype is None else np.dtype(dtype)
+    if issparse(features):
+        check_matrix(features)
     options = {"accept_sparse": "csr", "dtype": accepted, "order": "C"}
     if labels is None:
         return _validate(estimator, _host(features), reset=reset, **options), None

@@ -6,6 +6,7 @@ goes on with the batch that it would have read.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +15,18 @@ from scipy.sparse import sparray, spmatrix
 
 from jaxsoft._core import checks
 
-__all__ = ["BatchOrder", "DenseRows", "RowSource", "SparseRows", "as_source"]
+__all__ = [
+    "BatchOrder",
+    "DenseRows",
+    "RowSource",
+    "SparseRows",
+    "as_source",
+    "check_matrix",
+    "check_sparse",
+]
+
+# Entries that are checked at a time.
+_PART = 1 << 22
 
 
 @runtime_checkable
@@ -89,7 +101,7 @@ class SparseRows:
         indptr: np.ndarray,
         num_features: int,
     ):
-        """Keeps the arrays; SciPy's own class would read all of them.
+        """Keeps the arrays, after a look at all of `indices` and `indptr` in parts.
 
         Args:
           data: [nnz] numbers.
@@ -99,18 +111,15 @@ class SparseRows:
 
         Raises:
           TypeError: if `data` holds no real numbers.
-          ValueError: if the lengths do not fit.
+          ValueError: if `check_sparse` refuses the arrays.
         """
         if data.dtype.kind not in "biuf":
             raise TypeError(f"`data` must hold real numbers, got dtype {data.dtype}.")
-        if not len(indptr) or indptr[-1] != len(data) or len(data) != len(indices):
-            raise ValueError(
-                "`indptr` must end with the length of `data` and `indices`, got "
-                f"{indptr[-1] if len(indptr) else None} for {len(data)} and "
-                f"{len(indices)}."
-            )
-        self.data, self.indices, self.indptr = data, indices, indptr
+        if data.ndim != 1:
+            raise ValueError(f"`data` must have shape [nnz], got {data.shape}.")
         self.num_features: int = checks.positive_integer("num_features", num_features)
+        check_sparse(data, indices, indptr, (len(indptr) - 1, self.num_features))
+        self.data, self.indices, self.indptr = data, indices, indptr
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -143,7 +152,7 @@ def as_source(features: object) -> RowSource:
 
     Raises:
       TypeError: if the features are no real numbers.
-      ValueError: if they are no matrix.
+      ValueError: if they are no matrix, or `check_sparse` refuses them.
 
     Example:
       >>> import numpy as np
@@ -155,11 +164,81 @@ def as_source(features: object) -> RowSource:
         return features
     if isinstance(features, sparray | spmatrix):
         matrix: Any = features
+        check_matrix(matrix)
         rows = matrix.tocsr()
-        return SparseRows(rows.data, rows.indices, rows.indptr, rows.shape[1])
+        used = slice(rows.indptr[-1])
+        return SparseRows(
+            rows.data[used], rows.indices[used], rows.indptr, rows.shape[1]
+        )
     if not isinstance(features, np.ndarray):
         features = np.asarray(features)
     return DenseRows(features)
+
+
+def check_sparse(
+    data: np.ndarray,
+    indices: np.ndarray,
+    indptr: np.ndarray,
+    shape: tuple[int, int],
+) -> None:
+    """Raises `ValueError` unless three arrays are a sparse matrix.
+
+    SciPy's and NumPy's loops over them do not look whether they stay within bounds.
+    They are read a part at a time, so they may be memory-mapped.
+
+    Args:
+      data: [nnz, ...], the entries or, of BSR, blocks.
+      indices: [nnz] integers in [0, shape[1]).
+      indptr: [shape[0] + 1] integers, never falling, from 0 to nnz.
+      shape: rows and columns; of CSC columns and rows, of BSR those of blocks.
+    """
+    for name, array in (("indices", indices), ("indptr", indptr)):
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise ValueError(
+                f"`{name}` must be integers of one axis, got {array.dtype} of shape "
+                f"{array.shape}."
+            )
+    if len(indptr) != shape[0] + 1 or not len(indptr):
+        raise ValueError(
+            f"`indptr` must have {shape[0] + 1} entries, got {len(indptr)}."
+        )
+    entries = len(np.atleast_1d(data))
+    if indptr[-1] != entries or entries != len(indices):
+        raise ValueError(
+            "`indptr` must end with the length of `data` and `indices`, got "
+            f"{indptr[-1]} for {entries} and {len(indices)}."
+        )
+    # Parts overlap by one entry, so that no fall is between two.
+    falls = any((part[1:] < part[:-1]).any() for part in _parts(indptr, 1))
+    if indptr[0] != 0 or falls:
+        raise ValueError("`indptr` must begin with 0 and never fall.")
+    for part in _parts(indices):
+        least, most = part.min(), part.max()
+        if least < 0 or most >= shape[1]:
+            raise ValueError(
+                f"`indices` must be in [0, {shape[1]}), got one of "
+                f"{least if least < 0 else most}."
+            )
+
+
+def check_matrix(matrix: Any) -> None:
+    """Raises `ValueError` unless a matrix of SciPy's is sound; see `check_sparse`."""
+    shape = matrix.shape
+    if matrix.format == "csc":
+        shape = shape[::-1]
+    elif matrix.format == "bsr":
+        shape = tuple(np.floor_divide(shape, matrix.blocksize))
+    elif matrix.format != "csr":
+        return
+    # SciPy's arrays may be longer than what is used of them.
+    used = slice(matrix.indptr[-1])
+    check_sparse(matrix.data[used], matrix.indices[used], matrix.indptr, shape)
+
+
+def _parts(array: np.ndarray, more: int = 0) -> Iterator[np.ndarray]:
+    """Yields an array in parts, each with some entries of the next."""
+    for start in range(0, len(array), _PART):
+        yield array[start : start + _PART + more]
 
 
 class BatchOrder:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -17,12 +18,22 @@ import numpy as np
 
 from jaxsoft._core import checks
 from jaxsoft.training.errors import SvmlightError
+from jaxsoft.training.files import map_array
 from jaxsoft.training.regression.sources import SparseRows
+from jaxsoft.training.schemas import decode_file
 
 __all__ = ["load_svmlight_memmap", "svmlight_to_memmap"]
 
 _ARRAYS = ("data", "indices", "indptr", "labels")
 _FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _About:
+    """What `about.json` says."""
+
+    format: int
+    num_features: int
 
 
 def svmlight_to_memmap(
@@ -93,8 +104,8 @@ def svmlight_to_memmap(
             for number, lines in _chunks(path, chunk_bytes):
                 writers.add(*_parse(lines, path, number, dtype))
         features = writers.finish(path, num_features, zero_based)
-        about = {"format": _FORMAT, "num_features": features}
-        (made / "about.json").write_text(json.dumps(about))
+        about = _About(_FORMAT, features)
+        (made / "about.json").write_text(json.dumps(asdict(about)))
         made.rename(folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -115,17 +126,23 @@ def load_svmlight_memmap(folder: str | Path) -> tuple[SparseRows, np.ndarray]:
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / "about.json").read_text())
-        if about["format"] != _FORMAT:
-            raise ValueError(f"its format is {about['format']}, not {_FORMAT}")
+        about = decode_file(folder / "about.json", _About, ValueError)
+        if about.format != _FORMAT:
+            raise ValueError(f"its format is {about.format}, not {_FORMAT}")
         data, indices, indptr, labels = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS
+            map_array(folder / f"{name}.npy", ValueError) for name in _ARRAYS
         )
-        return SparseRows(data, indices, indptr, about["num_features"]), labels
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = SparseRows(data, indices, indptr, about.num_features)
+        if labels.dtype != np.float64 or labels.shape != (len(rows),):
+            raise ValueError(
+                f"its labels are {labels.dtype} of shape {labels.shape}, not float64 "
+                f"of shape {(len(rows),)}"
+            )
+        return rows, labels
+    except (ValueError, TypeError) as error:
         raise SvmlightError(
-            f"{folder} holds no rows by svmlight_to_memmap: {error}. Convert the file "
-            "again."
+            f"{folder} holds no rows by svmlight_to_memmap: "
+            f"{str(error).rstrip('.')}. Convert the file again."
         ) from error
 
 

@@ -110,6 +110,34 @@ def test_damaged_entry_is_made_again(corpus, tmp_path, name):
     np.testing.assert_array_equal(second.train, expected)
 
 
+def test_an_entry_with_other_facts_or_arrays_is_made_again(corpus, tmp_path):
+    first = prepare_tokens(corpus, 270, tmp_path)
+    train, facts = np.array(first.train), first.directory / "facts.json"
+    good = json.loads(facts.read_text())
+    for changes in (
+        {"vocab_size": "270"},
+        {"vocab_size": 10**9},
+        {"digest": None},
+        {"train_tokens": 1.5},
+        {"more": 1},
+    ):
+        facts.write_text(json.dumps({**good, **changes}))
+        assert prepare_tokens(corpus, 270, tmp_path).facts == first.facts
+    for array in (
+        train.astype(np.int64),
+        train.astype("U9"),
+        train[:, None],
+        np.where(np.arange(len(train)) == 5, 270, train).astype(np.uint16),
+    ):
+        np.save(first.directory / "train.npy", array)
+        again = prepare_tokens(corpus, 270, tmp_path)
+        np.testing.assert_array_equal(again.train, train)
+        assert again.train.dtype == np.uint16
+    np.savez(first.directory / "train", train=train)
+    (first.directory / "train.npz").rename(first.directory / "train.npy")
+    np.testing.assert_array_equal(prepare_tokens(corpus, 270, tmp_path).train, train)
+
+
 def test_stale_leftovers_are_swept_and_fresh_ones_kept(corpus, tmp_path, monkeypatch):
     fresh = tmp_path / "tokens" / ".unfinished-fresh"
     fresh.mkdir(parents=True)

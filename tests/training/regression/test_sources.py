@@ -2,7 +2,9 @@
 
 import bz2
 import gzip
+import os
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ import scipy.sparse as sp
 from sklearn.datasets import dump_svmlight_file, load_svmlight_file
 
 from jaxsoft.training.errors import SvmlightError
+from jaxsoft.training.regression import sources
+from jaxsoft.training.regression.estimator import SoftmaxRegression
 from jaxsoft.training.regression.sources import (
     BatchOrder,
     DenseRows,
     RowSource,
     SparseRows,
     as_source,
+    check_sparse,
 )
 from jaxsoft.training.regression.svmlight import (
     load_svmlight_memmap,
@@ -228,10 +233,79 @@ def test_features_are_those_of_a_table(tmp_path):
     np.testing.assert_array_equal(labels, table.labels)
 
 
+def out_of_bounds(data, indices, indptr, columns):
+    """Three arrays of a matrix, each time with something wrong."""
+    fall = np.concatenate([indptr[:1], indptr[1:-1][::-1], indptr[-1:]])
+    yield data, np.where(np.arange(len(data)) == 4, columns, indices), indptr
+    yield data, np.where(np.arange(len(data)) == 4, -1, indices), indptr
+    yield data, np.full_like(indices, 2**30), indptr
+    yield data, indices.astype(np.float64), indptr
+    yield data, indices[:-1], indptr
+    yield data[:-1], indices, indptr
+    yield data, indices, fall
+    yield data, indices, np.where(indptr == 0, 1, indptr)
+    yield data, indices, np.where(indptr == 0, -9, indptr)
+    yield data, indices, indptr + 2**20
+    yield data, indices, indptr.astype(np.float64)
+    yield data, indices, indptr[:0]
+    yield data, indices, indptr[None]
+
+
+def test_sparse_arrays_out_of_bounds_are_refused(tmp_path, monkeypatch):
+    """In parts of a few entries, at whose joints nothing is left out."""
+    monkeypatch.setattr(sources, "_PART", 2)
+    matrix: Any = sparse()
+    arrays = (matrix.data, matrix.indices, matrix.indptr)
+    check_sparse(*arrays, (11, 7))
+    (tmp_path / "rows.svm").write_text("1 1:2\n0 2:1 4:0.25\n" * 9)
+    folder = tmp_path / "rows"
+    good, _ = svmlight_to_memmap(tmp_path / "rows.svm", folder)
+    stored = (np.array(good.data), np.array(good.indices), np.array(good.indptr))
+    for bad in out_of_bounds(*arrays, 7):
+        with pytest.raises(ValueError, match="`ind|`data"):
+            check_sparse(*bad, (11, 7))
+        with pytest.raises(ValueError, match="`ind|`data"):
+            SparseRows(*bad, 7)
+    for bad in (*out_of_bounds(*stored, 5), (np.zeros((27, 1)), *stored[1:])):
+        for name, array in zip(("data", "indices", "indptr"), bad, strict=True):
+            np.save(folder / f"{name}.npy", array)
+        with pytest.raises(SvmlightError, match=r"`(ind|data).*\. Convert the"):
+            load_svmlight_memmap(folder)
+
+
+@pytest.mark.parametrize("kind", ["csr_array", "csc_matrix", "bsr_array"])
+def test_sparse_matrices_of_callers_are_looked_at(kind):
+    matrix = getattr(sp, kind)(np.ones((4, 6)))
+    as_source(matrix)
+    # What is beyond the entries in use is none of the matrix.
+    matrix.data = np.concatenate([matrix.data, matrix.data])
+    matrix.indices = np.append(matrix.indices, np.full_like(matrix.indices, 99))
+    assert as_source(matrix).read(np.array([3]), np.float32).tolist() == [[1] * 6]
+    matrix.indices[2] = 99
+    for read in (as_source, SoftmaxRegression().fit):
+        with pytest.raises(ValueError, match="`indices` must be in .* got one of 99"):
+            read(matrix, *([0, 1, 0, 1],)[: read is not as_source])
+
+
 @pytest.mark.parametrize("damage", ["labels.npy", "about.json"])
 def test_a_folder_that_is_not_whole_is_refused(tmp_path, damage):
     (tmp_path / "rows.svm").write_text("1 1:2\n")
     svmlight_to_memmap(tmp_path / "rows.svm", tmp_path / "rows")
-    (tmp_path / "rows" / damage).write_bytes(b'{"format": 0}')
-    with pytest.raises(SvmlightError, match="Convert the file again"):
-        load_svmlight_memmap(tmp_path / "rows")
+    folder = tmp_path / "rows"
+    for content in (b'{"format": 0}', b"", b"[]", b'{"format": 1, "num_features": -1}'):
+        (folder / damage).write_bytes(content)
+        with pytest.raises(SvmlightError, match="Convert the file again"):
+            load_svmlight_memmap(folder)
+    (folder / damage).unlink()
+    os.mkfifo(folder / damage)
+    with pytest.raises(SvmlightError, match="is not a file. Convert"):
+        load_svmlight_memmap(folder)
+
+
+def test_labels_of_another_length_are_refused(tmp_path):
+    (tmp_path / "rows.svm").write_text("1 1:2\n")
+    svmlight_to_memmap(tmp_path / "rows.svm", tmp_path / "rows")
+    for labels in (np.ones(2), np.ones(1, np.float32), np.ones((1, 1))):
+        np.save(tmp_path / "rows" / "labels.npy", labels)
+        with pytest.raises(SvmlightError, match="its labels are"):
+            load_svmlight_memmap(tmp_path / "rows")
