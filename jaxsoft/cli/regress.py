@@ -24,10 +24,23 @@ from jaxsoft.training.running import read_config, require_train_extra
 
 __all__ = ["add_commands"]
 
-_DATA_HELP = "table: .csv, .tsv, .npz, .svm, .svmlight, .libsvm or .txt (libsvm)"
+_DATA_HELP = (
+    "table: text such as .csv or .tsv, .parquet, .feather, .ndjson, .npz or libsvm; "
+    "all but .npz also as .gz, .bz2, .xz or .zst"
+)
+_READING_HELP = {
+    "id": "column with the rows' names: no feature, carried to predictions",
+    "sep": "the character between cells of a text (default: judged by its rows)",
+    "encoding": "of a text, such as cp1252 (default: judged by its bytes)",
+    "memory": "the most that the table may take, such as 4G (default: half of what is "
+    "free)",
+}
 _HELP = {
     "data": f"{_DATA_HELP} (default: scikit-learn's digits)",
     "label": "column with the labels, by name or by index from 0 (default: the last)",
+    "drop": "column to leave out; may be repeated",
+    "weights": "column with the rows' weights in the fit",
+    **_READING_HELP,
     "out": "folder of the run",
     "test_fraction": "share of the rows to test on, of each class alike",
     "C": "inverse strength of the penalty, as in scikit-learn",
@@ -47,7 +60,7 @@ _HELP = {
 }
 _TYPES = {int: int, float: float, int | None: int}
 # Names that errors spell as --flags; MODEL and DATA are no options.
-_PREDICT_FIELDS = ("label", "out", "probabilities")
+_PREDICT_FIELDS = ("label", "out", "probabilities", *_READING_HELP)
 
 
 def add_commands(commands: Any) -> None:
@@ -84,9 +97,11 @@ def add_commands(commands: Any) -> None:
     predict.add_argument(
         "--label",
         metavar="LABEL",
-        help="column with the labels, if there is one (default: that which is none of "
-        "the model's features, else the one that the model was trained with)",
+        help="column with the labels, if there is one (default: the one that the model "
+        "was trained with)",
     )
+    for name, text in _READING_HELP.items():
+        predict.add_argument(flag(name), metavar=name.upper(), help=text)
     predict.add_argument(
         "--out", metavar="FILE", help="CSV file of predicted classes to write"
     )
@@ -103,6 +118,15 @@ def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
     if field.name == "data":
         parser.add_argument(
             "data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help=text
+        )
+        return
+    if field.name == "drop":
+        parser.add_argument(
+            "--drop",
+            action="append",
+            default=argparse.SUPPRESS,
+            metavar="COLUMN",
+            help=text,
         )
         return
     if field.default is not None and field.default is not False:
@@ -128,6 +152,8 @@ def _regress(parsed: argparse.Namespace) -> int:
     """Runs `jaxsoft regress`."""
     fields = [field.name for field in dataclasses.fields(RegressConfig)]
     given = {name: getattr(parsed, name) for name in fields if hasattr(parsed, name)}
+    if "drop" in given:
+        given["drop"] = tuple(given["drop"])
     out = given.setdefault("out", RegressConfig.out)
     fields.append("resume")
     fields.remove("data")  # an argument, and a key of NPZ files
@@ -174,6 +200,7 @@ def _predict(parsed: argparse.Namespace) -> int:
             label=parsed.label,
             out=parsed.out,
             probabilities=parsed.probabilities,
+            **{name: getattr(parsed, name) for name in _READING_HELP},
         )
     except (MissingExtraError, ModelFileError, TableError, PredictionError) as error:
         return fail("predict", error, 2, _PREDICT_FIELDS)

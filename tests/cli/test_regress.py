@@ -20,8 +20,10 @@ from jaxsoft.cli import main as cli
 from jaxsoft.cli import regress as cli_regress
 from jaxsoft.training import SoftmaxRegression, TrainingInterrupted
 from jaxsoft.training.errors import TableError
+from jaxsoft.training.regression.column_roles import ColumnNames
 from jaxsoft.training.regression.prediction import predict_table
 from jaxsoft.training.regression.saving import save_model
+from jaxsoft.training.regression.table_form import TableForm
 
 REPOSITORY = Path(__file__).parents[2]
 LABELS = np.arange(60) % 3
@@ -111,10 +113,10 @@ def test_regress_shows_progress(fresh, capsys):
     [
         (["nowhere.csv"], "the table nowhere.csv does not exist."),
         (["keys.npz"], "keys.npz has no array `X`, `x` or `data`; it has 'y'."),
-        (["words.csv"], "column 'c' is not numeric, line 3 has 'red'; encode it as"),
+        (["words.csv"], "column 'c' has numbers, but line 3 has 'red'; mend it, or"),
         (
-            ["nan.csv"],
-            "nan.csv: line 2, column 'd' is nan; fill it in or leave the line",
+            ["inf.csv"],
+            "inf.csv: line 2, column 'd' is inf; give a finite number, or leave",
         ),
         (["one.csv"], "one.csv has one class only, 'ant'; training needs two or more."),
         (["--label", "sort"], "no column 'sort'; it has 'kind', 'a', 'b', 'c', 'd'."),
@@ -135,8 +137,8 @@ def test_bad_input_is_one_line_and_writes_nothing(fresh, capsys, changes, messag
     write_csv("one.csv", FEATURES, np.full(60, "ant"))
     np.savez("keys.npz", y=LABELS)
     text = (fresh / "data.csv").read_text().splitlines()
-    broken = text[1].rpartition(",")[0] + ",nan"
-    (fresh / "nan.csv").write_text("\n".join([text[0], broken, *text[2:]]))
+    broken = text[1].rpartition(",")[0] + ",inf"
+    (fresh / "inf.csv").write_text("\n".join([text[0], broken, *text[2:]]))
     cells = text[2].split(",")
     words = ",".join([*cells[:3], "red", *cells[4:]])
     (fresh / "words.csv").write_text("\n".join([*text[:2], words, *text[3:]]))
@@ -268,8 +270,9 @@ def simple(tmp_path):
     model: Any = SoftmaxRegression(dtype="float32")
     model.coef_, model.intercept_ = np.eye(2, dtype=np.float32), np.zeros(2, "f4")
     model.classes_, model.n_features_in_ = np.arange(2), 2
-    model.temperature_, model.label_column_ = 1.0, 0
-    return save_model(model, tmp_path / "model")
+    model.temperature_ = 1.0
+    form = TableForm(ColumnNames(label="0"))
+    return save_model(model, tmp_path / "model", form)
 
 
 def test_predict_finds_the_labels_where_they_were(simple, tmp_path):

@@ -198,8 +198,6 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     objective_: float
     temperature_: float
     solver_: str
-    # The table's column of labels, of a model by `jaxsoft regress`.
-    label_column_: str | int
     # Where `partial_fit` goes on.
     _state: MinibatchState
 

@@ -17,6 +17,9 @@ import numpy as np
 
 from jaxsoft.training.errors import TableError
 from jaxsoft.training.interruption import StopRequest
+from jaxsoft.training.memory import MemoryBudget
+from jaxsoft.training.regression.column_roles import ColumnNames
+from jaxsoft.training.regression.columns import Column
 from jaxsoft.training.regression.measures import (
     Predictions,
     class_indices,
@@ -28,6 +31,7 @@ from jaxsoft.training.regression.run_files import RegressionDirectory
 from jaxsoft.training.regression.saving import save_model
 from jaxsoft.training.regression.scaling import Scaling, choose_scaling, fold
 from jaxsoft.training.regression.settings import FREE_FIELDS, RegressConfig
+from jaxsoft.training.regression.table_form import TableForm, fill, learn_fills
 from jaxsoft.training.regression.tables import (
     Table,
     check_range,
@@ -94,8 +98,9 @@ def train_regression(
             return report
     else:
         directory.check_vacant()
-    table = read_table(config.data, config.label)
+    table = _read(config, listener)
     train, test = _split(table, config)
+    table, form = _filled(table, config, train, listener)
     listener.note(
         f"data: {table.source}, {len(train):,} rows to train on and {len(test):,} to "
         f"test on, {table.features.shape[1]:,} features, "
@@ -109,11 +114,11 @@ def train_regression(
     if not resume:
         directory.start(description)
     started = time.monotonic()
-    labels = table.labels[train]
-    estimator = _fit(config, directory, features, labels, listener, stop)
+    rows = features, table.labels[train], _part(table.weights, train)
+    estimator = _fit(config, directory, rows, listener, stop)
     fold(estimator, scaling)
     seconds = time.monotonic() - started
-    return _finish(directory, estimator, scaling, table, (train, test), seconds)
+    return _finish(directory, estimator, scaling, table, form, (train, test), seconds)
 
 
 class _Recorder(Listener):
@@ -141,15 +146,61 @@ class _Recorder(Listener):
         self.listener.stop()
 
 
+def _read(config: RegressConfig, listener: Listener) -> Table:
+    """Reads the table, and says what a user should know of it."""
+    table = read_table(
+        config.data,
+        config.label,
+        drop=config.drop,
+        weights=config.weights,
+        id=config.id,
+        separator=config.sep,
+        encoding=config.encoding,
+        memory=MemoryBudget.parse(config.memory),
+    )
+    for text in table.notes:
+        listener.note(text)
+    return table
+
+
+def _filled(
+    table: Table, config: RegressConfig, train: np.ndarray, listener: Listener
+) -> tuple[Table, TableForm]:
+    """Fills in missing numbers, by the rows to train on; returns the table's form."""
+    names = ColumnNames(
+        None if table.label_column is None else str(table.label_column),
+        tuple(config.drop),
+        config.weights,
+        config.id,
+    )
+    fills = learn_fills(table.features[train])
+    if fills is not None:
+        missing = int(np.isnan(table.features).sum())
+        if missing:
+            table = dataclasses.replace(table, features=fill(table.features, fills))
+            listener.note(
+                f"{missing:,} missing numbers are taken as their columns' means"
+            )
+    columns = table.columns
+    if columns is None and table.feature_names is not None:
+        columns = tuple(map(Column, table.feature_names))
+    return table, TableForm(names, columns, fills)
+
+
+def _part(values: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if values is None else values[rows]
+
+
 def _split(table: Table, config: RegressConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices of training and test rows, ascending."""
     from sklearn.model_selection import train_test_split
 
     classes, counts = np.unique(table.labels, return_counts=True)
     if counts.min() < 2:
+        rare = classes.tolist()[counts.argmin()]
         raise TableError(
-            f"{table.source} has one row only of the class "
-            f"{classes[counts.argmin()].item()!r}; training and testing need one each."
+            f"{table.source} has one row only of the class {rare!r}; training and "
+            "testing need one each."
         )
     rows = len(table.labels)
     tested = math.ceil(config.test_fraction * rows)
@@ -190,12 +241,11 @@ def _scaled(
 def _fit(
     config: RegressConfig,
     directory: RegressionDirectory,
-    features: "np.ndarray | Csr",
-    labels: np.ndarray,
+    rows: tuple["np.ndarray | Csr", np.ndarray, np.ndarray | None],
     listener: Listener,
     stop: StopRequest,
 ) -> "SoftmaxRegression":
-    """Fits the estimator to scaled features."""
+    """Fits the estimator to scaled features, labels, and weights if any."""
     from sklearn.exceptions import ConvergenceWarning
 
     from jaxsoft.training.regression.estimator import SoftmaxRegression
@@ -218,7 +268,7 @@ def _fit(
         # The report says it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         with watched(_Recorder(directory, listener), stop):
-            return estimator.fit(features, labels)
+            return estimator.fit(*rows)
 
 
 def _finish(
@@ -226,6 +276,7 @@ def _finish(
     estimator: "SoftmaxRegression",
     scaling: Scaling,
     table: Table,
+    form: TableForm,
     split: tuple[np.ndarray, np.ndarray],
     seconds: float,
 ) -> RegressionReport:
@@ -241,9 +292,7 @@ def _finish(
     report = _report(estimator, scaling, table, train, test, counts, seconds)
     if table.feature_names is not None:
         estimator.feature_names_in_ = np.array(table.feature_names, object)
-    if table.label_column is not None:
-        estimator.label_column_ = table.label_column
-    save_model(estimator, directory.model)
+    save_model(estimator, directory.model, form)
     directory.write_report(report.record())
     directory.plot_confusion(counts, classes)
     test.draw(directory.reliability)

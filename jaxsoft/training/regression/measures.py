@@ -54,6 +54,11 @@ class Predictions(NamedTuple):
     labels: np.ndarray | None = None
     log_probs: np.ndarray | None = None
 
+    def take(self, rows: np.ndarray) -> "Predictions":
+        """Returns some rows."""
+        parts = (None if part is None else part[rows] for part in self)
+        return Predictions(*parts)  # type: ignore[arg-type]
+
     @property
     def correct(self) -> np.ndarray:
         """Where prediction and label agree."""
@@ -135,13 +140,16 @@ def class_indices(labels: np.ndarray, classes: np.ndarray, source: str) -> np.nd
     Raises:
       TableError: a label is none of the classes.
     """
-    if classes.dtype.kind in "UO" and labels.dtype.kind != "U":
-        labels = labels.astype(str)
-    known = np.isin(labels, classes)
-    if not known.all():
-        row = int(np.argmin(known))
+    found, codes = np.unique(labels, return_inverse=True)
+    names = found.tolist()
+    if classes.dtype.kind in "UO":
+        names = [str(name) for name in names]
+    indices = {name: index for index, name in enumerate(classes.tolist())}
+    result = np.array([indices.get(name, -1) for name in names], np.int64)[codes]
+    if len(result) and result.min() < 0:
+        row = int(np.argmin(result))
         raise TableError(
-            f"{source}: the label {labels[row].item()!r} of row {row} is none of the "
+            f"{source}: the label {names[codes[row]]!r} of row {row} is none of the "
             f"model's {len(classes)} classes."
         )
-    return np.searchsorted(classes, labels)
+    return result

@@ -1,6 +1,7 @@
 """The job behind `jaxsoft predict`: a saved model and a table in, predictions out."""
 
 import csv
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxsoft.training.errors import PredictionError
+from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.regression.measures import (
     Measures,
     Predictions,
@@ -16,7 +18,8 @@ from jaxsoft.training.regression.measures import (
     measure,
     predict,
 )
-from jaxsoft.training.regression.saving import load_model
+from jaxsoft.training.regression.saving import load_form, load_model
+from jaxsoft.training.regression.table_form import fill
 from jaxsoft.training.regression.tables import Table, check_range, read_rows
 from jaxsoft.training.run_directory import replacing
 from jaxsoft.training.running import require_train_extra
@@ -35,17 +38,21 @@ class PredictionReport:
 
     Attributes:
       rows: how many rows.
+      labelled: how many of them have a label.
       classes: the model's, as Python values.
       counts: how often each was predicted.
-      measures: how well, where the table has labels, or None.
+      measures: how well, of the rows with labels; None where there are none.
       out: the file written, or None.
+      notes: what a user should know of the table.
     """
 
     rows: int
+    labelled: int
     classes: tuple[Any, ...]
     counts: tuple[int, ...]
     measures: Measures | None
     out: Path | None
+    notes: tuple[str, ...] = ()
 
 
 def predict_table(
@@ -55,17 +62,27 @@ def predict_table(
     label: str | int | None = None,
     out: str | os.PathLike[str] | None = None,
     probabilities: bool = False,
+    id: str | int | None = None,
+    sep: str | None = None,
+    encoding: str | None = None,
+    memory: str | None = None,
 ) -> PredictionReport:
     """Predicts the rows of a table.
 
     Args:
       model: the file of a `SoftmaxRegression`, or the folder of a run.
-      data: a CSV, NPZ or libsvm file, with labels or without.
+      data: a table, with labels or without; see `read_rows`.
       label: the column of the labels, if there is one; None is where the model's own
         table had them. See `read_rows`.
       out: a CSV file to write, which must not exist yet: the predicted class of each
-        row, in the table's order. None writes nothing.
+        row, in the table's order, behind its name if it has one. None writes nothing.
       probabilities: also write the probability of each class.
+      id: the column of the rows' names, if there is one; None is where the model's own
+        table had them.
+      sep: the character between cells of a text; None judges.
+      encoding: of a text; None judges.
+      memory: the most that the table may take, such as "4G"; None is half of what is
+        free.
 
     Returns:
       What was predicted, and how well where labels are known.
@@ -83,6 +100,7 @@ def predict_table(
     model = Path(model)
     path = model / _MODEL_NAME if model.is_dir() else model
     estimator = load_model(path, SoftmaxRegression)
+    form = load_form(path)
     # Without the names scikit-learn does not ask for them in an array.
     names = vars(estimator).pop("feature_names_in_", None)
     table = read_rows(
@@ -90,24 +108,36 @@ def predict_table(
         label,
         num_features=int(estimator.n_features_in_),
         feature_names=None if names is None else tuple(names.tolist()),
-        label_column=vars(estimator).pop("label_column_", None),
+        columns=form.columns,
+        trained=form.names,
+        id=None if id is None else str(id),
+        separator=sep,
+        encoding=encoding,
+        memory=MemoryBudget.parse(memory),
     )
+    table = dataclasses.replace(table, features=fill(table.features, form.fills))
     _check_range(estimator, table)
     classes = estimator.classes_
-    labels = table.labels
-    if labels is not None:
-        labels = class_indices(labels, classes, table.source)
+    labels = None
+    if table.labels is not None:
+        found = class_indices(table.labels, classes, table.source)
+        labels = np.zeros(table.features.shape[0], found.dtype)
+        labels[slice(None) if table.labelled is None else table.labelled] = found
     if target is None:
         predictions = predict(estimator, table.features, labels)
     else:
         predictions = _write(target, estimator, table, labels, probabilities)
     counts = np.bincount(predictions.predicted, minlength=len(classes))
+    if table.labelled is not None:
+        predictions = predictions.take(table.labelled)
     return PredictionReport(
-        rows=len(predictions.predicted),
+        rows=int(counts.sum()),
+        labelled=0 if table.labels is None else len(table.labels),
         classes=tuple(classes.tolist()),
         counts=tuple(counts.tolist()),
         measures=None if labels is None else measure(predictions),
         out=target,
+        notes=table.notes,
     )
 
 
@@ -141,11 +171,15 @@ def _write(
     with replacing(out, "x", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         columns = [f"probability_{name}" for name in classes] if probabilities else []
-        writer.writerow(["prediction", *columns])
+        ids = iter(table.ids or ())
+        named = [] if table.id_column is None else [str(table.id_column)]
+        writer.writerow([*named, "prediction", *columns])
 
         def write(best: np.ndarray, values: np.ndarray) -> None:
             for index, row in zip(best.tolist(), values, strict=True):
-                writer.writerow([classes[index], *(row if probabilities else ())])
+                name = [next(ids)] if named else []
+                cells = row if probabilities else ()
+                writer.writerow([*name, classes[index], *cells])
 
         predictions = predict(estimator, table.features, labels, write)
     return predictions

@@ -6,6 +6,7 @@ Names of tensors are those of the attributes. Nothing in a file is ever executed
 equal estimators give equal files.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -16,8 +17,10 @@ import numpy as np
 
 from jaxsoft.training.errors import ModelFileError
 from jaxsoft.training.regression.head_files import pack_head, unpack_head
+from jaxsoft.training.regression.table_form import TableForm
 from jaxsoft.training.reporting import Record
 from jaxsoft.training.run_directory import replacing
+from jaxsoft.training.schemas import convert
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -31,7 +34,11 @@ _KEY = "jaxsoft"
 _HEAD = "head_"
 
 
-def save_model(estimator: "BaseEstimator", path: str | os.PathLike[str]) -> Path:
+def save_model(
+    estimator: "BaseEstimator",
+    path: str | os.PathLike[str],
+    table: TableForm | None = None,
+) -> Path:
     """Writes a fitted estimator to a file.
 
     Args:
@@ -40,6 +47,7 @@ def save_model(estimator: "BaseEstimator", path: str | os.PathLike[str]) -> Path
         one: numbers, strings, arrays of either, and `head_`.
       path: the file to write; what is there is replaced, whole or not at all. Its
         folder must exist.
+      table: the form of the table that it was fitted to, or None.
 
     Returns:
       The path of the file.
@@ -66,6 +74,8 @@ def save_model(estimator: "BaseEstimator", path: str | os.PathLike[str]) -> Path
         "parameters": _parameters(estimator),
         "attributes": attributes,
     }
+    if table is not None:
+        contents["table"] = dataclasses.asdict(table)
     for name, value in sorted(vars(estimator).items()):
         if name.startswith("_") or not name.endswith("_"):
             continue
@@ -122,6 +132,24 @@ def load_model(path: str | os.PathLike[str], cls: type[Estimator]) -> Estimator:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{path} is damaged ({error}).") from error
     return estimator
+
+
+def load_form(path: str | os.PathLike[str]) -> TableForm:
+    """Reads the form of the table that a model was fitted to.
+
+    Args:
+      path: the file that `save_model` wrote.
+
+    Returns:
+      The form; that of any table where the file has none.
+
+    Raises:
+      ModelFileError: the file is missing, damaged, or something else.
+    """
+    contents, _ = _read(Path(path))
+    if "table" not in contents:
+        return TableForm()
+    return convert(contents["table"], TableForm, f"the table of {path}", ModelFileError)
 
 
 def _read(path: Path) -> tuple[Record, dict[str, np.ndarray]]:

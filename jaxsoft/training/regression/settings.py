@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxsoft._core import checks
+from jaxsoft.training.memory import MemoryBudget
 
 __all__ = ["FREE_FIELDS", "RegressConfig"]
 
@@ -14,7 +15,7 @@ DTYPES = ("float32", "float64")
 
 # A run resumed with other values of these is still the same run; the table itself is
 # compared by its digest, wherever it lies now.
-FREE_FIELDS = frozenset({"data", "out", "checkpoint_every"})
+FREE_FIELDS = frozenset({"data", "out", "checkpoint_every", "memory"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,13 @@ class RegressConfig:
     """What to fit, on what, and where to write it.
 
     Attributes:
-      data: a CSV, NPZ or libsvm file; None is scikit-learn's digits.
-      label: the CSV column of the labels, by name or index; None is the last.
+      data: a table, see `read_table`; None is scikit-learn's digits.
+      label: the column of the labels, by name or index; None is the last.
+      drop: columns to leave out, likewise.
+      weights: the column of the rows' weights, likewise, or None.
+      id: the column of the rows' names, likewise, or None.
+      sep: the character between cells of a text; None judges.
+      encoding: of a text; None judges.
       out: folder of the run.
       test_fraction: share of the rows that is tested on, of each class alike.
       C: inverse strength of the penalty, as in scikit-learn.
@@ -41,10 +47,17 @@ class RegressConfig:
       dtype: "float32" or "float64", of the fit.
       seed: seed of the split and of the solver.
       checkpoint_every: seconds between checkpoints.
+      memory: the most that the table may take, such as "4G"; None is half of what is
+        free.
     """
 
     data: str | None = None
     label: str | None = None
+    drop: tuple[str, ...] = ()
+    weights: str | None = None
+    id: str | None = None
+    sep: str | None = None
+    encoding: str | None = None
     out: str = "jaxsoft-regression"
     test_fraction: float = 0.25
     C: float = 1.0
@@ -58,11 +71,13 @@ class RegressConfig:
     dtype: Literal["float32", "float64"] = "float32"
     seed: int = 0
     checkpoint_every: float = 30.0
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         """Checks all values; raises `ValueError`."""
         for name, options in (("solver", SOLVERS), ("head", HEADS), ("dtype", DTYPES)):
             checks.one_of(name, getattr(self, name), options)
+        MemoryBudget.parse(self.memory)
         if not 0 < self.test_fraction < 1:
             raise ValueError(
                 f"`test_fraction` must be between 0 and 1, got {self.test_fraction}."

@@ -59,8 +59,13 @@ def summarise_prediction(console: Console, report: PredictionReport) -> None:
       console: where to print.
       report: the predictions' counts and measurements.
     """
+    for text in report.notes:
+        say(console, text)
     if report.measures is not None:
         _print_measures(console, {"rows": report.measures})
+        if report.labelled < report.rows:
+            without = report.rows - report.labelled
+            say(console, f"{without:,} other rows have no label")
     else:
         table = _table("class", "predicted")
         order = sorted(range(len(report.classes)), key=lambda i: -report.counts[i])

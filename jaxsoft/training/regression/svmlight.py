@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
 import json
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +15,11 @@ import numpy as np
 
 from jaxsoft._core import checks
 from jaxsoft.training.errors import SvmlightError
-from jaxsoft.training.files import map_array
+from jaxsoft.training.files import map_array, open_unpacked
 from jaxsoft.training.regression.sources import SparseRows
 from jaxsoft.training.schemas import decode_file
 
-__all__ = ["load_svmlight_memmap", "svmlight_to_memmap"]
+__all__ = ["load_svmlight_memmap", "parse_text", "svmlight_to_memmap"]
 
 _ARRAYS = ("data", "indices", "indptr", "labels")
 _FORMAT = 1
@@ -51,7 +48,8 @@ def svmlight_to_memmap(
     appears when it is complete. It takes 8 bytes an entry in float32, and 16 a row.
 
     Args:
-      path: the file, in plain text, or compressed where its name ends in .gz or .bz2.
+      path: the file, in plain text, or compressed where its name ends in .gz, .bz2,
+        .xz or .zst.
       folder: where the arrays go; it must not exist.
       num_features: d; None takes what the file's features need.
       zero_based: whether a feature's number is its column, as in `jaxsoft regress`, so
@@ -242,14 +240,27 @@ class _GrowingArray:
 def _chunks(path: Path, size: int) -> Iterator[tuple[int, list[bytes]]]:
     """Yields whole lines of about `size` bytes, with the number of the first."""
     number = 1
-    opened: Any = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
-    try:
-        with opened(path, "rb") as file:
-            while lines := file.readlines(size):
-                yield number, lines
-                number += len(lines)
-    except (OSError, EOFError, zlib.error) as error:
-        raise SvmlightError(f"{path} cannot be read: {error}.") from error
+    with open_unpacked(path, SvmlightError) as file:
+        while lines := file.readlines(size):
+            yield number, lines
+            number += len(lines)
+
+
+def parse_text(data: bytes, path: Path, dtype: np.dtype) -> tuple[Any, np.ndarray]:
+    """Parses a libsvm file that is in memory.
+
+    Args:
+      data: what it holds.
+      path: of the file, for messages.
+      dtype: of the entries.
+
+    Returns:
+      The rows, as CSR, and the labels [N] float64.
+
+    Raises:
+      SvmlightError: a line is wrong, which the message names.
+    """
+    return _parse(data.splitlines(keepends=True), path, 1, dtype)
 
 
 def _parse(
@@ -259,12 +270,19 @@ def _parse(
     try:
         return _load(lines, dtype)
     except (ValueError, OverflowError):
-        for place, line in enumerate(lines, number):
+        # The first half that is wrong has the first line that is.
+        while len(lines) > 1:
+            half = len(lines) // 2
             try:
-                _load([line], dtype)
-            except (ValueError, OverflowError) as error:
-                reason = str(error).rstrip(".")
-                raise SvmlightError(f"{path}, line {place}: {reason}.") from error
+                _load(lines[:half], dtype)
+                lines, number = lines[half:], number + half
+            except (ValueError, OverflowError):
+                lines = lines[:half]
+        try:
+            _load(lines, dtype)
+        except (ValueError, OverflowError) as error:
+            reason = str(error).rstrip(".")
+            raise SvmlightError(f"{path}, line {number}: {reason}.") from error
         raise
 
 
