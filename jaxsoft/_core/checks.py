@@ -16,6 +16,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from numpy import typing as npt
 
+from jaxsoft._core.options import one_of
+
 __all__ = [
     "boolean",
     "broadcasts_to",
@@ -139,13 +141,6 @@ def class_axis(axis: int, array: jax.Array, name: str = "logits") -> int:
             f"with axis {axis}."
         )
     return axis
-
-
-def one_of(name: str, value: object, options: Sequence[str]) -> None:
-    """Requires `value` to be one of the strings `options`."""
-    if value not in options:
-        names = ", ".join(map(repr, options))
-        raise ValueError(f"`{name}` must be one of {names}, got {value!r}.")
 
 
 def scalar_in(name: str, value: object, low: float, high: float) -> float:

@@ -1,1 +1,1 @@
-"""The command line: `jaxsoft train`, `regress`, `predict`, `compare` and `devices`."""
+"""The command line: `jaxsoft train`, `regress`, `predict` and `devices`."""

@@ -4,13 +4,15 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxsoft.cli.text import fail
-from jaxsoft.devices.programs import Shapes
+from jaxsoft.cli.text import asking, one_line
 from jaxsoft.devices.target import HERE, TARGETS
 
-__all__ = ["add_command"]
+if TYPE_CHECKING:
+    from jaxsoft.devices.programs import Shapes
+
+__all__ = ["add_commands"]
 
 # Features and classes of the heads of models.
 MODELS = {
@@ -25,7 +27,7 @@ _FEWEST_CLASSES = 3
 _FIELDS = ("target", "op", "model", "tokens", "hidden", "vocabulary", "dtype", "json")
 
 
-def add_command(commands: Any) -> None:
+def add_commands(commands: Any) -> None:
     """Adds the subcommand.
 
     Args:
@@ -39,7 +41,7 @@ def add_command(commands: Any) -> None:
         "shapes are given, the memory that each takes beside arguments and results, "
         "from the compiled program.",
     )
-    devices.set_defaults(run=_devices)
+    devices.set_defaults(run=_devices, farewell=lambda parsed: str, fields=_FIELDS)
     devices.add_argument(
         "--target",
         action="append",
@@ -81,12 +83,10 @@ def _devices(parsed: argparse.Namespace) -> int:
     from jaxsoft.devices.operations import operations
     from jaxsoft.devices.surveying import DeviceError, device_of, survey
 
-    try:
+    with asking():
         names = _named("op", parsed.op, operations(), list(operations()))
         targets = _named("target", parsed.target, (HERE, *TARGETS), [HERE])
         shapes = _shapes(parsed)
-    except ValueError as error:
-        return fail("devices", error, 2, _FIELDS)
     code, surveyed = 0, []
     for target in targets:
         device, found, problem = device_of(target), [], None
@@ -94,11 +94,9 @@ def _devices(parsed: argparse.Namespace) -> int:
             for one in _watched(target, len(names), survey(target, names, shapes)):
                 found.append(one)
         except DeviceError as error:
-            code, problem = fail("devices", error, 1, _FIELDS), str(error)
+            code, problem = 1, str(error)
+            print(f"jaxsoft devices: {one_line(problem)}", file=sys.stderr)
             found = list(survey(target, names, None))
-        except KeyboardInterrupt:
-            print("stopped by SIGINT", file=sys.stderr)
-            return 130
         surveyed.append(report.Surveyed(target, device, found, problem))
         if not parsed.json:
             report.show(surveyed[-1], shapes)
@@ -120,7 +118,7 @@ def _named(
     return list(dict.fromkeys(given)) if given else default
 
 
-def _shapes(parsed: argparse.Namespace) -> Shapes | None:
+def _shapes(parsed: argparse.Namespace) -> "Shapes | None":
     """Returns the sizes to compile for; None where none was given."""
     given: Mapping[str, Any] = {
         name: getattr(parsed, name)
@@ -153,6 +151,8 @@ def _shapes(parsed: argparse.Namespace) -> Shapes | None:
             raise ValueError(
                 f"`{name}` must be in [{least}, 2**31), got {sizes[name]}."
             )
+    from jaxsoft.devices.programs import Shapes
+
     return Shapes(**sizes)
 
 

@@ -2,23 +2,13 @@
 
 import argparse
 import dataclasses
-import sys
+from collections.abc import Callable
 from typing import Any
 
-from jaxsoft.cli.text import fail, farewell, flag
-from jaxsoft.training.errors import (
-    CheckpointError,
-    MissingExtraError,
-    ModelFileError,
-    NonFiniteLossError,
-    PredictionError,
-    RunDirectoryError,
-    TableError,
-    TrainingInterrupted,
-)
+from jaxsoft.cli.process import Signals
+from jaxsoft.cli.text import asking, farewell, flag, terminal
+from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.interruption import StopRequest
-from jaxsoft.training.regression.job import train_regression
-from jaxsoft.training.regression.prediction import predict_table
 from jaxsoft.training.regression.settings import RegressConfig
 from jaxsoft.training.running import read_config, require_train_extra
 
@@ -75,7 +65,10 @@ def add_commands(commands: Any) -> None:
         description="Fits a softmax regression to a table, tests it on rows held out, "
         "and writes the model, its measurements and pictures.",
     )
-    regress.set_defaults(run=_regress)
+    # `data` is an argument, and a key of NPZ files.
+    names = [field.name for field in dataclasses.fields(RegressConfig)]
+    fields = [*(name for name in names if name != "data"), "resume"]
+    regress.set_defaults(run=_regress, farewell=_farewell, fields=fields)
     for field in dataclasses.fields(RegressConfig):
         _add_option(regress, field)
     regress.add_argument(
@@ -89,7 +82,11 @@ def add_commands(commands: Any) -> None:
         description="Predicts the rows of a table by a model of `jaxsoft regress`, and "
         "measures how well where the table has labels.",
     )
-    predict.set_defaults(run=_predict)
+    predict.set_defaults(
+        run=_predict,
+        farewell=lambda parsed: "{}; nothing was written".format,
+        fields=_PREDICT_FIELDS,
+    )
     predict.add_argument(
         "model", metavar="MODEL", help="a run's model.safetensors, or its folder"
     )
@@ -155,36 +152,29 @@ def _regress(parsed: argparse.Namespace) -> int:
     if "drop" in given:
         given["drop"] = tuple(given["drop"])
     out = given.setdefault("out", RegressConfig.out)
-    fields.append("resume")
-    fields.remove("data")  # an argument, and a key of NPZ files
-    try:
+    with asking():
         require_train_extra()
         stored = read_config(out, RegressConfig) if parsed.resume else RegressConfig()
         config = dataclasses.replace(stored, **given)
-    except (MissingExtraError, ValueError) as error:
-        return fail("regress", error, 2, fields)
-    try:
-        with StopRequest() as stop:
-            return _regress_until(stop, config, resume=parsed.resume)
-    except TrainingInterrupted as interruption:
-        words = ["jaxsoft", "regress", "--out", out, "--resume"]
-        print(farewell(interruption, words, out, "iteration"), file=sys.stderr)
-        return 128 + interruption.signal_number
-    except (TableError, RunDirectoryError) as error:
-        return fail("regress", error, 2, fields)
-    except (CheckpointError, ModelFileError, NonFiniteLossError, OSError) as error:
-        return fail("regress", error, 1, fields)
+    with Signals.request() as stop:
+        return _regress_until(stop, config, resume=parsed.resume)
+
+
+def _farewell(parsed: argparse.Namespace) -> Callable[[TrainingInterrupted], str]:
+    """Returns what to say of an interrupted run."""
+    out = getattr(parsed, "out", RegressConfig.out)
+    words = ["jaxsoft", "regress", "--out", out, "--resume"]
+    return lambda interruption: farewell(interruption, words, out, "iteration")
 
 
 def _regress_until(stop: StopRequest, config: RegressConfig, *, resume: bool) -> int:
     """Fits, prints the summary, and returns the exit code."""
-    from rich.console import Console
-
     from jaxsoft.training.console import ConsoleListener
+    from jaxsoft.training.regression.job import train_regression
     from jaxsoft.training.regression.run_files import RegressionDirectory
     from jaxsoft.training.regression.summary import summarise_regression
 
-    console = Console()
+    console = terminal()
     listener = ConsoleListener.for_fit(console, remaining=False)
     report = train_regression(config, resume=resume, listener=listener, stop=stop)
     summarise_regression(console, report, RegressionDirectory(config.out).files())
@@ -193,25 +183,17 @@ def _regress_until(stop: StopRequest, config: RegressConfig, *, resume: bool) ->
 
 def _predict(parsed: argparse.Namespace) -> int:
     """Runs `jaxsoft predict`."""
-    try:
-        report = predict_table(
-            parsed.model,
-            parsed.data,
-            label=parsed.label,
-            out=parsed.out,
-            probabilities=parsed.probabilities,
-            **{name: getattr(parsed, name) for name in _READING_HELP},
-        )
-    except (MissingExtraError, ModelFileError, TableError, PredictionError) as error:
-        return fail("predict", error, 2, _PREDICT_FIELDS)
-    except OSError as error:
-        return fail("predict", error, 1, _PREDICT_FIELDS)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT; nothing was written", file=sys.stderr)
-        return 130
-    from rich.console import Console
-
+    require_train_extra()
+    from jaxsoft.training.regression.prediction import predict_table
     from jaxsoft.training.regression.summary import summarise_prediction
 
-    summarise_prediction(Console(), report)
+    report = predict_table(
+        parsed.model,
+        parsed.data,
+        label=parsed.label,
+        out=parsed.out,
+        probabilities=parsed.probabilities,
+        **{name: getattr(parsed, name) for name in _READING_HELP},
+    )
+    summarise_prediction(terminal(), report)
     return 0

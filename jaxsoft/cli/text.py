@@ -1,14 +1,31 @@
 """What the subcommands of the command line say in the same way."""
 
-import re
+import contextlib
 import shlex
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from jaxsoft.training.errors import TrainingInterrupted
+from jaxsoft.training.reporting import printable
 from jaxsoft.training.run_directory import RunDirectory
 
-__all__ = ["fail", "farewell", "flag"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["UsageError", "asking", "farewell", "flag", "one_line", "terminal"]
+
+
+class UsageError(ValueError):
+    """What was asked for is out of the question; the message says why."""
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """Turns any `ValueError` about options into a `UsageError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def flag(field: str) -> str:
@@ -16,19 +33,20 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def fail(command: str, error: Exception, code: int, fields: Iterable[str]) -> int:
-    """Prints an error as one line, options spelled as flags; returns the code.
+def one_line(text: str) -> str:
+    """Puts a text on one line, control characters spelled out."""
+    return printable(" ".join(text.split()))
 
-    Args:
-      command: the subcommand.
-      error: what went wrong.
-      code: the exit code.
-      fields: names that are options of the subcommand.
-    """
-    pattern = f"`({'|'.join(fields)})`"
-    text = re.sub(pattern, lambda match: flag(match[1]), " ".join(str(error).split()))
-    print(f"jaxsoft {command}: {text}", file=sys.stderr)
-    return code
+
+def terminal() -> "Console":
+    """Returns the console; a pipe that nobody reads raises `BrokenPipeError`."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # Rich would exit with code 1.
+
+    return Terminal()
 
 
 def farewell(

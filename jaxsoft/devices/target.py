@@ -8,9 +8,10 @@ import dataclasses
 import importlib.resources
 import importlib.util
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from jaxsoft._core.registry import Gpu
+if TYPE_CHECKING:
+    from jaxsoft._core.registry import Gpu
 
 __all__ = ["ENVIRONMENT", "HERE", "TARGETS", "Target"]
 
@@ -47,10 +48,12 @@ class Target:
         return _PACKAGES[self.platform]
 
     @property
-    def gpu(self) -> Gpu | None:
+    def gpu(self) -> "Gpu | None":
         """The GPU, as kernels ask about it; None for TPUs."""
         if self.platform != "cuda":
             return None
+        from jaxsoft._core.registry import Gpu
+
         major, minor = self._read(r"major: (\d+) minor: (\d+)")
         return Gpu(f"{major}.{minor}", int(*self._read(r"core_count: (\d+)")))
 

@@ -14,9 +14,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jaxsoft.training.reporting import Listener, Record
+from jaxsoft.training.reporting import Listener, Record, printable
 
-__all__ = ["ConsoleListener", "clock", "printable", "say"]
+__all__ = ["ConsoleListener", "clock", "say"]
 
 # Where there is no terminal to redraw, a line at most this often.
 _LOG_SECONDS = 10.0
@@ -130,18 +130,8 @@ class ConsoleListener(Listener):
 
 
 def say(console: Console, text: str) -> None:
-    """Prints text as it is: no markup, no colouring, no wrapping."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """Spells out control characters, which sampled text may hold, line ends apart."""
-    return "".join(
-        character
-        if character.isprintable() or character in "\n\t"
-        else character.encode("unicode_escape").decode()
-        for character in text
-    )
+    """Prints text without markup, colours and wrapping, control characters spelled."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

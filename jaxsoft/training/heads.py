@@ -7,7 +7,7 @@ context adds.
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array
 
 from jaxsoft import ClassBands, ClassSampler, ClassTree
 from jaxsoft import nn as softnn
+from jaxsoft.training.head_kinds import HEADS, HeadKind
 from jaxsoft.training.mesh import VOCAB
 from jaxsoft.training.unigram import unigram_log_probs
 
@@ -30,8 +31,6 @@ __all__ = [
     "with_head_rows",
 ]
 
-HeadKind = Literal["full", "hierarchical", "adaptive", "sampled"]
-HEADS: tuple[HeadKind, ...] = get_args(HeadKind)
 # Parameters as Flax has them, an `nnx.State`, whose items it does not type.
 Params: TypeAlias = Any
 Head: TypeAlias = (

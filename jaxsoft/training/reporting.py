@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-__all__ = ["Listener", "Record"]
+__all__ = ["Listener", "Record", "printable"]
 
 # A line of metrics, as JSON has it: an event, its step, and what was measured.
 Record: TypeAlias = Mapping[str, Any]
@@ -26,3 +26,13 @@ class Listener:
 
     def stop(self) -> None:
         """Training ends, for whatever reason."""
+
+
+def printable(text: str) -> str:
+    """Spells out control characters, which sampled text may hold, line ends apart."""
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )

@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
@@ -25,6 +24,7 @@ from jaxsoft.training.errors import RunDirectoryError
 from jaxsoft.training.files import open_regular
 from jaxsoft.training.reporting import Record
 from jaxsoft.training.schemas import MOST_BYTES, convert, decode
+from jaxsoft.training.unfinished import unfinished_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -297,17 +297,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 def replacing(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
     """Opens a new file, which takes another's place when it is whole, else vanishes.
 
-    Its name is random, so that no file of the user's is touched.
-
     Args:
       path: the file to replace, or to make.
       mode: "x" or "xb".
       options: of `open`.
     """
-    partial = path.with_name(f".jaxsoft-{secrets.token_hex(8)}")
-    try:
-        with partial.open(mode, **options) as file:
+    with unfinished_file(path) as partial:
+        # It is there already, and locked.
+        with partial.open(mode.replace("x", "w"), **options) as file:
             yield file
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from jaxsoft import __version__
-from jaxsoft.cli import main as cli
 from jaxsoft.cli.main import main
 from jaxsoft.training import TrainingInterrupted
 from jaxsoft.training.heads import HEADS
+from jaxsoft.training.language_model import comparison, trainer
 
 TEXT = "".join(f"line {index} of a little text\n" for index in range(2000))
 
@@ -122,7 +122,7 @@ def test_compare_heads_interrupted(options, capsys, monkeypatch):
     def stopped(*args, **rest):
         raise TrainingInterrupted(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "compare_heads", stopped)
+    monkeypatch.setattr(comparison, "compare_heads", stopped)
     place = options.index("--steps")
     del options[place : place + 2]
     said = fails(capsys, ["train", *options, "--compare-heads"], code=130)
@@ -170,7 +170,7 @@ def test_farewell_repeats_the_mesh(options, capsys, monkeypatch, one_device):
         assert dict(mesh.shape) == {"data": 1, "vocab": 1}
         raise TrainingInterrupted(signal.SIGTERM, 3)
 
-    monkeypatch.setattr(cli, "train_language_model", stopped)
+    monkeypatch.setattr(trainer, "train_language_model", stopped)
     said = fails(capsys, ["train", *options, "--mesh", "vocab=1"], code=143)
     assert said.endswith("jaxsoft train --out run --resume --mesh vocab=1")
 

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from sklearn.datasets import dump_svmlight_file
 
 from jaxsoft.cli import main as cli
-from jaxsoft.cli import regress as cli_regress
 from jaxsoft.training import SoftmaxRegression, TrainingInterrupted
 from jaxsoft.training.errors import TableError
+from jaxsoft.training.regression import job, prediction
 from jaxsoft.training.regression.column_roles import ColumnNames
 from jaxsoft.training.regression.prediction import predict_table
 from jaxsoft.training.regression.saving import save_model
@@ -161,7 +161,7 @@ def test_farewell_of_an_interrupted_run(place, capsys, monkeypatch, step):
     def stopped(config, **rest):
         raise TrainingInterrupted(signal.SIGTERM, step)
 
-    monkeypatch.setattr(cli_regress, "train_regression", stopped)
+    monkeypatch.setattr(job, "train_regression", stopped)
     said = fails(capsys, ["regress", "--out", "run", "--resume"], code=143)
     assert said.endswith("jaxsoft regress --out run --resume")
     assert said.startswith("stopped by SIGTERM")
@@ -292,7 +292,7 @@ def test_predict_stopped(place, capsys, monkeypatch):
     def stopped(*args, **rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_regress, "predict_table", stopped)
+    monkeypatch.setattr(prediction, "predict_table", stopped)
     said = fails(capsys, ["predict", "run", "data.csv"], code=130)
     assert said == "stopped by SIGINT; nothing was written"
 

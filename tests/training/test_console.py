@@ -4,10 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxsoft.training.console import ConsoleListener, printable
+from jaxsoft.training.console import ConsoleListener
 from jaxsoft.training.language_model.report import FinalReport, Sample
 from jaxsoft.training.language_model.steps import MemoryReport
 from jaxsoft.training.language_model.summary import summarise, summary_lines
+from jaxsoft.training.reporting import printable
 
 REPORT = FinalReport(
     step=150,

@@ -5,17 +5,46 @@ import math
 import os
 from dataclasses import dataclass
 
-from jaxsoft._core import checks
-from jaxsoft.training.heads import HEADS, HeadKind
+from jaxsoft._core.options import one_of
+from jaxsoft.training.head_kinds import HEADS, HeadKind
 from jaxsoft.training.language_model.tokens import MIN_VOCAB_SIZE
-from jaxsoft.training.language_model.transformer import TransformerConfig
 from jaxsoft.training.running import read_config
 
-__all__ = ["FREE_FIELDS", "LanguageModelConfig", "load_config"]
+__all__ = ["FREE_FIELDS", "LanguageModelConfig", "TransformerConfig", "load_config"]
 
 # A run resumed with other values of these is still the same run; the corpus itself is
 # compared by its digest, wherever it lies now.
 FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "checkpoint_every"})
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a `LanguageModel`.
+
+    Attributes:
+      num_classes: `V`, the number of tokens.
+      features: `H`, the width of the trunk and of the head's input.
+      layers: number of attention blocks.
+      heads: attention heads; divides `features` into an even head size.
+    """
+
+    num_classes: int
+    features: int = 128
+    layers: int = 4
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        """Checks all values; raises `ValueError`."""
+        for name in ("num_classes", "features", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` must be positive, got {getattr(self, name)}."
+                )
+        if self.features % (2 * self.heads):
+            raise ValueError(
+                "`features` must be a multiple of 2 * `heads`, got "
+                f"features={self.features} and heads={self.heads}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +114,7 @@ class LanguageModelConfig:
             raise ValueError(
                 f"`learning_rate` must be positive, got {self.learning_rate}."
             )
-        checks.one_of("head", self.head, HEADS)
+        one_of("head", self.head, HEADS)
         self.transformer(self.vocab_size)
 
     def transformer(self, num_classes: int) -> TransformerConfig:

@@ -26,8 +26,9 @@ from jax.sharding import Mesh
 from jaxsoft import RowGradient
 from jaxsoft.nn import HierarchicalSoftmaxHead
 from jaxsoft.training.heads import HeadPlan, Params, head_rows, with_head_rows
+from jaxsoft.training.language_model.config import TransformerConfig
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
-from jaxsoft.training.language_model.transformer import LanguageModel, TransformerConfig
+from jaxsoft.training.language_model.transformer import LanguageModel
 from jaxsoft.training.mesh import over_data, placed, replicated, usable_mesh
 
 __all__ = [

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxsoft.training.console import clock, printable, say
+from jaxsoft.training.console import clock, say
 from jaxsoft.training.language_model.comparison import ComparisonReport
 from jaxsoft.training.language_model.report import FinalReport
 
@@ -25,10 +25,10 @@ def summarise(console: Console, report: FinalReport, files: Sequence[Path]) -> N
       files: the run's files.
     """
     say(console, "\n--- prompt ---")
-    say(console, printable(report.prompt))
+    say(console, report.prompt)
     for sample in report.samples:
         say(console, f"\n--- sampled at temperature {sample.temperature:g} ---")
-        say(console, printable(sample.text))
+        say(console, sample.text)
     say(console, "\n--- result ---")
     for line in summary_lines(report):
         say(console, line)

@@ -155,7 +155,9 @@ class _Run:
             try:
                 state, progress = self._train(state, progress, checkpoints)
             finally:
+                self.stop.patient = False
                 self.listener.stop()
+        self.stop.check(progress.step)
         return self._finish(state, progress)
 
     def _first_state(
@@ -180,6 +182,7 @@ class _Run:
         config = self.config
         while progress.step < config.steps:
             state, progress = self._step(state, progress, checkpoints)
+            self.stop.patient = True
             last = progress.step == config.steps
             if progress.step % config.evaluate_every == 0 and not last:
                 loss = self._validation_loss(state, config.evaluation_tokens)

@@ -7,7 +7,6 @@ logits, so nothing here may compute them during training.
 Shapes: `B` sequences, `T` positions, `H` features, `V` classes (tokens).
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -16,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from jaxsoft.training.heads import HeadPlan
+from jaxsoft.training.language_model.config import TransformerConfig
 
 __all__ = [
     "Attention",
@@ -23,41 +23,10 @@ __all__ = [
     "FeedForward",
     "LanguageModel",
     "Transformer",
-    "TransformerConfig",
     "rotate_positions",
 ]
 
 _ROTARY_BASE = 10_000.0
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes of a `LanguageModel`.
-
-    Attributes:
-      num_classes: `V`, the number of tokens.
-      features: `H`, the width of the trunk and of the head's input.
-      layers: number of attention blocks.
-      heads: attention heads; divides `features` into an even head size.
-    """
-
-    num_classes: int
-    features: int = 128
-    layers: int = 4
-    heads: int = 4
-
-    def __post_init__(self) -> None:
-        """Checks all values; raises `ValueError`."""
-        for name in ("num_classes", "features", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be positive, got {getattr(self, name)}."
-                )
-        if self.features % (2 * self.heads):
-            raise ValueError(
-                "`features` must be a multiple of 2 * `heads`, got "
-                f"features={self.features} and heads={self.heads}."
-            )
 
 
 def rotate_positions(vectors: Array) -> Array:

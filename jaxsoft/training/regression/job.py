@@ -116,6 +116,7 @@ def train_regression(
     started = time.monotonic()
     rows = features, table.labels[train], _part(table.weights, train)
     estimator = _fit(config, directory, rows, listener, stop)
+    stop.check()
     fold(estimator, scaling)
     seconds = time.monotonic() - started
     return _finish(directory, estimator, scaling, table, form, (train, test), seconds)

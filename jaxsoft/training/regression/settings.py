@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxsoft._core import checks
+from jaxsoft._core.options import one_of
 from jaxsoft.training.memory import MemoryBudget
 
 __all__ = ["FREE_FIELDS", "RegressConfig"]
@@ -76,7 +76,7 @@ class RegressConfig:
     def __post_init__(self) -> None:
         """Checks all values; raises `ValueError`."""
         for name, options in (("solver", SOLVERS), ("head", HEADS), ("dtype", DTYPES)):
-            checks.one_of(name, getattr(self, name), options)
+            one_of(name, getattr(self, name), options)
         MemoryBudget.parse(self.memory)
         if not 0 < self.test_fraction < 1:
             raise ValueError(

@@ -228,6 +228,7 @@ def _run(
     try:
         while not status.reason:
             state = solver.advance(state)
+            stop.patient = store is not None
             status = solver.status(state)
             now = time.monotonic()
             if math.isfinite(status.objective):
@@ -253,6 +254,7 @@ def _run(
                 save()
                 saved = now
     finally:
+        stop.patient = False
         listener.stop()
     if status.reason != NON_FINITE:
         save()

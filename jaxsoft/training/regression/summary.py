@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxsoft.training.console import clock, printable, say
+from jaxsoft.training.console import clock, say
 from jaxsoft.training.regression.measures import Measures
 from jaxsoft.training.regression.prediction import PredictionReport
 from jaxsoft.training.regression.report import RegressionReport
+from jaxsoft.training.reporting import printable
 
 __all__ = ["summarise_prediction", "summarise_regression"]
 

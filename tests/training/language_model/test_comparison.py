@@ -22,10 +22,10 @@ from jaxsoft.training import (
 )
 from jaxsoft.training.heads import HEADS, HeadPlan
 from jaxsoft.training.language_model import comparison
+from jaxsoft.training.language_model.config import TransformerConfig
 from jaxsoft.training.language_model.head_cost import measure_head
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.steps import Programs
-from jaxsoft.training.language_model.transformer import TransformerConfig
 from jaxsoft.training.run_directory import RunDirectory
 
 # One worker: its runs serve many tests.

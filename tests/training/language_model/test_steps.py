@@ -11,9 +11,9 @@ from flax import nnx
 
 from jaxsoft import ClassTree, RowGradient
 from jaxsoft.training.heads import HEADS, HeadPlan, head_rows
+from jaxsoft.training.language_model.config import TransformerConfig
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.steps import Programs
-from jaxsoft.training.language_model.transformer import TransformerConfig
 
 # One worker: its programs serve many tests.
 MODEL = TransformerConfig(num_classes=40, features=16, layers=1, heads=2)

@@ -8,11 +8,8 @@ import pytest
 from flax import nnx
 
 from jaxsoft.training.heads import HEADS, HeadPlan
-from jaxsoft.training.language_model.transformer import (
-    LanguageModel,
-    TransformerConfig,
-    rotate_positions,
-)
+from jaxsoft.training.language_model.config import TransformerConfig
+from jaxsoft.training.language_model.transformer import LanguageModel, rotate_positions
 
 CONFIG = TransformerConfig(num_classes=50, features=16, layers=2, heads=2)
 
