@@ -5,6 +5,7 @@ with nothing written; 129, 130, 143 stopped by SIGHUP, Ctrl-C or SIGTERM; 141 no
 reads what is printed.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from jaxsoft.cli.commands import run
 
         return run(arguments)
+    # The thread that heeds signals takes some imports, too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from jaxsoft.cli import process
 
     process.Signals.watch()

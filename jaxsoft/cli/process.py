@@ -105,12 +105,14 @@ def close_output(code: int) -> int:
     Args:
       code: the exit code if all is written.
     """
+    stream = sys.stdout
+    if stream is None:
+        return code
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        stream.flush()
     except OSError as error:
         # Python would try again at its end, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             return BROKEN_PIPE
         print(f"jaxsoft: output cannot be written ({error})", file=sys.stderr)

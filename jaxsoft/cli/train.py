@@ -23,8 +23,8 @@ __all__ = ["add_commands"]
 _COMPARE_SECONDS = 120.0
 
 _TRAIN_HELP = {
-    "corpus": "text file, folder of text files, or .gz of one text (default: the "
-    "standard library's sources)",
+    "corpus": "text file, folder of text files, or .gz, .bz2, .xz or .zst of one text "
+    "(default: the standard library's sources)",
     "vocab_size": "tokens of the byte-level BPE",
     "steps": "updates to make",
     "batch_size": "sequences a step",
@@ -39,6 +39,8 @@ _TRAIN_HELP = {
     "seed": "seed of parameters, data order and samples",
     "out": "folder of the run",
     "cache_dir": "root of the token cache (default: the user's cache folder)",
+    "memory": "the most memory that files may take, such as 4G (default: half of what "
+    "is free)",
     "evaluate_every": "steps between validations",
     "evaluation_tokens": "tokens of a validation; the last one reads four times more",
     "checkpoint_every": "steps between checkpoints",

@@ -69,7 +69,7 @@ def _elsewhere(
         "shapes": dataclasses.asdict(shapes),
     }
     with (
-        tempfile.TemporaryFile("w+", errors="replace") as said,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
         subprocess.Popen(
             [sys.executable, "-m", child.__name__, json.dumps(request)],
             stdout=subprocess.PIPE,

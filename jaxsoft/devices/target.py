@@ -94,7 +94,7 @@ class Target:
     def _text(self) -> str:
         """Returns XLA's description of a GPU."""
         folder = importlib.resources.files("jaxsoft.devices") / "targets"
-        return (folder / f"{self.name}.textproto").read_text()
+        return (folder / f"{self.name}.textproto").read_text(encoding="utf-8")
 
     def _read(self, pattern: str) -> tuple[str, ...]:
         """Returns what a pattern finds in the description."""

@@ -118,7 +118,12 @@ def open_unpacked(
 
 
 def read_unpacked(
-    path: Path, budget: MemoryBudget, error: type[Exception], what: str = "the file"
+    path: Path,
+    budget: MemoryBudget,
+    error: type[Exception],
+    what: str = "the file",
+    *,
+    excess: type[Exception] | None = None,
 ) -> bytes:
     """Reads a regular file, compressed or not, that is within the budget.
 
@@ -127,6 +132,7 @@ def read_unpacked(
       budget: what its contents must not exceed.
       error: the class of what is raised.
       what: what the file is, for messages.
+      excess: the class of what is raised beyond the budget; None is `error`.
 
     Returns:
       Its contents.
@@ -136,7 +142,7 @@ def read_unpacked(
         while piece := file.read(_PIECE):
             size += len(piece)
             if size > budget.num_bytes:
-                budget.require(size, f"{what} {path} unpacked", error)
+                budget.require(size, f"{what} {path} unpacked", excess or error)
             pieces.append(piece)
     return b"".join(pieces)
 

@@ -181,7 +181,7 @@ class RunDirectory:
 
     def append(self, record: Mapping[str, object]) -> None:
         """Adds a metrics line and hands it to the operating system at once."""
-        with self.metrics.open("a") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def truncate_metrics(self, step: int) -> None:

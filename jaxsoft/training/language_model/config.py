@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from jaxsoft._core.options import one_of
 from jaxsoft.training.head_kinds import HEADS, HeadKind
 from jaxsoft.training.language_model.tokens import MIN_VOCAB_SIZE
+from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.running import read_config
 
 __all__ = ["FREE_FIELDS", "LanguageModelConfig", "TransformerConfig", "load_config"]
 
 # A run resumed with other values of these is still the same run; the corpus itself is
 # compared by its digest, wherever it lies now.
-FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "checkpoint_every"})
+FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "memory", "checkpoint_every"})
+
+# Of what costs more than it says: a tokenizer makes room for all its tokens at once,
+# each layer is compiled by itself, and a sample's token takes a pass of the model.
+_MOST = {"vocab_size": 2**24, "layers": 1000, "sample_tokens": 2**20}
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class LanguageModelConfig:
     """What to train, on what, and where to write it.
 
     Attributes:
-      corpus: a text file, a folder of them or a .gz; None is the standard library.
+      corpus: a text file, a folder of them or a compressed one; None is the standard
+        library.
       vocab_size: tokens of the byte-level BPE, at least 257.
       steps: updates to make.
       batch_size: sequences a step.
@@ -68,6 +74,8 @@ class LanguageModelConfig:
       seed: seed of parameters, data order and samples.
       out: folder of the run.
       cache_dir: root of the token cache; None is the user's cache folder.
+      memory: the most memory that files may take, such as "4G"; None is half of what
+        is free.
       evaluate_every: steps between validations.
       evaluation_tokens: tokens of a validation; the last one reads four times more.
       checkpoint_every: steps between checkpoints.
@@ -90,6 +98,7 @@ class LanguageModelConfig:
     seed: int = 0
     out: str = "jaxsoft-run"
     cache_dir: str | None = None
+    memory: str | None = None
     evaluate_every: int = 40
     evaluation_tokens: int = 8_192
     checkpoint_every: int = 40
@@ -100,9 +109,15 @@ class LanguageModelConfig:
         """Checks all values; raises `ValueError`."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and field.name not in ("seed", "vocab_size"):
-                if value < 1:
-                    raise ValueError(f"`{field.name}` must be positive, got {value}.")
+            if field.type is not int or field.name == "seed":
+                continue
+            if value < 1 and field.name != "vocab_size":
+                raise ValueError(f"`{field.name}` must be positive, got {value}.")
+            most = _MOST.get(field.name, 2**31 - 1)
+            if value > most:
+                raise ValueError(
+                    f"`{field.name}` must be at most {most:,}, got {value}."
+                )
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
                 f"`vocab_size` must be at least {MIN_VOCAB_SIZE} (256 bytes and the "
@@ -115,6 +130,8 @@ class LanguageModelConfig:
                 f"`learning_rate` must be positive, got {self.learning_rate}."
             )
         one_of("head", self.head, HEADS)
+        if self.memory is not None:
+            MemoryBudget.parse(self.memory)
         self.transformer(self.vocab_size)
 
     def transformer(self, num_classes: int) -> TransformerConfig:

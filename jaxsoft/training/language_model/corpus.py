@@ -1,27 +1,27 @@
 """The text to train on: which files, which of them are read, and how they are split.
 
-A corpus is a text file, a folder of text files, or a .gz of one; without a path it is
+A corpus is a text file, compressed or not, or a folder of such; without a path it is
 the standard library's own sources, which every Python has. Everything here is
 deterministic: the same files give the same corpus, split and digest wherever they lie.
 
-- Inside a folder, files that are not UTF-8 text are passed over and counted; hidden
+- Inside a folder, what is no file of UTF-8 text is passed over and counted; hidden
   files and folders are not looked at.
 - Identical files count once, so that no validation file is also a training file.
 - Several files are split file by file, in the order of their contents' hashes. A
   single file is split by position: its end is the validation text.
 """
 
-import gzip
 import hashlib
 import os
 import sys
 import sysconfig
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxsoft.training.errors import CorpusError
+from jaxsoft.training.files import read_unpacked
+from jaxsoft.training.memory import MemoryBudget
 
 __all__ = ["Corpus", "VALIDATION_FRACTION", "read_corpus"]
 
@@ -39,7 +39,8 @@ class Corpus:
       source: where the texts come from, in words.
       train: one text a file.
       validation: one text a file, none of them in `train`.
-      skipped: number of files that were not UTF-8 text or could not be read.
+      skipped: number of files, pipes and the like that were not UTF-8 text or could
+        not be read.
       duplicates: number of files left out because another has the same contents.
       digest: hash of all texts and of the split; independent of names and places.
     """
@@ -61,21 +62,23 @@ def read_corpus(
     path: str | os.PathLike[str] | None = None,
     *,
     validation_fraction: float = VALIDATION_FRACTION,
+    memory: MemoryBudget | None = None,
 ) -> Corpus:
     """Reads the corpus into memory and splits it.
 
     Args:
-      path: a text file, a folder (searched recursively) or a .gz of one text. None
-        means the .py files of the running Python's standard library, without
-        installed packages.
+      path: a text file, compressed if its name ends in .gz, .bz2, .xz or .zst, or a
+        folder (searched recursively). None means the .py files of the running
+        Python's standard library, without installed packages.
       validation_fraction: share of the bytes to validate on, in (0, 1).
+      memory: what the texts must not exceed; None is half of what is free.
 
     Returns:
       The corpus, with at least one text on either side of the split.
 
     Raises:
-      CorpusError: the path does not exist, or holds no text, or too little of it to
-        split.
+      CorpusError: the path does not exist, or holds no text, too little of it to
+        split, or more than `memory`.
 
     Example:
       >>> corpus = read_corpus()
@@ -98,9 +101,10 @@ def read_corpus(
             raise CorpusError(f"the corpus {source} is neither a file nor a folder.")
         files = list(_folder_files(path)) if path.is_dir() else [path]
     single = path is not None and files == [path]
-    texts, skipped, duplicates = _read_texts(files, source, single=single)
+    budget = memory or MemoryBudget.of_machine()
+    texts, skipped, duplicates = _read_texts(files, source, budget, single=single)
     if not texts:
-        passed_over = f" ({skipped} files are not UTF-8 text)" if skipped else ""
+        passed_over = f" ({skipped} files are none, or unreadable)" if skipped else ""
         raise CorpusError(f"the corpus {source} holds no text{passed_over}.")
     ordered = [texts[key] for key in sorted(texts)]
     if len(ordered) == 1:
@@ -132,46 +136,55 @@ def _folder_files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and Path(folder, name).is_file():
+            if not name.startswith("."):
                 yield Path(folder, name)
 
 
+class _Unusable(CorpusError):
+    """One file of many is no text."""
+
+
 def _read_texts(
-    files: Sequence[Path], source: str, *, single: bool
+    files: Sequence[Path], source: str, budget: MemoryBudget, *, single: bool
 ) -> tuple[dict[str, str], int, int]:
     """Reads files; returns texts by hash, and the skipped and duplicate counts."""
     texts: dict[str, str] = {}
-    skipped = duplicates = 0
+    taken = skipped = duplicates = 0
     for file in files:
         try:
-            text = _read_text(file)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            text = _read_text(file, MemoryBudget(budget.num_bytes - taken))
+        except _Unusable as error:
             if single:
-                reason = (
-                    "is not UTF-8 text"
-                    if isinstance(error, UnicodeDecodeError)
-                    else f"cannot be read ({error})"
-                )
-                raise CorpusError(f"the corpus {source} {reason}.") from error
+                raise CorpusError(str(error)) from error
             skipped += 1
             continue
         if not text.strip():
             continue
-        key = hashlib.blake2b(text.encode()).hexdigest()
-        duplicates += key in texts
+        data = text.encode()
+        key = hashlib.blake2b(data).hexdigest()
+        if key in texts:
+            duplicates += 1
+            continue
         texts[key] = text
+        taken += len(data)
+        budget.require(taken, f"the corpus {source}", CorpusError)
     return texts, skipped, duplicates
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path, budget: MemoryBudget) -> str:
     """Reads one file, or raises; a NUL byte marks it as binary."""
-    data = file.read_bytes()
-    if file.suffix == ".gz":
-        data = gzip.decompress(data)
-    if b"\0" in data:
-        position = data.index(b"\0")
-        raise UnicodeDecodeError("utf-8", data, position, position + 1, "NUL byte")
-    return data.decode("utf-8-sig")
+    try:
+        # Files of the kernel's, such as /proc/kmsg, have no size and may have no end.
+        if file.stat().st_size == 0 and file.is_file():
+            return ""
+        data = read_unpacked(file, budget, _Unusable, "the corpus", excess=CorpusError)
+        if b"\0" not in data:
+            return data.decode("utf-8-sig")
+    except OSError as error:
+        raise _Unusable(f"the corpus {file} cannot be read ({error}).") from error
+    except UnicodeDecodeError:
+        pass
+    raise _Unusable(f"the corpus {file} is not UTF-8 text.")
 
 
 def _split_by_file(

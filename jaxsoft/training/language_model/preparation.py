@@ -12,6 +12,7 @@ from jaxsoft.training.language_model.tokens import (
     prepare_tokens,
 )
 from jaxsoft.training.language_model.windows import Windows
+from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.mesh import VOCAB
 from jaxsoft.training.reporting import Listener
 
@@ -35,7 +36,8 @@ def prepare(
       CorpusError: the corpus is missing, empty or too small.
       TrainingInterrupted: `stop` received a signal.
     """
-    corpus = read_corpus(config.corpus)
+    budget = MemoryBudget.parse(config.memory)
+    corpus = read_corpus(config.corpus, memory=budget)
     _describe_corpus(corpus, listener)
     tokens = prepare_tokens(
         corpus,
@@ -80,8 +82,8 @@ def _describe_corpus(corpus: Corpus, listener: Listener) -> None:
     )
     if corpus.skipped or corpus.duplicates:
         listener.note(
-            f"left out {corpus.skipped:,} files that are not UTF-8 text and "
-            f"{corpus.duplicates:,} copies"
+            f"left out {corpus.skipped:,} files that are not UTF-8 text or cannot be "
+            f"read, and {corpus.duplicates:,} copies"
         )
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from jaxsoft.training.errors import CorpusError
 from jaxsoft.training.files import map_array
 from jaxsoft.training.language_model.corpus import Corpus
 from jaxsoft.training.schemas import decode_file
+from jaxsoft.training.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,11 +43,18 @@ MIN_VOCAB_SIZE = 257  # the 256 bytes and the document mark
 
 # A merge seen only once would name one place of the corpus: no use to a model.
 _MIN_FREQUENCY = 2
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _ENCODE_BATCH = 256
-_STALE_SECONDS = 24 * 3600.0
 # Tokens that are checked at a time.
 _CHECKED = 1 << 24
+# Letters of a run, such as a genome's, that are looked at together: merging takes time
+# by the square of them. Words and what else stands in ordinary text are shorter.
+_LONGEST_RUN = 256
+# GPT-2's rule of where a text is cut before pairs are merged, but for that.
+_RUNS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,N}| ?\p{N}{1,N}| ?[^\s\p{L}\p{N}]{1,N}"
+    r"|\s{1,N}(?!\S)|\s{1,N}"
+).replace("1,N", f"1,{_LONGEST_RUN}")
 
 
 @dataclass(frozen=True)
@@ -224,13 +231,8 @@ def _build(
 ) -> None:
     """Makes a cache entry beside its place, then renames it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(directory.parent)
     shutil.rmtree(directory, ignore_errors=True)  # only a damaged entry gets here
-    with tempfile.TemporaryDirectory(
-        prefix=".unfinished-", dir=directory.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        unfinished = Path(temporary) / "entry"
-        unfinished.mkdir()
+    with unfinished_folder(directory) as unfinished:
         _write_entry(corpus, vocab_size, unfinished, check)
         try:
             unfinished.rename(directory)
@@ -257,18 +259,25 @@ def _write_entry(
         digest.update(tokens.tobytes())
         lengths.append(len(tokens))
     facts = TokenFacts(size, *lengths, digest=digest.hexdigest())
-    (directory / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")
+    text = json.dumps(asdict(facts), indent=2) + "\n"
+    (directory / "facts.json").write_text(text, encoding="utf-8")
 
 
 def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> "Tokenizer":
     """Trains the BPE."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_RUNS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        # A text has no more merges than bytes; the trainer makes room for all at once.
+        vocab_size=min(vocab_size, MIN_VOCAB_SIZE + 4 * sum(map(len, texts))),
         min_frequency=_MIN_FREQUENCY,
         special_tokens=[DOCUMENT_START],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -294,14 +303,3 @@ def _encode(
         for encoding in tokenizer.encode_batch_fast(batch):
             pieces.append(np.array([DOCUMENT_START_ID, *encoding.ids], dtype))
     return np.concatenate(pieces)
-
-
-def _sweep(root: Path) -> None:
-    """Removes what runs killed long ago left unfinished."""
-    for leftover in root.glob(".unfinished-*"):
-        try:
-            stale = time.time() - leftover.stat().st_mtime > _STALE_SECONDS
-        except OSError:
-            continue
-        if stale:
-            shutil.rmtree(leftover, ignore_errors=True)

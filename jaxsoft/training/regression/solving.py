@@ -196,8 +196,8 @@ def _same_fit(folder: Path, digest: str, *, going_on: bool) -> None:
     path = folder / _FINGERPRINT
     try:
         if not going_on:
-            path.write_text(digest)
-        elif not path.exists() or path.read_text() != digest:
+            path.write_text(digest, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != digest:
             raise CheckpointError(
                 f"{folder}: the checkpoints there are of a fit with other rows or "
                 "other parameters; take another folder, or remove this one."

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from jaxsoft.training.errors import SvmlightError
 from jaxsoft.training.files import map_array, open_unpacked
 from jaxsoft.training.regression.sources import SparseRows
 from jaxsoft.training.schemas import decode_file
+from jaxsoft.training.unfinished import unfinished_folder
 
 __all__ = ["load_svmlight_memmap", "parse_text", "svmlight_to_memmap"]
 
@@ -96,17 +95,15 @@ def svmlight_to_memmap(
             f"`folder` must not exist, got {folder}; load_svmlight_memmap reads it."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with unfinished_folder(folder) as made:
         with _Writers(made, dtype) as writers:
             for number, lines in _chunks(path, chunk_bytes):
                 writers.add(*_parse(lines, path, number, dtype))
         features = writers.finish(path, num_features, zero_based)
         about = _About(_FORMAT, features)
-        (made / "about.json").write_text(json.dumps(asdict(about)))
+        text = json.dumps(asdict(about))
+        (made / "about.json").write_text(text, encoding="utf-8")
         made.rename(folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return load_svmlight_memmap(folder)
 
 

@@ -1,10 +1,14 @@
+import bz2
 import gzip
+import lzma
 import os
 
 import pytest
+from backports import zstd
 
 from jaxsoft.training.errors import CorpusError
 from jaxsoft.training.language_model.corpus import read_corpus
+from jaxsoft.training.memory import MemoryBudget
 
 
 def write(root, **texts):
@@ -68,18 +72,50 @@ def test_folder_passes_over_what_is_not_text(tmp_path):
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
     corpus = read_corpus(tmp_path)
-    assert corpus.skipped == 3
+    assert corpus.skipped == 5
     assert not any("never read" in text for text in corpus.train + corpus.validation)
     assert len(corpus.train) + len(corpus.validation) == 2
 
 
-def test_gz_is_the_text_in_it(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [
+        ("packed.gz", gzip.compress),
+        ("text.TXT.GZ", gzip.compress),
+        ("text.bz2", bz2.compress),
+        ("text.xz", lzma.compress),
+        ("text.zst", zstd.compress),
+    ],
+)
+def test_compressed_file_is_the_text_in_it(tmp_path, name, compress):
     text = lines("x", 400)
     (tmp_path / "plain.txt").write_text(text)
-    (tmp_path / "packed.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / name).write_bytes(compress(text.encode()))
     plain = read_corpus(tmp_path / "plain.txt")
-    packed = read_corpus(tmp_path / "packed.gz")
+    packed = read_corpus(tmp_path / name)
     assert plain.digest == packed.digest
+
+
+def test_memory_bounds_what_is_read(tmp_path):
+    """Of one file, of all together, and of a bomb, none of which is unpacked."""
+    budget = MemoryBudget(10**5)
+    (tmp_path / "one.gz").write_bytes(gzip.compress(b"a" * 10**7))
+    with pytest.raises(CorpusError, match="more than the 100 KB of `memory`"):
+        read_corpus(tmp_path / "one.gz", memory=budget)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for index in range(20):
+        (folder / f"{index}.txt").write_text(f"{index} " * 3000)
+    with pytest.raises(CorpusError, match="of memory, more than"):
+        read_corpus(folder, memory=budget)
+    assert len(read_corpus(folder).train) > 15
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="has no /proc")
+def test_files_of_the_kernel_are_not_waited_for():
+    """One such as /proc/kmsg has no end."""
+    with pytest.raises(CorpusError, match="holds no text"):
+        read_corpus("/proc/self/status")
 
 
 def test_single_file_is_cut_at_a_line_near_its_end(tmp_path):
@@ -131,7 +167,7 @@ def test_truncated_gz_is_an_error(tmp_path):
 def test_folder_without_text_tells_the_count(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\0")
     (tmp_path / "b.bin").write_bytes(b"\xff")
-    with pytest.raises(CorpusError, match="2 files are not UTF-8 text"):
+    with pytest.raises(CorpusError, match="2 files are none"):
         read_corpus(tmp_path)
 
 

@@ -1,5 +1,9 @@
+import argparse
 import json
 import math
+import random
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,14 +142,55 @@ def test_an_entry_with_other_facts_or_arrays_is_made_again(corpus, tmp_path):
     np.testing.assert_array_equal(prepare_tokens(corpus, 270, tmp_path).train, train)
 
 
-def test_stale_leftovers_are_swept_and_fresh_ones_kept(corpus, tmp_path, monkeypatch):
-    fresh = tmp_path / "tokens" / ".unfinished-fresh"
-    fresh.mkdir(parents=True)
+# Tokens of ordinary text are those of the library's own rule of where to cut.
+ORDINARY = (
+    "It's we'll I'd 12 345,67 -- ==== \t\n\n  x\u00a0y \u6771\u4eac caf\u00e9 ",
+    "=" * 200 + "\n" + " " * 200 + "a" * 255 + " " + "1" * 255,
+)
+
+
+def test_ordinary_text_is_cut_as_the_library_cuts_it():
+    from tokenizers import pre_tokenizers
+
+    texts = [*ORDINARY, Path(argparse.__file__).read_text(encoding="utf-8")]
+    expected = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = tokens_module._train_tokenizer(texts, 300).pre_tokenizer
+    for text in texts:
+        assert found.pre_tokenize_str(text) == expected.pre_tokenize_str(text)
+
+
+def test_a_line_without_spaces_takes_time_by_its_length():
+    letters = "".join(random.Random(1).choices("ACGT", k=100_000))
+    lines = "\n".join(letters[i : i + 60] for i in range(0, len(letters), 60))
+
+    def seconds(text):
+        started = time.perf_counter()
+        tokenizer = tokens_module._train_tokenizer([text], 1000)
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        return time.perf_counter() - started
+
+    # Some 0.1 s both; in one piece it took a minute.
+    assert seconds(letters) < 10 * seconds(lines) + 1.0
+
+
+@pytest.mark.parametrize("run", ["a", " ", "\n", "\u00e9", "\u6771", "=", "7"])
+def test_long_runs_come_back(run):
+    text = f"x{run * 3001} y"
+    tokenizer = tokens_module._train_tokenizer([text], 300)
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_an_absurd_vocabulary_makes_no_room_for_it(corpus, tmp_path):
+    cache = prepare_tokens(corpus, 10**12, tmp_path)
+    assert cache.facts.vocab_size < 1000
+
+
+def test_leftovers_are_swept(corpus, tmp_path):
+    left = tmp_path / "tokens" / f".jaxsoft-{'0' * 16}"
+    left.mkdir(parents=True)
+    (left / "train.npy").touch()
     prepare_tokens(corpus, 270, tmp_path)
-    assert fresh.exists()
-    monkeypatch.setattr(tokens_module, "_STALE_SECONDS", -1.0)
-    prepare_tokens(corpus, 271, tmp_path)
-    assert not fresh.exists()
+    assert not left.exists()
 
 
 def test_unwritable_cache_is_an_error(corpus, tmp_path):
