@@ -39,8 +39,8 @@ _TRAIN_HELP = {
     "seed": "seed of parameters, data order and samples",
     "out": "folder of the run",
     "cache_dir": "root of the token cache (default: the user's cache folder)",
-    "memory": "the most memory that files may take, such as 4G (default: half of what "
-    "is free)",
+    "memory": "the most memory that files and the model may take, such as 4G "
+    "(default: half of what is free)",
     "evaluate_every": "steps between validations",
     "evaluation_tokens": "tokens of a validation; the last one reads four times more",
     "checkpoint_every": "steps between checkpoints",

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "WALL_CLOCK_FIELDS",
     "RunDirectory",
+    "check_writable",
     "replacing",
     "save_figure",
     "write_atomically",
@@ -102,19 +104,20 @@ class RunDirectory:
 
     def check_vacant(self) -> None:
         """Raises `RunDirectoryError` unless a new run can be written here."""
-        if self.path.exists() and not self.path.is_dir():
-            raise RunDirectoryError(f"`out` {self.path} is a file, not a folder.")
-        for name in self.own_names:
-            if (self.path / name).exists():
-                raise RunDirectoryError(
-                    f"`out` {self.path} already holds a run ({name}); continue it with "
-                    "`resume` or name another folder."
-                )
-        existing = self.path.absolute()
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            raise RunDirectoryError(f"`out` {self.path} cannot be written.")
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise RunDirectoryError(f"`out` {self.path} is a file, not a folder.")
+            for name in self.own_names:
+                if (self.path / name).exists():
+                    raise RunDirectoryError(
+                        f"`out` {self.path} already holds a run ({name}); continue it "
+                        "with `resume` or name another folder."
+                    )
+            check_writable(self.path)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"`out` {self.path} cannot be written ({error.strerror})."
+            ) from error
 
     def check_resumable(self) -> None:
         """Raises `RunDirectoryError` unless a run was started here."""
@@ -283,8 +286,30 @@ def _draw(figure: "Figure", axes: "Axes", path: Path) -> None:
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as a PNG, whole or not at all."""
-    with replacing(path, "xb") as file:
+    with warnings.catch_warnings(), replacing(path, "xb") as file:
+        # Where matplotlib's font lacks a letter of a class's name it draws a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(file, dpi=150, format="png")
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a file in a folder, and the folder if need be, and removes them again.
+
+    Args:
+      folder: the folder.
+
+    Raises:
+      OSError: that cannot be done.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with unfinished_file(folder / "any"):
+            pass
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -72,7 +72,10 @@ def test_train_prints_its_measurements_and_files(options, capsys, tmp_path, one_
         (["--sequence-length", "0"], "--sequence-length must be positive, got 0."),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--out", "text.txt"], "--out text.txt is a file, not a folder."),
-        (["--out", "text.txt/run"], "--out text.txt/run cannot be written."),
+        (
+            ["--out", "text.txt/run"],
+            "--out text.txt/run cannot be written (Not a directory).",
+        ),
         (["--cache-dir", "text.txt"], "name another folder by --cache-dir."),
         (["--resume"], "--out run holds no run to resume (no config.json)."),
         (["--head", "tree"], "--head must be one of 'full', 'hierarchical', "),

@@ -74,8 +74,8 @@ class LanguageModelConfig:
       seed: seed of parameters, data order and samples.
       out: folder of the run.
       cache_dir: root of the token cache; None is the user's cache folder.
-      memory: the most memory that files may take, such as "4G"; None is half of what
-        is free.
+      memory: the most memory that files and the model may take, such as "4G"; None is
+        half of what is free.
       evaluate_every: steps between validations.
       evaluation_tokens: tokens of a validation; the last one reads four times more.
       checkpoint_every: steps between checkpoints.
@@ -133,6 +133,24 @@ class LanguageModelConfig:
         if self.memory is not None:
             MemoryBudget.parse(self.memory)
         self.transformer(self.vocab_size)
+
+    def check_memory(self, budget: MemoryBudget, num_classes: int) -> None:
+        """Raises `MemoryError` for a model and a batch that cannot be trained within.
+
+        What is counted is the least that a step takes: parameters, their gradients and
+        two moments, and of each layer the hidden states and the attention's weights
+        that the way back needs.
+
+        Args:
+          budget: what there is.
+          num_classes: tokens of the vocabulary.
+        """
+        model = self.layers * 12 * self.features**2
+        model += 2 * num_classes * self.features
+        attention = self.heads * self.sequence_length
+        rows = self.batch_size * self.sequence_length
+        states = rows * self.layers * (self.features + attention)
+        budget.require(4 * (4 * model + states), "a step of this model")
 
     def transformer(self, num_classes: int) -> TransformerConfig:
         """Sizes of the model for the vocabulary that the corpus allows."""

@@ -1,5 +1,6 @@
 """From a corpus to tokens that are enough for a run."""
 
+import jax
 from jax.sharding import Mesh
 
 from jaxsoft.training.errors import CorpusError, MeshError
@@ -34,9 +35,14 @@ def prepare(
 
     Raises:
       CorpusError: the corpus is missing, empty or too small.
+      MemoryError: the model is too large for this machine.
       TrainingInterrupted: `stop` received a signal.
     """
     budget = MemoryBudget.parse(config.memory)
+    # What accelerators hold, they tell themselves.
+    on_host = jax.default_backend() == "cpu"
+    if on_host:
+        config.check_memory(budget, MIN_VOCAB_SIZE)
     corpus = read_corpus(config.corpus, memory=budget)
     _describe_corpus(corpus, listener)
     tokens = prepare_tokens(
@@ -47,6 +53,8 @@ def prepare(
         check=stop.check,
     )
     _check_large_enough(config, corpus, tokens)
+    if on_host:
+        config.check_memory(budget, tokens.facts.vocab_size)
     return corpus, tokens
 
 

@@ -21,7 +21,7 @@ from jaxsoft.training.regression.measures import (
 from jaxsoft.training.regression.saving import load_form, load_model
 from jaxsoft.training.regression.table_form import fill
 from jaxsoft.training.regression.tables import Table, check_range, read_rows
-from jaxsoft.training.run_directory import replacing
+from jaxsoft.training.run_directory import check_writable, replacing
 from jaxsoft.training.running import require_train_extra
 
 if TYPE_CHECKING:
@@ -151,11 +151,16 @@ def _check_range(estimator: "SoftmaxRegression", table: Table) -> None:
 
 def _vacant(out: Path) -> Path:
     """Returns a path where a new file can be written."""
-    if out.exists():
-        raise PredictionError(f"`out` {out} exists already; name another file.")
-    folder = out.absolute().parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise PredictionError(f"`out` {out} cannot be written.")
+    try:
+        if out.exists():
+            raise PredictionError(f"`out` {out} exists already; name another file.")
+        if not out.absolute().parent.is_dir():
+            raise PredictionError(f"`out` {out} cannot be written (no such folder).")
+        check_writable(out.parent)
+    except OSError as error:
+        raise PredictionError(
+            f"`out` {out} cannot be written ({error.strerror})."
+        ) from error
     return out
 
 
