@@ -781,10 +781,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         """Returns the classes of a call of `partial_fit`; None are those of targets."""
         if hasattr(self, "classes_"):
             known = self.classes_
-            if classes is not None and not np.array_equal(np.unique(classes), known):
+            given = known if classes is None else inputs.encode_labels(classes)[0]
+            if not np.array_equal(given, known):
                 raise ValueError(
                     f"`classes` must be those of the first call, {known.tolist()}, got "
-                    f"{np.unique(classes).tolist()}."
+                    f"{given.tolist()}."
                 )
             return known
         if classes is None:
@@ -794,7 +795,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                     "None."
                 )
             return None
-        known = np.unique(classes)
+        known, _ = inputs.encode_labels(classes)
         if len(known) < 2:
             raise ValueError(f"`classes` must have 2 entries or more, got {classes!r}.")
         return known

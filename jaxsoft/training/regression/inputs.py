@@ -28,6 +28,7 @@ __all__ = [
     "Rows",
     "SourceFeatures",
     "checked",
+    "encode_labels",
     "is_sparse",
     "rows_in_memory",
     "rows_on_disk",
@@ -42,6 +43,8 @@ Csr: TypeAlias = Any
 # scikit-learn's own annotations have its default values' types.
 _validate: Callable[..., Any] = validate_data
 _labels_of: Callable[..., np.ndarray] = column_or_1d
+# Labels that are Python's objects at a time, where an array has texts of one width.
+_LABELS_AT_A_TIME = 2**16
 
 
 class SourceFeatures:
@@ -147,13 +150,91 @@ def checked(
     options = {"accept_sparse": "csr", "dtype": accepted, "order": "C"}
     if labels is None:
         return _validate(estimator, _host(features), reset=reset, **options), None
-    arrays = _host(features), _host(labels)
+    arrays = _host(features), _narrow(labels)
     return _validate(estimator, *arrays, reset=reset, **options)
 
 
 def _host(value: Features | None) -> Features | None:
     """Returns a JAX array as NumPy's; anything else as it is."""
     return np.asarray(value) if isinstance(value, jax.Array) else value
+
+
+def _narrow(labels: ArrayLike | None) -> ArrayLike | None:
+    """Returns texts as objects where NumPy would give all the width of the longest.
+
+    An array of a fixed width stays what the caller made it.
+    """
+    if isinstance(labels, list | tuple):
+        # What comes after a text is a text too, or an error of `encode_labels`.
+        if labels and isinstance(labels[0], str):
+            narrow = np.empty(len(labels), object)
+            narrow[:] = labels
+            return narrow
+    elif type(labels).__module__.partition(".")[0] == "polars":
+        series: Any = labels
+        if series.to_numpy().ndim == 1:
+            return series.to_numpy()
+    elif isinstance(labels, np.ndarray) and labels.dtype.kind == "T":
+        return labels.astype(object)
+    return _host(labels)
+
+
+def _is_text(labels: np.ndarray) -> bool:
+    """Says whether labels are texts, by the first one."""
+    if labels.dtype.kind != "O":
+        return labels.dtype.kind in "UST"
+    return len(labels) > 0 and isinstance(labels[0], str)
+
+
+def encode_labels(labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the classes, and which one each label is.
+
+    Texts cost their own length once a class, and not the longest one's once a row, as
+    in `numpy.unique` of a list.
+
+    Args:
+      labels: [n] labels: an array of any dtype, a list of texts, or a series.
+
+    Returns:
+      [V] the classes, sorted: of the array's dtype, and of a list's texts objects; and
+      [n] int32 in [0, V).
+
+    Raises:
+      TypeError: the labels cannot be sorted, such as texts beside numbers.
+
+    Example:
+      >>> classes, codes = encode_labels(["dog", "ant", "dog"])
+      >>> print(classes, codes)
+      ['ant' 'dog'] [1 0 1]
+    """
+    array = np.asarray(_narrow(labels))
+    if array.dtype.kind not in "OUST":
+        classes, codes = np.unique(array, return_inverse=True)
+        return classes, codes.astype(np.int32)
+    codes, places = np.empty(len(array), np.int32), {}
+    for start in range(0, len(array), _LABELS_AT_A_TIME):
+        part = array[start : start + _LABELS_AT_A_TIME].tolist()
+        codes[start : start + len(part)] = [
+            places.setdefault(label, len(places)) for label in part
+        ]
+    found = list(places)
+    try:
+        order = sorted(range(len(found)), key=found.__getitem__)
+    except TypeError:
+        kinds = sorted({type(label).__name__ for label in found})
+        raise TypeError(
+            f"`y` must have labels of one type, got {' and '.join(kinds)}."
+        ) from None
+    classes = np.empty(len(found), object)
+    classes[:] = [_python(found[index]) for index in order]
+    rank = np.empty(len(found), np.int32)
+    rank[order] = np.arange(len(found), dtype=np.int32)
+    return classes.astype(array.dtype), rank[codes]
+
+
+def _python(value: Any) -> Any:
+    """Returns a NumPy scalar as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def rows_in_memory(
@@ -179,8 +260,6 @@ def rows_in_memory(
       ValueError: as scikit-learn's own checks; or there is one class only, a weight is
         negative or all are 0, or `targets` are no distributions over the classes.
     """
-    if labels is not None:
-        check_classification_targets(labels)
     weights = _check_sample_weight(
         _host(sample_weight), features, dtype=np.float64, ensure_non_negative=True
     )
@@ -217,10 +296,9 @@ def rows_on_disk(
         raise ValueError("`y` must be given where there are no `targets`, got None.")
     names = None
     if labels is not None:
-        names = _labels_of(_host(labels))
+        names = _labels_of(_narrow(labels))
         if len(names) != count:
             raise ValueError(f"`y` must have {count} labels, got {len(names)}.")
-        check_classification_targets(names)
     weights = np.ones(count)
     if sample_weight is not None:
         weights = np.broadcast_to(np.asarray(sample_weight, np.float64), count)
@@ -261,10 +339,7 @@ def _class_weights(
             f"`class_weight` must be None where there is no `y`, got {class_weight!r}."
         )
     if not isinstance(class_weight, str):
-        by_class = compute_class_weight(
-            class_weight, classes=classes, y=classes[encoded]
-        )
-        return by_class[encoded]
+        return compute_class_weight(class_weight, classes=classes, y=classes)[encoded]
     if class_weight != "balanced":
         raise ValueError(
             f'`class_weight` must be None, a dict or "balanced", got {class_weight!r}.'
@@ -281,7 +356,13 @@ def _encode(
     if labels is None:
         assert targets is not None
         return np.arange(np.shape(targets)[-1]) if classes is None else classes, None
-    present, encoded = np.unique(labels, return_inverse=True)
+    text = _is_text(labels)
+    if not text:
+        check_classification_targets(labels)
+    present, encoded = encode_labels(labels)
+    if text:
+        # scikit-learn sorts what it looks at: codes, for the number of classes.
+        check_classification_targets(encoded)
     if classes is not None:
         unknown = np.setdiff1d(present, classes)
         if len(unknown):
@@ -289,13 +370,13 @@ def _encode(
                 "`y` must have only the classes of the first fit, got "
                 f"{unknown[:1].tolist()[0]!r}."
             )
-        return classes, np.searchsorted(classes, labels).astype(np.int32)
+        return classes, np.searchsorted(classes, present).astype(np.int32)[encoded]
     if len(present) < 2:
         raise ValueError(
             "`y` must have at least 2 classes, got only one class: "
             f"{present[:1].tolist()[0]!r}."
         )
-    return present, encoded.astype(np.int32)
+    return present, encoded
 
 
 def _check_targets(
