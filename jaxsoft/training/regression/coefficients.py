@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
+from scipy.sparse import csr_array
 from sklearn.utils.extmath import safe_sparse_dot
 
-from jaxsoft.training.regression.inputs import Csr
+from jaxsoft.training.regression.inputs import Columns, Csr
 from jaxsoft.training.regression.objective import Parameters
-from jaxsoft.training.regression.sources import RowSource
+from jaxsoft.training.regression.padding import rows_within
+from jaxsoft.training.regression.sources import RowSource, SparseRows
 
 __all__ = ["Coefficients"]
 
@@ -43,6 +46,18 @@ class Coefficients(NamedTuple):
         if bias is not None:
             intercept[order_of_rows] = bias
         return cls(coef, intercept)
+
+    def of_columns(self, columns: Columns | None) -> "Coefficients":
+        """Returns the coefficients of some columns; None are all of them."""
+        if columns is None:
+            return self
+        return self._replace(coef=self.coef[:, columns.index])
+
+    def spread(self, columns: Columns | None) -> "Coefficients":
+        """Returns those of all columns, 0 where they are not of some."""
+        return (
+            self if columns is None else self._replace(coef=columns.spread(self.coef))
+        )
 
     def astype(self, dtype: np.dtype) -> "Coefficients":
         """Returns the same in a dtype."""
@@ -103,10 +118,28 @@ class Coefficients(NamedTuple):
         """Yields rows whose features or logits exist at a time; one part at least."""
         count = len(features) if isinstance(features, RowSource) else features.shape[0]
         dtype = self.coef.dtype
-        step = max(1, _CHUNK_BYTES // (dtype.itemsize * max(2, *self.coef.shape)))
+        # The features of sparse rows take no room.
+        dense = isinstance(features, np.ndarray | RowSource)
+        sparse = isinstance(features, SparseRows) or not dense
+        classes, width = self.coef.shape
+        step = rows_within(_CHUNK_BYTES, max(2, classes, 0 if sparse else width), dtype)
         for start in range(0, max(count, 1), step):
             stop = min(start + step, count)
-            if isinstance(features, RowSource):
+            if isinstance(features, SparseRows):
+                yield _part(features, start, stop, dtype)
+            elif isinstance(features, RowSource):
                 yield features.read(np.arange(start, stop), dtype)
             else:
                 yield features[start:stop]
+
+
+def _part(source: SparseRows, start: int, stop: int, dtype: DTypeLike) -> Csr:
+    """Returns some rows of a source as SciPy's, without making them dense."""
+    bounds = np.asarray(source.indptr[start : stop + 1], np.int64)
+    entries = slice(bounds[0], bounds[-1])
+    parts = (
+        np.asarray(source.data[entries], dtype),
+        np.asarray(source.indices[entries]),
+        bounds - bounds[0],
+    )
+    return csr_array(parts, shape=(stop - start, source.num_features))

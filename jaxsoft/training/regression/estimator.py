@@ -39,6 +39,7 @@ from jaxsoft.training.regression.objective import Parameters
 from jaxsoft.training.regression.padding import bucket, pad_rows
 from jaxsoft.training.regression.saving import load_model, save_model
 from jaxsoft.training.regression.sources import RowSource, as_source
+from jaxsoft.training.regression.used_columns import without_empty_columns
 
 __all__ = ["SoftmaxRegression"]
 
@@ -142,7 +143,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         rate to one, or None for Adam.
       learning_rate: of minibatches: a number, a schedule, or None for one by the size
         of the features.
-      batch_size: of minibatches; None is 256.
+      batch_size: of minibatches; None is 256, or of wide features as many rows as are
+        256 MiB where they are dense, at least 1.
       mesh: a `jax.sharding.Mesh` with the axis `data`, to divide rows over devices; an
         estimator that has one cannot be pickled.
       checkpoint_dir: folder of checkpoints. A fit with the same arguments goes on from
@@ -165,7 +167,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
       solver_: the solver that "auto" chose, or that took over.
 
     Notes:
-      Passes scikit-learn's `check_estimator`. `decision_function` gives logits before
+      Passes scikit-learn's `check_estimator`. Sparse features of many columns, 10⁷ for
+      example, are never dense as [n, d]: columns without an entry cost `coef_` alone,
+      [V, d], and solvers see the others. `decision_function` gives logits before
       the temperature. Under a mesh results are the same within rounding. Coefficients
       of float32 features are float64 where a mean is so large beside its spread that
       float32 would move logits by more than 1e-3.
@@ -312,6 +316,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 self.n_features_in_ = source.num_features
             else:
                 rows = self._rows(parameters, X, y, sample_weight, targets)
+            if parameters.head == "full":
+                rows = without_empty_columns(rows)
             self.solver_ = fitting.choose_solver(parameters, rows)
             training, held = fitting.hold_out(parameters, rows)
             if self.solver_ == "newton" or (
@@ -625,7 +631,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             status = status._replace(objective=run.objective(state))
             if isinstance(run, FullBatchSolver):
                 status = full_batch.judged(run, state, status)
-                told = self._told(run, state, status)
+                told = self._told(rows, run, state, status)
             elif status.reason == solving.MAX_ITER and self.max_iter is not None:
                 # Epochs that were not asked for are as many as the learning rate's
                 # way down.
@@ -641,13 +647,13 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         return status, told
 
     def _told(
-        self, run: FullBatchSolver, state: Any, status: solving.Status
+        self, rows: Rows, run: FullBatchSolver, state: Any, status: solving.Status
     ) -> list[Warning]:
         """Returns what there is to warn of, where all rows were read."""
         told: list[Warning] = []
         after = f"after {status.iteration} iteration(s)"
         if status.reason == solving.MAX_ITER:
-            column = self._column(run.column_of_gradient(state))
+            column = self._column(rows, run.column_of_gradient(state))
             told.append(
                 ConvergenceWarning(
                     f"{self.solver_} failed to converge {after}: the total number of "
@@ -656,7 +662,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 )
             )
         elif status.reason == solving.STALLED:
-            column = self._column(run.column_of_gradient(state))
+            column = self._column(rows, run.column_of_gradient(state))
             told.append(
                 ConvergenceWarning(
                     f"{self.solver_} failed to converge {after}: the objective no "
@@ -665,7 +671,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 )
             )
         elif status.reason == solving.UNBOUNDED:
-            column = self._column(run.column_of_growth(state))
+            column = self._column(rows, run.column_of_growth(state))
             told.append(
                 ConvergenceWarning(
                     "the objective has no minimum: without a penalty, features that "
@@ -678,15 +684,18 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         if found is not None:
             told.append(
                 UserWarning(
-                    f"{self._column(found[0])} has a mean that is so large beside its "
-                    "spread that rounding of float64 moves the logits of the features "
-                    f"as given by {found[1]:.1g}; subtract its mean from it."
+                    f"{self._column(rows, found[0])} has a mean that is so large "
+                    "beside its spread that rounding of float64 moves the logits of "
+                    f"the features as given by {found[1]:.1g}; subtract its mean "
+                    "from it."
                 )
             )
         return told
 
-    def _column(self, index: int) -> str:
+    def _column(self, rows: Rows, index: int) -> str:
         """Returns a column's name in a sentence."""
+        if rows.columns is not None:
+            index = int(rows.columns.index[index])
         names = getattr(self, "feature_names_in_", None)
         return f"column {index if names is None else repr(str(names[index]))}"
 
@@ -720,12 +729,13 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         if not ((parameters.warm_start or go_on) and hasattr(self, "coef_")):
             return None
         start = self._coefficients().by_class(None)
-        shape = len(rows.classes), rows.features.shape[1]
+        shape = len(rows.classes), rows.width
         if start.coef.shape != shape:
             raise ValueError(
                 f"`warm_start` must go on with {shape} coefficients, got "
                 f"{start.coef.shape}: the first fit had other classes or features."
             )
+        start = start.of_columns(rows.columns)
         start = start.by_class(parameters.reference(rows.classes))
         if not parameters.fit_intercept:
             start = start._replace(intercept=np.zeros_like(start.intercept))
@@ -759,7 +769,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         elif reference is not None and len(order) == 2:
             coefficients = coefficients.of_second_class()
         dtype = run.coefficient_dtype(fitted, rows.dtype)
-        self.coef_, self.intercept_ = coefficients.astype(dtype)
+        coefficients = coefficients.astype(dtype).spread(rows.columns)
+        self.coef_, self.intercept_ = coefficients
 
     def _order(self, parameters: Hyperparameters, rows: Rows) -> np.ndarray:
         """Returns the classes in the order of the rows of the solver's parameters."""
@@ -771,7 +782,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     def _calibrate(self, held: Rows) -> None:
         """Fits the temperature on rows that the fit did not see."""
         assert held.labels is not None
-        scores = _of_all_classes(self._coefficients().logits(held.features))
+        coefficients = self._coefficients().of_columns(held.columns)
+        scores = _of_all_classes(coefficients.logits(held.features))
         fit = fit_temperature(scores, held.labels, weights=held.weights)
         self.temperature_ = float(fit.temperature)
 

@@ -16,7 +16,10 @@ from jaxsoft.training.regression import full_batch
 from jaxsoft.training.regression.coefficients import Coefficients
 from jaxsoft.training.regression.hyperparameters import Hyperparameters
 from jaxsoft.training.regression.inputs import Features, Rows
-from jaxsoft.training.regression.minibatch import minibatch_solver
+from jaxsoft.training.regression.minibatch import (
+    default_batch_size,
+    minibatch_solver,
+)
 from jaxsoft.training.regression.minibatch_solver import MinibatchSolver
 from jaxsoft.training.regression.sources import RowSource, as_source
 from jaxsoft.training.reporting import Listener
@@ -179,6 +182,10 @@ def make_minibatch_solver(
     full = p.head == "full"
     if not full and rows.targets is not None:
         raise ValueError(f"`targets` must be None with `head` {p.head!r}.")
+    count, width = rows.features.shape
+    epochs = None
+    if not passes:
+        epochs = p.epochs(count, default_batch_size(width, rows.dtype))
     return minibatch_solver(
         as_source(rows.features),
         rows.labels,
@@ -195,7 +202,7 @@ def make_minibatch_solver(
         optimizer=p.optimizer,
         learning_rate=p.learning_rate,
         batch_size=p.batch_size,
-        max_iter=None if passes else p.epochs(len(rows.weights)),
+        max_iter=epochs,
         tol=p.tol,
         seed=p.seed(),
         mesh=p.mesh,

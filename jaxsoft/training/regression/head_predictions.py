@@ -9,7 +9,7 @@ from flax import nnx
 from numpy.typing import DTypeLike
 
 from jaxsoft.training.heads import Head, Params
-from jaxsoft.training.regression.padding import pad_rows
+from jaxsoft.training.regression.padding import pad_rows, rows_within
 from jaxsoft.training.regression.sources import RowSource
 
 __all__ = ["log_probs", "top_classes"]
@@ -72,6 +72,7 @@ def _blocks(
     source: RowSource, size: int, dtype: DTypeLike
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """Yields a start, features of one shape, and how many of their rows count."""
+    size = min(size, rows_within(_BLOCK_BYTES, source.num_features, dtype))
     size = max(1, min(size, len(source)))
     for start in range(0, len(source), size):
         rows = np.arange(start, min(start + size, len(source)))

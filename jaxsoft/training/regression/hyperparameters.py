@@ -16,7 +16,7 @@ from jaxsoft._core import checks
 from jaxsoft.training.errors import MeshError
 from jaxsoft.training.mesh import DATA
 from jaxsoft.training.regression.inputs import ClassWeight
-from jaxsoft.training.regression.minibatch import BATCH_SIZE, Optimizer, RegressionHead
+from jaxsoft.training.regression.minibatch import Optimizer, RegressionHead
 from jaxsoft.training.regression.settings import HEADS, SOLVERS
 
 __all__ = ["Hyperparameters"]
@@ -150,15 +150,16 @@ class Hyperparameters:
             )
         return int(places[0])
 
-    def epochs(self, count: int) -> int:
+    def epochs(self, count: int, batch_size: int) -> int:
         """Returns the epochs of minibatches.
 
         Args:
           count: number of rows.
+          batch_size: of a batch, where no size is given.
         """
         if self.max_iter is not None:
             return int(self.max_iter)
-        steps = -(-count // (self.batch_size or BATCH_SIZE))
+        steps = -(-count // (self.batch_size or batch_size))
         return max(_FEWEST_EPOCHS, min(_MOST_EPOCHS, -(-_STEPS // steps)))
 
     def iterations(self) -> int:

@@ -1,12 +1,14 @@
 """What a checkpoint of a fit belongs to: its rows and its parameters."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 
 import numpy as np
 
 from jaxsoft.training.regression.inputs import Rows, is_sparse
+from jaxsoft.training.regression.padding import rows_within
 from jaxsoft.training.regression.sources import RowSource
 
 __all__ = ["fingerprint"]
@@ -17,6 +19,8 @@ _FREE = ("checkpoint_dir", "checkpoint_seconds", "verbose", "mesh")
 _FORM = 2
 # The number of rows that are read for the digest where features stay on disk.
 _ROWS_READ = 1024
+# Bytes of them that exist at a time.
+_BYTES_READ = 2**26
 
 
 def fingerprint(parameters: Mapping[str, object], solver: str, rows: Rows) -> str:
@@ -38,12 +42,16 @@ def fingerprint(parameters: Mapping[str, object], solver: str, rows: Rows) -> st
     if isinstance(features, RowSource):
         count = len(features)
         some = np.linspace(0, count - 1, min(count, _ROWS_READ)).astype(np.int64)
-        arrays = [np.array([count]), features.read(some, np.float64)]
+        step = rows_within(_BYTES_READ, features.num_features, np.float64)
+        parts = (some[start : start + step] for start in range(0, len(some), step))
+        read = (features.read(part, np.float64) for part in parts)
+        arrays = itertools.chain([np.array([count])], read)
     elif is_sparse(features):
         arrays = [features.data, features.indices, features.indptr]
     else:
         arrays = [features]
-    for array in (*arrays, rows.labels, rows.targets, rows.weights):
+    others = rows.labels, rows.targets, rows.weights
+    for array in itertools.chain(arrays, others):
         if array is not None:
             array = np.ascontiguousarray(array)
             digest.update(f"{array.dtype}{array.shape}".encode())

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jaxsoft.training.regression.sources import RowSource, check_matrix
 
 __all__ = [
     "ClassWeight",
+    "Columns",
     "Csr",
     "Features",
     "Matrix",
@@ -48,7 +49,14 @@ _LABELS_AT_A_TIME = 2**16
 
 
 class SourceFeatures:
-    """Features that stay on disk, with the shape and dtype of an array's; a source."""
+    """Features that stay on disk, with the shape and dtype of an array's; a source.
+
+    Attributes:
+      source: the rows.
+      num_features: d.
+      dtype: that they are computed with.
+      shape: [n, d].
+    """
 
     def __init__(self, source: RowSource, dtype: np.dtype):
         """Keeps the source.
@@ -59,7 +67,7 @@ class SourceFeatures:
         """
         self.num_features, self.dtype = source.num_features, dtype
         self.shape = (len(source), source.num_features)
-        self._source = source
+        self.source = source
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -67,7 +75,25 @@ class SourceFeatures:
 
     def read(self, rows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         """Reads some rows; see `RowSource.read`."""
-        return self._source.read(rows, dtype)
+        return self.source.read(rows, dtype)
+
+
+class Columns(NamedTuple):
+    """Some columns of a wider matrix, the others of which are empty.
+
+    Attributes:
+      index: [d] their places, ascending.
+      width: columns of the matrix.
+    """
+
+    index: np.ndarray
+    width: int
+
+    def spread(self, coef: np.ndarray) -> np.ndarray:
+        """Returns [V, width] coefficients of [V, d]: those of empty columns are 0."""
+        wide = np.zeros((len(coef), self.width), coef.dtype)
+        wide[:, self.index] = coef
+        return wide
 
 
 Matrix: TypeAlias = np.ndarray | Csr | SourceFeatures
@@ -78,11 +104,12 @@ class Rows:
     """What a classifier is fitted to, on the host.
 
     Attributes:
-      features: [n, d] floating NumPy array or scipy's CSR.
+      features: [n, d] floating NumPy array or scipy's CSR, or on disk.
       classes: [V] the class labels, sorted.
       labels: [n] int32 in [0, V), or None.
       targets: [n, V] distributions over the classes, or None.
       weights: [n] weights of the rows, not negative, of a positive sum.
+      columns: which ones of a wider matrix's the features have; None for all.
     """
 
     features: Matrix
@@ -90,11 +117,17 @@ class Rows:
     labels: np.ndarray | None
     targets: np.ndarray | None
     weights: np.ndarray
+    columns: Columns | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Dtype of features and arithmetic."""
         return self.features.dtype
+
+    @property
+    def width(self) -> int:
+        """Number of columns of what the caller gave."""
+        return self.features.shape[1] if self.columns is None else self.columns.width
 
     def astype(self, dtype: np.dtype) -> "Rows":
         """Returns the rows with features and targets of a dtype."""
@@ -159,7 +192,7 @@ def _host(value: Features | None) -> Features | None:
     return np.asarray(value) if isinstance(value, jax.Array) else value
 
 
-def _narrow(labels: ArrayLike | None) -> ArrayLike | None:
+def _narrow(labels: Any) -> Any:
     """Returns texts as objects where NumPy would give all the width of the longest.
 
     An array of a fixed width stays what the caller made it.
@@ -171,9 +204,8 @@ def _narrow(labels: ArrayLike | None) -> ArrayLike | None:
             narrow[:] = labels
             return narrow
     elif type(labels).__module__.partition(".")[0] == "polars":
-        series: Any = labels
-        if series.to_numpy().ndim == 1:
-            return series.to_numpy()
+        if len(labels.shape) == 1:
+            return labels.to_numpy()
     elif isinstance(labels, np.ndarray) and labels.dtype.kind == "T":
         return labels.astype(object)
     return _host(labels)

@@ -27,11 +27,18 @@ from jaxsoft.training.regression.minibatch_step import (
     Tables,
     WarmupCosine,
 )
+from jaxsoft.training.regression.padding import rows_within
 from jaxsoft.training.regression.settings import HEADS
 from jaxsoft.training.regression.sources import BatchOrder, RowSource
 from jaxsoft.training.unigram import unigram_log_probs
 
-__all__ = ["BATCH_SIZE", "PATIENCE", "Optimizer", "RegressionHead", "minibatch_solver"]
+__all__ = [
+    "PATIENCE",
+    "Optimizer",
+    "RegressionHead",
+    "default_batch_size",
+    "minibatch_solver",
+]
 
 RegressionHead = Literal["full", "hierarchical", "adaptive"]
 # A transformation of Optax, or a function from a learning rate to one.
@@ -41,15 +48,29 @@ Optimizer: TypeAlias = optax.GradientTransformation | MakeOptimizer
 # `_MOST_MOVE`, whatever the features' number and scale. On digits, raw and
 # standardised, iris, wine and `make_classification` (20,000 x 100, 20 classes), a third
 # of it or three times it ended nearer to the optimum on the last alone.
-BATCH_SIZE = 256
+_BATCH_SIZE = 256
 _MOST_MOVE, _HIGHEST_RATE, _ROWS_MEASURED = 2.0, 0.3, 1024
 PATIENCE = 5
+
+# Rows of a batch are dense: so many bytes of them at most, where no size is given, and
+# of rows that are looked at besides.
+_BATCH_BYTES = 1 << 28
 
 # A segment takes a fraction of a second by these guesses of a CPU's rates, which cost
 # nothing where they are wrong: results do not depend on the length of a segment.
 _FLOPS, _BYTES, _SECONDS = 5e10, 1e10, 0.4
 _BLOCK_BYTES, _MOST_STEPS = 1 << 25, 256
 _MOST_WARMUP = 100
+
+
+def default_batch_size(width: int, dtype: DTypeLike) -> int:
+    """Returns the rows of a batch: 256, or as many as are 256 MiB, at least 1.
+
+    Args:
+      width: features of a row, which is dense in a batch.
+      dtype: that they are computed with.
+    """
+    return min(_BATCH_SIZE, rows_within(_BATCH_BYTES, width, dtype))
 
 
 def minibatch_solver(
@@ -102,7 +123,7 @@ def minibatch_solver(
       learning_rate: a number, the peak of a linear warm-up and of a cosine's decay to 0
         over `max_iter` epochs; or a schedule. None takes 2 over the mean absolute sum
         of a row's features, at most 0.3. Not with a transformation, which has its own.
-      batch_size: B; None takes 256, or N where that is less.
+      batch_size: B; None takes `default_batch_size`, or N where that is less.
       max_iter: epochs, at most. None is for `partial_fit`: the rate does not decay.
       tol: an epoch whose mean objective is not this much below the best one is stale.
         After five of them the rate goes down to 0, over as many steps as there were
@@ -129,7 +150,8 @@ def minibatch_solver(
     """
     rows = TrainingRows(source, labels, targets, weights)
     _check_head(head, rows, label_smoothing, reference)
-    size = _batch_size(batch_size, len(source), max_iter, mesh)
+    default = default_batch_size(source.num_features, dtype)
+    size = _batch_size(batch_size, default, len(source), max_iter, mesh)
     order = BatchOrder(len(source), size, seed)
     steps = order.steps_per_epoch
     schedule, peak, make = _optimization(optimizer, learning_rate, source, dtype)
@@ -194,7 +216,10 @@ def _peak(source: RowSource, dtype: DTypeLike) -> float:
     """Returns the default learning rate, from rows at even distances."""
     count = min(_ROWS_MEASURED, len(source))
     rows = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
-    sizes = np.abs(source.read(rows, dtype)).sum(axis=1, dtype=np.float64)
+    step = rows_within(_BATCH_BYTES, source.num_features, dtype)
+    parts = (source.read(rows[at : at + step], dtype) for at in range(0, count, step))
+    sizes = [np.abs(part).sum(axis=1, dtype=np.float64) for part in parts]
+    sizes = np.concatenate(sizes)
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
     size = float(sizes.mean()) if len(sizes) else 1.0
     return min(_MOST_MOVE / size, _HIGHEST_RATE)
@@ -251,12 +276,16 @@ def _check_head(
 
 
 def _batch_size(
-    given: int | None, num_rows: int, max_iter: int | None, mesh: Mesh | None
+    given: int | None,
+    default: int,
+    num_rows: int,
+    max_iter: int | None,
+    mesh: Mesh | None,
 ) -> int:
     """Returns rows a batch: without `max_iter` the same for few rows."""
     if given is not None:
         return checks.positive_integer("batch_size", given)
-    size = BATCH_SIZE if max_iter is None else min(BATCH_SIZE, num_rows)
+    size = default if max_iter is None else min(default, num_rows)
     devices = 1 if mesh is None else mesh.shape.get(DATA, 1)
     return -(-size // devices) * devices
 

@@ -1,9 +1,9 @@
 """Rows of zeros at the end of arrays, so that few shapes are compiled for."""
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-__all__ = ["bucket", "bucket_for", "pad_rows"]
-
+__all__ = ["bucket", "bucket_for", "pad_rows", "rows_within"]
 
 # Multiplications that cost nothing beside a program's compilation.
 _CHEAP_WORK = 2**22
@@ -32,6 +32,17 @@ def bucket_for(count: int, work: int) -> int:
     while size // 2 >= count and size * work > _CHEAP_WORK:
         size //= 2
     return size if size * work <= _CHEAP_WORK else bucket(count)
+
+
+def rows_within(num_bytes: int, width: int, dtype: DTypeLike) -> int:
+    """Returns how many dense rows take no more than some bytes, at least 1.
+
+    Args:
+      num_bytes: for all of them.
+      width: entries of a row.
+      dtype: of an entry.
+    """
+    return max(1, num_bytes // (np.dtype(dtype).itemsize * max(1, width)))
 
 
 def pad_rows(array: np.ndarray, count: int) -> np.ndarray:

@@ -6,9 +6,13 @@ import tracemalloc
 import numpy as np
 import pandas
 import pytest
+import scipy.sparse
+from sklearn.exceptions import ConvergenceWarning
 
 from jaxsoft.training import SoftmaxRegression
-from jaxsoft.training.regression import inputs
+from jaxsoft.training.regression import inputs, minibatch
+from jaxsoft.training.regression.sources import SparseRows
+from tests.training.regression.problems import problem
 
 polars = pytest.importorskip("polars")
 
@@ -93,6 +97,99 @@ def test_classes_of_partial_fit_are_texts_of_any_length():
 
 def test_docstring_runs():
     runner = doctest.DocTestRunner()
-    for test in doctest.DocTestFinder().find(inputs.encode_labels, globs=vars(inputs)):
+    for test in doctest.DocTestFinder().find(
+        inputs.encode_labels, globs=dict(vars(inputs))
+    ):
         runner.run(test)
     assert runner.tries > 0 and runner.failures == 0
+
+
+WIDTH = 10**7
+# Columns of the narrow table, which has all entries of the wide one.
+PLACES = np.array([3, 70, 4_000_000, 9_000_001, 9_999_998])
+
+
+def wide_and_narrow(source):
+    """The same rows over many columns, and over those in use; and labels."""
+    given = problem(60)
+    entries = np.where(np.abs(given.features) > 0.5, given.features, 0)
+    narrow = scipy.sparse.csr_array(entries)
+    parts = narrow.data, PLACES[narrow.indices], narrow.indptr
+    wide = scipy.sparse.csr_array(parts, shape=(60, WIDTH))
+    if source == "rows":
+        wide = SparseRows(wide.data, wide.indices, wide.indptr, WIDTH)
+        narrow = SparseRows(narrow.data, narrow.indices, narrow.indptr, 5)
+    return wide, narrow, given.labels
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("csr", {}),
+        ("csr", {"solver": "lbfgs", "fit_intercept": False}),
+        ("csr", {"l1_ratio": 0.5}),
+        ("csr", {"calibrate": True, "validation_fraction": 0.3}),
+        ("csr", {"solver": "minibatch", "learning_rate": 0.1}),
+        ("rows", {"learning_rate": 0.1}),
+    ],
+    ids=str,
+)
+def test_empty_columns_of_sparse_features_cost_their_coefficients_alone(
+    source, options
+):
+    """A row of 10⁷ features is 80 MB where it is dense; the coefficients are 320 MB."""
+    wide, narrow, labels = wide_and_narrow(source)
+    expected = SoftmaxRegression(**options).fit(narrow, labels)
+    model = SoftmaxRegression(**options)
+    _, peak = peak_bytes(lambda: model.fit(wide, labels))
+    assert model.solver_ == expected.solver_ and model.n_iter_ == expected.n_iter_
+    assert model.coef_.shape == (4, WIDTH) and model.n_features_in_ == WIDTH
+    size = model.coef_.nbytes
+    assert peak < size + 60e6
+    np.testing.assert_array_equal(model.coef_[:, PLACES], expected.coef_)
+    assert np.count_nonzero(model.coef_) == np.count_nonzero(expected.coef_)
+    assert model.temperature_ == expected.temperature_
+    predicted, peak = peak_bytes(lambda: model.predict(wide))
+    np.testing.assert_array_equal(predicted, expected.predict(narrow))
+    # SciPy's product copies the transpose once.
+    assert peak < size + 60e6
+
+
+def test_fits_of_some_columns_go_on_and_name_those_of_the_table():
+    wide, _, labels = wide_and_narrow("csr")
+    assert isinstance(wide, scipy.sparse.csr_array)
+    wide = wide[:, :100_000]
+    model = SoftmaxRegression(solver="lbfgs", warm_start=True).fit(wide, labels)
+    first, coef = model.n_iter_[0], model.coef_
+    model.fit(wide, labels)
+    assert model.n_iter_[0] <= 1 < first
+    np.testing.assert_allclose(model.coef_, coef, atol=1e-6)
+    # A column that is empty now, whose coefficients go back to 0.
+    wide = wide.tolil()
+    wide[:, 70] = 0
+    wide = scipy.sparse.csr_array(wide)
+    wide.eliminate_zeros()
+    assert (model.fit(wide, labels).coef_[:, 70] == 0).all()
+    with pytest.warns(ConvergenceWarning, match=r"gradient is largest in column 3\."):
+        model.set_params(max_iter=1, warm_start=False).fit(wide, labels)
+
+
+def test_batches_of_wide_rows_fit_in_memory(monkeypatch):
+    """Where all columns are in use, a batch is as many rows as its budget holds."""
+    assert minibatch.default_batch_size(784, np.float32) == 256
+    assert minibatch.default_batch_size(WIDTH, np.float32) == 6
+    assert minibatch.default_batch_size(10**9, np.float64) == 1
+    given = problem(60)
+    features = scipy.sparse.csr_array(given.features)
+    monkeypatch.setattr(minibatch, "_BATCH_BYTES", 7 * 5 * 8)
+    read, rows_of = [], SparseRows.read
+
+    def watched(self, rows, dtype):
+        read.append(len(rows))
+        return rows_of(self, rows, dtype)
+
+    monkeypatch.setattr(SparseRows, "read", watched)
+    model = SoftmaxRegression(solver="minibatch").fit(features, given.labels)
+    assert max(read) == 7 and model.score(features, given.labels) > 0.5
+    # As many steps as of other batches, and not as many epochs.
+    assert model.n_iter_[0] <= 5000 / (60 / 7) + 1
