@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike, DTypeLike
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from sklearn.utils import Tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
@@ -26,6 +27,8 @@ from jaxsoft.logits.softmax import log_softmax, softmax
 from jaxsoft.training.heads import Head
 from jaxsoft.training.regression import fitting, full_batch, inputs, solving
 from jaxsoft.training.regression.coefficients import Coefficients
+from jaxsoft.training.regression.empty_columns import without_empty_columns
+from jaxsoft.training.regression.exporting import logistic_regression
 from jaxsoft.training.regression.full_batch_solver import FullBatchSolver
 from jaxsoft.training.regression.head_files import pack_head, unpack_head
 from jaxsoft.training.regression.head_predictions import log_probs, top_classes
@@ -39,7 +42,6 @@ from jaxsoft.training.regression.objective import Parameters
 from jaxsoft.training.regression.padding import bucket, pad_rows
 from jaxsoft.training.regression.saving import load_model, save_model
 from jaxsoft.training.regression.sources import RowSource, as_source
-from jaxsoft.training.regression.used_columns import without_empty_columns
 
 __all__ = ["SoftmaxRegression"]
 
@@ -453,6 +455,44 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
           [n, V].
         """
         return self._at_temperature(log_softmax, self.decision_function(X))
+
+    def to_sklearn(self) -> LogisticRegression:
+        """Returns a fitted `LogisticRegression` of scikit-learn that predicts alike.
+
+        For what knows scikit-learn's class by name: converters to ONNX (skl2onnx) take
+        it, as do SHAP's linear explainers.
+
+        Returns:
+          A new estimator, whose `coef_` and `intercept_` are divided by `temperature_`,
+          and [1, d] and [1] for two classes: `predict_proba` is equal within rounding.
+          It has this one's C, fit_intercept and class_weight; a fit of its own begins
+          anew, without this one's other parameters.
+
+        Raises:
+          NotFittedError: there is nothing to copy; scikit-learn's class.
+          TypeError: the head is not the full one.
+
+        Example:
+          >>> from sklearn.datasets import load_iris
+          >>> from jaxsoft.training import SoftmaxRegression
+          >>> X, y = load_iris(return_X_y=True)
+          >>> model = SoftmaxRegression(calibrate=True).fit(X, y)
+          >>> other = model.to_sklearn()
+          >>> difference = other.predict_proba(X) - model.predict_proba(X)
+          >>> print(other, abs(difference).max() < 1e-9)
+          LogisticRegression() True
+        """
+        check_is_fitted(self)
+        if self.head != "full":
+            raise TypeError(
+                f'`head` must be "full" for to_sklearn, got {self.head!r}, whose '
+                "classes have no row of coefficients each."
+            )
+        names = "classes_", "n_features_in_", "feature_names_in_", "n_iter_"
+        fitted = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return logistic_regression(
+            self._coefficients(), self.temperature_, self.get_params(), fitted
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the fitted estimator to one safetensors file, without code.
