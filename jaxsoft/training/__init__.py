@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jaxsoft.training.language_model.report import FinalReport, Sample
     from jaxsoft.training.language_model.trainer import train_language_model
     from jaxsoft.training.mesh import parse_mesh
+    from jaxsoft.training.regression.cross_validation import SoftmaxRegressionCV
     from jaxsoft.training.regression.estimator import SoftmaxRegression
     from jaxsoft.training.regression.job import train_regression
     from jaxsoft.training.regression.prediction import PredictionReport, predict_table
@@ -62,6 +63,7 @@ __all__ = [
     "RunDirectoryError",
     "Sample",
     "SoftmaxRegression",
+    "SoftmaxRegressionCV",
     "StopRequest",
     "SvmlightError",
     "TableError",
@@ -89,6 +91,7 @@ _NAMES = {
     "language_model.report": "FinalReport Sample",
     "language_model.trainer": "train_language_model",
     "mesh": "parse_mesh",
+    "regression.cross_validation": "SoftmaxRegressionCV",
     "regression.estimator": "SoftmaxRegression",
     "regression.job": "train_regression",
     "regression.prediction": "PredictionReport predict_table",
@@ -106,7 +109,7 @@ def __getattr__(name: str) -> Any:
     """Imports a name when it is asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "SoftmaxRegression":
+    if name in ("SoftmaxRegression", "SoftmaxRegressionCV"):
         # Its class is scikit-learn's: without the extra it cannot even be made.
         from jaxsoft.training.running import require_train_extra
 
