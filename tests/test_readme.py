@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 
-from jaxsoft.cli import main as cli
+from jaxsoft.cli import commands
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.target import TARGETS
 
@@ -55,19 +55,19 @@ def test_options_that_the_text_names_exist():
 
 
 def test_commands_on_tables_are_ones_that_exist():
-    commands = re.findall(r"`jaxsoft ((?:regress|predict)[^`]*)`", README)
-    parsed = [cli._parser().parse_args(shlex.split(command)) for command in commands]
-    named = set(re.findall(r"--[a-z-]+", " ".join(commands)))
+    lines = re.findall(r"`jaxsoft ((?:regress|predict)[^`]*)`", README)
+    parsed = [commands.parser().parse_args(shlex.split(line)) for line in lines]
+    named = set(re.findall(r"--[a-z-]+", " ".join(lines)))
     assert len(parsed) >= 6
     assert named >= {"--label", "--out", "--resume", "--calibrate", "--probabilities"}
 
 
 def test_commands_on_devices_are_ones_that_exist():
-    commands = re.findall(r"^\$ jaxsoft (devices(?:.*\\\n)*.*)$", README, re.M)
-    assert len(commands) == 2
-    for command in commands:
-        words = shlex.split(command.replace("\\\n", " "))
-        parsed = cli._parser().parse_args(words)
+    lines = re.findall(r"^\$ jaxsoft (devices(?:.*\\\n)*.*)$", README, re.M)
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(line.replace("\\\n", " "))
+        parsed = commands.parser().parse_args(words)
         assert set(parsed.target) <= set(TARGETS)
         assert set(parsed.op or ()) <= set(operations())
 

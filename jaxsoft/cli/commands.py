@@ -13,7 +13,7 @@ from jaxsoft.cli.text import UsageError, one_line
 from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.interruption import SIGNALS
 
-__all__ = ["run"]
+__all__ = ["parser", "run"]
 
 # Files of these options are opened by their bytes, whatever those are.
 _ANY_BYTES = ("corpus", "data", "model")
@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
       The exit code.
     """
-    parsed = _parser().parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     process.Signals.farewell = parsed.farewell = parsed.farewell(parsed)
     try:
         _check_text(parsed)
@@ -60,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Builds the parser, one subcommand a job."""
     parser = _Parser(prog="jaxsoft", description="The softmax layer of JAX.")
     parser.add_argument("--version", action="version", version=f"jaxsoft {__version__}")

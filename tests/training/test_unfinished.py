@@ -48,6 +48,7 @@ def test_only_what_a_dead_process_left_is_swept(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
+        assert process.stdout is not None
         written = set(process.stdout.readline().split())
         assert len(written) == 2
         write_atomically(tmp_path / "file", b"living")
