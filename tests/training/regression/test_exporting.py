@@ -69,6 +69,7 @@ def test_it_is_a_copy_with_the_names_of_features():
     for name in ("coef_", "intercept_", "classes_"):
         getattr(copied, name)[:] = 7
     np.testing.assert_array_equal(model.predict_proba(frame), before)
+    assert model.classes_.tolist() == [0, 1, 2, 3]
     # A fit of its own is scikit-learn's.
     assert (copied.fit(frame, given.labels).coef_ != 7).all()
     np.testing.assert_allclose(
