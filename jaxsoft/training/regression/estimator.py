@@ -16,7 +16,6 @@ import optax
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike, DTypeLike
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils import Tags
 from sklearn.utils.metaestimators import available_if
@@ -26,6 +25,7 @@ from jaxsoft.logits.calibration import fit_temperature
 from jaxsoft.logits.softmax import log_softmax, softmax
 from jaxsoft.training.heads import Head
 from jaxsoft.training.regression import fitting, full_batch, inputs, solving
+from jaxsoft.training.regression.advice import advice
 from jaxsoft.training.regression.coefficients import Coefficients
 from jaxsoft.training.regression.empty_columns import without_empty_columns
 from jaxsoft.training.regression.exporting import logistic_regression
@@ -671,73 +671,17 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             status = status._replace(objective=run.objective(state))
             if isinstance(run, FullBatchSolver):
                 status = full_batch.judged(run, state, status)
-                told = self._told(rows, run, state, status)
-            elif status.reason == solving.MAX_ITER and self.max_iter is not None:
-                # Epochs that were not asked for are as many as the learning rate's
-                # way down.
-                told.append(
-                    ConvergenceWarning(
-                        f"minibatch failed to converge after {status.iteration} "
-                        "step(s): the number of epochs reached its limit. Increase "
-                        "`max_iter` to improve the convergence, or scale the data, for "
-                        "example by sklearn.preprocessing.StandardScaler."
-                    )
-                )
+            told = advice(
+                run,
+                state,
+                status,
+                solver=self.solver_,
+                limited=self.max_iter is not None,
+                columns=rows.columns,
+                names=getattr(self, "feature_names_in_", None),
+            )
         self._set_fitted(parameters, rows, run, state, status)
         return status, told
-
-    def _told(
-        self, rows: Rows, run: FullBatchSolver, state: Any, status: solving.Status
-    ) -> list[Warning]:
-        """Returns what there is to warn of, where all rows were read."""
-        told: list[Warning] = []
-        after = f"after {status.iteration} iteration(s)"
-        if status.reason == solving.MAX_ITER:
-            column = self._column(rows, run.column_of_gradient(state))
-            told.append(
-                ConvergenceWarning(
-                    f"{self.solver_} failed to converge {after}: the total number of "
-                    "iterations reached its limit. Increase `max_iter` to improve the "
-                    f"convergence; the gradient is largest in {column}."
-                )
-            )
-        elif status.reason == solving.STALLED:
-            column = self._column(rows, run.column_of_gradient(state))
-            told.append(
-                ConvergenceWarning(
-                    f"{self.solver_} failed to converge {after}: the objective no "
-                    "longer falls, though its gradient is not 0; it is largest in "
-                    f"{column}."
-                )
-            )
-        elif status.reason == solving.UNBOUNDED:
-            column = self._column(rows, run.column_of_growth(state))
-            told.append(
-                ConvergenceWarning(
-                    "the objective has no minimum: without a penalty, features that "
-                    "tell a class from the others have coefficients that grow for "
-                    f"ever, most of all {column}. {self.solver_} stopped {after}; "
-                    "give a finite `C`."
-                )
-            )
-        found = run.column_of_rounding(run.fitted(state))
-        if found is not None:
-            told.append(
-                UserWarning(
-                    f"{self._column(rows, found[0])} has a mean that is so large "
-                    "beside its spread that rounding of float64 moves the logits of "
-                    f"the features as given by {found[1]:.1g}; subtract its mean "
-                    "from it."
-                )
-            )
-        return told
-
-    def _column(self, rows: Rows, index: int) -> str:
-        """Returns a column's name in a sentence."""
-        if rows.columns is not None:
-            index = int(rows.columns.index[index])
-        names = getattr(self, "feature_names_in_", None)
-        return f"column {index if names is None else repr(str(names[index]))}"
 
     def _solver(self, parameters: Hyperparameters, rows: Rows) -> solving.Solver[Any]:
         """Makes the solver that was chosen."""

@@ -24,10 +24,13 @@ GIVEN = problem(120)
 PATH = [0.01, 1.0, 100.0]
 
 
+# Older ones have other attributes, and fail where a fold has not all classes.
+NEWER = tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8)
+
+
 def reference(**options):
     """scikit-learn's estimator, run to its optima, in the form that newer ones have."""
-    version = tuple(map(int, sklearn.__version__.split(".")[:2]))
-    if version >= (1, 8):
+    if NEWER:
         options |= {"use_legacy_attributes": False, "l1_ratios": (0.0,)}
     options = {"scoring": "accuracy"} | options
     given: Any = options
@@ -102,7 +105,7 @@ def test_choice_scores_and_paths_are_scikit_learns(classes, options, inner, refi
     shape = folds, len(model.Cs_), rows, 5 + inner.get("fit_intercept", True)
     assert model.coefs_paths_.shape == shape
     assert model.n_iter_.shape == model.scores_.shape == shape[:2]
-    if not isinstance(expected.coefs_paths_, dict):
+    if NEWER:
         np.testing.assert_allclose(
             model.coefs_paths_, expected.coefs_paths_[:, 0], rtol=2e-2, atol=2e-2
         )
@@ -174,15 +177,13 @@ def test_classes_that_a_fold_does_not_have_are_classes_all_the_same():
     features, labels = GIVEN.features[order], GIVEN.labels[order]
     options: dict[str, Any] = {"Cs": [0.1, 1.0], "cv": KFold(4)}
     model = SoftmaxRegressionCV(**options).fit(features, labels)
-    expected = reference(**options).fit(features, labels)
     assert model.coefs_paths_.shape == (4, 2, 4, 6)
     np.testing.assert_array_equal(model.scores_, 0)
-    np.testing.assert_array_equal(model.scores_, scores_of(expected))
-    found = model.coefs_paths_[..., :5]
-    if not isinstance(expected.coefs_paths_, dict):
-        np.testing.assert_allclose(
-            found, expected.coefs_paths_[:, 0, :, :, :5], atol=2e-3
-        )
+    if NEWER:
+        expected = reference(**options).fit(features, labels)
+        np.testing.assert_array_equal(model.scores_, scores_of(expected))
+        found, theirs = model.coefs_paths_, expected.coefs_paths_[:, 0]
+        np.testing.assert_allclose(found[..., :5], theirs[..., :5], atol=2e-3)
 
 
 def test_tables_and_sparse_features():
