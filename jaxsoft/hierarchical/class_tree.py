@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from jaxsoft._core.exporting import (
     exportable_namedtuple,
 )
 from jaxsoft.hierarchical.clustering import order_by_similarity
+from jaxsoft.hierarchical.consistency import check_tree
 from jaxsoft.hierarchical.huffman import code_lengths, least_depth
 from jaxsoft.hierarchical.levels import Canonical, Tables
 from jaxsoft.hierarchical.node_biases import biases_along
@@ -348,14 +350,25 @@ class ClassTree:
 
         Returns:
           The tree.
+
+        Raises:
+          ValueError: if the file holds anything else, or tables that do not fit.
         """
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name != "form"}
-            form = json.loads(str(file["form"]))
-        shape = (form["arity"], tuple(form["leaves"]), tuple(form["nodes"]))
-        permutation = arrays.pop("order", None), arrays.pop("ranks", None)
-        kind = {"Canonical": Canonical, "Tables": Tables}[form["kind"]]
-        return cls(kind(*shape, **arrays), *permutation)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files if name != "form"}
+                form = json.loads(str(file["form"]))
+            arity, *levels = (form[name] for name in ("arity", "leaves", "nodes"))
+            leaves, nodes = (tuple(map(operator.index, level)) for level in levels)
+            permutation = arrays.pop("order", None), arrays.pop("ranks", None)
+            kind = {"Canonical": Canonical, "Tables": Tables}[form["kind"]]
+            tree = cls(
+                kind(operator.index(arity), leaves, nodes, **arrays), *permutation
+            )
+            check_tree(tree)
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as why:
+            raise ValueError(f"{path} holds no tree that fits: {why}") from why
+        return tree
 
 
 def _arity(arity: int) -> int:

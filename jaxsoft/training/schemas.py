@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from jaxsoft.training.files import open_regular
 from jaxsoft.training.memory import readable
 
-__all__ = ["MOST_BYTES", "convert", "decode", "decode_file"]
+__all__ = ["MOST_BYTES", "convert", "decode", "decode_file", "one_line"]
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ def decode(
             parse_constant=number,
         )
     except (ValueError, RecursionError) as reason:
-        raise error(f"{where} cannot be read ({_line(reason)}).") from reason
+        raise error(f"{where} cannot be read ({one_line(reason)}).") from reason
     return convert(raw, kind, where, error)
 
 
@@ -92,7 +92,7 @@ def convert(raw: object, kind: type[T], where: str, error: type[Exception]) -> T
         value = msgspec.convert(raw, kind)
         _refuse_unknown(raw, value, "$")
     except (ValueError, TypeError, OverflowError, RecursionError) as reason:
-        raise error(f"{where} cannot be read ({_line(reason)}).") from reason
+        raise error(f"{where} cannot be read ({one_line(reason)}).") from reason
     return value
 
 
@@ -148,7 +148,7 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(value)
 
 
-def _line(reason: BaseException) -> str:
+def one_line(reason: BaseException) -> str:
     """The text of an error, on one line and not longer than one reads."""
     line = " ".join(str(reason).split())
     return line if len(line) <= _REASON else f"{line[:_REASON]}…"

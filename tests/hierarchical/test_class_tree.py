@@ -1,6 +1,7 @@
 """Trees lead every class to a place of its own, and waste no row."""
 
 import heapq
+import json
 import pickle
 import re
 from typing import Any, cast
@@ -223,6 +224,36 @@ def test_a_million_classes():
     depths = np.asarray(tree.depths(padded(np.array([0, 10**6 - 1], np.int32))))
     assert tree.num_rows == 10**6 - 1
     assert depths[0] < 6 and 20 < depths[1] <= tree.max_depth <= 24
+
+
+@pytest.mark.parametrize("kind", ["canonical", "tables"])
+def test_files_whose_tables_do_not_fit_are_refused(tmp_path, kind):
+    """A table with one entry or the sign changed, or cut, and other levels."""
+    paths = [(0,), (1, 0), (1, 1, 0), (1, 1, 1), (2,), (3, 0), (3, 1)]
+    tree = ClassTree.huffman([5, 1, 1, 2, 9, 1, 1])
+    tree = tree if kind == "canonical" else ClassTree.from_paths(paths)
+    tree.save(tmp_path / "tree")
+    with np.load(tmp_path / "tree") as file:
+        arrays = {name: file[name] for name in file.files}
+    form = json.loads(str(arrays.pop("form")))
+    files = []
+    for name, table in arrays.items():
+        for place in range(len(table)):
+            for value in (table[place] + 1, table[place] - 1, -9, 2**30):
+                other = table.copy()
+                other[place] = value
+                files.append((form, {**arrays, name: other}))
+        for other in (-table, table[1:], table.astype(np.int64), table[None]):
+            files.append((form, {**arrays, name: other}))
+        files.append((form, {each: arrays[each] for each in arrays if each != name}))
+    for name in form:
+        for value in (None, "x", [], -1, 0, 1, 10**9, [1], [-1, 8], [0] * 2000 + [7]):
+            files.append(({**form, name: value}, arrays))
+    for other, tables in files:
+        with (tmp_path / "other").open("wb") as file:
+            np.savez(file, form=np.array(json.dumps(other)), **tables)
+        with pytest.raises(ValueError, match="holds no tree that fits"):
+            ClassTree.load(tmp_path / "other")
 
 
 def test_slow_work_shows_a_bar(monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,93 @@ from flax import nnx
 
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.hierarchical.class_tree import ClassTree
+from jaxsoft.hierarchical.consistency import check_bands, check_tree
 from jaxsoft.hierarchical.levels import Canonical, Tables
 from jaxsoft.nn import AdaptiveSoftmaxHead, HierarchicalSoftmaxHead
 from jaxsoft.training.heads import Head
+from jaxsoft.training.schemas import convert
 
 __all__ = ["pack_head", "unpack_head"]
 
 _PREFIX = "head_."
-_STRUCTURES = {cls.__name__: cls for cls in (Canonical, ClassBands, ClassTree, Tables)}
+# The most levels of a tree, or bands, each of which is compiled on its own. A model's
+# own tree has four more than a balanced one.
+_MOST_LEVELS = 64
+
+_Dtype: TypeAlias = Literal["float16", "bfloat16", "float32", "float64"]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    tensor: str
+
+
+@dataclass(frozen=True)
+class _LevelFields:
+    arity: int
+    leaves: tuple[int, ...]
+    nodes: tuple[int, ...]
+    rank_slots: _Tensor | None = None
+    node_slots: _Tensor | None = None
+    slot_nodes: _Tensor | None = None
+    node_firsts: _Tensor | None = None
+    slot_children: _Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Levels:
+    kind: Literal["Canonical", "Tables"]
+    fields: _LevelFields
+
+
+@dataclass(frozen=True)
+class _TreeFields:
+    levels: _Levels
+    order: _Tensor | None = None
+    ranks: _Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Tree:
+    kind: Literal["ClassTree"]
+    fields: _TreeFields
+
+
+@dataclass(frozen=True)
+class _BandFields:
+    cutoffs: tuple[int, ...]
+    order: _Tensor | None = None
+    ranks: _Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Bands:
+    kind: Literal["ClassBands"]
+    fields: _BandFields
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What `pack_head` returns, of heads of both kinds."""
+
+    in_features: int
+    use_bias: bool
+    temperature: float
+    dtype: _Dtype | None
+    param_dtype: _Dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TreeForm(_Form):
+    kind: Literal["HierarchicalSoftmaxHead"]
+    classes: _Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptiveForm(_Form):
+    kind: Literal["AdaptiveSoftmaxHead"]
+    classes: _Bands
+    tail_features: tuple[int, ...]
 
 
 def pack_head(head: Head, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -65,41 +146,103 @@ def pack_head(head: Head, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     return form
 
 
-def unpack_head(form: dict[str, Any], tensors: dict[str, np.ndarray]) -> Head:
+def unpack_head(form: object, tensors: Mapping[str, np.ndarray]) -> Head:
     """Puts a head together again.
 
+    Nothing is made of a size that the form alone declares.
+
     Args:
-      form: what `pack_head` returned.
-      tensors: what it filled.
+      form: what `pack_head` returned, or JSON had of it.
+      tensors: what it filled; others have no names from `head_.` on.
 
     Returns:
       The head.
+
+    Raises:
+      ValueError: form and tensors are not those of one head.
     """
-    classes = _unpacked(form["classes"], tensors)
-    wide = form["param_dtype"] == "float64"
+    kind = form.get("kind") if isinstance(form, dict) else None
+    schema = _AdaptiveForm if kind == AdaptiveSoftmaxHead.__name__ else _TreeForm
+    given = convert(form, schema, "its head", ValueError)
+    left = {name: each for name, each in tensors.items() if name.startswith(_PREFIX)}
+    if not given.temperature >= 0:
+        raise ValueError("the head's temperature must not be negative")
+    options: dict[str, Any] = {
+        "use_bias": given.use_bias,
+        "temperature": given.temperature,
+        "dtype": given.dtype,
+        "param_dtype": jnp.dtype(given.param_dtype),
+        "kernel_init": nnx.initializers.zeros,
+    }
+    made: Any
+    if isinstance(given, _TreeForm):
+        made, classes = HierarchicalSoftmaxHead, _tree(given.classes.fields, left)
+    else:
+        made, classes = AdaptiveSoftmaxHead, _bands(given.classes.fields, left)
+        options["projection_init"] = nnx.initializers.zeros
+        options["tail_features"] = given.tail_features
+
+    def make() -> Any:
+        return made(given.in_features, classes, rngs=nnx.Rngs(0), **options)
+
+    wide = given.param_dtype == "float64"
     with jax.enable_x64(True) if wide else contextlib.nullcontext():
-        options: dict[str, Any] = {
-            name: form[name] for name in ("use_bias", "temperature", "dtype")
-        }
-        options["param_dtype"] = jnp.dtype(form["param_dtype"])
-        options["kernel_init"] = nnx.initializers.zeros
-        options["rngs"] = nnx.Rngs(0)
-        if form["kind"] == HierarchicalSoftmaxHead.__name__:
-            head = HierarchicalSoftmaxHead(form["in_features"], classes, **options)
-        else:
-            head = AdaptiveSoftmaxHead(
-                form["in_features"],
-                classes,
-                tail_features=form["tail_features"],
-                projection_init=nnx.initializers.zeros,
-                **options,
-            )
+        # The shapes alone, before there is anything of them.
+        for name, parameter in _parameters(nnx.eval_shape(make)).items():
+            wanted, got = parameter.get_value(), left.get(name)
+            if got is None or (got.dtype, got.shape) != (wanted.dtype, wanted.shape):
+                there = "missing" if got is None else f"{got.dtype} of {got.shape}"
+                raise ValueError(
+                    f"{name} must be {wanted.dtype} of {wanted.shape}, and is {there}"
+                )
+            if not np.isfinite(got).all():
+                raise ValueError(f"{name} must be finite")
+        head = make()
         for name, parameter in _parameters(head).items():
-            value = tensors[name]
-            if value.shape != parameter[...].shape:
-                raise ValueError(f"{name} has shape {value.shape}")
-            parameter[...] = jnp.asarray(value)
+            parameter[...] = jnp.asarray(left.pop(name))
+    if left:
+        raise ValueError(f"{min(left)} is none of the head's tensors")
     return head
+
+
+def _tree(fields: _TreeFields, left: dict[str, np.ndarray]) -> ClassTree:
+    """Makes a tree; its tables are taken out of the tensors that are left."""
+    levels = fields.levels
+    given = {
+        name: value if isinstance(value, int | tuple) else _taken(value, left)
+        for name, value in vars(levels.fields).items()
+        if value is not None
+    }
+    kind = {"Canonical": Canonical, "Tables": Tables}[levels.kind]
+    tree = ClassTree(
+        kind(**given), _taken(fields.order, left), _taken(fields.ranks, left)
+    )
+    check_tree(tree)
+    if tree.max_depth > _MOST_LEVELS or tree.arity > max(2, tree.num_classes):
+        raise ValueError(
+            f"a tree of {tree.num_classes} classes has depth {tree.max_depth} and "
+            f"arity {tree.arity}"
+        )
+    return tree
+
+
+def _bands(fields: _BandFields, left: dict[str, np.ndarray]) -> ClassBands:
+    """Makes bands; their tables are taken out of the tensors that are left."""
+    if len(fields.cutoffs) > _MOST_LEVELS:
+        raise ValueError(f"bands have {len(fields.cutoffs)} cutoffs")
+    order, ranks = (_taken(each, left) for each in (fields.order, fields.ranks))
+    bands = ClassBands(fields.cutoffs, order, ranks)
+    check_bands(bands)
+    return bands
+
+
+def _taken(name: _Tensor | None, left: dict[str, np.ndarray]) -> Any:
+    """Takes a table out of the tensors that are left."""
+    if name is None:
+        return None
+    if name.tensor not in left:
+        raise ValueError(f"{name.tensor} is missing")
+    return left.pop(name.tensor)
 
 
 def _parameters(head: nnx.Module) -> dict[str, Any]:
@@ -124,16 +267,3 @@ def _packed(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         return {"kind": type(value).__name__, "fields": fields}
     tensors[_PREFIX + name] = np.ascontiguousarray(value)
     return {"tensor": _PREFIX + name}
-
-
-def _unpacked(value: Any, tensors: dict[str, np.ndarray]) -> Any:
-    """The inverse of `_packed`."""
-    if isinstance(value, list):
-        return tuple(_unpacked(item, tensors) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return jnp.asarray(tensors[value["tensor"]])
-    fields = value["fields"].items()
-    made = {name: _unpacked(item, tensors) for name, item in fields}
-    return _STRUCTURES[value["kind"]](**made)
