@@ -743,8 +743,8 @@ _LANGUAGE_MODELS = (
         "resumed-run-begins-its-data-again",
         kind="resumed run that repeats data",
         file="jaxsoft/training/checkpoints.py",
-        before='Progress(**restored["progress"])',
-        after='Progress(**restored["progress"] | {"next_batch": 0})',
+        before='convert(restored["progress"], Progress,',
+        after='convert(restored["progress"] | {"next_batch": 0}, Progress,',
         tests=(
             "tests/training/test_checkpoints.py",
             "tests/training/language_model/test_language_model.py",

@@ -5,8 +5,14 @@ on CPU a host copy may share memory with it, so a save in the background could r
 what the next step already overwrites.
 """
 
+import contextlib
 import dataclasses
+import gc
 import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +20,13 @@ from typing import TypeVar
 
 import jax
 
-from jaxsoft.training.errors import CheckpointError, first_line
+from jaxsoft.training.errors import CheckpointError
+from jaxsoft.training.schemas import convert, one_line
 
 __all__ = ["Checkpoints", "Progress"]
+
+# How long the threads that read a damaged checkpoint may go on, in seconds.
+_AFTERMATH = 0.2
 
 # A pytree of arrays, or of their shapes.
 State = TypeVar("State")
@@ -37,34 +47,58 @@ class Progress:
     next_batch: int
     seconds: float
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` where a number is negative or not finite."""
+        if min(self.step, self.next_batch) < 0 or not 0 <= self.seconds < math.inf:
+            raise ValueError(f"a run cannot stand at {self}")
+
 
 class Checkpoints:
     """The checkpoints of one run; a context manager.
 
     Orbax writes each under a temporary name and renames it when complete: a process
-    killed while saving leaves the one before.
+    killed while saving leaves the one before. One that turns out to be damaged counts
+    no more, and goes when the next is saved.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        note: Callable[[str], None] = lambda text: None,
+    ):
         """Opens the folder, which is made where it is missing.
 
         Args:
           directory: where the checkpoints are.
           keep: how many to keep, the newest.
+          note: told of a damaged checkpoint, and which takes its place.
+
+        Raises:
+          CheckpointError: it cannot be opened.
         """
         import orbax.checkpoint as ocp
 
-        # Orbax logs each save by way of absl; nobody asked for that here.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-            ),
-        )
+        # Orbax logs each save, and what it cannot read, by way of absl: what matters is
+        # raised, too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._directory, self._note = directory.absolute(), note
+        self._damaged: set[int] = set()
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    enable_async_checkpointing=False,
+                    cleanup_tmp_directories=True,
+                ),
+            )
+        except Exception as error:  # Orbax and TensorStore raise what they like.
+            raise CheckpointError(
+                f"the checkpoints in {self._directory} cannot be opened: "
+                f"{one_line(error)}"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -81,7 +115,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None."""
-        return self._manager.latest_step()
+        return max(self._steps(), default=None)
 
     def save(self, state: object, progress: Progress) -> None:
         """Saves; returns when the checkpoint is complete on disk.
@@ -98,6 +132,8 @@ class Checkpoints:
         if self.latest_step() == progress.step:
             return
         try:
+            while self._damaged:
+                self._manager.delete(self._damaged.pop())
             self._manager.save(
                 progress.step,
                 args=ocp.args.Composite(
@@ -106,14 +142,14 @@ class Checkpoints:
                 ),
                 force=True,
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise CheckpointError(
                 f"checkpoint {progress.step} cannot be written to {self._directory}: "
-                f"{first_line(error)}"
+                f"{one_line(error)}"
             ) from error
 
     def restore(self, abstract_state: State) -> tuple[State, Progress]:
-        """Reads the newest checkpoint.
+        """Reads the newest checkpoint that is not damaged.
 
         Args:
           abstract_state: the state's structure, as `jax.eval_shape` gives it. A
@@ -126,11 +162,34 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, or it does not fit `abstract_state`.
         """
+        failures: dict[int, str] = {}
+        for step in sorted(self._steps(), reverse=True):
+            try:
+                with _without_tracebacks():
+                    restored = self._read(step, abstract_state)
+            except CheckpointError as error:
+                failures[step] = str(error)
+                continue
+            for damaged, reason in failures.items():
+                self._note(
+                    f"checkpoint {damaged} is damaged ({reason}); going on from {step}"
+                )
+            self._damaged |= set(failures)
+            return restored
+        for step, reason in failures.items():
+            raise CheckpointError(
+                f"checkpoint {step} in {self._directory} cannot be read: {reason}"
+            )
+        raise CheckpointError(f"{self._directory} holds no complete checkpoint.")
+
+    def _steps(self) -> set[int]:
+        """The steps of the complete checkpoints that are not known to be damaged."""
+        return set(self._manager.all_steps()) - self._damaged
+
+    def _read(self, step: int, abstract_state: State) -> tuple[State, Progress]:
+        """Reads one checkpoint; raises whatever Orbax does."""
         import orbax.checkpoint as ocp
 
-        step = self.latest_step()
-        if step is None:
-            raise CheckpointError(f"{self._directory} holds no complete checkpoint.")
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
@@ -138,17 +197,39 @@ class Checkpoints:
             ),
             abstract_state,
         )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        progress = convert(restored["progress"], Progress, "its progress", ValueError)
+        if progress.step != step:
+            raise ValueError(f"it says that it is of step {progress.step}")
+        return restored["state"], progress
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Makes whatever is raised a `CheckpointError` of one line, and all that is said.
+
+    TensorStore's threads print a traceback where the event loop that waited for them
+    is closed, and Python does where their coroutines are left to it. Both happens
+    here, before the error is passed on.
+    """
+    hooks = sys.excepthook, sys.unraisablehook
+    reason = None
+    sys.excepthook = sys.unraisablehook = lambda *_: None
+    try:
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target),
-                    progress=ocp.args.JsonRestore(),
-                ),
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {self._directory} cannot be read: "
-                f"{first_line(error)}"
-            ) from error
-        return restored["state"], Progress(**restored["progress"])
+            yield
+        except Exception as error:
+            reason = one_line(error)
+        if reason is not None:
+            time.sleep(_AFTERMATH)
+            gc.collect()
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+    if reason is not None:
+        raise CheckpointError(reason)

@@ -1,8 +1,12 @@
+import json
+import shutil
+
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxsoft.training import checkpoints as checkpoints_module
 from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.errors import CheckpointError
 
@@ -88,3 +92,89 @@ def test_damaged_checkpoint_is_an_error_of_one_line(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(CheckpointError, match="checkpoint 1 in .* cannot be read"):
             checkpoints.restore(jax.eval_shape(make_state, 1.0))
+
+
+def damage(folder, change):
+    """Changes the contents of all files of a checkpoint."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(change(bytearray(file.read_bytes())))
+
+
+def flipped(content):
+    """A bit of each byte in the second half of a file."""
+    half = len(content) // 2
+    return content[:half] + bytes(byte ^ 4 for byte in content[half:])
+
+
+def test_the_one_before_takes_the_place_of_a_damaged_checkpoint(tmp_path, capfd):
+    """Its number can be saved again, and nothing is printed by anybody's threads."""
+    with Checkpoints(tmp_path / "whole") as checkpoints:
+        for step in (20, 40):
+            checkpoints.save(make_state(float(step)), Progress(step, step, 0.0))
+    for number, change in enumerate((lambda content: b"", lambda c: c[:9], flipped)):
+        folder, notes = tmp_path / str(number), []
+        shutil.copytree(tmp_path / "whole", folder)
+        damage(folder / "40" / "state", change)
+        with Checkpoints(folder, note=notes.append) as checkpoints:
+            assert checkpoints.latest_step() == 40
+            restored, progress = checkpoints.restore(jax.eval_shape(make_state, 1.0))
+            assert progress.step == checkpoints.latest_step() == 20
+            assert as_bits(restored) == as_bits(make_state(20.0))
+            (note,) = notes
+            assert note.startswith("checkpoint 40 is damaged (") and "\n" not in note
+            assert note.endswith("); going on from 20") and len(note) < 400
+            for step in (30, 40):
+                checkpoints.save(make_state(float(step)), Progress(step, step, 0.0))
+        with Checkpoints(folder) as checkpoints:
+            restored, progress = checkpoints.restore(jax.eval_shape(make_state, 1.0))
+        assert progress.step == 40 and as_bits(restored) == as_bits(make_state(40.0))
+        steps = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        assert steps == ["30", "40"]
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.err + shown.out
+
+
+def test_progress_is_held_against_its_schema(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints_module, "_AFTERMATH", 0.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make_state(1.0), Progress(3, 3, 0.0))
+    (file,) = (tmp_path / "3" / "progress").glob("metadata")
+    good = json.loads(file.read_text())
+    bad = [
+        good | changes
+        for changes in (
+            {"step": "3"},
+            {"step": 2},
+            {"next_batch": -1},
+            {"next_batch": 1.5},
+            {"seconds": float("nan")},
+            {"seconds": None},
+            {"more": 1},
+        )
+    ]
+    with Checkpoints(tmp_path) as checkpoints:
+        for content in (*bad, [], None):
+            file.write_text(json.dumps(content))
+            with pytest.raises(CheckpointError, match="checkpoint 3 in .* cannot be"):
+                checkpoints.restore(jax.eval_shape(make_state, 1.0))
+
+
+def test_a_state_that_does_not_fit_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints_module, "_AFTERMATH", 0.0)
+    notes = []
+    with Checkpoints(tmp_path, note=notes.append) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(1.0), Progress(step, step, 0.0))
+        for change in ({"matrix": jnp.ones((5, 4))}, {"more": jnp.ones(3)}):
+            with pytest.raises(CheckpointError, match="checkpoint 2 in .* cannot be"):
+                checkpoints.restore(
+                    jax.eval_shape(lambda change=change: make_state(1.0) | change)
+                )
+        assert not notes and checkpoints.latest_step() == 2
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="checkpoints in .* cannot be opened"):
+        Checkpoints(tmp_path / "file" / "checkpoints")

@@ -149,7 +149,8 @@ class _Run:
 
     def run(self, *, resume: bool) -> FinalReport:
         """Trains to the end and reports."""
-        with Checkpoints(self.directory.checkpoints) as checkpoints:
+        folder, note = self.directory.checkpoints, self.listener.note
+        with Checkpoints(folder, note=note) as checkpoints:
             state, progress = self._first_state(checkpoints, resume=resume)
             self.listener.start(progress.step, self.config.steps)
             try:

@@ -22,6 +22,7 @@ from jaxsoft.training.errors import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
+from jaxsoft.training.files import open_regular
 from jaxsoft.training.heads import Head
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.regression.objective import Parameters
@@ -178,7 +179,7 @@ def solve(
     state = solver.init()
     if checkpoints is None:
         return _run(solver, state, None, 0.0, 0.0, listener, stop)
-    with Checkpoints(checkpoints) as store:
+    with Checkpoints(checkpoints, note=listener.note) as store:
         seconds = 0.0
         going_on = resume and store.latest_step() is not None
         if fingerprint is not None:
@@ -197,13 +198,18 @@ def _same_fit(folder: Path, digest: str, *, going_on: bool) -> None:
     try:
         if not going_on:
             path.write_text(digest, encoding="utf-8")
-        elif not path.exists() or path.read_text(encoding="utf-8") != digest:
-            raise CheckpointError(
-                f"{folder}: the checkpoints there are of a fit with other rows or "
-                "other parameters; take another folder, or remove this one."
-            )
+            return
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
+    found = b""
+    if path.exists():
+        with open_regular(path, CheckpointError) as file:
+            found = file.read(len(digest) + 1)
+    if found != digest.encode():
+        raise CheckpointError(
+            f"{folder}: the checkpoints there are of a fit with other rows or "
+            "other parameters; take another folder, or remove this one."
+        )
 
 
 def _run(

@@ -168,6 +168,22 @@ def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, tmp_path, last)
     assert directory.tokenizer.read_bytes() == whole.tokenizer.read_bytes()
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    uninterrupted, tmp_path
+):
+    config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "run"))
+    with pytest.raises(MemoryError):
+        train_language_model(config, listener=DiesAfter(11))
+    for file in (RunDirectory(config.out).checkpoints / "10").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:20])
+    notes = Notes()
+    train_language_model(config, resume=True, listener=notes)
+    assert any("checkpoint 10 is damaged (" in text for text in notes.texts)
+    assert notes.steps == [*range(6, 13)]
+    assert records(config.out) == records(uninterrupted[0].out)
+
+
 def test_run_killed_after_its_last_step_is_finished_by_resume(uninterrupted, tmp_path):
     config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "run"))
 

@@ -18,7 +18,7 @@ from jaxsoft.training import (
     TrainingInterrupted,
     run_directory,
 )
-from jaxsoft.training.errors import TableError
+from jaxsoft.training.errors import CheckpointError, TableError
 from jaxsoft.training.regression.columns import Column
 from jaxsoft.training.regression.estimator import SoftmaxRegression
 from jaxsoft.training.regression.job import train_regression
@@ -177,6 +177,34 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path):
     assert not (out / "metrics.json").exists()
     train_regression(config_of(data, out, checkpoint_every=9.0), resume=True)
     same_run(out, finished[0])
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    finished, data, tmp_path
+):
+    out, notes = tmp_path / "run", Notes()
+    with pytest.raises(RuntimeError, match="killed"):
+        train_regression(config_of(data, out), listener=StopAfter(3))
+    steps = sorted(int(file.name) for file in (out / "checkpoints").glob("[0-9]*"))
+    assert len(steps) > 1
+    for file in (out / "checkpoints" / str(steps[-1])).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:20])
+    train_regression(config_of(data, out), resume=True, listener=notes)
+    assert f"going on from {steps[-2]}" in "".join(notes.texts)
+    same_run(out, finished[0])
+    (out / "checkpoints" / "fit.txt").write_bytes(b"\xff")
+    (out / "metrics.json").unlink()
+    with pytest.raises(CheckpointError, match="are of a fit with other rows"):
+        train_regression(config_of(data, out), resume=True)
+
+
+class Notes(Listener):
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
 
 
 def no_picture(*args):
