@@ -986,8 +986,8 @@ _REGRESSION = (
         "fit-goes-on-from-any-checkpoint",
         kind="stale cache",
         file="jaxsoft/training/regression/solving.py",
-        before="elif not path.exists() or path.read_text() != digest:",
-        after="elif not path.exists():",
+        before="if found != digest.encode():",
+        after="if not found:",
         tests=(
             "tests/training/regression/test_solvers.py",
             "tests/training/regression/test_estimator.py",

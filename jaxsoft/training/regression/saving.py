@@ -38,6 +38,7 @@ Estimator = TypeVar("Estimator")
 FORMAT = 1
 _KEY = "jaxsoft"
 _HEAD = "head_"
+_HINTS = "__annotations__"
 # Where NumPy's strings are wider than those that there are, so many bytes at most.
 _PADDING = 1 << 26
 _PARSED = 20
@@ -226,7 +227,9 @@ def _checked_state(
             known = name in _TENSORS and name not in state
             _require(known, f"{name} is no tensor of a model")
             state[name] = value
-    needed = (_FITTED & set(getattr(cls, "__annotations__", ()))) - _OPTIONAL
+        _require(np.isfinite(value).all(), f"{name} must be finite")
+    hints = {name for each in cls.__mro__ for name in getattr(each, _HINTS, ())}
+    needed = (_FITTED & hints) - _OPTIONAL
     missing = ({"classes_"} | needed) - set(state)
     _require(not missing, f"{min(missing, default='')} is missing")
     classes, features = state["classes_"], state["n_features_in_"]
@@ -258,7 +261,6 @@ def _checked_state(
                 f"{name} must be float32 or float64 of {shape}, and is {array.dtype} "
                 f"of {array.shape}",
             )
-            _require(np.isfinite(array).all(), f"{name} must be finite")
     if header.head_ is None:
         _require(not set(tensors) - _TENSORS, "head_ is missing")
     else:
