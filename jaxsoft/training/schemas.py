@@ -148,7 +148,7 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(value)
 
 
-def one_line(reason: BaseException) -> str:
-    """The text of an error, on one line and not longer than one reads."""
+def one_line(reason: object) -> str:
+    """A text such as an error's, on one line and not longer than one reads."""
     line = " ".join(str(reason).split())
     return line if len(line) <= _REASON else f"{line[:_REASON]}…"

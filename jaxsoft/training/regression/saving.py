@@ -86,8 +86,8 @@ class _Header:
 
 _TENSORS = {"classes_", "coef_", "intercept_", "n_iter_"}
 _FITTED = {_HEAD, *_TENSORS, *(field.name for field in fields(_Attributes))}
-# What a model may do without: it has a head or coefficients.
-_OPTIONAL = {_HEAD, "coef_", "intercept_", "feature_names_in_", "label_column_"}
+# What a class that has it predicts with; the rest tells of the fit.
+_NEEDED = {"temperature_"}
 
 
 def save_model(
@@ -177,11 +177,12 @@ def load_model(
     contents, tensors = _read(path, memory or MemoryBudget.of_machine())
     kind = contents.get("estimator")
     if kind != cls.__name__:
-        raise ModelFileError(f"{path} holds a {kind}, not a {cls.__name__}.")
-    if contents.get("format") != FORMAT:
+        raise ModelFileError(f"{path} holds a {one_line(kind)}, not a {cls.__name__}.")
+    number = contents.get("format")
+    if number != FORMAT:
         raise ModelFileError(
-            f"{path} has format {contents.get('format')}, this version of jaxsoft "
-            f"reads {FORMAT}; read it with the version that wrote it."
+            f"{path} has format {one_line(number)}, this version of jaxsoft reads "
+            f"{FORMAT}; read it with the version that wrote it."
         )
     try:
         header = convert(contents, _Header, "its header", ValueError)
@@ -229,8 +230,7 @@ def _checked_state(
             state[name] = value
         _require(np.isfinite(value).all(), f"{name} must be finite")
     hints = {name for each in cls.__mro__ for name in getattr(each, _HINTS, ())}
-    needed = (_FITTED & hints) - _OPTIONAL
-    missing = ({"classes_"} | needed) - set(state)
+    missing = ({"classes_"} | (_NEEDED & hints)) - set(state)
     _require(not missing, f"{min(missing, default='')} is missing")
     classes, features = state["classes_"], state["n_features_in_"]
     _require(
