@@ -6,7 +6,7 @@ import pytest
 from jaxsoft.training import StopRequest, TrainingInterrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_waits_and_second_raises(number):
     with StopRequest() as stop:
         stop.check()
@@ -31,3 +31,13 @@ def test_former_handlers_come_back():
 
 def test_not_entered_it_never_stops():
     StopRequest().check()
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -223,7 +223,7 @@ class _Contender:
         )
 
     def _loss(self, params: Params, times: int = 1) -> float:
-        return self.programs.evaluate(params, self.windows(times))
+        return self.programs.evaluate(params, self.windows(times), self.stop.check)
 
     def _step(
         self, state: TrainState, elapsed: float, seconds: float, took: list[float]

@@ -11,7 +11,7 @@ Shapes: `B` sequences of `T` tokens, `N = B·T` tokens a step, `H` features, `V`
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -165,13 +165,19 @@ class Programs:
         scalars = np.float32(rate), np.int32(index)
         return self._step(state, self.tables, self._place(batch), *scalars)
 
-    def evaluate(self, params: Params, windows: np.ndarray) -> float:
+    def evaluate(
+        self,
+        params: Params,
+        windows: np.ndarray,
+        check: Callable[[], None] = lambda: None,
+    ) -> float:
         """Mean loss in nats over windows of text.
 
         Args:
           params: the model's parameters.
           windows: `[W, T + 1]` int32 tokens, any `W`; short batches are padded and
             the padding's losses dropped.
+          check: called before each batch; what it raises ends the work.
 
         Returns:
           The mean over `W·T` tokens, summed in float64.
@@ -179,6 +185,7 @@ class Programs:
         batch = self.batch_shape[0]
         total = 0.0
         for start in range(0, len(windows), batch):
+            check()
             part = windows[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)), mode="edge")
             losses = self._evaluate(params, self.tables, self._place(padded))

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsoft.training.checkpoints import Checkpoints, Progress
+from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.heads import HeadPlan
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.language_model.config import (
@@ -181,19 +182,14 @@ class _Run:
     ) -> tuple[TrainState, Progress]:
         """Makes the remaining steps, saving now and then and at the end."""
         config = self.config
+        written = {(each["step"], each["event"]) for each in self.directory.records()}
+        if (progress.step, "validation") not in written:
+            self._validate(state, progress)  # A signal may have ended it there.
         while progress.step < config.steps:
             state, progress = self._step(state, progress, checkpoints)
             self.stop.patient = True
             last = progress.step == config.steps
-            if progress.step % config.evaluate_every == 0 and not last:
-                loss = self._validation_loss(state, config.evaluation_tokens)
-                record: Record = {
-                    "event": "validation",
-                    "step": progress.step,
-                    "loss": loss,
-                }
-                self.directory.append(record)
-                self.listener.validation(record)
+            self._validate(state, progress)
             stopped = self.stop.received is not None
             if last or stopped or progress.step % config.checkpoint_every == 0:
                 checkpoints.save(state, progress)
@@ -236,10 +232,24 @@ class _Run:
         self.listener.step(record)
         return state, progress
 
+    def _validate(self, state: TrainState, progress: Progress) -> None:
+        """Writes a validation's metrics line where one is due, if no signal comes."""
+        step, config = progress.step, self.config
+        if step in (0, config.steps) or step % config.evaluate_every:
+            return
+        try:
+            loss = self._validation_loss(state, config.evaluation_tokens)
+        except TrainingInterrupted:
+            return  # What follows saves, and leaves the line to whoever resumes.
+        record: Record = {"event": "validation", "step": step, "loss": loss}
+        self.directory.append(record)
+        self.listener.validation(record)
+
     def _validation_loss(self, state: TrainState, num_tokens: int) -> float:
         """Mean loss over windows spread evenly over the validation tokens."""
         count = math.ceil(num_tokens / self.config.sequence_length)
-        return self.programs.evaluate(state.params, self.validation.spread(count))
+        windows = self.validation.spread(count)
+        return self.programs.evaluate(state.params, windows, self.stop.check)
 
     def _finish(self, state: TrainState, progress: Progress) -> FinalReport:
         """Evaluates, samples, draws the curve and writes the last metrics line."""

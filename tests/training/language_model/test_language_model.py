@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 import sys
 
 import pytest
@@ -14,6 +15,8 @@ from jaxsoft.training import (
     MissingExtraError,
     NonFiniteLossError,
     RunDirectoryError,
+    StopRequest,
+    TrainingInterrupted,
     load_config,
     train_language_model,
 )
@@ -184,6 +187,26 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert records(config.out) == records(uninterrupted[0].out)
 
 
+@pytest.mark.parametrize("last", [5, 7])
+def test_stopped_run_equals_the_uninterrupted_one(uninterrupted, tmp_path, last):
+    """Also where the signal comes before or in a validation, which is made up for."""
+    config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "run"))
+    stop = StopRequest()
+
+    class Stops(Notes):
+        def step(self, record):
+            assert stop.patient == (record["step"] > 1)
+            if record["step"] == last:
+                stop.received = signal.SIGTERM
+
+    with pytest.raises(TrainingInterrupted) as stopped:
+        train_language_model(config, listener=Stops(), stop=stop)
+    assert stopped.value.step == last and not stop.patient
+    assert records(config.out)[-1] == records(uninterrupted[0].out)[last - (last == 5)]
+    train_language_model(config, resume=True)
+    assert records(config.out) == records(uninterrupted[0].out)
+
+
 def test_run_killed_after_its_last_step_is_finished_by_resume(uninterrupted, tmp_path):
     config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "run"))
 
@@ -315,6 +338,9 @@ def test_missing_extra_is_named(tiny, monkeypatch):
         ("steps", 0, "`steps` must be positive, got 0."),
         ("batch_size", -1, "`batch_size` must be positive, got -1."),
         ("sequence_length", 0, "`sequence_length` must be positive, got 0."),
+        ("steps", 2**31, "`steps` must be at most 2,147,483,647, got"),
+        ("layers", 10**6, "`layers` must be at most 1,000, got 1000000."),
+        ("memory", "much", "`memory` must be a size such as 4G, got 'much'."),
         ("vocab_size", 256, "`vocab_size` must be at least 257"),
         ("seed", -1, "`seed` must be in"),
         ("learning_rate", math.nan, "`learning_rate` must be positive, got nan."),
