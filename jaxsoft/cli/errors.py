@@ -79,16 +79,13 @@ def fail(
 
 def _code(error: BaseException) -> int | None:
     """Returns the exit code of an expected error, None of another."""
+    if any(getattr(each, "errno", 0) in _DISK for each in (error, error.__cause__)):
+        return 1
     if isinstance(error, _BAD_INPUT):
         return 2
     if isinstance(error, _FAILURE) or str(error).startswith("RESOURCE_EXHAUSTED"):
         return 1
-    if isinstance(error, OSError):
-        if error.errno in _DISK:
-            return 1
-        if error.filename is not None:
-            return 2
-    return None
+    return 2 if isinstance(error, OSError) and error.filename is not None else None
 
 
 def _log(error: BaseException, out: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +85,7 @@ def add_commands(commands: Any) -> None:
     )
     predict.set_defaults(
         run=_predict,
-        farewell=lambda parsed: "{}; nothing was written".format,
+        farewell=_farewell_of_predict,
         fields=_PREDICT_FIELDS,
     )
     predict.add_argument(
@@ -165,6 +166,18 @@ def _farewell(parsed: argparse.Namespace) -> Callable[[TrainingInterrupted], str
     out = getattr(parsed, "out", RegressConfig.out)
     words = ["jaxsoft", "regress", "--out", out, "--resume"]
     return lambda interruption: farewell(interruption, words, out, "iteration")
+
+
+def _farewell_of_predict(
+    parsed: argparse.Namespace,
+) -> Callable[[TrainingInterrupted], str]:
+    """Returns what to say of interrupted predictions; `out` appears when complete."""
+
+    def say(interruption: TrainingInterrupted) -> str:
+        written = parsed.out is not None and os.path.exists(parsed.out)
+        return f"{interruption}" + ("" if written else "; nothing was written")
+
+    return say
 
 
 def _regress_until(stop: StopRequest, config: RegressConfig, *, resume: bool) -> int:

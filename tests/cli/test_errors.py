@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxsoft.cli.main import main
-from jaxsoft.training.errors import TableError
+from jaxsoft.training.errors import ModelFileError, TableError
 from jaxsoft.training.regression import job, prediction
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,12 +86,20 @@ def test_debug_shows_the_traceback(raises, capsys, tmp_path, arguments, error, c
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def full_disk():
+    """An error whose cause is no fault of what was asked for."""
+    error = ModelFileError("the model cannot be written")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (TableError("`label` 'a\x1b[31m\nb'"), 2),
         (PermissionError(errno.EACCES, "denied", "t.csv"), 2),
         (OSError(errno.ENOSPC, "No space left on device", "run/x"), 1),
+        (full_disk(), 1),
         (MemoryError("Unable to allocate"), 1),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n while trying"), 1),
     ],

@@ -85,7 +85,7 @@ def test_stopped_at_a_moment(folder, tmp_path, words, moment):
     assert said.startswith(f"stopped by {number.name}")
     assert hidden(tmp_path) == []
     if words[0] == "predict":
-        assert not out.exists()
+        assert "nothing was written" not in said or not out.exists()
         return
     assert ("--resume" in said) == (out / "config.json").exists()
     saved = re.search(r"saved (step|iteration) (\d+)", said)
