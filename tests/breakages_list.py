@@ -1023,9 +1023,9 @@ _AROUND = (
     Breakage(
         "train-ignores-mesh",
         kind="CLI flag ignored",
-        file="jaxsoft/cli/main.py",
-        before="mesh = None if parsed.mesh is None else parse_mesh(parsed.mesh)",
-        after="mesh = None",
+        file="jaxsoft/cli/train.py",
+        before="return parse_mesh(parsed.mesh)",
+        after="return None",
         tests=("tests/cli/test_main.py", "tests/training/language_model/test_mesh.py"),
     ),
     Breakage(

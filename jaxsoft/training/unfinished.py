@@ -65,7 +65,7 @@ def _made(parent: Path, *, folder: bool) -> Iterator[Path]:
         path = parent / f".jaxsoft-{secrets.token_hex(8)}"
         _OURS.add(path)
         try:
-            path.mkdir() if folder else path.touch(exist_ok=False)
+            path.mkdir() if folder else path.open("x").close()
             with _locked(path) as locked:
                 # Another process's sweep may come between the making and the lock.
                 if locked is False or not path.exists():
