@@ -18,7 +18,7 @@ from jaxsoft.training.regression.measures import (
     measure,
     predict,
 )
-from jaxsoft.training.regression.saving import load_form, load_model
+from jaxsoft.training.regression.saving import load_table_model
 from jaxsoft.training.regression.table_form import fill
 from jaxsoft.training.regression.tables import Table, check_range, read_rows
 from jaxsoft.training.run_directory import check_writable, replacing
@@ -99,8 +99,8 @@ def predict_table(
     target = None if out is None else _vacant(Path(out))
     model = Path(model)
     path = model / _MODEL_NAME if model.is_dir() else model
-    estimator = load_model(path, SoftmaxRegression)
-    form = load_form(path)
+    budget = MemoryBudget.parse(memory)
+    estimator, form = load_table_model(path, SoftmaxRegression, memory=budget)
     # Without the names scikit-learn does not ask for them in an array.
     names = vars(estimator).pop("feature_names_in_", None)
     table = read_rows(
@@ -113,7 +113,7 @@ def predict_table(
         id=None if id is None else str(id),
         separator=sep,
         encoding=encoding,
-        memory=MemoryBudget.parse(memory),
+        memory=budget,
     )
     table = dataclasses.replace(table, features=fill(table.features, form.fills))
     _check_range(estimator, table)

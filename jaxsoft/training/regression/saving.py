@@ -31,7 +31,7 @@ from jaxsoft.training.schemas import convert, decode, one_line
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
-__all__ = ["FORMAT", "load_model", "save_model"]
+__all__ = ["FORMAT", "load_model", "load_table_model", "save_model"]
 
 Estimator = TypeVar("Estimator")
 
@@ -65,7 +65,6 @@ class _Attributes:
     n_features_in_: int
     classes_: _Array | None = None
     feature_names_in_: _Array | None = None
-    label_column_: str | int | None = None
     converged_: bool | None = None
     stopping_reason_: str | None = None
     objective_: float | None = None
@@ -82,6 +81,7 @@ class _Header:
     parameters: dict[str, Any]
     attributes: _Attributes
     head_: dict[str, Any] | None = None
+    table: TableForm | None = None
 
 
 _TENSORS = {"classes_", "coef_", "intercept_", "n_iter_"}
@@ -173,6 +173,28 @@ def load_model(
     Raises:
       ModelFileError: the file is missing, damaged, too large, or something else.
     """
+    return load_table_model(path, cls, memory=memory)[0]
+
+
+def load_table_model(
+    path: str | os.PathLike[str],
+    cls: type[Estimator],
+    *,
+    memory: MemoryBudget | None = None,
+) -> tuple[Estimator, TableForm]:
+    """Reads an estimator, and the form of the table that it was fitted to.
+
+    Args:
+      path: as for `load_model`.
+      cls: likewise.
+      memory: likewise.
+
+    Returns:
+      The estimator and the form, that of any table where the file has none.
+
+    Raises:
+      ModelFileError: as `load_model`.
+    """
     path = Path(path)
     contents, tensors = _read(path, memory or MemoryBudget.of_machine())
     kind = contents.get("estimator")
@@ -193,10 +215,12 @@ def load_model(
             _require(hasattr(estimator, "coef_"), "coef_ is missing")
         else:
             _require(hasattr(estimator, _HEAD), "head_ is missing")
+        form = header.table or TableForm()
+        form.check(header.attributes.n_features_in_)
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as why:
         reason = one_line(why).rstrip(".")
         raise ModelFileError(f"{path} is damaged ({reason}).") from why
-    return estimator
+    return estimator, form
 
 
 def _unfitted(cls: type[Estimator], parameters: Mapping[str, Any]) -> Estimator:

@@ -27,6 +27,19 @@ class TableForm:
     columns: tuple[Column, ...] | None = None
     fills: tuple[float, ...] | None = None
 
+    def check(self, num_features: int) -> None:
+        """Raises `ValueError` unless it is the form of so many features."""
+        if self.columns is not None:
+            texts = [column.categories for column in self.columns]
+            if any(
+                each is not None and list(each) != sorted({*each}) for each in texts
+            ):
+                raise ValueError("the categories of a column must be sorted")
+            if sum(1 if each is None else len(each) for each in texts) != num_features:
+                raise ValueError(f"its columns must have {num_features} features")
+        if self.fills is not None and len(self.fills) != num_features:
+            raise ValueError(f"its fills must be {num_features} numbers")
+
 
 def learn_fills(features: Any) -> tuple[float, ...] | None:
     """Finds what stands for missing numbers: the mean of a column's others.

@@ -23,7 +23,7 @@ from jaxsoft.training.regression.columns import Column
 from jaxsoft.training.regression.estimator import SoftmaxRegression
 from jaxsoft.training.regression.job import train_regression
 from jaxsoft.training.regression.run_files import RegressionDirectory
-from jaxsoft.training.regression.saving import load_form, load_model
+from jaxsoft.training.regression.saving import load_model, load_table_model
 from jaxsoft.training.regression.settings import RegressConfig
 from jaxsoft.training.running import read_config
 
@@ -76,9 +76,10 @@ def test_report_is_that_of_the_saved_model(finished):
     out, report = finished
     features, labels = make_data()
     train, test = split(labels)
-    model: Any = load_model(out / "model.safetensors", SoftmaxRegression)
+    path = out / "model.safetensors"
+    model: Any
+    model, form = load_table_model(path, SoftmaxRegression)
     assert model.feature_names_in_.tolist() == ["a", "b", "c"]
-    form = load_form(out / "model.safetensors")
     assert form.names.label == "kind"
     assert form.columns == tuple(map(Column, ("a", "b", "c")))
     del model.feature_names_in_

@@ -14,9 +14,10 @@ import pytest
 from backports import zstd
 
 from jaxsoft.cli import main as cli
+from jaxsoft.training import SoftmaxRegression
 from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.regression.columns import Column
-from jaxsoft.training.regression.saving import load_form
+from jaxsoft.training.regression.saving import load_table_model
 from jaxsoft.training.regression.tables import read_table
 
 ROWS = 120
@@ -183,7 +184,7 @@ def test_predictions_are_by_name(tmp_path, capsys, monkeypatch):
     assert cli.main(["regress", "t.csv", "--out", "run", *options]) == 0
     said = capsys.readouterr().out
     assert "18 missing numbers are taken as their columns' means" in said
-    form = load_form("run/model.safetensors")
+    _, form = load_table_model("run/model.safetensors", SoftmaxRegression)
     assert form.names.id == "id" and form.names.drop == ("name", "ticket")
     frame = pd.read_csv("t.csv")
     frame["colour"] = frame["colour"].where(frame.index % 5 > 0, "mauve")
