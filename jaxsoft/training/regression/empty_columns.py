@@ -5,6 +5,7 @@ A column in which no row has an entry takes part in no logit, so a solver that b
 fill a few thousand: the solvers work with these, and [V, d] is the result alone.
 """
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -75,7 +76,9 @@ def _take(features: Matrix, index: np.ndarray) -> Matrix:
     if isinstance(features, SourceFeatures):
         source: Any = features.source
         places: Any = _Places(source.indices, index)
-        narrow = SparseRows(source.data, places, source.indptr, len(index))
+        # The source's own arrays were looked at, all of them, when it was made.
+        narrow = copy.copy(source)
+        narrow.indices, narrow.num_features = places, len(index)
         return SourceFeatures(narrow, features.dtype)
     assert is_sparse(features)
     places = np.searchsorted(index, features.indices).astype(np.int32)

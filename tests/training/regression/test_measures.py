@@ -204,7 +204,7 @@ def test_pictures_of_any_shape(tmp_path):
     directory.plot_convergence()
     assert not (tmp_path / "convergence.png").exists()
     record = {"event": "train", "step": 1, "loss": -0.5, "gradient_norm": np.nan}
-    directory.append(record)
+    directory.append({**record, "seconds": 1.0})
     directory.plot_convergence()
     assert {file.name for file in tmp_path.glob("*.png")} == {
         "confusion.png",

@@ -205,7 +205,7 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, text, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(SvmlightError, match="missing.svm cannot be read"):
+    with pytest.raises(SvmlightError, match="missing.svm does not exist"):
         svmlight_to_memmap(tmp_path / "missing.svm", tmp_path / "rows")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"1 1:2\n" * 999)[:20])
     with pytest.raises(SvmlightError, match="cut.gz cannot be read"):
