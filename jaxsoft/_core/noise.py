@@ -9,6 +9,16 @@ and the notes of their Random123 library).
 
 An encryption gives two words, and classes and blocks use both: number 256 q + 128 h + r
 has word h of counter 128 q + r, so that whole lanes of 128 stay together.
+
+| function | gives | called by |
+|---|---|---|
+| `row_words` | the key of each row | all samplers |
+| `uniform` | two uniform numbers a row | draws by blocks of classes |
+| `gumbel` | noise, a whole cipher a number | nodes of trees |
+| `paired_gumbel` | noise of some classes or blocks | draws by blocks, mixtures |
+| `first_gumbel` | noise of the first classes or blocks | perturbed rows, blocks |
+| `span_bits`, `pair_bits` | bits, in a kernel | kernels of rows, for TPU and for GPU |
+| `gumbel_of_bits`, `unit_of_bits` | numbers of bits, in a kernel | the same |
 """
 
 import functools

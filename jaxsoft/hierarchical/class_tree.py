@@ -6,8 +6,6 @@ import dataclasses
 import json
 import operator
 import os
-import sys
-import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +33,6 @@ __all__ = ["ClassPath", "ClassTree"]
 
 # By how much a Huffman tree may be deeper than a balanced one, unless told.
 _EXTRA_DEPTH = 4
-_PATIENCE = 3.0
 
 
 @exportable_namedtuple
@@ -161,7 +158,12 @@ class ClassTree:
 
     @classmethod
     def clustered(
-        cls, embeddings: npt.ArrayLike, arity: int = 2, *, seed: int = 0
+        cls,
+        embeddings: npt.ArrayLike,
+        arity: int = 2,
+        *,
+        seed: int = 0,
+        progress: Callable[[float], object] | None = None,
     ) -> ClassTree:
         """A balanced tree in which similar classes share paths.
 
@@ -172,10 +174,11 @@ class ClassTree:
           embeddings: [V, H] finite; no traced array.
           arity: children of a node, at least 2.
           seed: of the estimates of principal components.
+          progress: called now and then with the share of the work that is done, such
+            as a progress bar's method; None for no call.
 
         Returns:
-          A tree of the form of `balanced`. Where it takes more than three seconds, a
-          progress bar on standard error says so.
+          A tree of the form of `balanced`.
 
         Raises:
           TypeError: if a type or dtype is wrong.
@@ -194,7 +197,7 @@ class ClassTree:
         # The division keeps squares from overflowing and vanishing. NumPy's products
         # may note an invalid operation where there is none.
         table = table / max(float(np.abs(table).max(initial=0)), 1e-38)
-        with _progress("clustering classes") as progress, np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):
             order = order_by_similarity(table, _cuts(levels), seed, progress)
         return cls(levels, *_permutation(order))
 
@@ -411,31 +414,3 @@ def _permutation(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ranks = np.empty(len(order), np.int32)
     ranks[order] = np.arange(len(order), dtype=np.int32)
     return order.astype(np.int32), ranks
-
-
-class _progress:
-    """A bar on standard error for work that takes longer than a few seconds."""
-
-    def __init__(self, title: str):
-        self.title = title
-        self.shown = False
-
-    def __enter__(self) -> Callable[[float], None]:
-        self.start = time.monotonic()
-        return self.show
-
-    def show(self, share: float) -> None:
-        """Draws the bar, if it is time."""
-        if time.monotonic() - self.start > _PATIENCE:
-            self.shown = True
-            bar = "#" * round(30 * share)
-            print(
-                f"\r{self.title} [{bar:.<30}] {share:4.0%}",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown:
-            print(file=sys.stderr)

@@ -15,7 +15,7 @@ def order_by_similarity(
     embeddings: np.ndarray,
     cuts: list[np.ndarray],
     seed: int,
-    progress: Callable[[float], None],
+    progress: Callable[[float], object] | None,
 ) -> np.ndarray:
     """Sorts classes so that every cluster of every level is alike.
 
@@ -27,7 +27,7 @@ def order_by_similarity(
       cuts: of each level, the first member of each of its clusters, from [0] for the
         root down; each level's cuts are among those of the next.
       seed: of the directions that the estimates start from.
-      progress: told the share of the work that is done.
+      progress: told the share of the work that is done, or None.
 
     Returns:
       [V] int64, the classes from left to right.
@@ -41,7 +41,8 @@ def order_by_similarity(
         for begin in range(0, len(firsts), batch):
             chosen = slice(begin, begin + batch)
             _sort(embeddings, order, firsts[chosen], sizes[chosen], start)
-            progress((level + min(1, (begin + batch) / len(firsts))) / len(cuts))
+            if progress is not None:
+                progress((level + min(1, (begin + batch) / len(firsts))) / len(cuts))
     return order
 
 

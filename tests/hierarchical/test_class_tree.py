@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jaxsoft import ClassTree
-from jaxsoft.hierarchical import class_tree
 from jaxsoft.hierarchical.huffman import code_lengths, least_depth
 from tests.hierarchical import cases
 
@@ -256,11 +255,12 @@ def test_files_whose_tables_do_not_fit_are_refused(tmp_path, kind):
             ClassTree.load(tmp_path / "other")
 
 
-def test_slow_work_shows_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(class_tree, "_PATIENCE", -1.0)
-    ClassTree.clustered(np.random.default_rng(0).standard_normal((64, 3)))
-    shown = capsys.readouterr().err
-    assert "clustering classes [##############################] 100%" in shown
+def test_slow_work_tells_how_far_it_is():
+    shares = []
+    embeddings = np.random.default_rng(0).standard_normal((64, 3))
+    ClassTree.clustered(embeddings, progress=shares.append)
+    assert len(shares) > 3 and shares == sorted(shares)
+    assert shares[0] > 0 and shares[-1] == 1
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
