@@ -383,11 +383,11 @@ _log_softmax.defjvp(_rule(_log_softmax_derivative), symbolic_zeros=True)
 def _logsumexp(axis, static_tau, x, tau, where):
     tau = pick_temperature(static_tau, tau)
     centred = centre(x, tau, where, axis)
-    # An infinite peak is not subtracted: inf - inf is NaN, and the sum is inf.
-    uncentred = (centred.peak == jnp.inf) & centred.kept
-    values = jnp.where(uncentred, x, centred.values)
-    total = _sum(jnp.exp(values), axis)
-    lse = over_temperature(centred.peak, tau) + jnp.log(total)
+    total = _sum(jnp.exp(centred.values), axis)
+    peak = over_temperature(centred.peak, tau)
+    # About an infinite peak the sum is NaN: inf - inf. It is known without the sum, and
+    # the exponentials stay the ones that the derivative shares.
+    lse = jnp.where(centred.peak == jnp.inf, peak, peak + jnp.log(total))
     return jnp.squeeze(jnp.where(total == 0, -jnp.inf, lse), axis)
 
 
