@@ -23,6 +23,7 @@ _READING_HELP = {
     "id": "column with the rows' names: no feature, carried to predictions",
     "sep": "the character between cells of a text (default: judged by its rows)",
     "encoding": "of a text, such as cp1252 (default: judged by its bytes)",
+    "header": "the first line of a text has names (default: judged by the rows)",
     "memory": "the most that the table may take, such as 4G (default: half of what is "
     "free)",
 }
@@ -99,7 +100,11 @@ def add_commands(commands: Any) -> None:
         "was trained with)",
     )
     for name, text in _READING_HELP.items():
-        predict.add_argument(flag(name), metavar=name.upper(), help=text)
+        if name == "header":
+            boolean = argparse.BooleanOptionalAction
+            predict.add_argument(flag(name), action=boolean, help=text)
+        else:
+            predict.add_argument(flag(name), metavar=name.upper(), help=text)
     predict.add_argument(
         "--out", metavar="FILE", help="CSV file of predicted classes to write"
     )
@@ -129,7 +134,7 @@ def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
         return
     if field.default is not None and field.default is not False:
         text += f" (default: {field.default})"
-    if field.name in ("standardize", "calibrate"):
+    if field.name in ("standardize", "calibrate", "header"):
         parser.add_argument(
             flag(field.name),
             action=argparse.BooleanOptionalAction,

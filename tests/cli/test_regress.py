@@ -250,7 +250,7 @@ def test_predict_of_bad_input(place, capsys, tmp_path):
             "run",
             "odd.csv",
             [],
-            "odd.csv: the label 'dog' of row 0 is none of the model",
+            "odd.csv: the label 'dog' of line 2 is none of the model",
         ),
         ("run", "named.csv", [], "named.csv has no column 'd', which the model needs;"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,13 @@ import polars as pl
 from jaxsoft.training.errors import TableError
 from jaxsoft.training.regression.columns import Column, listed
 
-__all__ = ["ColumnNames", "ColumnRoles", "roles_to_predict", "roles_to_train"]
+__all__ = [
+    "ColumnNames",
+    "ColumnRoles",
+    "known_names",
+    "roles_to_predict",
+    "roles_to_train",
+]
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,10 @@ def roles_to_train(
     used = {*dropped, roles.weights, roles.id}
     unnamed = _unnamed(frame, names) - used - {roles.label}
     notes = []
-    if 0 in unnamed and frame.to_series(0).null_count() < len(frame):
-        notes.append("the first column has no name: taken for names of rows, left out")
+    index = [i for i in unnamed if frame.to_series(i).null_count() < len(frame)]
+    if index:
+        places = listed(sorted(index))
+        notes.append(f"taken for names of rows, and left out: columns at {places}")
     rest = [i for i in range(frame.width) if i not in used and i not in unnamed]
     label = roles.label
     if label is None:
@@ -161,7 +170,7 @@ def _by_name(
     source: str,
 ) -> dict[str, Any]:
     """Finds the model's columns, and lists those that are not the model's."""
-    places = {name: index for index, name in enumerate(names)}
+    places = {name: index for index, name in enumerate(known_names(names))}
     absent = [column.name for column in columns if column.name not in places]
     if absent:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
@@ -174,7 +183,7 @@ def _by_name(
     others = [
         name
         for index, name in enumerate(names)
-        if name and index not in known and name != trained.weights
+        if index not in known and name not in ("", trained.weights)
     ]
     notes = () if not others else (f"columns not of the model: {listed(others)}",)
     return {"features": features, "notes": notes}
@@ -221,20 +230,35 @@ def _index(name: str, width: int, names: Sequence[str] | None) -> int | None:
     return index % width if -width <= index < width else None
 
 
+def known_names(names: Sequence[str]) -> list[str]:
+    """Names of columns, those without one called by their place."""
+    return [name or f"column {place}" for place, name in enumerate(names)]
+
+
 def _unnamed(frame: pl.DataFrame, names: Sequence[str] | None) -> set[int]:
     """Finds columns that are none: empty ones at the end, and names of rows."""
     last = frame.width - 1
-    without = {last} if names is None else {i for i, n in enumerate(names) if not n}
+    if names is None:
+        without = {last}
+    else:
+        without = {i for i, name in enumerate(names) if not name}
+        index = {i for i, name in enumerate(names) if _INDEX.fullmatch(name)}
+        without |= {i for i in index if _differ(frame.to_series(i))}
     empty = {i for i in without if frame.to_series(i).null_count() == len(frame)}
     if not len(frame):
         empty = without if names is not None else set()
-    if names is not None and 0 in without and _counts(frame.to_series(0)):
-        empty.add(0)
-    return empty
+    if names is None:
+        return empty
+    first = {i for i in without if i == 0 or names[i]}
+    return empty | {i for i in first if _differ(frame.to_series(i))}
 
 
-def _counts(cells: pl.Series) -> bool:
-    """Whether cells count rows, or are texts that all differ."""
-    if cells.dtype == pl.String:
-        return cells.n_unique() == len(cells)
-    return len(cells) > 1 and bool((cells.diff().drop_nulls() == 1).all())
+# What pandas calls an index that has no name.
+_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")
+
+
+def _differ(cells: pl.Series) -> bool:
+    """Whether cells are whole numbers or texts that all differ, as names of rows do."""
+    if cells.dtype.is_float() and not (cells.drop_nulls() % 1 == 0).all():
+        return False
+    return len(cells) > 1 and cells.n_unique() == len(cells)

@@ -15,7 +15,7 @@ import polars as pl
 
 from jaxsoft.training.errors import TableError
 from jaxsoft.training.memory import MemoryBudget
-from jaxsoft.training.regression.text_tables import MISSING
+from jaxsoft.training.regression.text_layout import MISSING
 
 __all__ = ["Column", "encode", "learn_columns", "listed", "numbers"]
 
@@ -69,7 +69,10 @@ def listed(names: Sequence[object], most: int = 12) -> str:
 
 
 def numbers(cells: pl.Series, decimal_comma: bool) -> pl.Series | None:
-    """Reads cells as numbers.
+    """Reads cells as numbers, true and false as 1 and 0.
+
+    Digits may be in groups of three, a percent sign may follow, and a minus sign may be
+    the typographer's. Where commas divide no thousands they are decimal.
 
     Args:
       cells: of any dtype.
@@ -83,15 +86,47 @@ def numbers(cells: pl.Series, decimal_comma: bool) -> pl.Series | None:
         text = cells.str.strip_chars()
         lower = text.str.to_lowercase()
         flags = lower.replace_strict({"true": 1.0, "false": 0.0}, default=None)
-        if decimal_comma:
-            text = text.str.replace(",", ".", literal=True)
-        return text.cast(pl.Float64, strict=False).fill_null(flags)
+        values = text.cast(pl.Float64, strict=False)
+        if decimal_comma or values.null_count() > text.null_count():
+            values = _written(text, decimal_comma)
+        return values.fill_null(flags)
     if cells.dtype.is_numeric() or cells.dtype == pl.Boolean:
         return cells.cast(pl.Float64, strict=False)
     if cells.dtype.is_temporal():
         # Days since 1970, with their fraction; times of a day and durations likewise.
         return _days(cells)
     return cells.cast(pl.Float64) if cells.dtype == pl.Null else None
+
+
+# Digits in groups of three, divided by spaces or apostrophes, commas, or points.
+_SPACED = r"^[+-]?\d{1,3}([ \u{a0}\u{202f}'\u{2019}]\d{3})+([.,]\d+)?$"
+_BY_COMMAS = r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$"
+_BY_POINTS = r"^[+-]?\d{1,3}(\.\d{3})+(,\d+)?$"
+_DECIMAL_COMMA = r"^[+-]?\d*,\d+(e[+-]?\d+)?$"
+
+
+def _written(text: pl.Series, decimal_comma: bool) -> pl.Series:
+    """Reads numbers as people write them."""
+    text = text.str.replace("\u2212", "-", literal=True)
+    text = text.str.strip_suffix("%").str.strip_chars()
+    spaced = text.str.contains(_SPACED).fill_null(False)
+    text = text.str.replace_all(r"[ \u{a0}\u{202f}'\u{2019}]", "").zip_with(
+        spaced, text
+    )
+    grouped = text.str.contains(_BY_COMMAS).fill_null(False)
+    commas = text.str.to_lowercase().str.contains(_DECIMAL_COMMA)
+    if decimal_comma or (commas & ~grouped).any():
+        # A point is none of a decimal number's here: 1.12 may be a date.
+        points = text.str.contains(".", literal=True)
+        by_points = text.str.contains(_BY_POINTS).fill_null(False)
+        plain = text.str.replace_all(".", "", literal=True).zip_with(by_points, text)
+        values = plain.str.replace(",", ".", literal=True).cast(
+            pl.Float64, strict=False
+        )
+        none = pl.repeat(None, len(values), dtype=pl.Float64, eager=True)
+        return values.zip_with((by_points | ~points).fill_null(False), none)
+    plain = text.str.replace_all(",", "", literal=True).zip_with(grouped, text)
+    return plain.cast(pl.Float64, strict=False)
 
 
 def _days(cells: pl.Series) -> pl.Series:
@@ -116,7 +151,7 @@ def learn_columns(
     names: Sequence[str | int],
     table: Source,
     decimal_comma: bool,
-) -> tuple[Column, ...]:
+) -> tuple[tuple[Column, ...], tuple[str, ...]]:
     """Decides what the features of a table are.
 
     A column of texts has a feature for each of its 100 commonest texts that come
@@ -129,20 +164,31 @@ def learn_columns(
       decimal_comma: whether numbers have a comma for a point.
 
     Returns:
-      The columns.
+      The columns, and what a user should know of them.
 
     Raises:
       TableError: a column of numbers has few cells that are none, or a column can
         have no features.
     """
-    return tuple(
-        _learn(cells, name, table, decimal_comma)
-        for cells, name in zip(frame.iter_columns(), names, strict=True)
-    )
+    columns, told, single = [], [], []
+    for cells, name in zip(frame.iter_columns(), names, strict=True):
+        column = _learn(cells, name, table, decimal_comma)
+        columns.append(column)
+        if column.categories:
+            kept, count = len(column.categories), cells.drop_nulls().n_unique()
+            told.append(f"{name!r} ({kept} of {count:,})")
+        elif column.categories is not None:
+            single.append(name)
+    notes = []
+    if told:
+        notes.append(f"columns of texts with a feature for each: {', '.join(told)}")
+    if single:
+        notes.append(f"columns left out, as each text comes once: {listed(single)}")
+    return tuple(columns), tuple(notes)
 
 
 def _learn(
-    cells: pl.Series, name: str | int, table: Any, decimal_comma: bool
+    cells: pl.Series, name: str | int, table: Source, decimal_comma: bool
 ) -> Column:
     text = texts(cells)
     values = numbers(cells if text is None else text, decimal_comma)
@@ -184,7 +230,7 @@ def encode(
     table: Source,
     decimal_comma: bool,
     budget: MemoryBudget,
-) -> np.ndarray:
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Turns the columns of a table into features.
 
     Args:
@@ -208,9 +254,9 @@ def encode(
     )
     if all(column.categories is None for column in columns):
         if all(dtype == pl.Float64 for dtype in frame.dtypes):
-            return frame.to_numpy(order="c", writable=True)
+            return frame.to_numpy(order="c", writable=True), ()
     features = np.empty((rows, width))
-    place = 0
+    place, unknown = 0, []
     for cells, column in zip(frame.iter_columns(), columns, strict=True):
         if column.categories is None:
             features[:, place] = _encoded_numbers(
@@ -219,9 +265,14 @@ def encode(
             place += 1
         elif column.categories:
             after = place + len(column.categories)
-            features[:, place:after] = _encoded_texts(cells, column, table)
+            found, text = _encoded_texts(cells, column, table)
+            features[:, place:after] = found
+            count = len(text) - text.null_count() - int(found.sum())
+            if count:
+                unknown.append(f"{count:,} in {column.name!r}")
             place = after
-    return features
+    notes = f"texts without a feature: {', '.join(unknown)}"
+    return features, (notes,) if unknown else ()
 
 
 def _encoded_numbers(
@@ -240,7 +291,10 @@ def _encoded_numbers(
     return values.to_numpy()
 
 
-def _encoded_texts(cells: pl.Series, column: Column, table: Source) -> np.ndarray:
+def _encoded_texts(
+    cells: pl.Series, column: Column, table: Source
+) -> tuple[np.ndarray, pl.Series]:
+    """Returns the features of a column of texts, and the texts."""
     from sklearn.preprocessing import OneHotEncoder
 
     text = texts(cells)
@@ -256,4 +310,4 @@ def _encoded_texts(cells: pl.Series, column: Column, table: Source) -> np.ndarra
     options: dict[str, Any] = {"handle_unknown": "ignore", "sparse_output": False}
     options["categories"] = [known]
     encoder = OneHotEncoder(**options).fit(known[:, None])
-    return np.asarray(encoder.transform(text.fill_null("").to_numpy()[:, None]))
+    return np.asarray(encoder.transform(text.fill_null("").to_numpy()[:, None])), text

@@ -105,6 +105,7 @@ def train_regression(
         f"data: {table.source}, {len(train):,} rows to train on and {len(test):,} to "
         f"test on, {table.features.shape[1]:,} features, "
         f"{len(np.unique(table.labels)):,} classes"
+        + ("" if table.label_column is None else f" in {table.label_column!r}")
     )
     description = _description(config, table)
     if resume:
@@ -157,6 +158,7 @@ def _read(config: RegressConfig, listener: Listener) -> Table:
         id=config.id,
         separator=config.sep,
         encoding=config.encoding,
+        header=config.header,
         memory=MemoryBudget.parse(config.memory),
     )
     for text in table.notes:

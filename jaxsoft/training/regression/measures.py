@@ -126,13 +126,19 @@ def measure(predictions: Predictions) -> Measures:
     )
 
 
-def class_indices(labels: np.ndarray, classes: np.ndarray, source: str) -> np.ndarray:
+def class_indices(
+    labels: np.ndarray,
+    classes: np.ndarray,
+    source: str,
+    place: Callable[[int], str] = "row {}".format,
+) -> np.ndarray:
     """Finds labels among the classes of a model.
 
     Args:
       labels: [n].
       classes: [K], sorted.
       source: where the labels come from.
+      place: says where the row of a label is.
 
     Returns:
       [n] indices.
@@ -144,12 +150,15 @@ def class_indices(labels: np.ndarray, classes: np.ndarray, source: str) -> np.nd
     names = found.tolist()
     if classes.dtype.kind in "UO":
         names = [str(name) for name in names]
+    elif classes.dtype.kind == "b":
+        flags = {"true": True, "false": False}
+        names = [flags.get(str(name).lower(), name) for name in names]
     indices = {name: index for index, name in enumerate(classes.tolist())}
     result = np.array([indices.get(name, -1) for name in names], np.int64)[codes]
     if len(result) and result.min() < 0:
         row = int(np.argmin(result))
         raise TableError(
-            f"{source}: the label {names[codes[row]]!r} of row {row} is none of the "
+            f"{source}: the label {names[codes[row]]!r} of {place(row)} is none of the "
             f"model's {len(classes)} classes."
         )
     return result

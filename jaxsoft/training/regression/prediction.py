@@ -65,6 +65,7 @@ def predict_table(
     id: str | int | None = None,
     sep: str | None = None,
     encoding: str | None = None,
+    header: bool | None = None,
     memory: str | None = None,
 ) -> PredictionReport:
     """Predicts the rows of a table.
@@ -81,6 +82,7 @@ def predict_table(
         table had them.
       sep: the character between cells of a text; None judges.
       encoding: of a text; None judges.
+      header: whether a text's first line has names; None judges.
       memory: the most that the table may take, such as "4G"; None is half of what is
         free.
 
@@ -113,6 +115,7 @@ def predict_table(
         id=None if id is None else str(id),
         separator=sep,
         encoding=encoding,
+        header=header,
         memory=budget,
     )
     table = dataclasses.replace(table, features=fill(table.features, form.fills))
@@ -120,9 +123,12 @@ def predict_table(
     classes = estimator.classes_
     labels = None
     if table.labels is not None:
-        found = class_indices(table.labels, classes, table.source)
-        labels = np.zeros(table.features.shape[0], found.dtype)
-        labels[slice(None) if table.labelled is None else table.labelled] = found
+        labels = np.zeros(table.features.shape[0], np.int64)
+        rows = np.arange(len(labels))
+        rows = rows if table.labelled is None else rows[table.labelled]
+        labels[rows] = class_indices(
+            table.labels, classes, table.source, lambda row: table.place(int(rows[row]))
+        )
     if target is None:
         predictions = predict(estimator, table.features, labels)
     else:

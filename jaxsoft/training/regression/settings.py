@@ -30,6 +30,7 @@ class RegressConfig:
       id: the column of the rows' names, likewise, or None.
       sep: the character between cells of a text; None judges.
       encoding: of a text; None judges.
+      header: whether a text's first line has names; None judges.
       out: folder of the run.
       test_fraction: share of the rows that is tested on, of each class alike.
       C: inverse strength of the penalty, as in scikit-learn.
@@ -58,6 +59,7 @@ class RegressConfig:
     id: str | None = None
     sep: str | None = None
     encoding: str | None = None
+    header: bool | None = None
     out: str = "jaxsoft-regression"
     test_fraction: float = 0.25
     C: float = 1.0

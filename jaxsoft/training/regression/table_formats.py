@@ -25,7 +25,8 @@ from jaxsoft.training.regression.columns import listed
 from jaxsoft.training.regression.object_arrays import read_object_array
 from jaxsoft.training.regression.sources import check_sparse
 from jaxsoft.training.regression.svmlight import parse_text
-from jaxsoft.training.regression.text_tables import decode, parse, read_layout
+from jaxsoft.training.regression.text_layout import read_layout
+from jaxsoft.training.regression.text_tables import decode, parse
 
 __all__ = ["Arrays", "Cells", "Wanted", "read_contents", "read_digits"]
 
@@ -58,6 +59,7 @@ class Wanted:
       label: name or index of the label column, or an NPZ file's key; None is the usual.
       separator: between the cells of a text; None judges.
       encoding: of a text; None judges.
+      header: whether a text's first line has names; None judges.
       expected: names of the model's columns; none to train one.
       predicting: whether labels may be absent.
       label_key: an NPZ file's key of the labels that the model was trained on.
@@ -67,6 +69,7 @@ class Wanted:
     label: str | None = None
     separator: str | None = None
     encoding: str | None = None
+    header: bool | None = None
     expected: tuple[str, ...] = ()
     predicting: bool = False
     label_key: str | None = None
@@ -169,11 +172,14 @@ def _read_text(data: bytes, source: str, wanted: Wanted) -> Cells:
         source,
         wanted.budget,
         separator=wanted.separator,
+        header=wanted.header,
         expected=wanted.expected,
         label=wanted.label,
     )
     table = parse(data, layout, source, wanted.budget)
-    notes = () if guessed is None else (f"{source} is read as {guessed}, by its bytes",)
+    notes = layout.notes
+    if guessed is not None:
+        notes = (f"{source} is read as {guessed}, by its bytes", *notes)
     return Cells(
         table.frame,
         layout.names,

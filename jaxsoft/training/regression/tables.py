@@ -8,6 +8,7 @@ they hold. Without a path it is scikit-learn's digits. Anything wrong with a tab
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -24,6 +25,7 @@ from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.regression.column_roles import (
     ColumnNames,
     ColumnRoles,
+    known_names,
     roles_to_predict,
     roles_to_train,
 )
@@ -31,7 +33,6 @@ from jaxsoft.training.regression.columns import (
     Column,
     encode,
     learn_columns,
-    listed,
     numbers,
     texts,
 )
@@ -74,6 +75,7 @@ class Table:
       ids: [n] names of the rows, or None.
       id_column: where those were, or None.
       notes: what a user should know of the reading.
+      place: says where a row is.
     """
 
     features: Any
@@ -89,6 +91,7 @@ class Table:
     ids: tuple[str, ...] | None = None
     id_column: str | int | None = None
     notes: tuple[str, ...] = ()
+    place: Callable[[int], str] = "row {}".format
 
 
 def read_table(
@@ -100,6 +103,7 @@ def read_table(
     id: str | None = None,
     separator: str | None = None,
     encoding: str | None = None,
+    header: bool | None = None,
     memory: MemoryBudget | None = None,
 ) -> Table:
     """Reads a table to train on.
@@ -113,6 +117,7 @@ def read_table(
       id: the column of the rows' names, which is no feature, or None.
       separator: the character between cells of a text; None judges.
       encoding: of a text; None judges.
+      header: whether a text's first line has names; None judges.
       memory: what the table may take; None is half of what is free.
 
     Returns:
@@ -133,6 +138,7 @@ def read_table(
         label,
         separator,
         encoding,
+        header,
         budget=memory or MemoryBudget.of_machine(),
     )
     contents = read_digits() if path is None else read_contents(Path(path), wanted)
@@ -145,8 +151,9 @@ def read_table(
         roles = roles_to_train(contents.frame, contents.names, names, contents.source)
         frame = contents.frame.select(map(pl.nth, roles.features))
         found = _names(contents, roles.features)
-        columns = learn_columns(frame, found, contents, contents.decimal_comma)
-        table = _of_cells(contents, roles, columns, wanted.budget)
+        columns, notes = learn_columns(frame, found, contents, contents.decimal_comma)
+        roles = dataclasses.replace(roles, notes=(*roles.notes, *notes))
+        table = _of_cells(contents, roles, columns, wanted)
     if table.labels is None:
         raise TableError(f"{table.source} has no labels; training needs them.")
     if table.labelled is not None:
@@ -155,7 +162,8 @@ def read_table(
         more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
         raise TableError(
             f"{table.source}: {contents.place(int(missing[0]))}{more} has no label in "
-            f"column {table.label_column!r}; leave it out."
+            f"column {table.label_column!r}, where None, NA, ? and the like are none; "
+            "leave it out."
         )
     if len(np.unique(table.labels)) < 2:
         raise TableError(
@@ -177,6 +185,7 @@ def read_rows(
     id: str | None = None,
     separator: str | None = None,
     encoding: str | None = None,
+    header: bool | None = None,
     memory: MemoryBudget | None = None,
 ) -> Table:
     """Reads a table to predict, which may have labels or not.
@@ -195,6 +204,7 @@ def read_rows(
       id: the column of the rows' names; None is where the model had them.
       separator: as for `read_table`.
       encoding: likewise.
+      header: likewise.
       memory: likewise.
 
     Returns:
@@ -216,6 +226,7 @@ def read_rows(
         label,
         separator,
         encoding,
+        header,
         tuple(column.name for column in columns if isinstance(column.name, str)),
         True,
         label_column if isinstance(label_column, str) else None,
@@ -235,7 +246,7 @@ def read_rows(
             trained,
             contents.source,
         )
-        table = _of_cells(contents, roles, columns, wanted.budget)
+        table = _of_cells(contents, roles, columns, wanted)
     found = table.features.shape[1]
     if found != num_features:
         raise TableError(
@@ -272,14 +283,15 @@ def _names(contents: Cells, places: Sequence[int]) -> tuple[str | int, ...]:
     """Names of some columns, or their indices."""
     if contents.names is None:
         return tuple(places)
-    return tuple(contents.names[place] or f"column {place}" for place in places)
+    named = known_names(contents.names)
+    return tuple(named[place] for place in places)
 
 
 def _of_cells(
     contents: Cells,
     roles: ColumnRoles,
     columns: tuple[Column, ...],
-    budget: MemoryBudget,
+    wanted: Wanted,
 ) -> Table:
     """Makes a table of columns whose roles are known."""
     frame, source = contents.frame, contents.source
@@ -287,12 +299,8 @@ def _of_cells(
         raise TableError(f"{source} has no rows.")
     if not roles.features:
         raise TableError(f"{source} has no features.")
-    notes = [*contents.notes, *roles.notes]
-    single = [column.name for column in columns if column.categories == ()]
-    if single:
-        notes.append(f"columns left out, as each text comes once: {listed(single)}")
-        if len(single) == len(columns):
-            raise TableError(f"{source} has no features: {notes[-1]}.")
+    if all(column.categories == () for column in columns):
+        raise TableError(f"{source} has no features: each of its texts comes once.")
     chosen = frame.select(map(pl.nth, roles.features))
     written = [
         place
@@ -302,7 +310,10 @@ def _of_cells(
     if written:
         # Texts of the model that are numbers here: as they are written, 7 and not 7.0.
         chosen = chosen.with_columns(contents.strings(written))
-    features = encode(chosen, columns, contents, contents.decimal_comma, budget)
+    features, unknown = encode(
+        chosen, columns, contents, contents.decimal_comma, wanted.budget
+    )
+    notes = unknown if wanted.predicting else ()
     names = None
     if contents.names is not None:
         names = tuple(name for column in columns for name in column.features())
@@ -334,7 +345,8 @@ def _of_cells(
         weights,
         ids,
         id_column,
-        tuple(notes),
+        (*contents.notes, *roles.notes, *notes),
+        contents.place,
     )
 
 

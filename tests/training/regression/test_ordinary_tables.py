@@ -18,7 +18,7 @@ from jaxsoft.training import SoftmaxRegression
 from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.regression.columns import Column
 from jaxsoft.training.regression.saving import load_table_model
-from jaxsoft.training.regression.tables import read_table
+from jaxsoft.training.regression.tables import read_rows, read_table
 
 ROWS = 120
 RNG = np.random.default_rng(0)
@@ -173,7 +173,10 @@ def test_texts_and_missing_cells(tmp_path):
         Column("f"),
         Column("u", ()),
     )
-    assert table.notes == ("columns left out, as each text comes once: 'u'",)
+    assert table.notes == (
+        "columns of texts with a feature for each: 'c' (2 of 3)",
+        "columns left out, as each text comes once: 'u'",
+    )
 
 
 def test_predictions_are_by_name(tmp_path, capsys, monkeypatch):
@@ -280,3 +283,139 @@ def test_sizes_that_files_declare(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             read_table(tmp_path / name, memory=MemoryBudget(10**9))
+
+
+# Text, whether its first line has names, and the rows of numbers that it is.
+HEADERS = {
+    "counted, behind an index": (",0,1,k\n0,5,6,a\n1,7,8,b\n2,9,1,a\n", True),
+    "years": ("country,1990,2000,y\nx,1,2,a\nx,3,4,b\nz,5,6,a\nz,7,8,b\n", True),
+    "counted, and a name": ("0,1,target\n5,6,0\n7,8,1\n5,6,0\n7,8,1\n", True),
+    "texts alone": ("red,yes,a\nblue,no,b\nred,no,a\nblue,yes,b\n", False),
+    "texts with names": ("c,d,k\nred,yes,a\nblue,no,b\nred,no,a\nblue,yes,b\n", True),
+    "numbers": ("5.1,3.5,a\n4.9,3,b\n4.7,3.2,a\n4.6,3.1,b\n", False),
+    "a rare class first": ("5.1,3.5,rare\n4.9,3,b\n4.7,3.2,a\n4.6,3.1,b\n", False),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_whether_the_first_line_has_names(tmp_path, name):
+    text, header = HEADERS[name]
+    path = write(tmp_path / "t.csv", text)
+    rows = text.count("\n") - header
+    table = read_table(path)
+    assert len(table.features) == rows == len(table.labels)
+    assert (table.feature_names is not None) == header
+    told = read_table(path, header=not header)
+    assert len(told.features) == rows + (1 if header else -1)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1.234,56", "-2,5", "7"], [1234.56, -2.5, 7]),
+        (['"1,234"', '"56,789"', '"2,345,678.5"'], [1234, 56789, 2345678.5]),
+        (['"1,5"', '"2,25"', '"-3"'], [1.5, 2.25, -3]),
+        (["1\u00a0500", "2\u202f000", "7"], [1500, 2000, 7]),
+        (["\u22121.5", "2", "+3"], [-1.5, 2, 3]),
+        (["5%", "10 %", "7"], [5, 10, 7]),
+        (["1e3", "2.5E-1", ".5"], [1000, 0.25, 0.5]),
+    ],
+)
+def test_numbers_as_people_write_them(tmp_path, cells, expected):
+    """Thousands, decimal commas, percent and a real minus sign are numbers."""
+    separator = ";" if "," in "".join(cells) and '"' not in cells[0] else ","
+    rows = [separator.join([cell, "ab"[i % 2]]) for i, cell in enumerate(cells)]
+    path = write(tmp_path / "t.csv", separator.join("xk") + "\n" + "\n".join(rows))
+    table = read_table(path)
+    np.testing.assert_allclose(table.features[:, 0], expected)
+
+
+def test_thousands_beside_decimal_commas(tmp_path):
+    """8.726 is 8726 where 0,5 is a half, and 31.12 is a date and no number."""
+    text = "a;day;r;k\n0,5;31.12;8.726;x\n1,5;31.12;1.000;y\n2,5;30.11;12.345;x\n"
+    table = read_table(write(tmp_path / "t.csv", text))
+    assert table.feature_names == ("a", "day=31.12", "r")
+    expected = [[0.5, 1, 8726], [1.5, 1, 1000], [2.5, 0, 12345]]
+    np.testing.assert_array_equal(table.features, expected)
+
+
+def test_a_column_of_decimal_commas_to_predict(tmp_path):
+    """The model's names say that the comma divides no cells."""
+    path = write(tmp_path / "t.csv", "a\n-1,5\n-2,3\n")
+    table = read_rows(path, num_features=1, feature_names=("a",))
+    np.testing.assert_array_equal(table.features, [[-1.5], [-2.3]])
+
+
+def test_missing_cells_of_one_column_are_rows(tmp_path):
+    path = tmp_path / "t.csv"
+    pd.DataFrame({"a": [1.0, None, 3.0]}).to_csv(path, index=False)
+    table = read_rows(path, num_features=1, feature_names=("a",))
+    np.testing.assert_array_equal(table.features, [[1], [np.nan], [3]])
+
+
+@pytest.mark.parametrize("kind", ["csv", "again", "txt", "parquet", "feather"])
+def test_an_index_of_pandas_is_no_feature(tmp_path, kind):
+    """Of a part of the rows, shuffled, in any of pandas's ways to write it."""
+    part = FRAME.sample(frac=0.5, random_state=0)
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        part.to_parquet(path)
+    elif kind == "feather":
+        part.reset_index(names="Unnamed: 0").to_feather(path)
+    elif kind == "again":
+        part.to_csv(path)
+        pd.read_csv(path).to_csv(path, index=False)
+    else:
+        part.to_csv(path, sep=" " if kind == "txt" else ",")
+    table = read_table(path, "kind")
+    assert table.feature_names == ("a", "b", "c")
+    assert any("names of rows" in note for note in table.notes)
+    assert read_table(path).label_column == "kind"
+    again = read_rows(
+        path, num_features=3, feature_names=("a", "b", "c"), columns=table.columns
+    )
+    np.testing.assert_array_equal(again.features, table.features)
+
+
+def test_columns_without_a_name_are_found_again(tmp_path):
+    path = write(tmp_path / "t.csv", "a,,k\n1,5,x\n2,5,y\n3,6,x\n")
+    table = read_table(path)
+    assert table.feature_names == ("a", "column 1")
+    again = read_rows(path, num_features=2, columns=table.columns)
+    np.testing.assert_array_equal(again.features, table.features)
+
+
+def test_titles_and_texts_in_quotation_marks(tmp_path):
+    """Behind spaces, too; what is within the marks stays as it is."""
+    text = 'A report, of, 2024\n\na, b, k\n1, "x, ""z""", u\n2, " y", v\n3, " y", u\n'
+    path = write(tmp_path / "t.csv", text.replace("A report, of, 2024", "# a title"))
+    table = read_table(path, "b")
+    assert table.labels.tolist() == ['x, "z"', "y", "y"]
+    assert table.feature_names == ("a", "k=u")
+    assert table.notes[0] == "1 lines before the table are left out, of one cell each"
+
+
+def test_texts_that_the_model_does_not_know_are_told(tmp_path):
+    columns = (Column("c", ("blue", "red")), Column("n"))
+    path = write(tmp_path / "t.csv", "c,n\nred,1\nRED,2\n,3\nblue,4\n")
+    table = read_rows(path, num_features=3, columns=columns)
+    assert table.notes == ("texts without a feature: 1 in 'c'",)
+
+
+def test_labels_of_another_type_are_the_same_classes(tmp_path, monkeypatch, capsys):
+    """True in a Parquet file is True in a text; a label that is none has its line."""
+    monkeypatch.chdir(tmp_path)
+    frame = FRAME[["a", "b"]].assign(y=CLASSES > 0)
+    frame.to_parquet("t.parquet", index=False)
+    frame.assign(y=frame["y"].astype(object).where(frame.index > 1)).to_csv(
+        "t.csv", index=False
+    )
+    assert cli.main(["regress", "t.parquet", "--out", "run"]) == 0
+    capsys.readouterr()
+    assert cli.main(["predict", "run", "t.csv"]) == 0
+    assert "2 other rows have no label" in capsys.readouterr().out
+    text = (tmp_path / "t.csv").read_text().replace("True", "7", 1)
+    line = text[: text.index(",7\n")].count("\n") + 1
+    write(tmp_path / "t.csv", text)
+    assert cli.main(["predict", "run", "t.csv"]) == 2
+    assert f"the label '7' of line {line} is none of" in capsys.readouterr().err

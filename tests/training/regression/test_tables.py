@@ -258,12 +258,12 @@ def test_a_long_cell_takes_no_memory_in_other_rows(write):
         (
             "a.csv",
             "x,k\n1,a\n2,NaN\n",
-            "a.csv: line 3 has no label in column 'k'; leave it out.",
+            "a.csv: line 3 has no label in column 'k', where",
         ),
         (
             "a.csv",
             f"x,k\n{'a' * 60_000},a\n",
-            "a.csv has no features: columns left out, as each text comes once: 'x'.",
+            "a.csv has no features: each of its texts comes once.",
         ),
         (
             "a.csv",
@@ -291,7 +291,7 @@ def test_a_long_cell_takes_no_memory_in_other_rows(write):
         ("a.csv", "1,-inf,a\n1,2,b\n", "a.csv: line 1, column 1 is -inf; give a"),
         ("a.csv", "1,2,a\n1,1e999,b\n", "a.csv: line 2, column 1 is inf; give a"),
         ("a.csv", "x,k\n1,a\n2,a\n", "a.csv has one class only, 'a'; training needs"),
-        ("a.csv", "x,k\n1,a\n2,\n", "a.csv: line 3 has no label in column 'k'; leave"),
+        ("a.csv", "x,k\n1,a\n2,\n", "a.csv: line 3 has no label in column 'k', where"),
         ("a.csv", "x,k\n1,0.5\n2,1\n", "a.csv: line 2 has the label 0.5, which is no"),
         ("a.csv", 'x,k\n1,"a\n', "a.csv cannot be read (could not parse"),
         ("a.npz", "nonsense", "a.npz cannot be read as an NPZ file ("),
