@@ -18,7 +18,9 @@ def __getattr__(name: str) -> Any:
     """
     if not name.startswith("__") or name == "__all__":
         public = importlib.import_module("jaxsoft._public")
-        globals().update({each: getattr(public, each) for each in public.__all__})
+        # What somebody has put in the place of a name stays there.
+        names = [each for each in public.__all__ if each not in globals()]
+        globals().update({each: getattr(public, each) for each in names})
         globals()["__all__"] = public.__all__
         if name in globals():
             return globals()[name]

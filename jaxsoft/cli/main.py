@@ -37,5 +37,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = run(sys.argv[1:])
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return process.close_output(code)

@@ -7,6 +7,7 @@ what the next step already overwrites.
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import logging
 import math
@@ -30,6 +31,9 @@ _AFTERMATH = 0.2
 
 # A pytree of arrays, or of their shapes.
 State = TypeVar("State")
+
+# What the operating system says where a file may be whole.
+_THE_MACHINES = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,16 @@ class Checkpoints:
         return restored["state"], progress
 
 
+def _is_the_machines(error: Exception) -> bool:
+    """Whether an error tells of the machine, and not of what is on the disk."""
+    numbers = {getattr(each, "errno", None) for each in (error, error.__cause__)}
+    return (
+        isinstance(error, MemoryError)
+        or bool(numbers & _THE_MACHINES)
+        or "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Makes whatever is raised a `CheckpointError` of one line, and all that is said.
@@ -225,6 +239,8 @@ def _without_tracebacks() -> Iterator[None]:
         try:
             yield
         except Exception as error:
+            if _is_the_machines(error):
+                raise
             reason = one_line(error)
         if reason is not None:
             time.sleep(_AFTERMATH)

@@ -108,6 +108,14 @@ def _sweep(parent: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there and that can be done."""
+    """Removes a file or a folder, if it is there and that can be done.
+
+    A folder gets another name first. Whoever would give it its own at the same time
+    then has it whole, or not at all.
+    """
     with contextlib.suppress(OSError):
-        path.unlink() if not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            path = path.rename(path.with_name(f".jaxsoft-{secrets.token_hex(8)}"))
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()

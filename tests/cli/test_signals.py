@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-# From the signal to the end, on a machine that other tests keep busy.
-SOON = 5.0
 # Seconds from the start; the last ones are after the imports.
 MOMENTS = (0.2, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5, 7.0)
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -36,9 +34,7 @@ def start(folder, words):
 def stop(process, number):
     """Sends a signal; returns the exit code and the one line."""
     process.send_signal(number)
-    sent = time.monotonic()
     _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - sent < SOON
     assert errors.count("\n") == (process.returncode > 0), errors
     return process.returncode, errors
 

@@ -28,12 +28,14 @@ _LARGEST_SHARE = 0.5
 _INDICES_AT_A_TIME = 2**22
 
 
-def without_empty_columns(rows: Rows) -> Rows:
+def without_empty_columns(rows: Rows, start: np.ndarray | None = None) -> Rows:
     """Returns rows whose features are the columns in use.
 
     Args:
       rows: of which sparse features lose their empty columns where these are half of
         them or more; others stay as they are. Nothing of the size of [n, d] is made.
+      start: [V, d] coefficients that a solver begins at, or None: a column in use is
+        also one with a coefficient that is not 0.
 
     Example:
       >>> import scipy.sparse
@@ -51,8 +53,10 @@ def without_empty_columns(rows: Rows) -> Rows:
     width = features.shape[1]
     # SciPy and the file both have an entry at least for each column in use.
     used = np.zeros(width, bool)
-    for start in range(0, len(indices), _INDICES_AT_A_TIME):
-        used[indices[start : start + _INDICES_AT_A_TIME]] = True
+    for first in range(0, len(indices), _INDICES_AT_A_TIME):
+        used[indices[first : first + _INDICES_AT_A_TIME]] = True
+    if start is not None and start.shape[-1] == width:
+        used |= np.any(start != 0, axis=0)
     index = np.flatnonzero(used)
     # No column at all is a shape that solvers need not know.
     index = index if len(index) else np.zeros(1, index.dtype)

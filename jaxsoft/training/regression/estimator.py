@@ -319,7 +319,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             else:
                 rows = self._rows(parameters, X, y, sample_weight, targets)
             if parameters.head == "full":
-                rows = without_empty_columns(rows)
+                start = getattr(self, "coef_", None) if parameters.warm_start else None
+                rows = without_empty_columns(rows, start)
             self.solver_ = fitting.choose_solver(parameters, rows)
             training, held = fitting.hold_out(parameters, rows)
             if self.solver_ == "newton" or (

@@ -2,6 +2,7 @@
 
 import doctest
 import tracemalloc
+import warnings
 
 import numpy as np
 import pandas
@@ -170,9 +171,30 @@ def test_fits_of_some_columns_go_on_and_name_those_of_the_table():
     wide[:, 70] = 0
     wide = scipy.sparse.csr_array(wide)
     wide.eliminate_zeros()
-    assert (model.fit(wide, labels).coef_[:, 70] == 0).all()
+    np.testing.assert_allclose(model.fit(wide, labels).coef_[:, 70], 0, atol=1e-6)
     with pytest.warns(ConvergenceWarning, match=r"gradient is largest in column 3\."):
         model.set_params(max_iter=1, warm_start=False).fit(wide, labels)
+
+
+@pytest.mark.parametrize("options", [{"solver": "minibatch"}, {"solver": "fista"}])
+def test_a_warm_start_keeps_coefficients_of_columns_that_are_empty_now(options):
+    """A few steps from them are those of dense features."""
+    source = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    first, second = np.zeros((2, 60, 40))
+    first[:, :4] = source.normal(size=(60, 4)) + labels[:, None]
+    second[:, 5:9] = source.normal(size=(60, 4)) + labels[:, None]
+    options = {"max_iter": 2, "warm_start": True, "random_state": 0, **options}
+    models = []
+    for kind in (np.asarray, scipy.sparse.csr_array):
+        model = SoftmaxRegression(**options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(kind(first), labels).fit(kind(second), labels)
+        models.append(model)
+    dense, sparse = models
+    assert np.abs(dense.coef_[:, :4]).max() > 1e-3
+    np.testing.assert_allclose(sparse.coef_, dense.coef_, atol=1e-5)
 
 
 def test_batches_of_wide_rows_fit_in_memory(monkeypatch):
