@@ -12,6 +12,7 @@ from jaxsoft.cli.errors import fail
 from jaxsoft.cli.text import UsageError, one_line
 from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.interruption import SIGNALS
+from jaxsoft.training.panics import Stderr
 
 __all__ = ["parser", "run"]
 
@@ -38,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     parsed = parser().parse_args(arguments)
     process.Signals.farewell = parsed.farewell = parsed.farewell(parsed)
+    Stderr.ours = True
     try:
         _check_text(parsed)
         return parsed.run(parsed)
@@ -58,6 +60,8 @@ def run(arguments: Sequence[str]) -> int:
             out=getattr(parsed, "out", None),
             debug=parsed.debug,
         )
+    finally:
+        Stderr.ours = False
 
 
 def parser() -> argparse.ArgumentParser:

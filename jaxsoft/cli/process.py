@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.interruption import SIGNALS, StopRequest, ignored
+from jaxsoft.training.panics import Stderr
 from jaxsoft.training.unfinished import discard_all
 
 __all__ = ["BROKEN_PIPE", "Signals", "close_output", "prepare_output"]
@@ -75,7 +76,7 @@ class Signals:
             if os.isatty(1):
                 os.write(1, b"\x1b[?25h\n")  # a progress bar hid the cursor
             said = f"{cls.farewell(interruption)}\n"
-            os.write(2, said.encode(errors="backslashreplace"))
+            os.write(Stderr.descriptor, said.encode(errors="backslashreplace"))
         finally:
             os._exit(128 + interruption.signal_number)
 

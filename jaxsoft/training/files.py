@@ -9,6 +9,8 @@ import io
 import lzma
 import os
 import stat
+import tokenize
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ __all__ = [
     "DAMAGED",
     "endings",
     "map_array",
+    "malformed_arrays",
     "open_regular",
     "open_unpacked",
     "read_unpacked",
@@ -147,6 +150,29 @@ def read_unpacked(
     return b"".join(pieces)
 
 
+@contextlib.contextmanager
+def malformed_arrays() -> Iterator[None]:
+    """Makes what NumPy raises at a file that is no array of its format a `ValueError`.
+
+    The headers are Python's literals. NumPy warns of those that Python 2 wrote.
+    """
+    with warnings.catch_warnings(), np.errstate(over="raise"):
+        warnings.filterwarnings("ignore", "Reading `.npy` or `.npz` file required")
+        try:
+            yield
+        except (
+            ArithmeticError,
+            EOFError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+            SyntaxError,
+            TypeError,
+            tokenize.TokenError,
+        ) as reason:
+            raise ValueError(str(reason)) from reason
+
+
 def map_array(path: Path, error: type[Exception]) -> np.memmap:
     """Maps an array of NumPy's format into memory, to be read.
 
@@ -159,6 +185,7 @@ def map_array(path: Path, error: type[Exception]) -> np.memmap:
     """
     with open_regular(path, error):
         try:
-            return np.lib.format.open_memmap(path, mode="r")
-        except (OSError, EOFError, OverflowError, TypeError, ValueError) as reason:
+            with malformed_arrays():
+                return np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError) as reason:
             raise error(f"the file {path} cannot be read ({reason}).") from reason

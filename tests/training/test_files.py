@@ -7,11 +7,12 @@ import os
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from backports import zstd
 
 from jaxsoft.training.errors import TableError
-from jaxsoft.training.files import endings, open_regular, read_unpacked
+from jaxsoft.training.files import endings, map_array, open_regular, read_unpacked
 from jaxsoft.training.memory import MemoryBudget
 
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -71,3 +72,36 @@ def test_sizes():
     for text, size in sizes.items():
         assert MemoryBudget.parse(text).num_bytes == size
     assert MemoryBudget.parse(None).num_bytes > 10**6
+
+
+def npy(header):
+    """An array of 8 bytes under any header."""
+    text = header.encode("latin1").ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(8)
+
+
+HEADER = "{'descr': '<f8', 'fortran_order': False, 'shape': (1,)}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("'shape': (1,)}", "'shape': (1,"),  # Python's tokens end too early.
+        ("'<f8', 'f", "\xa3'f"),
+        ("(1,)", "(4611686018427387904, 4)"),
+        ("(1,)", "((1,),)"),
+        ("(1,)", "(2,)"),
+        ("'<f8'", "'|O'"),
+        ("'<f8'", "[('a', 7)]"),
+    ],
+)
+def test_headers_that_are_none(tmp_path, old, new):
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy(HEADER.replace(old, new)))
+    with pytest.raises(TableError, match="a.npy cannot be read"):
+        map_array(path, TableError)
+
+
+def test_a_header_of_python_2(tmp_path):
+    (tmp_path / "a.npy").write_bytes(npy(HEADER.replace("(1,)", "(1L,)")))
+    np.testing.assert_array_equal(map_array(tmp_path / "a.npy", TableError), [0.0])

@@ -19,8 +19,15 @@ import numpy as np
 import polars as pl
 
 from jaxsoft.training.errors import TableError, first_line
-from jaxsoft.training.files import DAMAGED, endings, open_regular, read_unpacked
+from jaxsoft.training.files import (
+    DAMAGED,
+    endings,
+    malformed_arrays,
+    open_regular,
+    read_unpacked,
+)
 from jaxsoft.training.memory import MemoryBudget
+from jaxsoft.training.panics import panics_as_errors
 from jaxsoft.training.regression.columns import listed
 from jaxsoft.training.regression.object_arrays import read_object_array
 from jaxsoft.training.regression.sources import check_sparse
@@ -194,23 +201,11 @@ def _read_text(data: bytes, source: str, wanted: Wanted) -> Cells:
 def _read_columnar(data: bytes, kind: str, source: str, wanted: Wanted) -> Cells:
     """Reads Parquet, Feather or NDJSON."""
     try:
-        if kind == "ndjson":
-            wanted.budget.require(
-                _ndjson_bytes(data, source), f"{source} as columns", TableError
-            )
-            frame = pl.read_ndjson(data, infer_schema_length=None)
-        else:
-            scan = {"parquet": pl.scan_parquet, "ipc": pl.scan_ipc}[kind]
-            lazy = scan(io.BytesIO(data))
-            width = len(lazy.collect_schema())
-            rows = lazy.select(pl.len()).collect().item()
-            wanted.budget.require(
-                rows * width * _CELL_BYTES, f"{source} as columns", TableError
-            )
-            frame = lazy.collect()
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        raise TableError(f"{source} cannot be read ({first_line(error)}).") from error
-    except (ValueError, TypeError, OverflowError) as error:
+        with panics_as_errors():
+            frame = _columns(data, kind, source, wanted.budget)
+    except TableError:
+        raise
+    except (pl.exceptions.PolarsError, *_MALFORMED, OSError) as error:
         raise TableError(f"{source} cannot be read ({first_line(error)}).") from error
     # Floats have NaN where a cell is missing, as text has nothing.
     floats = pl.selectors.float()
@@ -222,6 +217,20 @@ def _read_columnar(data: bytes, kind: str, source: str, wanted: Wanted) -> Cells
         "row {}".format,
         lambda i: frame[:, list(i)],
     )
+
+
+def _columns(data: bytes, kind: str, source: str, budget: MemoryBudget) -> pl.DataFrame:
+    """Reads columns, after their size."""
+    what = f"{source} as columns"
+    if kind == "ndjson":
+        budget.require(_ndjson_bytes(data, source), what, TableError)
+        return pl.read_ndjson(data, infer_schema_length=None)
+    scan = {"parquet": pl.scan_parquet, "ipc": pl.scan_ipc}[kind]
+    lazy = scan(io.BytesIO(data))
+    width = len(lazy.collect_schema())
+    rows = lazy.select(pl.len()).collect().item()
+    budget.require(rows * width * _CELL_BYTES, what, TableError)
+    return lazy.collect()
 
 
 def _ndjson_bytes(data: bytes, source: str) -> int:
@@ -304,13 +313,14 @@ def _read_member(
     member = archive.getinfo(key if key in archive.NameToInfo else f"{key}.npy")
     with archive.open(member) as file:
         try:
-            version = np.lib.format.read_magic(file)
-            header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, _, dtype = header(file)
-        except (ValueError, LookupError) as error:
+            with malformed_arrays():
+                version = np.lib.format.read_magic(file)
+                header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, _, dtype = header(file)
+        except ValueError as error:
             raise TableError(
                 f"{path}: {key!r} is not an array ({first_line(error)})."
             ) from error
@@ -324,7 +334,7 @@ def _read_member(
                 f"{path}: {key!r} has {member.file_size:,} bytes, not the {size:,} "
                 "that it declares."
             )
-    with archive.open(member) as file:
+    with archive.open(member) as file, malformed_arrays():
         values = np.lib.format.read_array(file, allow_pickle=False)
     if values.dtype == np.dtype("V2"):
         # What NumPy writes of bfloat16, which it does not know.

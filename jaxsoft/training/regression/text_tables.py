@@ -16,6 +16,7 @@ import polars as pl
 
 from jaxsoft.training.errors import TableError, first_line
 from jaxsoft.training.memory import MemoryBudget
+from jaxsoft.training.panics import panics_as_errors
 from jaxsoft.training.regression.text_layout import (
     COLUMN_BYTES,
     MISSING,
@@ -174,7 +175,7 @@ def parse(
         except pl.exceptions.ComputeError:
             # Further down some column has other cells: its place is found later.
             frame = _parsed(data, layout, frozenset())
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except (pl.exceptions.PolarsError, ValueError) as error:
         _check_records(data, layout, source)
         raise TableError(f"{source} cannot be read ({first_line(error)}).") from error
     records = pl.Series(range(len(frame)), dtype=pl.UInt32)
@@ -205,15 +206,16 @@ def _parsed(
         # Behind a space polars does not know a quotation mark for one.
         separator = re.escape(layout.separator.encode())
         body = re.sub(separator + b'[ \t]+(?="[^"])', layout.separator.encode(), body)
-    frame = pl.read_csv(
-        body,
-        has_header=False,
-        schema=schema,
-        columns=None if columns is None else list(columns),
-        separator=layout.separator,
-        null_values=list(MISSING),
-        raise_if_empty=False,
-    )
+    with panics_as_errors():
+        frame = pl.read_csv(
+            body,
+            has_header=False,
+            schema=schema,
+            columns=None if columns is None else list(columns),
+            separator=layout.separator,
+            null_values=list(MISSING),
+            raise_if_empty=False,
+        )
     if layout.padded:
         text = pl.col(pl.String).str.strip_chars(" \t")
         frame = frame.with_columns(text.replace(dict.fromkeys((*MISSING, '""'))))
