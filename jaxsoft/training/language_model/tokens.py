@@ -21,6 +21,7 @@ import numpy as np
 from jaxsoft.training.errors import CorpusError
 from jaxsoft.training.files import map_array
 from jaxsoft.training.language_model.corpus import Corpus
+from jaxsoft.training.panics import panics_as_errors
 from jaxsoft.training.schemas import decode_file
 from jaxsoft.training.unfinished import unfinished_folder
 
@@ -208,8 +209,6 @@ def _open(directory: Path) -> TokenCache | None:
         )
     except ValueError:
         return None
-    if not (directory / "tokenizer.json").is_file():
-        return None
     dtype = _token_dtype(facts.vocab_size)
     lengths = (facts.train_tokens, facts.validation_tokens)
     for tokens, length in zip((train, validation), lengths, strict=True):
@@ -219,7 +218,13 @@ def _open(directory: Path) -> TokenCache | None:
         most = (tokens[start : start + _CHECKED].max() for start in starts)
         if any(token >= facts.vocab_size for token in most):
             return None
-    return TokenCache(directory, facts, train, validation)
+    cache = TokenCache(directory, facts, train, validation)
+    try:
+        with panics_as_errors():
+            fits = cache.load_tokenizer().get_vocab_size() == facts.vocab_size
+    except Exception:  # The library has no class of its own.
+        return None
+    return cache if fits else None
 
 
 def _token_dtype(vocab_size: int) -> type:

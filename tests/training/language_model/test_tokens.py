@@ -101,16 +101,22 @@ def test_failure_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["facts.json", "train.npy", "tokenizer.json"])
-def test_damaged_entry_is_made_again(corpus, tmp_path, name):
+@pytest.mark.parametrize("change", ["missing", "short", "other"])
+def test_damaged_entry_is_made_again(corpus, tmp_path, name, change):
     first = prepare_tokens(corpus, 270, tmp_path)
     expected = np.array(first.train)
     damaged = first.directory / name
-    if name == "tokenizer.json":
+    content = damaged.read_bytes()
+    if change == "missing":
         damaged.unlink()
+    elif change == "short":
+        damaged.write_bytes(content[:100])
     else:
-        damaged.write_bytes(damaged.read_bytes()[:100])
+        # A number of the wrong type, and a header that is cut.
+        damaged.write_bytes(content.replace(b": 0,", b": false,", 1)[:-20] + b"}")
     second = prepare_tokens(corpus, 270, tmp_path)
     np.testing.assert_array_equal(second.train, expected)
+    assert second.load_tokenizer().get_vocab_size() == second.facts.vocab_size
 
 
 def test_an_entry_with_other_facts_or_arrays_is_made_again(corpus, tmp_path):
