@@ -72,7 +72,9 @@ def choose_scaling(table: Table, rows: np.ndarray, standardize: bool | None) -> 
     if standardize is False or (standardize is None and sparse):
         return nothing
     scaler = StandardScaler(with_mean=not sparse)
-    scaler.fit(table.features[rows].astype(np.float64))
+    # What overflows here is too large for the fit, which says where it is.
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaler.fit(table.features[rows].astype(np.float64))
     scale: Any = scaler.scale_
     mean: Any = np.zeros(count) if sparse else scaler.mean_
     return Scaling("columns", mean, scale)

@@ -51,6 +51,8 @@ DIGITS = "scikit-learn's digits"
 _EXACT = 2**53
 # A longer label is a text, not the name of a class.
 _LONGEST_LABEL = 1000
+# Integers that NumPy does not have.
+_WIDE = ("Int128", "UInt128")
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def check_range(table: Table, values: Any, rows: np.ndarray | None = None) -> No
     remedy = "use `dtype` float64" if values.dtype == np.float32 else "make it smaller"
     raise TableError(
         f"{table.source}: row {row}, column {_column(table.feature_names, column)} is "
-        f"{table.features[row, column]}, too large for {values.dtype}; {remedy}."
+        f"{_value(table.features, row, column)}, too large for {values.dtype}; {remedy}."
     )
 
 
@@ -367,6 +369,7 @@ def _weights(cells: pl.Series, contents: Cells, place: int) -> np.ndarray:
     return array
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _of_arrays(contents: Arrays, source: str, width: int = 0) -> Table:
     """Makes a table of features and labels."""
     from scipy.sparse import csr_matrix, issparse
@@ -382,6 +385,9 @@ def _of_arrays(contents: Arrays, source: str, width: int = 0) -> Table:
         )
     if features.dtype not in (np.float32, np.float64):
         features = features.astype(np.float64)
+    if not issparse(features):
+        # There are NaNs that each sum of them warns of.
+        np.copyto(features, np.nan, where=np.isnan(features))
     if features.ndim > 2:
         shape = features.shape[1:]
         features = features.reshape(len(features), math.prod(features.shape[1:]))
@@ -429,7 +435,7 @@ def _check_features(
     row, column = found
     raise TableError(
         f"{source}: {place(row)}, column {_column(names, column)} is "
-        f"{features[row, column]}; give a finite number, or leave the row out."
+        f"{_value(features, row, column)}; give a finite number, or leave the row out."
     )
 
 
@@ -448,6 +454,12 @@ def _first(
         return divmod(place, features.shape[1])
     row = int(np.searchsorted(features.indptr, place, side="right")) - 1
     return row, int(features.indices[place])
+
+
+def _value(features: Any, row: int, column: int) -> Any:
+    """A value, which of CSR may be the sum of several entries."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return features[row, column]
 
 
 def _column(names: tuple[str, ...] | None, column: int) -> str:
@@ -474,7 +486,10 @@ def _labels_of(
         return contents.place(int(rows[row]))
 
     if found is None:
-        if cells.dtype.is_nested() or cells.dtype.is_temporal():
+        if cells.dtype.is_decimal():
+            cells = cells.cast(pl.Float64)
+        whole = cells.dtype.is_integer() and str(cells.dtype) not in _WIDE
+        if not (whole or cells.dtype.is_float() or cells.dtype == pl.Boolean):
             raise TableError(
                 f"{contents.source}: the labels are {cells.dtype}, not classes."
             )

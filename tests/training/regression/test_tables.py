@@ -4,12 +4,14 @@ import zipfile
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 from scipy.sparse import csr_matrix, issparse, save_npz
 from sklearn.datasets import dump_svmlight_file, load_digits
 
 from jaxsoft.training.errors import TableError
-from jaxsoft.training.regression.tables import read_rows, read_table
+from jaxsoft.training.regression.scaling import choose_scaling
+from jaxsoft.training.regression.tables import check_range, read_rows, read_table
 
 IRIS = "width,height,kind\n1,2.5,a\n3,4,b\n\n-1e3,0,a\n"
 
@@ -410,3 +412,38 @@ def test_rows_of_another_model(write):
     names = ("width", "depth", "area")
     with pytest.raises(TableError, match=r"no column 'depth', which .* \(and 1 more\)"):
         read_rows(path, num_features=3, feature_names=names)
+
+
+def test_integers_that_numpy_does_not_have_are_no_labels(write):
+    rows = "".join(f'{{"a": {i}, "kind": {10**20 + i}}}\n' for i in range(3))
+    with pytest.raises(TableError, match="the labels are Int128, not classes"):
+        read_table(write("a.ndjson", rows))
+    with pytest.raises(TableError, match="the labels are Int128, not classes"):
+        read_rows("a.ndjson", "kind", num_features=1)
+
+
+def test_decimals_are_labels_where_they_are_whole(tmp_path):
+    labels = pl.Series([1, 2, 1]).cast(pl.Decimal(9, 2))
+    pl.DataFrame({"a": [1.0, 2, 3], "kind": labels}).write_parquet(tmp_path / "a.pq")
+    assert read_table(tmp_path / "a.pq").labels.tolist() == [1, 2, 1]
+
+
+def test_nans_of_any_bits_are_missing_numbers(write):
+    """Sums of some of them give warnings, which are errors here."""
+    features = np.ones((4, 2))
+    features.view(np.int64)[1, 1] = 0x7FF0000000000001
+    table = read_table(write("a.npz", {"X": features, "y": [0, 1, 0, 1]}))
+    assert np.isnan(table.features).sum() == 1
+    table.features.sum()
+    sparse = csr_matrix(features)
+    save_npz("s.npz", sparse)
+    with pytest.raises(TableError, match="row 1, column 1 is nan; give a finite"):
+        read_rows("s.npz", num_features=2)
+
+
+def test_numbers_too_large_to_scale_are_named(write):
+    features = np.array([[1e300, 1], [-1e300, 2], [3, 4], [5, 6]])
+    table = read_table(write("a.npz", {"X": features, "y": [0, 1, 0, 1]}))
+    scaling = choose_scaling(table, np.arange(4), None)
+    with pytest.raises(TableError, match="row 0, column 0 is 1e.300, too large"):
+        check_range(table, scaling.apply(table.features, "float32"))
