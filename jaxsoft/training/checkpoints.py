@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -224,6 +224,21 @@ def _is_the_machines(error: Exception) -> bool:
     )
 
 
+class _ButOrbax:
+    """A hook for what cannot be raised, but of Orbax's coroutines.
+
+    TensorStore may hold one that read a damaged checkpoint until long after.
+    """
+
+    def __init__(self, hook: Callable[[Any], Any]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if "orbax" not in getattr(code, "co_filename", ""):
+            self._hook(unraisable)
+
+
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Makes whatever is raised a `CheckpointError` of one line, and all that is said.
@@ -247,5 +262,7 @@ def _without_tracebacks() -> Iterator[None]:
             gc.collect()
     finally:
         sys.excepthook, sys.unraisablehook = hooks
+        if reason is not None and not isinstance(hooks[1], _ButOrbax):
+            sys.unraisablehook = _ButOrbax(hooks[1])
     if reason is not None:
         raise CheckpointError(reason)

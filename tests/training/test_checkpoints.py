@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+from typing import Any
 
 import chex
 import jax
@@ -133,6 +135,34 @@ def test_the_one_before_takes_the_place_of_a_damaged_checkpoint(tmp_path, capfd)
         assert steps == ["30", "40"]
     shown = capfd.readouterr()
     assert "Traceback" not in shown.err + shown.out
+
+
+def test_what_is_left_of_reading_a_damaged_checkpoint_is_not_told(monkeypatch):
+    """TensorStore may keep a coroutine, which raises when it is thrown away."""
+    source = """if True:
+    async def read():
+        try:
+            await wait
+        except GeneratorExit:
+            raise OSError("too late")
+    """
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda each: told.append(each.exc_value))
+    for _ in range(2):
+        with pytest.raises(CheckpointError), checkpoints_module._without_tracebacks():
+            raise ValueError("damaged")
+    for path in ("/lib/orbax/a.py", "/lib/mine/a.py"):
+        scope: dict[str, Any] = {"wait": Endless()}
+        exec(compile(source, path, "exec"), scope)
+        coroutine = scope["read"]()
+        coroutine.send(None)
+        del coroutine
+    assert list(map(str, told)) == ["too late"]
+
+
+class Endless:
+    def __await__(self):
+        yield
 
 
 def test_progress_is_held_against_its_schema(tmp_path, monkeypatch):
