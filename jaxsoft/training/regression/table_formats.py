@@ -43,6 +43,8 @@ _LABEL_KEYS = ("y", "Y", "target", "labels", "y_train", "train_labels")
 _SPARSE_KEYS = {"format", "shape"}
 # What polars keeps for a cell.
 _CELL_BYTES = 16
+# Bytes of a value that an error shows.
+_SHOWN = 40
 # Bytes of a file that are looked at to know its format.
 _HEAD = 1 << 16
 _COLUMNAR = {
@@ -238,17 +240,29 @@ def _ndjson_bytes(data: bytes, source: str) -> int:
     import msgspec
 
     decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-    keys, rows = set(), 0
+    # Of each key, whether its values are true and false; None where all are missing.
+    flags: dict[str, bool | None] = {}
+    rows = 0
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
             try:
-                keys.update(decoder.decode(line))
+                cells = decoder.decode(line)
             except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                 raise TableError(
                     f"{source}: line {number} is no JSON object ({first_line(error)})."
                 ) from error
+            for key, value in cells.items():
+                first = bytes(value)[:1]
+                known = flags.setdefault(key, None)
+                flag = known if first == b"n" else first in b"tf"
+                flags[key] = flag
+                if known not in (None, flag):
+                    raise TableError(
+                        f"{source}: line {number} has {bytes(value)[:_SHOWN].decode(errors='replace')} "
+                        f"in {key!r}, where other lines have values of another type."
+                    )
             rows += 1
-    return rows * len(keys) * _CELL_BYTES
+    return rows * len(flags) * _CELL_BYTES
 
 
 def _is_libsvm(data: bytes) -> bool:

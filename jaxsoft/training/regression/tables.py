@@ -277,7 +277,8 @@ def check_range(table: Table, values: Any, rows: np.ndarray | None = None) -> No
     remedy = "use `dtype` float64" if values.dtype == np.float32 else "make it smaller"
     raise TableError(
         f"{table.source}: row {row}, column {_column(table.feature_names, column)} is "
-        f"{_value(table.features, row, column)}, too large for {values.dtype}; {remedy}."
+        f"{_value(table.features, row, column)}, too large for {values.dtype}; "
+        f"{remedy}."
     )
 
 
@@ -315,7 +316,11 @@ def _of_cells(
     features, unknown = encode(
         chosen, columns, contents, contents.decimal_comma, wanted.budget
     )
-    notes = unknown if wanted.predicting else ()
+    notes = ()
+    if wanted.predicting:
+        bare = sum(chosen.select(pl.all_horizontal(pl.all().is_null())).to_series())
+        said = f"rows without any cell, predicted as of means: {bare:,}"
+        notes = (*unknown, said) if bare else unknown
     names = None
     if contents.names is not None:
         names = tuple(name for column in columns for name in column.features())

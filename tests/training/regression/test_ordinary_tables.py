@@ -400,6 +400,16 @@ def test_texts_that_the_model_does_not_know_are_told(tmp_path):
     path = write(tmp_path / "t.csv", "c,n\nred,1\nRED,2\n,3\nblue,4\n")
     table = read_rows(path, num_features=3, columns=columns)
     assert table.notes == ("texts without a feature: 1 in 'c'",)
+    write(path, "c,n\nred,1\n,\n,\n")
+    table = read_rows(path, num_features=3, columns=columns)
+    assert table.notes == ("rows without any cell, predicted as of means: 2",)
+
+
+def test_values_of_two_types_in_one_key(tmp_path):
+    lines = '{"a": 1, "k": "x"}\n{"a": null, "k": "y"}\n{"a": true, "k": "x"}\n'
+    path = write(tmp_path / "t.ndjson", lines)
+    with pytest.raises(ValueError, match="line 3 has true in 'a', where other lines"):
+        read_table(path)
 
 
 def test_labels_of_another_type_are_the_same_classes(tmp_path, monkeypatch, capsys):
