@@ -257,9 +257,10 @@ def _ndjson_bytes(data: bytes, source: str) -> int:
                 flag = known if first == b"n" else first in b"tf"
                 flags[key] = flag
                 if known not in (None, flag):
+                    shown = bytes(value)[:_SHOWN].decode(errors="replace")
                     raise TableError(
-                        f"{source}: line {number} has {bytes(value)[:_SHOWN].decode(errors='replace')} "
-                        f"in {key!r}, where other lines have values of another type."
+                        f"{source}: line {number} has {shown} in {key!r}, where other "
+                        "lines have values of another type."
                     )
             rows += 1
     return rows * len(flags) * _CELL_BYTES

@@ -235,6 +235,17 @@ def test_weights_count_as_copies_of_rows(tmp_path):
             read_table(path, "kind", weights="w")
 
 
+def test_rows_of_no_weight_teach_nothing(tmp_path, monkeypatch):
+    """No row is taken for a cat where no cat has a weight."""
+    monkeypatch.chdir(tmp_path)
+    FRAME.assign(w=(KINDS != "cat") * 1.0).to_csv("t.csv", index=False)
+    words = ["regress", "t.csv", "--label", "kind", "--weights", "w", "--out", "run"]
+    assert cli.main(words) == 0
+    assert cli.main(["predict", "run", "t.csv", "--out", "o.csv"]) == 0
+    predicted = pd.read_csv("o.csv")["prediction"]
+    assert set(predicted) == {"ant", "bee"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -429,3 +440,41 @@ def test_labels_of_another_type_are_the_same_classes(tmp_path, monkeypatch, caps
     write(tmp_path / "t.csv", text)
     assert cli.main(["predict", "run", "t.csv"]) == 2
     assert f"the label '7' of line {line} is none of" in capsys.readouterr().err
+
+
+def test_a_blank_line_shifts_no_label(tmp_path):
+    """Labels that are numbers are read again, as they are written."""
+    path = write(tmp_path / "t.csv", "x,k\n1,07\n\n2,8\n\n3,07\n")
+    table = read_table(path)
+    np.testing.assert_array_equal(table.features, [[1], [2], [3]])
+    assert table.labels.tolist() == ["07", "8", "07"]
+
+
+def test_an_id_is_no_feature(tmp_path):
+    path = write(tmp_path / "t.csv", "n,x,k\n007,1,a\n008,2,b\n")
+    table = read_table(path, id="n")
+    assert table.feature_names == ("x",) and table.ids == ("007", "008")
+    assert table.id_column == "n"
+
+
+def test_a_missing_number_is_the_mean_of_the_rows_to_train_on(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    kept = (FRAME.index % 4 > 0).tolist()
+    cells = FRAME[["a", "b", "c"]].to_numpy() + np.where(kept, 0, np.nan)[:, None]
+    frame = pd.DataFrame(cells, columns=["a", "b", "c"]).assign(kind=KINDS)
+    frame.to_csv("t.csv", index=False)
+    assert cli.main(["regress", "t.csv", "--out", "run"]) == 0
+    assert "90 missing numbers" in capsys.readouterr().out
+    _, form = load_table_model("run/model.safetensors", SoftmaxRegression)
+    assert form.fills is not None
+    write(tmp_path / "a.csv", "a,b,c\n,2,\n")
+    write(tmp_path / "b.csv", f"a,b,c\n{form.fills[0]},2,{form.fills[2]}\n")
+    probabilities = []
+    for name in "ab":
+        words = ["predict", "run", f"{name}.csv", "--probabilities", "--out"]
+        assert cli.main([*words, f"{name}-out.csv"]) == 0
+        probabilities.append((tmp_path / f"{name}-out.csv").read_text())
+    assert probabilities[0] == probabilities[1]
+    np.testing.assert_allclose(form.fills, np.nanmean(cells, axis=0), atol=0.3)
