@@ -39,6 +39,7 @@ def panics_as_errors() -> Iterator[None]:
             panic = type(error).__name__ == "PanicException"
             if held is not None and (panic or b"panicked at" in _text(held)):
                 held.truncate(0)
+                held.seek(0)
             if not panic:
                 raise
             raise ValueError(first_line(error)) from error
@@ -47,9 +48,13 @@ def panics_as_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _held_back() -> Iterator[IO[bytes] | None]:
     """Has a temporary file for stderr, and writes it there at the end."""
+    if Stderr.descriptor != 2:
+        yield None  # It is held back already.
+        return
     with contextlib.ExitStack() as stack:
         try:
-            held = stack.enter_context(tempfile.TemporaryFile())
+            # Without a buffer, as others write into it.
+            held = stack.enter_context(tempfile.TemporaryFile(buffering=0))
             before = os.dup(2)
         except OSError:
             yield None
@@ -65,7 +70,8 @@ def _held_back() -> Iterator[IO[bytes] | None]:
             os.dup2(before, 2)
             Stderr.descriptor = 2
             if text := _text(held):
-                os.write(2, text)
+                with contextlib.suppress(OSError):
+                    os.write(2, text)
 
 
 def _text(held: IO[bytes]) -> bytes:
