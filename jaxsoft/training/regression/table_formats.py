@@ -413,6 +413,9 @@ def _read_sparse(
         offsets = read("offsets")
         if data.ndim != 2 or offsets.shape != data.shape[:1]:
             raise TableError(f"{path} has diagonals that do not fit.")
+        far = [place for place in offsets.tolist() if not -rows < place < columns]
+        if offsets.dtype.kind not in "iu" or far:
+            raise TableError(f"{path} has a diagonal that is out of bounds.")
         budget.require(16 * data.size, f"{path} of {data.size:,} entries", TableError)
         return scipy.sparse.dia_matrix((data, offsets), (rows, columns)).tocsr()
     if kind not in ("csr", "csc", "bsr"):

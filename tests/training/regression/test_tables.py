@@ -447,3 +447,16 @@ def test_numbers_too_large_to_scale_are_named(write):
     scaling = choose_scaling(table, np.arange(4), None)
     with pytest.raises(TableError, match="row 0, column 0 is 1e.300, too large"):
         check_range(table, scaling.apply(table.features, "float32"))
+
+
+@pytest.mark.parametrize("offset", [np.nan, 2**40, 2**62, -4, 3, 0.5])
+def test_diagonals_out_of_bounds(tmp_path, offset):
+    np.savez(
+        tmp_path / "a.npz",
+        format=b"dia",
+        shape=[4, 3],
+        data=np.ones((1, 3)),
+        offsets=np.array([offset]),
+    )
+    with pytest.raises(TableError, match="diagonal that is out of bounds"):
+        read_rows(tmp_path / "a.npz", num_features=3)
