@@ -275,10 +275,10 @@ def check_range(table: Table, values: Any, rows: np.ndarray | None = None) -> No
     row, column = place
     row = row if rows is None else int(rows[row])
     remedy = "use `dtype` float64" if values.dtype == np.float32 else "make it smaller"
+    value = _value(table.features, row, column)
     raise TableError(
         f"{table.source}: row {row}, column {_column(table.feature_names, column)} is "
-        f"{_value(table.features, row, column)}, too large for {values.dtype}; "
-        f"{remedy}."
+        f"{value}, too large for {values.dtype}; {remedy}."
     )
 
 
