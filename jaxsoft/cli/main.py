@@ -16,8 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-      arguments: the words after the program's name. None reads them from `sys`, and
-        has the process as a whole heed signals and spell out what it cannot print.
+      arguments: the words after the program's name. None reads them from `sys`, has
+        the process as a whole heed signals and spell out what it cannot print, and
+        ends it.
 
     Returns:
       The exit code.
@@ -38,4 +39,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run(sys.argv[1:])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return process.close_output(code)
+    process.leave(process.close_output(code))

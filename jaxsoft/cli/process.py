@@ -8,19 +8,21 @@ something to save is asked to stop instead, which it does after the step in hand
 second signal does not wait for that either.
 """
 
+import atexit
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from jaxsoft.training.errors import TrainingInterrupted
 from jaxsoft.training.interruption import SIGNALS, StopRequest, ignored
 from jaxsoft.training.panics import Stderr
 from jaxsoft.training.unfinished import discard_all
 
-__all__ = ["BROKEN_PIPE", "Signals", "close_output", "prepare_output"]
+__all__ = ["BROKEN_PIPE", "Signals", "close_output", "leave", "prepare_output"]
 
 # The exit code of a process that writes into a pipe which nobody reads.
 BROKEN_PIPE = 141
@@ -119,3 +121,12 @@ def close_output(code: int) -> int:
         print(f"jaxsoft: output cannot be written ({error})", file=sys.stderr)
         return code or 1
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code, after what was to be done at its end.
+
+    Python would take a second or two more to clear up, in which it heeds no signal.
+    """
+    atexit._run_exitfuncs()
+    os._exit(code)
