@@ -53,6 +53,10 @@ def folder(tmp_path_factory):
     labels = source.integers(0, 5, 20_000)
     features = source.normal(size=(20_000, 60)) + 0.1 * labels[:, None]
     np.savez(root / "table.npz", X=features.astype("f4"), y=labels)
+    # The fit of this one takes a minute.
+    labels = source.integers(0, 100, 60_000)
+    features = source.normal(size=(60_000, 100)) + 0.01 * labels[:, None]
+    np.savez(root / "long.npz", X=features.astype("f4"), y=labels)
     done = start(root, ["regress", "table.npz", "--out", "model"])
     assert done.communicate()[1] == "" and done.returncode == 0
     return root
@@ -60,7 +64,7 @@ def folder(tmp_path_factory):
 
 TRAIN = """train --corpus text.txt --vocab-size 2000 --steps 100000 --batch-size 8
     --sequence-length 32 --features 32 --layers 1 --heads 2""".split()
-REGRESS = "regress table.npz --solver minibatch --max-iter 100000 --tol 1e-30".split()
+REGRESS = "regress long.npz --solver minibatch --max-iter 100000 --tol 1e-30".split()
 PREDICT = "predict model table.npz".split()
 
 
@@ -75,8 +79,8 @@ def test_stopped_at_a_moment(folder, tmp_path, words, moment):
     process = start(folder, words)
     time.sleep(moment)
     code, said = stop(process, number)
-    if words[0] == "predict" and code in (0, -number):
-        return  # It has predicted: Python only takes down what it imported.
+    if words[0] == "predict" and code == 0:
+        return  # It has predicted.
     assert code == 128 + number
     assert said.startswith(f"stopped by {number.name}")
     assert hidden(tmp_path) == []
