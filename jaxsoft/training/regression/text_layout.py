@@ -25,7 +25,7 @@ MISSING += ("?",)
 COLUMN_BYTES = 1024
 _SEPARATORS = ",;\t|"
 # So many characters and rows are looked at, and so many lines of titles passed over.
-_SAMPLE = 1 << 20
+_SAMPLE = 1 << 18
 _SAMPLE_ROWS = 1000
 _TITLES = 10
 _POINT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.I)

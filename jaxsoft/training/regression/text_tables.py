@@ -96,6 +96,8 @@ def decode(data: bytes, source: str, encoding: str | None) -> tuple[bytes, str |
         if encoding is None:
             try:
                 data.decode()
+                if not (b"\r" in data or b"\0" in data):
+                    return data, None
                 encoding = "utf-8"
             except UnicodeDecodeError as error:
                 if set(data) & set(_NOT_CP1252):
