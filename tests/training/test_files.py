@@ -37,7 +37,7 @@ def test_unpacking(tmp_path, packed):
         path.write_bytes(damaged)
         with pytest.raises(TableError, match="cannot be read"):
             read_unpacked(path, BUDGET, TableError)
-    path.write_bytes(PACK[packed](bytes(3 * 10**8)))
+    path.write_bytes(PACK[packed](bytes(6 * 10**7)))
     tracemalloc.start()
     with pytest.raises(TableError, match="more than the 10 MB of `memory`"):
         read_unpacked(path, BUDGET, TableError)

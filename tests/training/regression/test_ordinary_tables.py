@@ -122,6 +122,7 @@ TABLES: dict[str, tuple[str, Any, list[str]]] = {
 }
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_as_they_are(name, tmp_path, monkeypatch, capsys):
     """They are learnt, and the same file is predicted as well."""
