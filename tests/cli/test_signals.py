@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-# Seconds from the start; the last ones are after the imports.
+# Seconds after a process heeds signals; the last ones are after the imports.
 MOMENTS = (0.2, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5, 7.0)
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.process
 
 
 def start(folder, words):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "jaxsoft", *words],
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -29,6 +29,19 @@ def start(folder, words):
         text=True,
         env={**os.environ, "PYTHONPATH": os.fspath(REPOSITORY)},
     )
+    # Before its first lines a process heeds nothing but Ctrl-C, as Python does.
+    while process.poll() is None and not heeds(process.pid, signal.SIGTERM):
+        time.sleep(0.01)
+    return process
+
+
+def heeds(pid, number):
+    """Whether a process handles a signal; true where nobody tells."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return True
+    caught = re.search(r"^SigCgt:\s*(\w+)", status.read_text(), re.M)
+    return caught is None or bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 def stop(process, number):
