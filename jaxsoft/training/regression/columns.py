@@ -190,19 +190,14 @@ def learn_columns(
 def _learn(
     cells: pl.Series, name: str | int, table: Source, decimal_comma: bool
 ) -> Column:
-    text = texts(cells)
-    values = numbers(cells if text is None else text, decimal_comma)
-    if text is None:
-        if values is None:
-            raise TableError(
-                f"{table.source}: column {name!r} holds {cells.dtype}, neither numbers "
-                "nor texts; leave it out with `drop`."
-            )
-        return Column(name)
-    assert values is not None  # of a text there are always some, if all missing
-    wrong = text.is_not_null() & values.is_null()
-    count = int(wrong.sum())
-    if not count:
+    text, values, wrong = _read(cells, decimal_comma)
+    if text is None and values is None:
+        raise TableError(
+            f"{table.source}: column {name!r} holds {cells.dtype}, neither numbers "
+            "nor texts; leave it out with `drop`."
+        )
+    count = 0 if wrong is None else int(wrong.sum())
+    if text is None or wrong is None or not count:
         return Column(name)
     filled = len(text) - text.null_count()
     if count <= max(1, _MISTAKES * filled) and filled > 1:
@@ -210,6 +205,20 @@ def _learn(
     counts = text.drop_nulls().value_counts(sort=True)
     kept = counts.filter(pl.col("count") >= _LEAST_ROWS).to_series(0)
     return Column(name, tuple(sorted(kept.head(_MOST_CATEGORIES).to_list())))
+
+
+def _read(
+    cells: pl.Series, decimal_comma: bool
+) -> tuple[pl.Series | None, pl.Series | None, pl.Series | None]:
+    """Returns cells as texts, as numbers, and which texts are no numbers.
+
+    The first and the last are None for a dtype that holds no texts.
+    """
+    text = texts(cells)
+    values = numbers(cells if text is None else text, decimal_comma)
+    if text is None or values is None:
+        return text, values, None
+    return text, values, text.is_not_null() & values.is_null()
 
 
 def _no_number(
@@ -242,7 +251,7 @@ def encode(
 
     Returns:
       [n, d] float64, NaN where a number is missing, and 0 in all features of a text
-      that has none.
+      that has none; and notes of how many cells hold such texts.
 
     Raises:
       TableError: a cell is no number, or the features are too large.
@@ -271,23 +280,20 @@ def encode(
             if count:
                 unknown.append(f"{count:,} in {column.name!r}")
             place = after
-    notes = f"texts without a feature: {', '.join(unknown)}"
-    return features, (notes,) if unknown else ()
+    note = f"texts without a feature: {', '.join(unknown)}"
+    return features, (note,) if unknown else ()
 
 
 def _encoded_numbers(
-    cells: pl.Series, name: str | int, table: Any, decimal_comma: bool
+    cells: pl.Series, name: str | int, table: Source, decimal_comma: bool
 ) -> np.ndarray:
-    text = texts(cells)
-    values = numbers(cells if text is None else text, decimal_comma)
+    text, values, wrong = _read(cells, decimal_comma)
     if values is None:
         raise TableError(
             f"{table.source}: column {name!r} holds {cells.dtype}, not numbers."
         )
-    if text is not None:
-        wrong = text.is_not_null() & values.is_null()
-        if wrong.any():
-            raise _no_number(text, wrong, name, table)
+    if text is not None and wrong is not None and wrong.any():
+        raise _no_number(text, wrong, name, table)
     return values.to_numpy()
 
 

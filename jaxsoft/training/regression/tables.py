@@ -318,7 +318,8 @@ def _of_cells(
     )
     notes = ()
     if wanted.predicting:
-        bare = sum(chosen.select(pl.all_horizontal(pl.all().is_null())).to_series())
+        nothing = pl.all_horizontal(pl.all().is_null())
+        bare = chosen.select(nothing.sum()).item()
         said = f"rows without any cell, predicted as of means: {bare:,}"
         notes = (*unknown, said) if bare else unknown
     names = None
