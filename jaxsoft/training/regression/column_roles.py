@@ -237,20 +237,15 @@ def known_names(names: Sequence[str]) -> list[str]:
 
 def _unnamed(frame: pl.DataFrame, names: Sequence[str] | None) -> set[int]:
     """Finds columns that are none: empty ones at the end, and names of rows."""
-    last = frame.width - 1
+    empty = {
+        i for i in range(frame.width) if frame.to_series(i).null_count() == len(frame)
+    }
     if names is None:
-        without = {last}
-    else:
-        without = {i for i, name in enumerate(names) if not name}
-        index = {i for i, name in enumerate(names) if _INDEX.fullmatch(name)}
-        without |= {i for i in index if _differ(frame.to_series(i))}
-    empty = {i for i in without if frame.to_series(i).null_count() == len(frame)}
-    if not len(frame):
-        empty = without if names is not None else set()
-    if names is None:
-        return empty
-    first = {i for i in without if i == 0 or names[i]}
-    return empty | {i for i in first if _differ(frame.to_series(i))}
+        return {frame.width - 1} & empty if len(frame) else set()
+    without = {i for i, name in enumerate(names) if not name}
+    index = {i for i, name in enumerate(names) if _INDEX.fullmatch(name)}
+    index |= {0} & without
+    return without & empty | {i for i in index if _differ(frame.to_series(i))}
 
 
 # What pandas calls an index that has no name.

@@ -32,7 +32,7 @@ from jaxsoft.training.regression.columns import listed
 from jaxsoft.training.regression.object_arrays import read_object_array
 from jaxsoft.training.regression.sources import check_sparse
 from jaxsoft.training.regression.svmlight import parse_text
-from jaxsoft.training.regression.text_layout import read_layout
+from jaxsoft.training.regression.text_layout import CELL_BYTES, read_layout
 from jaxsoft.training.regression.text_tables import decode, parse
 
 __all__ = ["Arrays", "Cells", "Wanted", "read_contents", "read_digits"]
@@ -41,8 +41,6 @@ __all__ = ["Arrays", "Cells", "Wanted", "read_contents", "read_digits"]
 _FEATURE_KEYS = ("X", "x", "data", "x_train", "X_train", "train_images")
 _LABEL_KEYS = ("y", "Y", "target", "labels", "y_train", "train_labels")
 _SPARSE_KEYS = {"format", "shape"}
-# What polars keeps for a cell.
-_CELL_BYTES = 16
 # Bytes of a value that an error shows.
 _SHOWN = 40
 # Bytes of a file that are looked at to know its format.
@@ -231,7 +229,7 @@ def _columns(data: bytes, kind: str, source: str, budget: MemoryBudget) -> pl.Da
     lazy = scan(io.BytesIO(data))
     width = len(lazy.collect_schema())
     rows = lazy.select(pl.len()).collect().item()
-    budget.require(rows * width * _CELL_BYTES, what, TableError)
+    budget.require(rows * width * CELL_BYTES, what, TableError)
     return lazy.collect()
 
 
@@ -263,7 +261,7 @@ def _ndjson_bytes(data: bytes, source: str) -> int:
                         "lines have values of another type."
                     )
             rows += 1
-    return rows * len(flags) * _CELL_BYTES
+    return rows * len(flags) * CELL_BYTES
 
 
 def _is_libsvm(data: bytes) -> bool:

@@ -16,13 +16,21 @@ from dataclasses import dataclass
 from jaxsoft.training.errors import TableError
 from jaxsoft.training.memory import MemoryBudget
 
-__all__ = ["COLUMN_BYTES", "MISSING", "Layout", "read_cells", "read_layout"]
+__all__ = [
+    "CELL_BYTES",
+    "COLUMN_BYTES",
+    "MISSING",
+    "Layout",
+    "read_cells",
+    "read_layout",
+]
 
 # Cells that hold no value.
 MISSING = ("", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaN", "nan", "NULL", "null", "None")
 MISSING += ("?",)
-# What polars keeps for a column, however short.
+# What polars keeps for a column, however short, and for a cell.
 COLUMN_BYTES = 1024
+CELL_BYTES = 16
 _SEPARATORS = ",;\t|"
 # So many characters and rows are looked at, and so many lines of titles passed over.
 _SAMPLE = 1 << 18

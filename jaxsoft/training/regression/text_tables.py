@@ -18,6 +18,7 @@ from jaxsoft.training.errors import TableError, first_line
 from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.panics import panics_as_errors
 from jaxsoft.training.regression.text_layout import (
+    CELL_BYTES,
     COLUMN_BYTES,
     MISSING,
     Layout,
@@ -26,8 +27,6 @@ from jaxsoft.training.regression.text_layout import (
 
 __all__ = ["TextTable", "decode", "parse"]
 
-# What polars keeps for a cell.
-_CELL_BYTES = 16
 # Bytes that are looked at to know UTF-16.
 _SAMPLE = 1 << 20
 # Bytes that are no characters in cp1252.
@@ -169,7 +168,7 @@ def parse(
         too large.
     """
     rows = data.count(b"\n") + 1
-    needed = layout.width * (COLUMN_BYTES + _CELL_BYTES * rows)
+    needed = layout.width * (COLUMN_BYTES + CELL_BYTES * rows)
     budget.require(needed, f"{source} with {layout.width:,} columns", TableError)
     try:
         try:
