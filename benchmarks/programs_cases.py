@@ -30,7 +30,7 @@ AXES = ("data", "vocab")
 
 _ROWS, _FEATURES, _CLASSES, _RAGGED, _BEST, _SAMPLES = 512, 256, 8192, 8003, 10, 1024
 _WIDE = (4096, 2304, 256000)
-_TILE = {"tile_bytes": 2**20}
+_TILE = {"workspace_bytes": 2**20}
 _NAMES = ("lse", "log_prob", "entropy")
 
 

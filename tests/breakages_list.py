@@ -361,7 +361,7 @@ _LINEAR = (
     Breakage(
         "first-class-of-each-tile",
         kind="off-by-one block",
-        file="jaxsoft/linear/tiles.py",
+        file="jaxsoft/linear/gradients.py",
         before="fresh = start + lax.iota(jnp.int32, size) >= first",
         after="fresh = start + lax.iota(jnp.int32, size) > first",
         tests=("tests/linear/test_gradients.py",),
@@ -369,7 +369,7 @@ _LINEAR = (
     Breakage(
         "rows-of-two-tiles-mixed-twice",
         kind="lost last partial tile",
-        file="jaxsoft/linear/tiles.py",
+        file="jaxsoft/linear/gradients.py",
         before="(mix[0], jnp.where(fresh, mix[1], 0))",
         after="mix",
         tests=("tests/linear/test_expected.py",),
@@ -481,9 +481,9 @@ _LINEAR = (
     Breakage(
         "devices-keep-their-part",
         kind="missing psum",
-        file="jaxsoft/linear/fold.py",
-        before="lax.psum(a, over) if over else a",
-        after="a",
+        file="jaxsoft/linear/program.py",
+        before="lax.psum(array, over) if over else array",
+        after="array",
         tests=("tests/linear/test_sharding.py",),
     ),
     Breakage(

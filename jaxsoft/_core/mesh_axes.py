@@ -15,7 +15,7 @@ import contextvars
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
@@ -72,12 +72,13 @@ def like(tree: Tree, reference: object) -> Tree:
     wanted = frozenset().union(*map(varying_axes, jax.tree.leaves(reference)))
     if not wanted:
         return tree
+    return jax.tree.map(lambda array: vary(array, wanted), tree)
 
-    def vary(array):
-        missing = tuple(sorted(wanted - varying_axes(array)))
-        return lax.pcast(array, missing, to="varying") if missing else array
 
-    return jax.tree.map(vary, tree)
+def vary(array: jax.Array, over: Collection[str]) -> jax.Array:
+    """Makes an array vary over mesh axes."""
+    missing = tuple(sorted(set(over) - varying_axes(array)))
+    return lax.pcast(array, missing, to="varying") if missing else array
 
 
 def type_of(
@@ -223,6 +224,10 @@ class Shards(NamedTuple):
     mesh: AbstractMesh
     rows: Axes
     classes: Axes
+
+    def count(self, axes: Axes) -> int:
+        """Returns how many shards some mesh axes make."""
+        return math.prod(self.mesh.shape[name] for name in axes)
 
 
 _shards: contextvars.ContextVar[Shards | None] = contextvars.ContextVar(

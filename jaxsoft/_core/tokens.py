@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxsoft._core import checks
 
@@ -16,6 +16,7 @@ __all__ = [
     "keep_tokens",
     "labelled_tokens",
     "reduce_losses",
+    "token_shares",
     "token_weights",
     "weigh_tokens",
 ]
@@ -165,3 +166,33 @@ def reduce_losses(
         return total(weighted)
     weight = total(weights.astype(loss.dtype))
     return total(weighted) / jnp.where(weight == 0, 1, weight)
+
+
+def token_shares(
+    weights: jax.Array | None,
+    reduction: Reduction,
+    count: int,
+    dtype: DTypeLike,
+    token_axes: tuple[str, ...] = (),
+) -> tuple[jax.Array | None, float]:
+    """Returns what the losses of tokens are multiplied by in their reduction.
+
+    Args:
+      weights: what `token_weights` returned.
+      reduction: "mean" or "sum".
+      count: the number of tokens of this shard.
+      dtype: of the losses.
+      token_axes: the mesh axes of the tokens.
+
+    Returns:
+      A weight for each token, None where all have the same, and a factor of all.
+    """
+    if weights is None:
+        shards = math.prod(jax.lax.axis_size(axis) for axis in token_axes)
+        return None, 1 / max(count * shards, 1) if reduction == "mean" else 1.0
+    weights = weights.astype(dtype)
+    if reduction == "sum":
+        return weights, 1.0
+    weight = jnp.sum(weights)
+    weight = jax.lax.psum(weight, token_axes) if token_axes else weight
+    return weights / jnp.where(weight == 0, 1, weight), 1.0

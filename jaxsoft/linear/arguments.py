@@ -29,20 +29,12 @@ __all__ = [
     "Operands",
     "axes_of",
     "check_ids",
-    "default_tile_bytes",
     "fold_rows",
     "has_axes",
     "prepare",
 ]
 
 KernelLayout = Literal["hv", "vh"]
-# A tile may take this share of the bytes of hidden and kernel, within these bounds:
-# the workspace stays small beside what the caller holds already, tiles of small
-# layers stay in cache, and those of large ones keep an accelerator's matrix units
-# busy (8,192 rows × 1,024 classes).
-_SHARE = 1 / 16
-_LEAST = 4 * 2**20
-_MOST = 32 * 2**20
 
 MeshAxes = str | Sequence[str] | None
 
@@ -111,26 +103,40 @@ class Config:
       static_tau: the temperature, if it is a Python float; else None.
       softcap: the logit soft-cap, or None.
       precision: the precision of the matrix products, as in `jnp.matmul`.
-      tile_bytes: the most bytes that one tile of float32 logits may take.
+      workspace_bytes: of temporary memory that the call may take; None for as many as
+        `plans.Layer.workspace` says.
       implementation: its name, such as "xla".
       vocab_axes: the mesh axes that the classes are sharded over; () for none.
       total_classes: V where the last shards have masked padding; else None.
       shards: how the arrays are sharded, where their types said so; else None.
+      keeps: whether a forward pass may keep something of tiles.
+      blocks: rows and classes of a tile where something is kept of tiles; else None.
     """
 
     kernel_layout: KernelLayout
     static_tau: float | None
     softcap: float | None
     precision: jax.lax.PrecisionLike
-    tile_bytes: int
+    workspace_bytes: int | None
     implementation: str
     vocab_axes: tuple[str, ...] = ()
     total_classes: int | None = None
     shards: mesh_axes.Shards | None = None
+    keeps: bool = True
+    blocks: tuple[int, int] | None = None
 
     def over(self, vocab_axes: tuple[str, ...]) -> "Config":
         """Returns that of one shard of the classes, which mesh axes share."""
         return dataclasses.replace(self, vocab_axes=vocab_axes, shards=None)
+
+    def tiled(self, blocks: tuple[int, int]) -> "Config":
+        """Returns that of tiles of so many rows and classes."""
+        return dataclasses.replace(self, blocks=blocks)
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether a forward pass may keep something of tiles."""
+        return self.keeps and self.implementation == "xla"
 
     @property
     def class_axis(self) -> int:
@@ -234,7 +240,7 @@ def prepare(
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes | mesh_axes.Classes = None,
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
     prefix: str = "",
 ) -> Call:
@@ -254,7 +260,7 @@ def prepare(
       kernel_layout: "hv" or "vh".
       precision: of the matrix products.
       vocab_axis: the mesh axes of the classes.
-      tile_bytes: the budget.
+      workspace_bytes: of temporary memory, or None.
       implementation: None or a name.
       prefix: what the names of hidden, kernel and their options start with.
 
@@ -280,14 +286,14 @@ def prepare(
     dtype = numerics.compute_dtype(hidden, kernel)
     legend = f"{prefix}hidden.shape[:-1]"
     tau = checks.row_temperature(temperature, dtype, hidden.shape[:-1], legend)
-    if tile_bytes is None:
-        tile_bytes = default_tile_bytes(hidden.nbytes + kernel.nbytes)
+    if workspace_bytes is not None:
+        workspace_bytes = checks.positive_integer("workspace_bytes", workspace_bytes)
     config = Config(
         kernel_layout=kernel_layout,
         static_tau=None if isinstance(tau, jax.Array) else tau,
         softcap=logit_softcap,
         precision=precision,
-        tile_bytes=checks.positive_integer("tile_bytes", tile_bytes),
+        workspace_bytes=workspace_bytes,
         implementation=chosen,
         vocab_axes=axes,
         total_classes=(
@@ -308,11 +314,6 @@ def prepare(
     return Call(
         config, arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
     )
-
-
-def default_tile_bytes(operand_bytes: int) -> int:
-    """Returns the budget of a tile, from the bytes of hidden and kernel together."""
-    return int(min(max(operand_bytes * _SHARE, _LEAST), _MOST))
 
 
 def check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:

@@ -41,7 +41,7 @@ def linear_fit_temperature(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> TemperatureFit:
     """The temperature at which a softmax layer fits labels best, its logits streamed.
@@ -68,7 +68,7 @@ def linear_fit_temperature(
         `linear_statistics`.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens: the fit is that
         of all shards.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla" or "reference".
 
@@ -112,7 +112,7 @@ def linear_fit_temperature(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     config = dataclasses.replace(call.config, static_tau=None)

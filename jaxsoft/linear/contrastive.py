@@ -26,7 +26,7 @@ def nt_xent(
     *,
     normalize: bool = True,
     precision: jax.lax.PrecisionLike = None,
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Normalised temperature-scaled cross-entropy of pairs, as in SimCLR.
@@ -40,7 +40,7 @@ def nt_xent(
       temperature: τ in [0, ∞], a scalar; differentiable.
       normalize: whether embeddings are divided by their Euclidean norms first.
       precision: the precision of the matrix products, as in `jnp.matmul`.
-      tile_bytes: the most bytes that a tile of similarities may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla" or "reference".
 
@@ -79,7 +79,7 @@ def nt_xent(
         temperature,
         excluded=own[:, None],
         precision=precision,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     return -jnp.mean(log_prob)
@@ -93,7 +93,7 @@ def clip_loss(
     *,
     normalize: bool = True,
     precision: jax.lax.PrecisionLike = None,
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The symmetric contrastive loss of CLIP.
@@ -108,7 +108,7 @@ def clip_loss(
         `logit_scale = log(1 / τ)`: pass `jnp.exp(-logit_scale)`.
       normalize: whether embeddings are divided by their Euclidean norms first.
       precision: the precision of the matrix products, as in `jnp.matmul`.
-      tile_bytes: the most bytes that a tile of similarities may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla" or "reference".
 
@@ -146,7 +146,7 @@ def clip_loss(
         labels=jnp.arange(count),
         temperature=temperature,
         precision=precision,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     return -(jnp.mean(log_prob(images, texts)) + jnp.mean(log_prob(texts, images))) / 2
@@ -160,7 +160,7 @@ def supervised_contrastive(
     *,
     normalize: bool = True,
     precision: jax.lax.PrecisionLike = None,
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Supervised contrastive loss: all embeddings of a label are positives.
@@ -175,7 +175,7 @@ def supervised_contrastive(
       temperature: τ in (0, ∞], a scalar; differentiable.
       normalize: whether embeddings are divided by their Euclidean norms first.
       precision: the precision of the matrix products, as in `jnp.matmul`.
-      tile_bytes: the most bytes that a tile of similarities may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla" or "reference".
 
@@ -221,7 +221,7 @@ def supervised_contrastive(
         temperature=_scalar(temperature),
         kernel_layout="vh",
         precision=precision,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     of_rows = statistics(call)

@@ -60,7 +60,7 @@ def linear_distillation(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Divergence between a teacher's and a student's softmax layer, times τ².
@@ -94,8 +94,8 @@ def linear_distillation(
         `linear_statistics`.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens: "mean" and "sum"
         are those of all shards.
-      tile_bytes: the most bytes that a tile of logits may take, one of each layer's at
-        a time; see `linear_statistics`.
+      workspace_bytes: the temporary memory that the call may take; see
+        `linear_statistics`.
       implementation: None or "xla".
 
     Returns:
@@ -147,7 +147,7 @@ def linear_distillation(
         "class_mask": class_mask,
         "precision": precision,
         "vocab_axis": vocab_axis,
-        "tile_bytes": tile_bytes,
+        "workspace_bytes": workspace_bytes,
         "implementation": implementation,
     }
     student = prepare(
@@ -215,7 +215,7 @@ def linear_distillation_top_k(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Distillation from a teacher known by its K best classes, times τ².
@@ -249,7 +249,7 @@ def linear_distillation_top_k(
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
         `linear_statistics`. Ids are those of the whole vocabulary.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla" or "reference".
 
@@ -306,7 +306,7 @@ def linear_distillation_top_k(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     student_statistics = statistics(call, ("rest",) if other else ())

@@ -40,7 +40,7 @@ def linear_expected(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The expected value, or a relaxed sample of it, under a softmax layer.
@@ -67,7 +67,7 @@ def linear_expected(
         included; see `linear_statistics`.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens, which number
         the rows that noise is drawn for.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None or "xla".
 
@@ -114,7 +114,7 @@ def linear_expected(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     values = checks.floating("values", values)

@@ -37,7 +37,7 @@ def linear_log_prob(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each label, and the entropy, of a softmax layer.
@@ -64,7 +64,7 @@ def linear_log_prob(
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
         `linear_statistics`.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla", "reference", "mosaic_tpu" or "mosaic_gpu", as in
         `linear_statistics`.
@@ -131,7 +131,7 @@ def linear_log_prob(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     of_tokens = statistics(call, ("expected",)).with_one_label()
@@ -155,7 +155,7 @@ def linear_log_prob_at(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Log-probabilities of K classes for each token of a softmax layer.
@@ -181,7 +181,7 @@ def linear_log_prob_at(
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
         `linear_statistics`.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla" or "reference".
 
@@ -235,7 +235,7 @@ def linear_log_prob_at(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     of_tokens = statistics(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxsoft._core.tokens import (
 )
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
+from jaxsoft.linear.token_losses import TokenLoss, statistics_loss
 
 __all__ = ["linear_cross_entropy"]
 
@@ -43,7 +45,7 @@ def linear_cross_entropy(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> Any:
     """Cross-entropy of a softmax layer, its logits streamed and never stored.
@@ -81,10 +83,9 @@ def linear_cross_entropy(
         those of the whole. None: the classes are all here.
       token_axes: inside `jax.shard_map`, the mesh axes that the tokens are sharded
         over: "mean" and "sum" are those of all shards.
-      tile_bytes: the most bytes that a tile of logits may take; None takes a
-        sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
-        is one to three tiles, slices of the kernel of at most two, and as much for
-        slices of its gradient, with a float32 sum of the shape of `hidden`.
+      workspace_bytes: the temporary memory, in bytes, that logits and what is kept of
+        them may take; the fastest plan that fits is taken. None: a quarter of the
+        float32 logits, within [64, 512] MiB.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         the kernels "mosaic_tpu" and "mosaic_gpu", as in `linear_statistics`.
 
@@ -143,31 +144,43 @@ def linear_cross_entropy(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     wanted = ("mean",) if smoothing else ()
-    of_tokens = statistics(call, ("mean", "expected") if return_statistics else wanted)
-    of_tokens = of_tokens.with_one_label()
-    loss = _token_loss(of_tokens, smoothing, z_weight)
-    loss = reduce_losses(loss, token_weight, reduction, axes)
-    return (loss, of_tokens) if return_statistics else loss
+    loss = _CrossEntropy(smoothing, z_weight)
+    if not return_statistics:
+        return statistics_loss(call, wanted, loss, token_weight, reduction, axes)
+    of_tokens = statistics(call, ("mean", "expected"))
+    losses = loss.of_tokens(of_tokens)
+    losses = reduce_losses(losses, token_weight, reduction, axes)
+    return losses, of_tokens.with_one_label()
 
 
-def _token_loss(
-    statistics: LogitStatistics, smoothing: float, z_weight: float
-) -> jax.Array:
-    """Returns the loss of each token."""
-    assert statistics.label is not None
-    loss = statistics.log_sum - scaled(1 - smoothing, statistics.label)
-    if smoothing:
-        assert statistics.mean is not None
-        loss = loss - smoothing * statistics.mean
-    if z_weight:
-        lse = jnp.where(statistics.max == -jnp.inf, 0, statistics.lse)
-        # Where lse overflows the loss is inf, and has no gradient.
-        overflow = jnp.isinf(lse)
-        square = jnp.where(overflow, 0, lse) ** 2
-        loss = loss + z_weight * jnp.where(overflow, jnp.inf, square)
-    invalid = jnp.isnan(statistics.label)
-    return jnp.where((statistics.max == -jnp.inf) & ~invalid, 0, loss)
+@dataclasses.dataclass(frozen=True)
+class _CrossEntropy(TokenLoss):
+    """The loss of each token.
+
+    Attributes:
+      smoothing: ε.
+      z_weight: of the squared log-sum-exp.
+    """
+
+    smoothing: float
+    z_weight: float
+
+    def of_tokens(self, statistics: LogitStatistics) -> jax.Array:
+        statistics = statistics.with_one_label()
+        assert statistics.label is not None
+        loss = statistics.log_sum - scaled(1 - self.smoothing, statistics.label)
+        if self.smoothing:
+            assert statistics.mean is not None
+            loss = loss - self.smoothing * statistics.mean
+        if self.z_weight:
+            lse = jnp.where(statistics.max == -jnp.inf, 0, statistics.lse)
+            # Where lse overflows the loss is inf, and has no gradient.
+            overflow = jnp.isinf(lse)
+            square = jnp.where(overflow, 0, lse) ** 2
+            loss = loss + self.z_weight * jnp.where(overflow, jnp.inf, square)
+        invalid = jnp.isnan(statistics.label)
+        return jnp.where((statistics.max == -jnp.inf) & ~invalid, 0, loss)

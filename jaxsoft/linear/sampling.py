@@ -39,7 +39,7 @@ def linear_sample(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Draws one class for each token from the softmax of a layer's logits.
@@ -63,7 +63,7 @@ def linear_sample(
         `linear_statistics`.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens, which number
         the rows: without them every shard would draw with the same bits.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None, "xla", or "mosaic_gpu", not yet measured: a kernel for GPUs,
         as for `linear_statistics`, without sharded classes.
@@ -104,7 +104,7 @@ def linear_sample(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     return _sample(Draw(call.config), rows_over, key, call.arrays)

@@ -28,7 +28,7 @@ def linear_statistics(
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     return_argmax: bool = False,
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> LogitStatistics:
     """Log-sum-exp, log-probability, entropy and more of a softmax layer's logits.
@@ -54,10 +54,9 @@ def linear_statistics(
       token_axes: inside `jax.shard_map`, the mesh axes that the tokens are sharded
         over; the statistics of a token do not depend on them.
       return_argmax: whether to compute `argmax`, at some cost.
-      tile_bytes: the most bytes that a tile of logits may take; None takes a
-        sixteenth of the bytes of `hidden` and `kernel`, within [4, 32] MiB. Peak memory
-        is one to three tiles, slices of the kernel of at most two, and as much for
-        slices of its gradient, with a float32 sum of the shape of `hidden`.
+      workspace_bytes: the temporary memory, in bytes, that logits and what is kept of
+        them may take; the fastest plan that fits is taken. None: a quarter of the
+        float32 logits, within [64, 512] MiB.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         a kernel, not yet measured: "mosaic_tpu" for TPUs, float32 or bfloat16;
         "mosaic_gpu" for GPUs of compute capability 9.0 (Hopper) or 10.0 (Blackwell),
@@ -106,7 +105,7 @@ def linear_statistics(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     wanted = ("mean", "expected") + (("argmax",) if return_argmax else ())

@@ -1,11 +1,9 @@
-"""Tiles of the logits of `hidden @ kernel`, in plain XLA: forward and backward.
+"""Tiles of the logits of `hidden @ kernel`, in plain XLA.
 
 Two nested loops run over blocks of rows and of classes. A tile of the kernel is a
-slice in place, and its logits live in one buffer of the tile's size: `fold` merges them
-into a carry of their rows (2·N·H·V flops, one read of the kernel for each block of
-rows), `accumulate` computes them again, turns them into the derivative by the logits
-and multiplies that twice (6·N·H·V flops), into a float32 sum for the rows and into a
-tile of dkernel, which is written once, in its own dtype.
+slice in place, and its logits live in one buffer of the tile's size: `fold_tiles`
+merges them into a carry of their rows (2·N·H·V flops, one read of the kernel for each
+block of rows), and keeps what it is asked to for the derivative.
 
 The last block of an axis that its blocks do not divide starts earlier instead, and what
 it covers a second time is left out: no operand is padded.
@@ -14,48 +12,48 @@ it covers a second time is left out: no operand is padded.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype, round_up
-from jaxsoft.linear.arguments import Config, Operands, axes_of, has_axes
+from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of, has_axes
+from jaxsoft.linear.plans import Layer, Tiling, tiling_of
 
 __all__ = [
-    "Gradients",
-    "Share",
+    "Keep",
+    "Keeping",
+    "Kept",
+    "KeptTile",
+    "Place",
     "Tile",
-    "Tiling",
-    "Wanted",
-    "accumulate",
     "capped",
-    "choose",
     "columns_of",
     "compute_tile",
     "dot",
     "fold_tiles",
+    "layer_of",
+    "loaded",
     "scatter",
     "slice_rows",
+    "stored",
+    "stored_dtype",
     "tiles_of",
 ]
 
 Tree = TypeVar("Tree")
 Carry = TypeVar("Carry")
 
-# Sizes are multiples of what matrix units want.
-_CLASS_MULTIPLE = 128
-_ROW_MULTIPLE = 8
+Keeping = Literal["products", "weights"]
 
-# Below this many classes a tile is too thin for an efficient product; rows are
-# split before.
-_THIN = 512
-
-# The slice of the kernel that a tile needs may take so many tiles: with fewer rows than
-# features it is the larger one, and XLA copies it on GPUs.
-_SLICES = 2
+# What is kept of the classes has a multiple of so many columns, where the classes are
+# few and many, that devices can share it.
+_SHARES, _MANY_SHARES = 48, 384
+_MANY_CLASSES = 2**15
 
 
 class Tile(NamedTuple):
@@ -69,6 +67,9 @@ class Tile(NamedTuple):
       labels: [R, K] the labels' columns in this tile, -1 for none; None without
         labels.
       slope: [R, B] derivative of the soft-cap; None without one.
+      product: [R, B] of the states and the kernel alone; None for kept weights.
+      peak: [R, 1] what kept weights are about. `logits` are then those weights,
+        exp((u - peak) / τ); None for logits.
     """
 
     start: jax.Array
@@ -77,6 +78,8 @@ class Tile(NamedTuple):
     masked: bool
     labels: jax.Array | None
     slope: jax.Array | None
+    product: jax.Array | None = None
+    peak: jax.Array | None = None
 
     def pick(self) -> jax.Array:
         """Returns the labels' logits, [R, K]; -inf for labels of other tiles."""
@@ -105,6 +108,10 @@ class Tile(NamedTuple):
         if self.labels.shape[1] == 1:
             return jnp.where(self._is_label(), 0, values)
         return scatter(values, self.labels, "set", 0)
+
+    def at_label(self, label: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns values [R, B] with those of the one label, [R, 1], at its place."""
+        return jnp.where(self._is_label(), label, values)
 
     def _is_label(self) -> jax.Array:
         return lax.broadcasted_iota(jnp.int32, self.logits.shape, 1) == self.labels
@@ -149,113 +156,27 @@ def scatter(array: jax.Array, columns: jax.Array, how: str, values) -> jax.Array
     return getattr(array.at[rows, columns], how)(values, mode="drop")
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """A cover of `rows` × `classes` by tiles; the last of each kind may overlap.
-
-    Attributes:
-      rows: N.
-      classes: V.
-      block_rows: rows of a tile, at most N.
-      block_classes: classes of a tile, at most V.
-      extra: by how many classes the first tile may start before the first class.
-    """
-
-    rows: int
-    classes: int
-    block_rows: int
-    block_classes: int
-    extra: int = 0
-
-    def __post_init__(self):
-        """Requires at least one row and one class, and tiles within the matrix."""
-        if not 1 <= self.block_rows <= self.rows:
-            raise ValueError(f"`block_rows` must lie in [1, {self.rows}], got {self}.")
-        if not 1 <= self.block_classes <= self.classes:
-            raise ValueError(
-                f"`block_classes` must lie in [1, {self.classes}], got {self}."
-            )
-
-    @property
-    def row_blocks(self) -> int:
-        """The number of blocks of rows."""
-        return math.ceil(self.rows / self.block_rows)
-
-    @property
-    def class_blocks(self) -> int:
-        """The number of blocks of classes."""
-        return math.ceil((self.classes + self.extra) / self.block_classes)
-
-    @property
-    def rows_overlap(self) -> bool:
-        """Whether the last block of rows covers rows of the one before again."""
-        return self.rows % self.block_rows != 0
-
-    @property
-    def classes_overlap(self) -> bool:
-        """Whether some block of classes covers classes of another one again."""
-        return self.extra > 0 or self.classes % self.block_classes != 0
-
-
-def choose(
-    rows: int,
-    classes: int,
-    itemsize: int,
-    tile_bytes: int,
-    multiple: int = 1,
-    column_bytes: int = 1,
-) -> Tiling:
-    """Chooses the tiles of a [rows, classes] matrix of logits.
-
-    Whole columns of rows are preferred, since every tile of the kernel is then read
-    once; rows are split when that would leave tiles thinner than 512 classes.
-
-    Args:
-      rows: N >= 1.
-      classes: V >= 1.
-      itemsize: bytes of one logit.
-      tile_bytes: the most bytes that a tile may take. Tiles of 8 rows × 128 classes
-        are the smallest, whatever the budget.
-      multiple: what the classes of a tile must be a multiple of, unless there is but
-        one tile of them.
-      column_bytes: bytes of the kernel's vector of a class. Slices of it take no more
-        than two tiles, unless that would leave them thinner than 512 classes.
-
-    Returns:
-      The tiling; its sizes are balanced, so that the last tile is not a sliver.
-    """
-    multiple = math.lcm(multiple, _CLASS_MULTIPLE)
-    elements = max(tile_bytes // itemsize, multiple * _ROW_MULTIPLE)
-    thin = min(max(_THIN, multiple), round_up(classes, multiple))
-    block_rows = max(_ROW_MULTIPLE, elements // thin // _ROW_MULTIPLE * _ROW_MULTIPLE)
-    block_rows = min(rows, block_rows)
-    block_rows = _balance(rows, block_rows, _ROW_MULTIPLE)
-    block_classes = max(multiple, elements // block_rows)
-    if block_classes < classes:
-        most = max(_SLICES * tile_bytes // column_bytes, thin)
-        block_classes = min(block_classes, most)
-    block_classes = block_classes // multiple * multiple
-    block_classes = _balance(classes, min(classes, block_classes), multiple)
-    return Tiling(rows, classes, block_rows, block_classes)
-
-
-def _balance(size: int, block: int, multiple: int) -> int:
-    """Returns the smallest multiple that covers `size` in as many blocks."""
-    blocks = math.ceil(size / block)
-    return min(size, round_up(math.ceil(size / blocks), multiple))
+def layer_of(config: Config, operands: Operands, layers: int = 1) -> Layer:
+    """Returns the sizes of a layer, of so many that are streamed at once."""
+    hidden, kernel = operands.hidden, operands.kernel
+    return Layer(
+        rows=hidden.shape[0],
+        features=hidden.shape[1],
+        classes=operands.num_classes(config),
+        logit_bytes=compute_dtype(hidden, kernel).itemsize,
+        operand_bytes=operands.matmul_dtype().itemsize,
+        hidden_bytes=hidden.dtype.itemsize,
+        kernel_bytes=kernel.dtype.itemsize,
+        layers=layers,
+    )
 
 
 def tiles_of(config: Config, operands: Operands, multiple: int = 1) -> Tiling:
     """Returns the tiles of a call; see `choose` for `multiple`."""
-    dtype = compute_dtype(operands.hidden, operands.kernel)
-    return choose(
-        operands.hidden.shape[0],
-        operands.num_classes(config),
-        dtype.itemsize,
-        config.tile_bytes,
-        multiple,
-        max(operands.hidden.shape[1], 1) * operands.matmul_dtype().itemsize,
-    )
+    layer = layer_of(config, operands)
+    if config.blocks is not None:
+        return tiling_of(layer.rows, layer.classes, config.blocks)
+    return layer.tiling(config.workspace_bytes, multiple)
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision, dtype):
@@ -293,68 +214,209 @@ def slice_rows(tree: Tree, start: jax.Array, rows: int) -> Tree:
     return jax.tree.map(cut_node, tree, is_leaf=has_axes)
 
 
+def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Returns the dtype of large arrays of which loops read and write parts.
+
+    XLA for CPUs computes with float32 in the place of 16-bit floats, and takes the
+    update of a slice for a computation: it would convert all of an array for every
+    tile. Bits are only moved; but no derivative flows through them.
+    """
+    dtype = jnp.dtype(dtype)
+    short = dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
+    return jnp.dtype(jnp.uint16) if short else dtype
+
+
+def stored(array: jax.Array) -> jax.Array:
+    """Returns an array in its `stored_dtype`."""
+    return lax.bitcast_convert_type(array, stored_dtype(array.dtype))
+
+
+def loaded(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns an array of a dtype from what `stored` made of it."""
+    return lax.bitcast_convert_type(array, dtype)
+
+
+class Place(NamedTuple):
+    """Where a tile lies.
+
+    Attributes:
+      row: its first row.
+      index: which tile of the classes it is.
+    """
+
+    row: jax.Array | int
+    index: jax.Array | int
+
+
+class KeptTile(NamedTuple):
+    """What is kept of a tile.
+
+    Attributes:
+      numbers: [R, B] products of states and kernel, or weights exp((u - peak) / τ).
+      peak: [R, 1] of weights; None for products.
+    """
+
+    numbers: jax.Array
+    peak: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """What a forward pass keeps for the derivative.
+
+    Attributes:
+      what: products in the dtype of the statistics, from which a tile is made as at
+        first; or weights in the dtype of the operands, half the bytes where that is
+        bfloat16.
+      classes: of how many classes, those of all shards.
+      blocks: rows and classes of a tile.
+    """
+
+    what: Keeping
+    classes: int
+    blocks: tuple[int, int]
+
+    def room(self, config: Config, operands: Operands, shards: int) -> "Kept":
+        """Returns room for what one of some shards keeps."""
+        multiple = _SHARES if self.classes < _MANY_CLASSES else _MANY_SHARES
+        width = round_up(self.classes, multiple) // shards
+        number = round_up(math.ceil(self.classes / self.blocks[1]), multiple)
+        rows = operands.hidden.shape[0]
+        dtype = compute_dtype(operands.hidden, operands.kernel)
+        is_weights = self.what == "weights"
+        of_numbers = stored_dtype(operands.matmul_dtype() if is_weights else dtype)
+        first = mesh_axes.offset(config.vocab_axes, operands.num_classes(config))
+        kept = Kept(
+            lax.empty((rows, width), of_numbers),
+            jnp.zeros((rows, number // shards), dtype) if is_weights else None,
+            jnp.full((rows, multiple // shards), first, jnp.int32),
+        )
+        return mesh_axes.like(kept, operands)
+
+
+class Kept(NamedTuple):
+    """What was kept of the first tiles, side by side.
+
+    Attributes:
+      numbers: [N, W] those of the tiles; of bfloat16 the bits, as uint16, through which
+        no derivative flows.
+      peaks: [N, P] of weights, one a tile; None for products.
+      first: [N, S] the first class of the shard, so that whoever reads what was kept
+        sees whether it was of the same classes.
+    """
+
+    numbers: Annotated[jax.Array, Axes("nw")]
+    peaks: Annotated[jax.Array | None, Axes("np")]
+    first: Annotated[jax.Array, Axes("ns")]
+
+    def count(self, tiles: Tiling) -> int:
+        """Returns of how many tiles there is room for all that is kept of one."""
+        room = self.numbers.shape[1] // tiles.block_classes
+        if self.peaks is not None:
+            room = min(room, self.peaks.shape[1])
+        return min(room, tiles.class_blocks)
+
+    def read(self, place: Place, tiles: Tiling) -> KeptTile:
+        """Returns what was kept of a tile."""
+        rows, size = tiles.block_rows, tiles.block_classes
+        at = (place.row, place.index * size)
+        numbers = lax.dynamic_slice(self.numbers, at, (rows, size))
+        if numbers.dtype == jnp.uint16:
+            numbers = loaded(numbers, jnp.bfloat16)
+        peak = None
+        if self.peaks is not None:
+            peak = lax.dynamic_slice(self.peaks, place, (rows, 1))
+        return KeptTile(numbers, peak)
+
+    def write(self, place: Place, tiles: Tiling, tile: KeptTile) -> "Kept":
+        """Returns the same with what is kept of a tile."""
+        at = (place.row, place.index * tiles.block_classes)
+        short = self.numbers.dtype == jnp.uint16
+        numbers = tile.numbers.astype(jnp.bfloat16 if short else self.numbers.dtype)
+        numbers = stored(numbers)
+        numbers = lax.dynamic_update_slice(self.numbers, numbers, at)
+        peaks = self.peaks
+        if peaks is not None and tile.peak is not None:
+            peaks = lax.dynamic_update_slice(peaks, tile.peak, place)
+        return Kept(numbers, peaks, self.first)
+
+    def is_of(self, config: Config, operands: Operands) -> jax.Array:
+        """Tells whether it was kept of the classes that are here."""
+        first = mesh_axes.offset(config.vocab_axes, operands.num_classes(config))
+        return jnp.all(self.first == first)
+
+
 def compute_tile(
     config: Config,
     operands: Operands,
     tiles: Tiling,
     index: jax.Array | int,
     shift: jax.Array | int = 0,
+    kept: KeptTile | None = None,
 ) -> Tile:
     """Computes tile `index` of the classes for the rows in `operands`.
 
     The tile is responsible for `block_classes` classes from `index · block_classes -
     shift`; where its slice of the kernel would stick out it starts elsewhere, and the
-    classes of other tiles have logit -inf.
+    classes of other tiles have logit -inf. What was kept of it is not computed again.
     """
     size = tiles.block_classes
     first = index * size - shift
     start = jnp.clip(first, 0, tiles.classes - size)
-    kernel, u, slope = _logits(config, operands, start, size)
-    masked = operands.bias is not None
-    if operands.class_mask is not None:
-        mask = lax.dynamic_slice_in_dim(operands.class_mask, start, size)
-        u = jnp.where(mask[None], u, -jnp.inf)
-        masked = True
     classes = start + lax.iota(jnp.int32, size)
     ours = None
     if tiles.classes_overlap or not isinstance(shift, int):
         ours = (classes >= first) & (classes < first + size)
-        u = jnp.where(ours[None], u, -jnp.inf)
-        masked = True
-    if operands.excluded is not None:
-        dropped = columns_of(operands.excluded, start, size)
-        u = scatter(u, dropped, "set", -jnp.inf)
-        masked = True
     labels = None
     if operands.labels is not None:
         labels = columns_of(operands.labels, start, size)
         if ours is not None:
             inside = (operands.labels >= first) & (operands.labels < first + size)
             labels = jnp.where(inside, labels, -1)
-    return Tile(start, kernel, u, masked, labels, slope)
-
-
-def _logits(config: Config, operands: Operands, start, size: int) -> tuple:
-    """Returns a slice of the kernel, its logits [R, size] and the soft-cap's slope."""
+    kernel = operands.kernel
+    if config.keeps and tiles.class_blocks > 1:
+        kernel = stored(kernel)
+    kernel = lax.dynamic_slice_in_dim(kernel, start, size, config.class_axis)
+    kernel = loaded(kernel, operands.kernel.dtype).astype(operands.matmul_dtype())
     dtype = compute_dtype(operands.hidden, operands.kernel)
-    kernel = lax.dynamic_slice_in_dim(operands.kernel, start, size, config.class_axis)
-    operand_dtype = operands.matmul_dtype()
-    kernel = kernel.astype(operand_dtype)
-    hidden = operands.hidden.astype(operand_dtype)
-    u = dot(hidden, kernel, (1, 1 - config.class_axis), config.precision, dtype)
+    if kept is not None and kept.peak is not None:
+        weights = kept.numbers.astype(dtype)
+        return Tile(start, kernel, weights, False, labels, None, None, kept.peak)
+    if kept is None:
+        hidden = operands.hidden.astype(kernel.dtype)
+        product = dot(
+            hidden, kernel, (1, 1 - config.class_axis), config.precision, dtype
+        )
+    else:
+        product = kept.numbers
     bias = None
     if operands.bias is not None:
         bias = lax.dynamic_slice_in_dim(operands.bias, start, size)
         bias = bias.astype(dtype)[None]
-    return kernel, *capped(u, bias, config.softcap)
+    u, slope = capped(product, bias, config.softcap)
+    masked = operands.bias is not None
+    if operands.class_mask is not None:
+        mask = lax.dynamic_slice_in_dim(operands.class_mask, start, size)
+        u = jnp.where(mask[None], u, -jnp.inf)
+        masked = True
+    if ours is not None:
+        u = jnp.where(ours[None], u, -jnp.inf)
+        masked = True
+    if operands.excluded is not None:
+        dropped = columns_of(operands.excluded, start, size)
+        u = scatter(u, dropped, "set", -jnp.inf)
+        masked = True
+    return Tile(start, kernel, u, masked, labels, slope, product)
 
 
 def fold_tiles(
-    arrays: Tree,
+    arrays: Any,
     tiles: Tiling,
     start: Callable[[int], Carry],
-    step: Callable[[Carry, Tree, jax.Array], Carry],
-) -> Carry:
+    step: Callable[..., tuple[Carry, tuple[KeptTile, ...]]],
+    room: tuple[Kept, ...] = (),
+    kept: tuple[Kept, ...] = (),
+) -> tuple[Carry, tuple[Kept, ...]]:
     """Folds all tiles of every row into a carry.
 
     Args:
@@ -362,27 +424,48 @@ def fold_tiles(
       tiles: the tiles.
       start: gives the carry of R rows before the first tile: a pytree of arrays whose
         first axis is R.
-      step: gives the next carry from the carry, the part of `arrays` of R rows, and the
-        index of the tile.
+      step: gives the next carry from the carry, the part of `arrays` of R rows, the
+        place of the tile, and what an earlier stream kept of it; and what this stream
+        keeps of it, if it does.
+      room: for what this stream keeps of its first tiles; () to keep nothing.
+      kept: what an earlier stream kept of its first tiles; () for nothing.
 
     Returns:
-      The carry of all N rows.
+      The carry of all N rows, and what was kept.
     """
+    count = min((each.count(tiles) for each in (*room, *kept)), default=0)
 
-    def run(part, rows):
+    def run(part, rows, row, room) -> Any:
+        def first_tile(index, state):
+            carry, room = state
+            place = Place(row, index)
+            read = tuple(each.read(place, tiles) for each in kept)
+            carry, new = step(carry, part, place, read)
+            pairs = zip(room, new, strict=True)
+            return carry, tuple(each.write(place, tiles, tile) for each, tile in pairs)
+
+        def other_tile(index, carry):
+            return step(carry, part, Place(row, index), ())[0]
+
         carry = mesh_axes.like(start(rows), part)
-        body = lambda index, carry: step(carry, part, index)  # noqa: E731
-        return lax.fori_loop(0, tiles.class_blocks, body, carry)
+        if count:
+            carry, room = lax.fori_loop(0, count, first_tile, (carry, room))
+        if count == tiles.class_blocks:
+            return carry, room
+        return lax.fori_loop(count, tiles.class_blocks, other_tile, carry), room
 
     if tiles.row_blocks == 1:
-        return run(arrays, tiles.rows)
+        return run(arrays, tiles.rows, 0, room)
 
-    def block(index):
+    def block(room, index):
         first = jnp.minimum(index * tiles.block_rows, tiles.rows - tiles.block_rows)
-        return run(slice_rows(arrays, first, tiles.block_rows), tiles.block_rows)
+        part = slice_rows(arrays, first, tiles.block_rows)
+        carry, room = run(part, tiles.block_rows, first, room)
+        return room, carry
 
-    blocks = lax.map(block, jnp.arange(tiles.row_blocks))
-    return jax.tree.map(lambda carry: _join_rows(carry, tiles), blocks)
+    room, blocks = lax.scan(block, room, jnp.arange(tiles.row_blocks))
+    joined = jax.tree.map(lambda carry: _join_rows(carry, tiles), blocks)
+    return cast(Any, joined), room
 
 
 def _join_rows(blocks: jax.Array, tiles: Tiling) -> jax.Array:
@@ -390,218 +473,3 @@ def _join_rows(blocks: jax.Array, tiles: Tiling) -> jax.Array:
     again = tiles.row_blocks * tiles.block_rows - tiles.rows
     rows = blocks[:-1].reshape((-1, *blocks.shape[2:]))
     return jnp.concatenate([rows, blocks[-1, again:]])
-
-
-class Wanted(NamedTuple):
-    """Which cotangents of operands to compute."""
-
-    hidden: bool
-    kernel: bool
-    bias: bool
-    tau: bool
-    values: bool = False
-
-    @classmethod
-    def of(cls, moving: Operands, values: object = False) -> "Wanted":
-        """Returns what is wanted where some operands, and maybe values, move."""
-        floats = (moving.hidden, moving.kernel, moving.bias, moving.tau, values)
-        return cls._make(map(bool, floats))
-
-
-class Gradients(NamedTuple):
-    """Cotangents of the operands; None where not wanted.
-
-    Attributes:
-      hidden: [N, H] in the dtype of `hidden`.
-      kernel: in the shape and dtype of `kernel`.
-      bias: [V] in the dtype of `bias`.
-      tau: [N].
-      values: in the shape and dtype of an array [V, D] that is mixed.
-    """
-
-    hidden: jax.Array | None
-    kernel: jax.Array | None
-    bias: jax.Array | None
-    tau: jax.Array | None
-    values: jax.Array | None = None
-
-    def of_operands(self) -> Operands:
-        """Returns the cotangents in the places of their operands."""
-        return Operands.gradients(
-            hidden=self.hidden, kernel=self.kernel, bias=self.bias, tau=self.tau
-        )
-
-
-class Share(NamedTuple):
-    """What a tile of R rows and B classes contributes to the gradients.
-
-    Attributes:
-      logits: [R, B], by the logits u after the soft-cap.
-      moments: [R, 1], a sum over the classes for the temperature: that of `logits`
-        times the centred logits c, or what else the fold makes τ's gradient of; None if
-        not wanted.
-      mix: weights [R, B] and rows [R, D] whose product, summed over R, is the gradient
-        of the tile's values; None if not wanted.
-    """
-
-    logits: jax.Array
-    moments: jax.Array | None
-    mix: tuple[jax.Array, jax.Array] | None = None
-
-
-def accumulate(
-    config: Config,
-    operands: Operands,
-    wanted: Wanted,
-    share: Callable[..., Share],
-    rows: object,
-    *,
-    values: jax.Array | None = None,
-    tiles: Tiling | None = None,
-) -> tuple[Gradients, jax.Array | None]:
-    """Adds up what tiles contribute to gradients.
-
-    Args:
-      config: what is known at trace time.
-      operands: the arrays, their classes those of this shard.
-      wanted: which gradients to compute.
-      share: gives a tile's contribution from the operands of R rows, their part of
-        `rows`, the tile and its index.
-      rows: further arrays; see `slice_rows`.
-      values: an array like the gradient `values`.
-      tiles: the tiles, if not those of `tiles_of`.
-
-    Returns:
-      The gradients but `tau`, and the moments [N, 1], None if not wanted.
-    """
-    plan = tiles_of(config, operands) if tiles is None else tiles
-    dtype = compute_dtype(operands.hidden, operands.kernel)
-    count = operands.hidden.shape[0]
-    sums = _Sums(
-        jnp.zeros(operands.hidden.shape, dtype) if wanted.hidden else None,
-        jnp.zeros_like(operands.kernel) if wanted.kernel else None,
-        None
-        if operands.bias is None or not wanted.bias
-        else jnp.zeros_like(operands.bias),
-        jnp.zeros((count, 1), dtype) if wanted.tau else None,
-        jnp.zeros_like(values) if wanted.values and values is not None else None,
-    )
-
-    def step(index, sums):
-        return _accumulate_classes(config, operands, share, rows, plan, index, sums)
-
-    start = mesh_axes.like(sums, (operands, rows))
-    sums = lax.fori_loop(0, plan.class_blocks, step, start)
-    hidden = sums.hidden
-    if hidden is not None:
-        hidden = hidden.astype(operands.hidden.dtype)
-    return Gradients(hidden, sums.kernel, sums.bias, None, sums.values), sums.moments
-
-
-class _Sums(NamedTuple):
-    """Gradients as they grow; `hidden` and `moments` in the dtype of the statistics."""
-
-    hidden: jax.Array | None
-    kernel: jax.Array | None
-    bias: jax.Array | None
-    moments: jax.Array | None
-    values: jax.Array | None
-
-
-def _accumulate_classes(config, operands, share, rows, tiles, index, sums: _Sums):
-    """Adds the tile `index` of classes, of every block of rows, to the gradients."""
-    size, axis = tiles.block_classes, config.class_axis
-    first = index * size
-    start = jnp.minimum(first, tiles.classes - size)
-    dtype = compute_dtype(operands.hidden, operands.kernel)
-    features = operands.hidden.shape[1]
-    shape = (features, size) if axis == 1 else (size, features)
-    of_tile = _Sums(
-        sums.hidden,
-        None if sums.kernel is None else jnp.zeros(shape, dtype),
-        None if sums.bias is None else jnp.zeros(size, dtype),
-        sums.moments,
-        None
-        if sums.values is None
-        else jnp.zeros((size, *sums.values.shape[1:]), dtype),
-    )
-
-    def rows_step(block, of_tile):
-        row = block * tiles.block_rows
-        row_start = jnp.minimum(row, tiles.rows - tiles.block_rows)
-        part, part_rows = operands, rows
-        if tiles.row_blocks > 1:
-            part, part_rows = (
-                slice_rows(tree, row_start, tiles.block_rows) for tree in (part, rows)
-            )
-        tile = compute_tile(config, part, tiles, index)
-        d, moments, mix = share(part, part_rows, tile, index)
-        if tile.slope is not None:
-            d = d * tile.slope
-        if tiles.rows_overlap:
-            fresh = (row_start + lax.iota(jnp.int32, tiles.block_rows) >= row)[:, None]
-            d = jnp.where(fresh, d, 0)
-            moments = None if moments is None else jnp.where(fresh, moments, 0)
-            mix = None if mix is None else (mix[0], jnp.where(fresh, mix[1], 0))
-        return _add(config, part, tiles, row_start, of_tile, tile, d, moments, mix)
-
-    if tiles.row_blocks == 1:
-        of_tile = rows_step(0, of_tile)
-    else:
-        of_tile = mesh_axes.like(of_tile, (operands, rows))
-        of_tile = lax.fori_loop(0, tiles.row_blocks, rows_step, of_tile)
-    fresh = start + lax.iota(jnp.int32, size) >= first
-
-    def write(total, tile, axis):
-        return None if total is None else _write(total, tile, start, axis, fresh, tiles)
-
-    return _Sums(
-        of_tile.hidden,
-        write(sums.kernel, of_tile.kernel, axis),
-        write(sums.bias, of_tile.bias, 0),
-        of_tile.moments,
-        write(sums.values, of_tile.values, 0),
-    )
-
-
-def _add(config, part, tiles, row_start, sums: _Sums, tile, d, moments, mix):
-    """Adds a block of rows to the gradients of one tile of classes."""
-    dtype, axis = d.dtype, config.class_axis
-    hidden, kernel, bias, all_moments, all_values = sums
-    if bias is not None:
-        bias = bias + jnp.sum(d, axis=0)
-    d = d.astype(part.matmul_dtype())
-    if hidden is not None:
-        new = dot(d, tile.kernel, (1, axis), config.precision, dtype)
-        hidden = _add_rows(hidden, new, row_start, tiles)
-    if kernel is not None:
-        rows = part.hidden.astype(part.matmul_dtype())
-        pair = (rows, d) if axis == 1 else (d, rows)
-        new = dot(*pair, (0, 0), config.precision, dtype)
-        kernel = new if tiles.row_blocks == 1 else kernel + new
-    if all_moments is not None:
-        all_moments = _add_rows(all_moments, moments, row_start, tiles)
-    if all_values is not None:
-        weights, of_rows = mix
-        weights = weights.astype(of_rows.dtype)
-        all_values += dot(weights, of_rows, (0, 0), config.precision, dtype)
-    return _Sums(hidden, kernel, bias, all_moments, all_values)
-
-
-def _add_rows(total: jax.Array, new: jax.Array, start, tiles: Tiling):
-    """Adds a block of rows to a sum over tiles."""
-    if tiles.row_blocks == 1:
-        return total + new
-    old = lax.dynamic_slice_in_dim(total, start, new.shape[0])
-    return lax.dynamic_update_slice_in_dim(total, old + new, start, 0)
-
-
-def _write(total, tile, start, axis: int, fresh, tiles: Tiling):
-    """Writes a tile of classes, except where it covers classes again."""
-    tile = tile.astype(total.dtype)
-    if tiles.classes_overlap:
-        old = lax.dynamic_slice_in_dim(total, start, tile.shape[axis], axis)
-        shape = [1] * tile.ndim
-        shape[axis] = tile.shape[axis]
-        tile = jnp.where(fresh.reshape(shape), tile, old)
-    return lax.dynamic_update_slice_in_dim(total, tile, start, axis)

@@ -39,7 +39,7 @@ def linear_top_k(
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
-    tile_bytes: int | None = None,
+    workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The k most probable classes of each token, exactly, and their log-probabilities.
@@ -57,7 +57,7 @@ def linear_top_k(
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
         `linear_statistics`.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that the call may take; see
         `linear_statistics`.
       implementation: None or "xla".
 
@@ -101,7 +101,7 @@ def linear_top_k(
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
-        tile_bytes=tile_bytes,
+        workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
     k = checks.positive_integer("k", k)

@@ -69,7 +69,7 @@ class SoftmaxHead(LinearMethods):
         Flax places the new parameter at once, and needs `jax.set_mesh` for it, unless
         `"eager_sharding": False` is there too.
       bias_metadata: metadata of the bias's `nnx.Param`.
-      tile_bytes: the most bytes that a tile of logits may take; see
+      workspace_bytes: the temporary memory that a loss may take; see
         `jaxsoft.linear_cross_entropy`.
       vocab_axis: inside `jax.shard_map`, the mesh axis (or axes) that the classes are
         sharded over; None: the classes are all here, or placed by plain jit.
@@ -187,7 +187,7 @@ class SoftmaxHead(LinearMethods):
         bias_metadata: _Metadata = _NO_METADATA,
         vocab_axis: MeshAxes = None,
         token_axes: MeshAxes = (),
-        tile_bytes: int | None = None,
+        workspace_bytes: int | None = None,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs | None = None,
     ):
@@ -225,7 +225,7 @@ class SoftmaxHead(LinearMethods):
         # Flax takes tuples, but no lists, for constants.
         self.vocab_axis = _axes(vocab_axis) or None
         self.token_axes = _axes(token_axes) or ()
-        self.tile_bytes = tile_bytes
+        self.workspace_bytes = workspace_bytes
         self.implementation: Implementation | None = implementation
 
     def tied_to(self, embedding: nnx.Embed) -> SoftmaxHead:
@@ -313,7 +313,7 @@ class SoftmaxHead(LinearMethods):
             "precision": self.precision,
             "vocab_axis": self.vocab_axis,
             "token_axes": self.token_axes,
-            "tile_bytes": self.tile_bytes,
+            "workspace_bytes": self.workspace_bytes,
             "implementation": self.implementation,
         }
 
@@ -344,7 +344,7 @@ _PARTS = (
     "precision",
     "vocab_axis",
     "token_axes",
-    "tile_bytes",
+    "workspace_bytes",
     "implementation",
 )
 

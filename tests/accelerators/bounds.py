@@ -12,8 +12,7 @@ from typing import Any
 
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS
-from jaxsoft.linear.arguments import default_tile_bytes
-from jaxsoft.linear.tiles import choose
+from jaxsoft.linear.plans import Layer
 from tests.accelerators.compiling import MIB, NEWER, results
 from tests.accelerators.functions import SLOW, names_of, shapes_of
 
@@ -49,8 +48,8 @@ class Sizes:
     def of(cls, shapes: Shapes, tpu: bool) -> "Sizes":
         """Returns the sizes at shapes."""
         rows, features, classes = shapes.tokens, shapes.hidden, shapes.vocabulary
-        budget = default_tile_bytes(2 * features * (rows + classes))
-        tiles = choose(rows, classes, 4, budget, 1, 2 * features)
+        layer = Layer(rows, features, classes, 4, 2, 2, 2)
+        tiles = layer.tiling(None)
         return cls(
             rows,
             4 * rows * classes,

@@ -15,7 +15,8 @@ from jaxsoft.kernels import chips
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.folds.statistics import Statistics
-from jaxsoft.linear.tiles import Tiling, compute_tile
+from jaxsoft.linear.plans import Tiling
+from jaxsoft.linear.tiles import compute_tile
 from tests.kernels.interpreters import gpu_interpreter
 from tests.kernels.layers import TAUS, layer
 from tests.linear import cases
@@ -168,7 +169,7 @@ def check_forward(layout, classes, taus):
         static_tau=None if isinstance(taus, list) else taus,
         softcap=4.0,
         precision=None,
-        tile_bytes=2**20,
+        workspace_bytes=2**20,
         implementation="mosaic_gpu",
     )
     mask = (jnp.arange(classes) % 5 != 3) if classes > 16 else None

@@ -97,7 +97,7 @@ def test_what_surrounds_the_kernel(monkeypatch, layout, classes, tau):
         static_tau=tau,
         softcap=4.0,
         precision=None,
-        tile_bytes=2**20,
+        workspace_bytes=2**20,
         implementation="mosaic_gpu",
     )
     mask = (jnp.arange(classes) % 5 != 3) if classes > 16 else None

@@ -38,7 +38,7 @@ def test_equals_stored_logits(implementation):
     )
     plain = jaxsoft.fit_temperature(LOGITS, LABELS)
     assert 2 < plain.temperature < 4
-    close(fit(HIDDEN, KERNEL, LABELS, tile_bytes=ROWS * 4 * 64), plain)
+    close(fit(HIDDEN, KERNEL, LABELS, workspace_bytes=ROWS * 4 * 64), plain)
     capped = 4 * np.tanh((LOGITS + BIAS[None]) / 4)
     expected = jaxsoft.fit_temperature(
         capped, LABELS, where=MASK[None], weights=WEIGHTS, bounds=(0.1, 50.0)

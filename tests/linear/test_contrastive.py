@@ -71,7 +71,7 @@ def test_value_and_gradients(name, x64):
     @jax.jit
     def step(*args):
         calls = [
-            functools.partial(ours, tile_bytes=TILE, implementation=implementation)
+            functools.partial(ours, workspace_bytes=TILE, implementation=implementation)
             for implementation in ("xla", "reference")
         ]
         return [jax.value_and_grad(f, range(3))(*args) for f in (plain, *calls)]

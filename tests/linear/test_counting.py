@@ -43,7 +43,7 @@ def test_padding_never_enters_the_sum(classes):
     kernel = np.full((1, classes), -20, "float32")
     for tile in (TILE, None):
         loss = linear_cross_entropy(
-            hidden, kernel, np.zeros(3, "int32"), tile_bytes=tile
+            hidden, kernel, np.zeros(3, "int32"), workspace_bytes=tile
         )
         np.testing.assert_allclose(loss, np.log(classes), rtol=1e-6)
 
@@ -52,10 +52,10 @@ def test_padding_never_enters_the_sum(classes):
 def _loss_statistics_and_gradient(hidden, kernel, labels):
     def loss(hidden):
         return linear_cross_entropy(
-            hidden, kernel, labels, label_smoothing=0.1, tile_bytes=TILE
+            hidden, kernel, labels, label_smoothing=0.1, workspace_bytes=TILE
         )
 
-    statistics = linear_statistics(hidden, kernel, labels, tile_bytes=TILE)
+    statistics = linear_statistics(hidden, kernel, labels, workspace_bytes=TILE)
     grad = jax.grad(loss)(hidden * np.array([[1, 0]], "f"))
     return loss(hidden), statistics.log_prob, statistics.entropy, grad[:, :1]
 
@@ -162,7 +162,7 @@ def test_classes_masked_by_mask_and_by_bias(implementation, cap):
     bias = np.where(mask, 0.0, -np.inf).astype("float32")
     rest = np.flatnonzero(mask)
     at = np.searchsorted(rest, labels)
-    options = {"label_smoothing": 0.1, "z_loss": 0.1, "tile_bytes": TILE}
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "workspace_bytes": TILE}
     options |= {"implementation": implementation, "logit_softcap": cap}
 
     @jax.jit
@@ -220,7 +220,7 @@ def test_tile_sizes_change_nothing_beyond_rounding():
 
     def run(tile):
         loss = functools.partial(
-            linear_cross_entropy, label_smoothing=0.1, tile_bytes=tile
+            linear_cross_entropy, label_smoothing=0.1, workspace_bytes=tile
         )
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, kernel, labels)
 

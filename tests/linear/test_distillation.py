@@ -51,7 +51,14 @@ def divergence_of(p, q, kind):
 def test_values(kind, tau):
     (h, w), (g, k) = layers()
     out = linear_distillation(
-        h, w, g, k, temperature=tau, divergence=kind, reduction="none", tile_bytes=TILE
+        h,
+        w,
+        g,
+        k,
+        temperature=tau,
+        divergence=kind,
+        reduction="none",
+        workspace_bytes=TILE,
     )
     q = truth.softmax(np.asarray(h, np.float64) @ np.asarray(w, np.float64), tau)
     p = truth.softmax(np.asarray(g, np.float64) @ np.asarray(k, np.float64), tau)
@@ -77,7 +84,7 @@ def test_gradients_equal_those_of_stored_logits(kind, per_row):
             teacher_kernel_layout="vh",
             teacher_gradient=True,
             reduction="none",
-            tile_bytes=TILE,
+            workspace_bytes=TILE,
         )
         return (loss * weights).sum()
 
@@ -170,7 +177,7 @@ def test_top_k_teacher(remaining):
             remaining=remaining,
             temperature=tau,
             reduction="none",
-            tile_bytes=TILE,
+            workspace_bytes=TILE,
         )
 
     def plain(h, w, log_p, ids, tau):

@@ -36,7 +36,8 @@ def test_the_same_for_every_tile_size(classes):
     hidden, kernel, _ = cases.layer(30, 8, classes)
     kernel = np.asarray(kernel)
     draws = [
-        draw(hidden, kernel, tile_bytes=budget) for budget in (1, TILE, 8 * TILE, 2**25)
+        draw(hidden, kernel, workspace_bytes=budget)
+        for budget in (1, TILE, 8 * TILE, 2**25)
     ]
     for drawn in draws[1:]:
         np.testing.assert_array_equal(drawn, draws[0])
@@ -84,7 +85,7 @@ def test_temperatures():
     ties = with_logits(np.isin(np.arange(CLASSES), [300, 650]))
     # In one tile, and in two.
     for budget in (None, 1):
-        cold = draw(*ties, temperature=0.0, tile_bytes=budget)
+        cold = draw(*ties, temperature=0.0, workspace_bytes=budget)
         np.testing.assert_array_equal(cold, 300)
     traced = jax.jit(lambda tau: linear_sample(KEY, hidden, kernel, temperature=tau))
     np.testing.assert_array_equal(traced(-1.0), -1)

@@ -46,7 +46,7 @@ def streamed(hidden, kernel, values, bias, tau, key=None, **options):
         bias=bias,
         temperature=tau,
         logit_softcap=0.9,
-        tile_bytes=TILE,
+        workspace_bytes=TILE,
         **options,
     )
 
@@ -62,7 +62,7 @@ def plain_values(hidden, kernel, values):
 def test_values(kind, dtype):
     hidden, kernel, _ = cases.layer(ROWS, FEATURES, CLASSES, kind, dtype)
     values = layer(dtype)[2]
-    out = linear_expected(hidden, kernel, values, temperature=0.7, tile_bytes=TILE)
+    out = linear_expected(hidden, kernel, values, temperature=0.7, workspace_bytes=TILE)
     assert out.dtype == values.dtype
     u = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
     true = truth.softmax(u, 0.7) @ np.asarray(values, np.float64)
@@ -127,8 +127,8 @@ def test_straight_through():
 def test_noise_does_not_depend_on_tiles():
     args, key = layer(), jax.random.key(7)
     for hard in (False, True):
-        whole = linear_expected(*args[:3], key=key, hard=hard, tile_bytes=2**25)
-        tiled = linear_expected(*args[:3], key=key, hard=hard, tile_bytes=TILE)
+        whole = linear_expected(*args[:3], key=key, hard=hard, workspace_bytes=2**25)
+        tiled = linear_expected(*args[:3], key=key, hard=hard, workspace_bytes=TILE)
         np.testing.assert_allclose(whole, tiled, rtol=1e-5, atol=1e-6)
 
 

@@ -76,7 +76,7 @@ def test_every_pair_of_options(pair, x64):
             labels,
             reduction="none",
             kernel_layout=layout,
-            tile_bytes=TILE,
+            workspace_bytes=TILE,
             **(options | moving),
         )
         return _total(losses)
@@ -118,7 +118,7 @@ def _streamed_field(implementation, name, labels, hidden, kernel, tau):
         kernel,
         labels,
         temperature=tau,
-        tile_bytes=TILE,
+        workspace_bytes=TILE,
         implementation=implementation,
     )
     return getattr(statistics, name)
@@ -166,7 +166,7 @@ def test_float64_to_float64(x64):
     @jax.jit
     def both(hidden):
         def ours(hidden):
-            return linear_cross_entropy(hidden, kernel, labels, tile_bytes=TILE)
+            return linear_cross_entropy(hidden, kernel, labels, workspace_bytes=TILE)
 
         def plain(hidden):
             return cases.plain_loss(hidden, kernel, labels).mean()
@@ -196,7 +196,7 @@ def test_error_does_not_grow_with_the_number_of_tiles():
     hidden, kernel, labels = cases.layer(64, 16, 4096, dtype="bfloat16")
 
     def grads(tile):
-        loss = functools.partial(linear_cross_entropy, tile_bytes=tile)
+        loss = functools.partial(linear_cross_entropy, workspace_bytes=tile)
         return jax.jit(jax.grad(loss, (0, 1)))(hidden, kernel, labels)
 
     def plain(hidden, kernel, labels):

@@ -32,7 +32,7 @@ def test_values(kind, dtype):
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, kind, dtype)
     u = logits_of(hidden, kernel)
     log_prob, entropy = linear_log_prob(
-        hidden, kernel, labels, temperature=0.7, tile_bytes=TILE
+        hidden, kernel, labels, temperature=0.7, workspace_bytes=TILE
     )
     plain, plain_entropy = plain_values(hidden, kernel)
     true = truth.log_softmax(u, 0.7)
@@ -50,7 +50,9 @@ def test_all_classes_sum_to_one_and_none_is_above_zero(kind):
     hidden, kernel, _ = cases.layer(4, FEATURES, 200, kind)
     ids = np.broadcast_to(np.arange(200), (4, 200))
     for tau in (0.0, 1e-3, 1.0, 30.0, float("inf")):
-        out = linear_log_prob_at(hidden, kernel, ids, temperature=tau, tile_bytes=TILE)
+        out = linear_log_prob_at(
+            hidden, kernel, ids, temperature=tau, workspace_bytes=TILE
+        )
         assert (np.asarray(out) <= 0).all()
         np.testing.assert_allclose(np.exp(out).sum(1), 1, rtol=3e-6)
 
@@ -73,7 +75,7 @@ def test_classes_and_gradients_against_autodiff(layout, x64):
             temperature=tau,
             logit_softcap=0.9,
             kernel_layout=layout,
-            tile_bytes=TILE,
+            workspace_bytes=TILE,
         )
         return (out * weights).sum()
 
@@ -98,7 +100,7 @@ def test_per_token_temperature_of_log_prob_and_entropy(x64):
 
     def ours(hidden, kernel, tau):
         log_prob, entropy = linear_log_prob(
-            hidden, kernel, labels, temperature=tau, tile_bytes=TILE
+            hidden, kernel, labels, temperature=tau, workspace_bytes=TILE
         )
         return (log_prob * jnp.cos(tau) + entropy * jnp.sin(tau)).sum()
 
@@ -125,7 +127,7 @@ def test_bad_and_dropped_classes():
     def values_and_gradient(hidden):
         def kept(hidden):
             out = linear_log_prob_at(
-                hidden, kernel, ids, class_mask=mask, tile_bytes=TILE
+                hidden, kernel, ids, class_mask=mask, workspace_bytes=TILE
             )
             return jnp.where(jnp.isfinite(out), out, 0).sum(), out
 
@@ -167,7 +169,7 @@ def test_tokens_without_weight_are_zero_and_reach_no_gradient(implementation):
     lost = np.where(keep, labels, lost)
     options = {
         "class_mask": mask,
-        "tile_bytes": TILE,
+        "workspace_bytes": TILE,
         "implementation": implementation,
     }
 

@@ -59,7 +59,7 @@ def shardings(data, vocab):
 def shared(a, *names):
     """Returns the options of a call, all at once."""
     chosen = ("bias", "temperature", "class_mask", *names)
-    return {name: a[name] for name in chosen} | {"tile_bytes": TILE}
+    return {name: a[name] for name in chosen} | {"workspace_bytes": TILE}
 
 
 def plain(function):
@@ -75,7 +75,7 @@ def ce(a, wrap=plain, **mesh):
 
 def softcap(a, wrap=plain, **mesh):
     f = wrap(jaxsoft.linear_cross_entropy)
-    options = {"logit_softcap": 0.7, "reduction": "none", "tile_bytes": TILE}
+    options = {"logit_softcap": 0.7, "reduction": "none", "workspace_bytes": TILE}
     return f(a["hidden"], a["kernel"], a["labels"], **options, **mesh)
 
 
@@ -134,7 +134,7 @@ def distillation(a, divergence, wrap=plain, **mesh):
         weights=a["weights"],
         divergence=divergence,
         teacher_gradient=True,
-        tile_bytes=2 * TILE,
+        workspace_bytes=2 * TILE,
         **mesh,
     )
 
@@ -314,8 +314,8 @@ def test_over_mesh_takes_each_kernel_in_its_own_layout(student, teacher):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("classes, tile_bytes", [(160, None), (1000, 1)])
-def test_samples_where_shards_begin_and_end_inside_a_block(classes, tile_bytes):
+@pytest.mark.parametrize("classes, workspace_bytes", [(160, None), (1000, 1)])
+def test_samples_where_shards_begin_and_end_inside_a_block(classes, workspace_bytes):
     """A block has 128 classes: more than a shard of the first, and not the second."""
     rng = np.random.default_rng(0)
     hidden, kernel = rng.standard_normal((500, 4)), rng.standard_normal((4, classes))
@@ -323,7 +323,9 @@ def test_samples_where_shards_begin_and_end_inside_a_block(classes, tile_bytes):
     mesh = Mesh(np.array(jax.devices()[:4]), ("vocab",))
     over = jaxsoft.over_mesh(jaxsoft.linear_sample, mesh, vocab_axis="vocab")
     drawn, truth = (
-        jax.jit(functools.partial(f, tile_bytes=tile_bytes))(jax.random.key(0), *layer)
+        jax.jit(functools.partial(f, workspace_bytes=workspace_bytes))(
+            jax.random.key(0), *layer
+        )
         for f in (over, jaxsoft.linear_sample)
     )
     np.testing.assert_array_equal(drawn, truth)

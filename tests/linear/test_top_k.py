@@ -25,7 +25,9 @@ def best_of_stored(hidden, kernel, k):
 @pytest.mark.parametrize("classes, k", [(1, 1), (20, 20), (300, 1), (1009, 50)])
 def test_top_k_is_exact(classes, k, kind):
     hidden, kernel, _ = cases.layer(13, 8, classes, kind=kind)
-    log_probs, ids = linear_top_k(hidden, kernel, k, temperature=0.7, tile_bytes=TILE)
+    log_probs, ids = linear_top_k(
+        hidden, kernel, k, temperature=0.7, workspace_bytes=TILE
+    )
     u, best = best_of_stored(hidden, kernel, k)
     np.testing.assert_array_equal(ids, best)
     true = truth.log_softmax(np.asarray(u, np.float64), 0.7)
@@ -39,7 +41,9 @@ def test_top_k_is_exact(classes, k, kind):
 def test_top_k_with_fewer_classes_than_k():
     hidden, kernel, _ = cases.layer(3, 8, 300)
     mask = np.isin(np.arange(300), [4, 200])
-    log_probs, ids = linear_top_k(hidden, kernel, 4, class_mask=mask, tile_bytes=TILE)
+    log_probs, ids = linear_top_k(
+        hidden, kernel, 4, class_mask=mask, workspace_bytes=TILE
+    )
     log_probs, ids = np.asarray(log_probs), np.asarray(ids)
     assert set(ids[0, :2].tolist()) == {4, 200}
     np.testing.assert_array_equal(ids[:, 2:], -1)
@@ -52,7 +56,9 @@ def test_top_k_gradients():
     tau = np.full(6, 0.8, "float32")
 
     def ours(hidden, kernel, tau):
-        log_probs, _ = linear_top_k(hidden, kernel, 5, temperature=tau, tile_bytes=TILE)
+        log_probs, _ = linear_top_k(
+            hidden, kernel, 5, temperature=tau, workspace_bytes=TILE
+        )
         return (log_probs * jnp.arange(5.0)[None]).sum()
 
     def plain(hidden, kernel, tau):

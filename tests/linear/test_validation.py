@@ -33,8 +33,18 @@ CALLS = [
         ValueError,
         "`temperature` must have shape",
     ),
-    ((H, W, Y), {"tile_bytes": 0}, ValueError, "`tile_bytes` must be at least 1"),
-    ((H, W, Y), {"tile_bytes": 1.5}, TypeError, "`tile_bytes` must be an int"),
+    (
+        (H, W, Y),
+        {"workspace_bytes": 0},
+        ValueError,
+        "`workspace_bytes` must be at least 1",
+    ),
+    (
+        (H, W, Y),
+        {"workspace_bytes": 1.5},
+        TypeError,
+        "`workspace_bytes` must be an int",
+    ),
     ((H, W, Y), {"vocab_axis": "v"}, ValueError, "`vocab_axis` must name axes of an"),
     (
         (H, W, Y),

@@ -29,7 +29,7 @@ def test_statistics_match_float64(implementation, kind, classes):
         kernel,
         labels,
         temperature=tau,
-        tile_bytes=TILE,
+        workspace_bytes=TILE,
         return_argmax=True,
         implementation=implementation,
     )
@@ -71,7 +71,7 @@ def assert_loss_matches_float64(name, layout, tile, implementation):
         labels,
         reduction="none",
         kernel_layout=layout,
-        tile_bytes=tile,
+        workspace_bytes=tile,
         implementation=implementation,
         **options,
     )
@@ -112,7 +112,7 @@ def _plain_loss(hidden, kernel, labels):
 
 
 def _streamed_loss(hidden, kernel, labels):
-    return linear_cross_entropy(hidden, kernel, labels, tile_bytes=100 * 1024)
+    return linear_cross_entropy(hidden, kernel, labels, workspace_bytes=100 * 1024)
 
 
 @functools.cache

@@ -67,7 +67,11 @@ def test_every_function_of_a_layer_is_called():
 @pytest.mark.many_cases
 def test_call_gives_a_function_all_of_the_head(name, tied):
     head = _tied(
-        tied, logit_softcap=0.7, temperature=0.6, dtype=jnp.bfloat16, tile_bytes=1024
+        tied,
+        logit_softcap=0.7,
+        temperature=0.6,
+        dtype=jnp.bfloat16,
+        workspace_bytes=1024,
     )
     function = getattr(jaxsoft, name)
     arguments, options = CALLS[name]
@@ -86,7 +90,7 @@ def test_call_gives_a_function_all_of_the_head(name, tied):
             f"{prefix}bias": head.bias[...],
             f"{prefix}logit_softcap": 0.7,
             f"{prefix}kernel_layout": "vh" if tied else "hv",
-            "tile_bytes": 1024,
+            "workspace_bytes": 1024,
         }
         if "temperature" in names:
             own["temperature"] = 0.6

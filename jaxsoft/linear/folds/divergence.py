@@ -6,7 +6,8 @@ cancel (`_core/divergence.py`).
 """
 
 import dataclasses
-from typing import Annotated, NamedTuple
+import functools
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,18 @@ from jaxsoft._core.numerics import (
 )
 from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of
 from jaxsoft.linear.fold import Fold
-from jaxsoft.linear.folds.statistics import Saved, Statistics
+from jaxsoft.linear.folds.statistics import Statistics
+from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
+from jaxsoft.linear.plans import Layer, Tiling, tiling_of
 from jaxsoft.linear.tiles import (
-    Share,
+    Keep,
+    Kept,
+    KeptTile,
+    Place,
     Tile,
-    Tiling,
-    Wanted,
-    accumulate,
     compute_tile,
-    tiles_of,
+    fold_tiles,
+    layer_of,
 )
 
 __all__ = ["Layers", "Losses", "TwoLayers"]
@@ -140,26 +144,65 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
     def operands(self, arrays: Layers) -> Operands:
         return arrays.student
 
-    def tiles(self, arrays: Layers | _Second) -> Tiling:
-        """Returns the tiles of the second stream: two of them share the budget."""
+    def keeping(self, keep: Keep | None) -> "TwoLayers":
+        if keep is None:
+            return self
+        return dataclasses.replace(
+            self,
+            config=self.config.tiled(keep.blocks),
+            teacher=self.teacher.tiled(keep.blocks),
+        )
+
+    def layer(self, arrays: Layers | _Second) -> Layer:
+        """Returns the larger layer's sizes: two of them share the workspace."""
         layers = arrays.layers if isinstance(arrays, _Second) else arrays
-        budget = max(self.config.tile_bytes // 2, 1)
-        config = dataclasses.replace(self.config, tile_bytes=budget)
-        return tiles_of(config, layers.student)
+        configs = (self.config, self.teacher)
+        sizes = [layer_of(c, a, 2) for c, a in zip(configs, layers, strict=True)]
+        return max(sizes, key=lambda layer: (layer.features, layer.logit_bytes))
 
-    def local(self, arrays: Layers) -> _Second:
-        """Returns the arrays of the second stream, for which the first one runs."""
-        rows = []
+    def tiles(self, arrays: Layers | _Second) -> Tiling:
+        layer = self.layer(arrays)
+        if self.config.blocks is not None:
+            return tiling_of(layer.rows, layer.classes, self.config.blocks)
+        return layer.tiling(self.config.workspace_bytes)
+
+    def forward(
+        self, arrays: Layers, keep: Keep | None = None, shards: int = 1
+    ) -> tuple[_Saved, tuple[Kept, ...]]:
+        """Runs the first stream, of each layer, and the second, of both."""
+        rows, kept = [], ()
         for config, layer in zip((self.config, self.teacher), arrays, strict=True):
-            saved: Saved = Statistics(config).forward(layer)
+            saved, of_layer = Statistics(config).forward(layer, keep, shards)
             rows += [saved.fields.max, saved.total]
-        return mesh_axes.like(_Second(arrays, _Rows(*rows)), arrays.student)
+            kept += of_layer
+        second = mesh_axes.like(_Second(arrays, _Rows(*rows)), arrays.student)
+        tiles = self.tiles(second)
 
-    def tile(self, part: _Second, tiles: Tiling, index: jax.Array) -> _Logits:
+        def step(carry: _Sums, part: _Second, place: Place, read: Any) -> Any:
+            logits = self._logits(part, tiles, place.index, read)
+            return self.step(carry, logits, part), ()
+
+        start = functools.partial(self.start, arrays=second)
+        carry, _ = fold_tiles(second, tiles, start, step, kept=kept)
+        return self.finish(carry, second), kept
+
+    def _logits(
+        self,
+        part: _Second,
+        tiles: Tiling,
+        index: jax.Array | int,
+        kept: tuple[KeptTile, ...],
+    ) -> _Logits:
         """Returns the logits of the student and of the teacher."""
+        student, teacher = kept or (None, None)
+        layers = part.layers
         return (
-            compute_tile(self.config, part.layers.student, tiles, index).logits,
-            compute_tile(self.teacher, part.layers.teacher, tiles, index).logits,
+            compute_tile(
+                self.config, layers.student, tiles, index, kept=student
+            ).logits,
+            compute_tile(
+                self.teacher, layers.teacher, tiles, index, kept=teacher
+            ).logits,
         )
 
     def start(self, rows: int, arrays: _Second) -> _Sums:
@@ -189,15 +232,26 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         return Losses(saved.sums.loss)
 
     def gradients(
-        self, arrays: Layers, saved: _Saved, cotangents: Losses, moving: Layers
+        self,
+        arrays: Layers,
+        saved: _Saved,
+        cotangents: Losses,
+        moving: Layers,
+        kept: tuple[Kept, ...] = (),
+        into: Into | None = None,
     ) -> Layers:
         of_student, of_teacher = map(Wanted.of, moving)
         # The gradient of both layers' temperature is that of the student's.
         of_teacher = of_teacher._replace(tau=False)
-        return Layers(
-            self._gradients(arrays, saved, cotangents.loss, of_student, False),
-            self._gradients(arrays, saved, cotangents.loss, of_teacher, True),
-        )
+        cotangent = cotangents.loss
+
+        def of(is_teacher: bool, wanted: Wanted) -> Operands:
+            sums = None if into is None else into.of(into.sums[is_teacher])
+            return self._gradients(
+                arrays, saved, cotangent, wanted, is_teacher, kept, sums
+            )
+
+        return Layers(of(False, of_student), of(True, of_teacher))
 
     def _gradients(
         self,
@@ -206,6 +260,8 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         cotangent: jax.Array,
         wanted: Wanted,
         is_teacher: bool,
+        kept: tuple[Kept, ...],
+        into: Into | None,
     ) -> Operands:
         """Returns the gradients of one layer and, with the student's, of τ."""
         if not any(wanted):
@@ -214,14 +270,23 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         if is_teacher:
             configs.reverse()
             layers.reverse()
+            kept = kept[::-1]
         tiles, sums = self.tiles(arrays), saved.sums
         dtype = sums.loss.dtype
         tau = arrays.student.temperature(self.config)
         # The limit has no gradient.
         cotangent = jnp.where(is_zero(tau, dtype), 0, cotangent[:, None])[:, 0]
 
-        def share(part: Operands, other: _Other, tile: Tile, index: jax.Array) -> Share:
-            second = compute_tile(configs[1], other.layer, tiles, index)
+        def share(
+            part: Operands,
+            other: _Other,
+            tile: Tile,
+            index: jax.Array,
+            read: tuple[KeptTile, ...],
+        ) -> Share:
+            second = compute_tile(
+                configs[1], other.layer, tiles, index, kept=read[1] if read else None
+            )
             logits = [tile.logits, second.logits]
             if is_teacher:
                 logits.reverse()
@@ -246,6 +311,8 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
             wanted,
             share,
             mesh_axes.like(other, layers[0]),
+            kept=kept,
+            into=into,
             tiles=tiles,
         )
         if moments is not None:

@@ -28,7 +28,8 @@ from jaxsoft._core.numerics import (
 )
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
-from jaxsoft.linear.tiles import Tiling, compute_tile, tiles_of
+from jaxsoft.linear.plans import Tiling
+from jaxsoft.linear.tiles import compute_tile, tiles_of
 
 __all__ = ["Draw", "Drawing", "Drawn"]
 
@@ -60,7 +61,7 @@ class _Blocks(NamedTuple):
     """
 
     logits: jax.Array
-    first: jax.Array
+    first: jax.Array | int
 
 
 class _Vocabulary(NamedTuple):
@@ -106,7 +107,7 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         # The first block may have begun on the shard before.
         return dataclasses.replace(tiles, extra=block - 1)
 
-    def tile(self, part: Drawing, tiles: Tiling, index: jax.Array) -> _Blocks:
+    def tile(self, part: Drawing, tiles: Tiling, index: jax.Array | int) -> _Blocks:
         """Returns a tile that starts where a block does."""
         first, _, _, block = self._vocabulary(part.operands)
         is_sharded = bool(self.config.vocab_axes)

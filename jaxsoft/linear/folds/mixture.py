@@ -1,7 +1,7 @@
 """Values mixed by the probabilities of a softmax over the classes of a layer."""
 
 import dataclasses
-from typing import Annotated, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from jaxsoft._core.numerics import (
 )
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
-from jaxsoft.linear.tiles import Gradients, Share, Tile, Tiling, Wanted, accumulate, dot
+from jaxsoft.linear.gradients import Gradients, Into, Share, Wanted, accumulate
+from jaxsoft.linear.plans import Tiling
+from jaxsoft.linear.tiles import Kept, Tile, dot
 
 __all__ = ["Mixed", "Mixture"]
 
@@ -123,7 +125,7 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
             jnp.zeros(rows, jnp.int32),
         )
 
-    def tile(self, part: Mixed, tiles: Tiling, index: jax.Array) -> Tile:
+    def tile(self, part: Mixed, tiles: Tiling, index: jax.Array | int) -> Tile:
         tile = super().tile(part, tiles, index)
         return self._perturbed(tile, part.operands, part.words)
 
@@ -196,7 +198,13 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
         return saved._replace(picked=None)
 
     def gradients(
-        self, arrays: Mixed, saved: _Saved, cotangents: _Result, moving: Mixed
+        self,
+        arrays: Mixed,
+        saved: _Saved,
+        cotangents: _Result,
+        moving: Mixed,
+        kept: tuple[Kept, ...] = (),
+        into: Into | None = None,
     ) -> Mixed:
         """Returns gradients: `d u_v = p_v (g·values_v - g·mixture) / τ`."""
         operands, values, words = arrays
@@ -206,7 +214,7 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
         cotangent = cotangent.astype(values.dtype)
         rows = _Rows(words, saved.max, saved.total, mean, cotangent)
 
-        def share(part: Operands, rows: _Rows, tile: Tile, _: jax.Array) -> Share:
+        def share(part: Operands, rows: _Rows, tile: Tile, *_: Any) -> Share:
             u = self._perturbed(tile, part, rows.words).logits
             tau = part.temperature(self.config)
             c = divide_by_temperature(u, finite_peak(rows.max)[:, None], tau)
@@ -221,7 +229,16 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
             return Share(d * inverse(tau, dtype), moments, mix)
 
         gradients, moments = accumulate(
-            self.config, operands, wanted, share, rows, values=values
+            self.config,
+            operands,
+            wanted,
+            share,
+            rows,
+            kept=kept,
+            into=None
+            if into is None
+            else into.of(into.sums.operands, into.sums.values),
+            values=values,
         )
         if moments is not None:
             scale = inverse(operands.temperature(self.config), dtype)

@@ -38,7 +38,8 @@ from jaxsoft._core.numerics import (
 from jaxsoft.linear import reference
 from jaxsoft.linear.arguments import Axes, Call, Operands, fold_rows
 from jaxsoft.linear.fold import Fold, stream
-from jaxsoft.linear.tiles import Share, Tile, Wanted, accumulate
+from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
+from jaxsoft.linear.tiles import Keep, Keeping, Kept, KeptTile, Tile
 
 __all__ = [
     "Columns",
@@ -47,6 +48,7 @@ __all__ = [
     "Rows",
     "Saved",
     "Statistics",
+    "of_fields",
     "statistics",
 ]
 
@@ -103,6 +105,7 @@ class Rows(NamedTuple):
       label: that of 1[v = label], [N, K].
       mean: that of 1, for kept classes.
       rest: that of exp(c), for classes that are no labels.
+      label_prob: p of the one label, [N, 1], where weights are kept.
     """
 
     max: Annotated[jax.Array, Axes("n")]
@@ -112,11 +115,22 @@ class Rows(NamedTuple):
     label: Annotated[jax.Array | None, Axes("nk")] = None
     mean: Annotated[jax.Array | None, Axes("n")] = None
     rest: Annotated[jax.Array | None, Axes("n")] = None
+    label_prob: Annotated[jax.Array | None, Axes("nk")] = None
 
     def columns(self) -> "Rows":
         """The same with [N, 1] in place of [N]."""
-        others = jax.tree.map(lambda a: a[:, None], self._replace(label=None))
-        return others._replace(label=self.label)
+        wide = {"label": self.label, "label_prob": self.label_prob}
+        others = self._replace(**dict.fromkeys(wide))
+        return jax.tree.map(lambda a: a[:, None], others)._replace(**wide)
+
+    def by_weights(self, saved: Saved) -> "Rows":
+        """The same for tiles of which weights are kept."""
+        label = saved.fields.label
+        if label is None or self.label is None:
+            return self
+        prob = jnp.exp(label) * self.inverse_total[:, None]
+        kept = jnp.where(label == -jnp.inf, 0, self.label)
+        return self._replace(label=kept, label_prob=prob)
 
 
 class _Move(NamedTuple):
@@ -521,21 +535,61 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
             return self.compute
         return super().differentiable(moving)
 
+    def can_keep(self, arrays: Operands, moving: Operands) -> Keeping | None:
+        """Returns "weights" where the slope is a multiple of them but at one label."""
+        if not self.config.can_keep:
+            return None
+        labels = 0 if arrays.labels is None else arrays.labels.shape[1]
+        needs_logits = (
+            self.config.softcap is not None
+            or moving.tau
+            or not self.wanted.isdisjoint({"expected", "mean"})
+            or labels > 1
+            # Its range is too small for them.
+            or arrays.matmul_dtype() == jnp.float16
+        )
+        return "products" if needs_logits else "weights"
+
+    def kept_of(
+        self, tile: Tile, keep: Keep, carry: Columns, part: Operands
+    ) -> tuple[KeptTile, ...]:
+        if keep.what == "products":
+            return super().kept_of(tile, keep, carry, part)
+        peak, tau = finite_peak(carry["max"]), part.temperature(self.config)
+        weights = jnp.exp(divide_by_temperature(tile.logits, peak, tau))
+        return (KeptTile(weights, peak),)
+
     def gradients(
-        self, arrays: Operands, saved: Saved, cotangents: Fields, moving: Operands
+        self,
+        arrays: Operands,
+        saved: Saved,
+        cotangents: Fields,
+        moving: Operands,
+        kept: tuple[Kept, ...] = (),
+        into: Into | None = None,
     ) -> Operands:
         operands, wanted = self.local(arrays), Wanted.of(moving)
         rows = self._rows(operands, saved, cotangents)
+        if kept and kept[0].peaks is not None:
+            rows = rows.by_weights(saved)
         kernel = registry.kernel("statistics_gradient", self.config.implementation)
         if kernel is not None:
             gradients, moments = kernel(self, operands, wanted, rows)
         else:
 
-            def share(part, part_rows, tile, _):
+            def share(part, part_rows, tile, *_):
                 tau = part.temperature(self.config)
                 return Share(*self.slope(tau, part_rows.columns(), tile, wanted.tau))
 
-            gradients, moments = accumulate(self.config, operands, wanted, share, rows)
+            gradients, moments = accumulate(
+                self.config,
+                operands,
+                wanted,
+                share,
+                rows,
+                kept=kept,
+                into=None if into is None else into.of(into.sums),
+            )
         if moments is not None:
             gradients = gradients._replace(tau=-moments[:, 0])
         return gradients.of_operands()
@@ -574,19 +628,26 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
         Returns:
           The derivative by the logits [R, B], and Σ of it times c [R, 1], or None.
         """
-        u = tile.logits
-        c = divide_by_temperature(u, finite_peak(rows.max), tau)
-        weights = jnp.exp(c)
+        u, peak = tile.logits, finite_peak(rows.max)
+        if tile.peak is None:
+            c = divide_by_temperature(u, peak, tau)
+            weights = jnp.exp(c)
+        else:
+            c = None
+            weights = u * jnp.exp(divide_by_temperature(tile.peak, peak, tau))
         p = weights * rows.inverse_total
+        if c is None and rows.label_prob is not None:
+            # The kept weight is rounded, and p - 1 would be nothing but that.
+            p = tile.at_label(rows.label_prob, p)
         d = jnp.zeros_like(u)
         if rows.of_p is not None:
             d = p * rows.of_p
-        if rows.of_pc is not None:
+        if rows.of_pc is not None and c is not None:
             d = d + times(p, c) * rows.of_pc
         for statistic in self.statistics:
             term = statistic.slope(rows, tile, weights)
             d = d if term is None else d + term
-        if not moments:
+        if not moments or c is None:
             return d, None
         return d, jnp.sum(times(d, finite(c)), axis=1, keepdims=True)
 
@@ -693,21 +754,37 @@ def statistics(call: Call, wanted: tuple[str, ...] = ()) -> LogitStatistics:
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _run(fold: Statistics, arrays: Operands) -> LogitStatistics:
     """Folds leading axes into rows, computes, and unfolds."""
-    config = fold.config
     rows = arrays.hidden.shape[:-1]
-    operands = fold_rows(config, arrays)
-    dtype = numerics.compute_dtype(arrays.hidden, arrays.kernel)
+    operands = fold_rows(fold.config, arrays)
     if math.prod(rows):
         fields = stream(fold, operands)
     else:
         fields = fold.result(fold.finish(fold.start(0, operands), operands))
     fields = jax.tree.map(lambda a: a.reshape(rows + a.shape[1:]), fields)
+    valid = None
+    if fields.label is not None and operands.labels is not None:
+        valid = operands.labels.reshape(fields.label.shape) >= 0
+    return of_fields(fields, valid, arrays.tau, fold.config.static_tau)
+
+
+def of_fields(
+    fields: Fields,
+    valid: jax.Array | None,
+    tau: jax.Array | None,
+    static_tau: float | None,
+) -> LogitStatistics:
+    """Returns the statistics of fields.
+
+    Args:
+      fields: [...] each, and the label's [..., K].
+      valid: [..., K] whether each label is a class; None without labels.
+      tau: [...] or a scalar; None for a static temperature.
+      static_tau: that one.
+    """
     label = fields.label
-    if label is not None and operands.labels is not None:
-        valid = operands.labels.reshape(label.shape) >= 0
+    if label is not None and valid is not None:
         label = numerics.nan_where(~valid, label)
-    tau = arrays.tau
-    temperature = jnp.asarray(config.static_tau, dtype) if tau is None else tau
+    temperature = jnp.asarray(static_tau, fields.max.dtype) if tau is None else tau
     return LogitStatistics(
-        **(fields._asdict() | {"label": label}), temperature=temperature
+        **fields._replace(label=label)._asdict(), temperature=temperature
     )

@@ -22,7 +22,8 @@ from jaxsoft.kernels.layer.mosaic_gpu import blackwell, hopper
 from jaxsoft.kernels.layer.mosaic_gpu import plan as planning
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.folds.statistics import Columns, Saved, Statistics
-from jaxsoft.linear.tiles import Tile, Tiling, compute_tile
+from jaxsoft.linear.plans import Tiling
+from jaxsoft.linear.tiles import Tile, compute_tile
 
 __all__ = ["forward", "groups"]
 

@@ -34,7 +34,8 @@ from jaxsoft.kernels.layer.mosaic_tpu.tile import Problem, TpuInputs
 from jaxsoft.kernels.typing import Barrier, Index, Ref
 from jaxsoft.linear.arguments import Operands
 from jaxsoft.linear.folds.statistics import Rows, Statistics
-from jaxsoft.linear.tiles import Gradients, Wanted, dot
+from jaxsoft.linear.gradients import Gradients, Wanted
+from jaxsoft.linear.tiles import dot
 
 __all__ = ["accumulate"]
 

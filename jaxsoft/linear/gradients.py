@@ -1,0 +1,329 @@
+"""Gradients of what is streamed over a layer's tiles, in plain XLA.
+
+`accumulate` takes one tile of logits after another, computed again or as the forward
+pass kept it, turns it into the derivative by the logits and multiplies that twice
+(4·N·H·V flops, 6 where logits are computed again): into a float32 sum for the rows and
+into a tile of dkernel, which is written once, in its own dtype, or added to a sum over
+chunks of rows.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft._core import mesh_axes
+from jaxsoft._core.numerics import compute_dtype
+from jaxsoft.linear.arguments import Config, Operands
+from jaxsoft.linear.plans import Tiling
+from jaxsoft.linear.tiles import (
+    Kept,
+    Place,
+    compute_tile,
+    dot,
+    loaded,
+    slice_rows,
+    stored,
+    stored_dtype,
+    tiles_of,
+)
+
+__all__ = ["Gradients", "Into", "Share", "Wanted", "accumulate"]
+
+
+class Wanted(NamedTuple):
+    """Which cotangents of operands to compute."""
+
+    hidden: bool
+    kernel: bool
+    bias: bool
+    tau: bool
+    values: bool = False
+
+    @classmethod
+    def of(cls, moving: Operands, values: object = False) -> "Wanted":
+        """Returns what is wanted where some operands, and maybe values, move."""
+        floats = (moving.hidden, moving.kernel, moving.bias, moving.tau, values)
+        return cls._make(map(bool, floats))
+
+
+class Gradients(NamedTuple):
+    """Cotangents of the operands; None where not wanted.
+
+    Attributes:
+      hidden: [N, H] in the dtype of `hidden`.
+      kernel: in the shape and dtype of `kernel`.
+      bias: [V] in the dtype of `bias`.
+      tau: [N].
+      values: in the shape and dtype of an array [V, D] that is mixed.
+    """
+
+    hidden: jax.Array | None
+    kernel: jax.Array | None
+    bias: jax.Array | None
+    tau: jax.Array | None
+    values: jax.Array | None = None
+
+    @classmethod
+    def like(
+        cls, wanted: Wanted, operands: Operands, values: jax.Array | None
+    ) -> "Gradients":
+        """Returns the arrays of classes in the places of gradients that are wanted."""
+        return cls(
+            None,
+            operands.kernel if wanted.kernel else None,
+            operands.bias if wanted.bias else None,
+            None,
+            values if wanted.values else None,
+        )
+
+    def of_operands(self) -> Operands:
+        """Returns the cotangents in the places of their operands."""
+        return Operands.gradients(
+            hidden=self.hidden, kernel=self.kernel, bias=self.bias, tau=self.tau
+        )
+
+
+class Into(NamedTuple):
+    """Where gradients by the arrays of classes go.
+
+    Attributes:
+      sums: those of earlier rows, in the dtype of the statistics.
+      adds: whether there were earlier rows.
+    """
+
+    sums: Any
+    adds: bool
+
+    def of(self, operands: Operands, values: jax.Array | None = None) -> "Into":
+        """Returns the same, `sums` being `Gradients`, from those of some arrays."""
+        kernel, bias = operands.kernel, operands.bias
+        return Into(Gradients(None, kernel, bias, None, values), self.adds)
+
+
+class Share(NamedTuple):
+    """What a tile of R rows and B classes contributes to the gradients.
+
+    Attributes:
+      logits: [R, B], by the logits u after the soft-cap.
+      moments: [R, 1], a sum over the classes for the temperature: that of `logits`
+        times the centred logits c, or what else the fold makes τ's gradient of; None if
+        not wanted.
+      mix: weights [R, B] and rows [R, D] whose product, summed over R, is the gradient
+        of the tile's values; None if not wanted.
+    """
+
+    logits: jax.Array
+    moments: jax.Array | None
+    mix: tuple[jax.Array, jax.Array] | None = None
+
+
+def accumulate(
+    config: Config,
+    operands: Operands,
+    wanted: Wanted,
+    share: Callable[..., Share],
+    rows: object,
+    *,
+    kept: tuple[Kept, ...] = (),
+    into: Into | None = None,
+    values: jax.Array | None = None,
+    tiles: Tiling | None = None,
+) -> tuple[Gradients, jax.Array | None]:
+    """Adds up what tiles contribute to gradients.
+
+    Args:
+      config: what is known at trace time.
+      operands: the arrays, their classes those of this shard.
+      wanted: which gradients to compute.
+      share: gives a tile's contribution from the operands of R rows, their part of
+        `rows`, the tile, its index, and what was kept of it in each layer.
+      rows: further arrays; see `slice_rows`.
+      kept: what the forward pass kept, of this layer first; () for nothing.
+      into: where gradients by the classes' arrays go, `Gradients`; None makes new ones.
+      values: an array like the gradient `values`.
+      tiles: the tiles, if not those of `tiles_of`.
+
+    Returns:
+      The gradients but `tau`, and the moments [N, 1], None if not wanted. With `into`
+      all are in the dtype of the statistics.
+    """
+    plan = tiles_of(config, operands) if tiles is None else tiles
+    dtype = compute_dtype(operands.hidden, operands.kernel)
+    like = Gradients.like(wanted, operands, values) if into is None else into.sums
+    before = like
+    if into is None or not into.adds:
+        # Every class is written once.
+        as_bits = config.keeps
+        before = jax.tree.map(
+            lambda a: lax.empty(a.shape, stored_dtype(a.dtype) if as_bits else a.dtype),
+            like,
+        )
+    sums = _Sums(
+        jnp.zeros(operands.hidden.shape, dtype) if wanted.hidden else None,
+        before.kernel,
+        before.bias,
+        jnp.zeros((operands.hidden.shape[0], 1), dtype) if wanted.tau else None,
+        before.values,
+    )
+    tiles_kept = min((each.count(plan) for each in kept), default=0)
+
+    def loop(first, end, sums, kept):
+        adds = into is not None and into.adds
+        step = _Step(config, operands, share, rows, plan, like, adds, kept)
+        return lax.fori_loop(first, end, step.over_rows, sums)
+
+    sums = mesh_axes.like(sums, (operands, rows, kept))
+    if tiles_kept:
+        sums = loop(0, tiles_kept, sums, kept)
+    if tiles_kept < plan.class_blocks:
+        sums = loop(tiles_kept, plan.class_blocks, sums, ())
+    hidden = sums.hidden
+    if hidden is not None and into is None:
+        hidden = hidden.astype(operands.hidden.dtype)
+    of_classes = Gradients(None, sums.kernel, sums.bias, None, sums.values)
+    of_classes = jax.tree.map(lambda a, b: loaded(a, b.dtype), of_classes, like)
+    return of_classes._replace(hidden=hidden), sums.moments
+
+
+class _Sums(NamedTuple):
+    """Gradients as they grow; `hidden` and `moments` in the dtype of the statistics."""
+
+    hidden: jax.Array | None
+    kernel: jax.Array | None
+    bias: jax.Array | None
+    moments: jax.Array | None
+    values: jax.Array | None
+
+
+class _Step(NamedTuple):
+    """How tiles are added to the gradients; the arguments are those of `accumulate`.
+
+    Attributes:
+      like: arrays in the dtypes of the gradients by the classes' arrays.
+      adds: whether the gradients by the classes' arrays are sums, of earlier rows too.
+    """
+
+    config: Config
+    operands: Operands
+    share: Callable[..., Share]
+    rows: object
+    tiles: Tiling
+    like: Gradients
+    adds: bool
+    kept: tuple[Kept, ...]
+
+    def over_rows(self, index: jax.Array, sums: _Sums) -> _Sums:
+        """Adds the tile `index` of classes, of every block of rows."""
+        operands, tiles = self.operands, self.tiles
+        size, axis = tiles.block_classes, self.config.class_axis
+        first = index * size
+        start = jnp.minimum(first, tiles.classes - size)
+        dtype = compute_dtype(operands.hidden, operands.kernel)
+        features = operands.hidden.shape[1]
+        shape = (features, size) if axis == 1 else (size, features)
+        of_tile = _Sums(
+            sums.hidden,
+            None if sums.kernel is None else jnp.zeros(shape, dtype),
+            None if sums.bias is None else jnp.zeros(size, dtype),
+            sums.moments,
+            None
+            if sums.values is None
+            else jnp.zeros((size, *sums.values.shape[1:]), dtype),
+        )
+
+        def block(number, of_tile):
+            return self._block(number, index, of_tile)
+
+        if tiles.row_blocks == 1:
+            of_tile = block(0, of_tile)
+        else:
+            of_tile = mesh_axes.like(of_tile, (operands, self.rows, sums))
+            of_tile = lax.fori_loop(0, tiles.row_blocks, block, of_tile)
+        fresh = start + lax.iota(jnp.int32, size) >= first
+
+        def write(total, tile, like, axis):
+            if total is None:
+                return None
+            tile = tile.astype(like.dtype)
+            if total.dtype != like.dtype:
+                tile = stored(tile)
+            return self._write(total, tile, start, axis, fresh)
+
+        return _Sums(
+            of_tile.hidden,
+            write(sums.kernel, of_tile.kernel, self.like.kernel, axis),
+            write(sums.bias, of_tile.bias, self.like.bias, 0),
+            of_tile.moments,
+            write(sums.values, of_tile.values, self.like.values, 0),
+        )
+
+    def _block(self, number, index, of_tile: _Sums) -> _Sums:
+        """Adds a block of rows to the gradients of a tile."""
+        tiles = self.tiles
+        row = number * tiles.block_rows
+        row_start = jnp.minimum(row, tiles.rows - tiles.block_rows)
+        part, part_rows = self.operands, self.rows
+        if tiles.row_blocks > 1:
+            part = slice_rows(part, row_start, tiles.block_rows)
+            part_rows = slice_rows(part_rows, row_start, tiles.block_rows)
+        kept = tuple(k.read(Place(row_start, index), tiles) for k in self.kept)
+        tile = compute_tile(
+            self.config, part, tiles, index, kept=kept[0] if kept else None
+        )
+        d, moments, mix = self.share(part, part_rows, tile, index, kept)
+        if tile.slope is not None:
+            d = d * tile.slope
+        if tiles.rows_overlap:
+            fresh = (row_start + lax.iota(jnp.int32, tiles.block_rows) >= row)[:, None]
+            d = jnp.where(fresh, d, 0)
+            moments = None if moments is None else jnp.where(fresh, moments, 0)
+            mix = None if mix is None else (mix[0], jnp.where(fresh, mix[1], 0))
+        return self._add(part, row_start, of_tile, tile, Share(d, moments, mix))
+
+    def _add(self, part, row_start, sums: _Sums, tile, share: Share) -> _Sums:
+        """Adds what a tile contributes to its gradients."""
+        config, tiles = self.config, self.tiles
+        d, moments, mix = share
+        dtype, axis = d.dtype, config.class_axis
+        hidden, kernel, bias, all_moments, all_values = sums
+        if bias is not None:
+            bias = bias + jnp.sum(d, axis=0)
+        d = d.astype(part.matmul_dtype())
+        if hidden is not None:
+            new = dot(d, tile.kernel, (1, axis), config.precision, dtype)
+            hidden = _add_rows(hidden, new, row_start, tiles)
+        if kernel is not None:
+            rows = part.hidden.astype(part.matmul_dtype())
+            pair = (rows, d) if axis == 1 else (d, rows)
+            new = dot(*pair, (0, 0), config.precision, dtype)
+            kernel = new if tiles.row_blocks == 1 else kernel + new
+        if all_moments is not None and moments is not None:
+            all_moments = _add_rows(all_moments, moments, row_start, tiles)
+        if all_values is not None and mix is not None:
+            weights, of_rows = mix
+            weights = weights.astype(of_rows.dtype)
+            all_values += dot(weights, of_rows, (0, 0), config.precision, dtype)
+        return _Sums(hidden, kernel, bias, all_moments, all_values)
+
+    def _write(self, total, tile, start, axis: int, fresh):
+        """Writes or adds a tile of classes, except where it covers classes again."""
+        if self.tiles.classes_overlap or self.adds:
+            old = lax.dynamic_slice_in_dim(total, start, tile.shape[axis], axis)
+            if self.adds:
+                tile = tile + old
+            if self.tiles.classes_overlap:
+                shape = [1] * tile.ndim
+                shape[axis] = tile.shape[axis]
+                tile = jnp.where(fresh.reshape(shape), tile, old)
+        return lax.dynamic_update_slice_in_dim(total, tile, start, axis)
+
+
+def _add_rows(total: jax.Array, new: jax.Array, start, tiles: Tiling):
+    """Adds a block of rows to a sum over tiles."""
+    if tiles.row_blocks == 1:
+        return total + new
+    old = lax.dynamic_slice_in_dim(total, start, new.shape[0])
+    return lax.dynamic_update_slice_in_dim(total, old + new, start, 0)

@@ -1,0 +1,303 @@
+"""How the work of a call is divided: tiles, and which plan its derivative follows.
+
+Pure functions of shapes, bytes of dtypes and the bytes of temporary memory that a call
+may take, its workspace. In units of N·H·V flops a value takes 2, and value and gradient
+
+- *recompute*: 8, since every logit is computed twice; a few tiles of memory;
+- *keep*: from 8 down to 6: what the forward pass keeps of a part of the classes is not
+  computed again;
+- *chunks*: 6, for losses that are reduced inside the call: blocks of tokens, each with
+  all of its logits kept, whose gradient is taken in the forward pass.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from jaxsoft._core.numerics import round_up
+
+__all__ = ["Layer", "Plan", "Tiling", "choose", "tiling_of"]
+
+MIB = 2**20
+# A tile may take this share of the bytes of hidden and kernel, within these bounds:
+# tiles of small layers stay in cache, and those of large ones keep an accelerator's
+# matrix units busy (8,192 rows × 1,024 classes).
+_SHARE = 1 / 16
+_LEAST_TILE, _MOST_TILE = 4 * MIB, 32 * MIB
+# The workspace of a call that names none: this share of the logits in the dtype of the
+# statistics, within these bounds.
+_SHARE_OF_LOGITS = 1 / 4
+_LEAST_WORKSPACE, _MOST_WORKSPACE = 64 * MIB, 512 * MIB
+# So many tiles, and slices of the kernel, are what a backward pass takes beside what it
+# keeps; slices may be twice as large as tiles.
+_TILES, _TILES_AND_SLICES = 2, 6
+
+# The numbers of a chunk of rows take most of the workspace, and its tiles this share.
+_SHARE_OF_CHUNK = 1 / 32
+
+# Sizes are multiples of what matrix units want.
+_CLASS_MULTIPLE = 128
+_ROW_MULTIPLE = 8
+
+# Below this many classes a tile is too thin for an efficient product; rows are
+# split before.
+_THIN = 512
+
+# The slice of the kernel that a tile needs may take so many tiles: with fewer rows than
+# features it is the larger one, and XLA copies it on GPUs.
+_SLICES = 2
+
+# A chunk reads and writes the sum of the kernel's gradient, 8·H·V bytes, in the time of
+# so many flops a byte: for this many rows that is as much as two products.
+_ROWS_OF_A_SUM = 80
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """A cover of `rows` × `classes` by tiles; the last of each kind may overlap.
+
+    Attributes:
+      rows: N.
+      classes: V.
+      block_rows: rows of a tile, at most N.
+      block_classes: classes of a tile, at most V.
+      extra: by how many classes the first tile may start before the first class.
+    """
+
+    rows: int
+    classes: int
+    block_rows: int
+    block_classes: int
+    extra: int = 0
+
+    def __post_init__(self):
+        """Requires at least one row and one class, and tiles within the matrix."""
+        if not 1 <= self.block_rows <= self.rows:
+            raise ValueError(f"`block_rows` must lie in [1, {self.rows}], got {self}.")
+        if not 1 <= self.block_classes <= self.classes:
+            raise ValueError(
+                f"`block_classes` must lie in [1, {self.classes}], got {self}."
+            )
+
+    @property
+    def row_blocks(self) -> int:
+        """The number of blocks of rows."""
+        return math.ceil(self.rows / self.block_rows)
+
+    @property
+    def class_blocks(self) -> int:
+        """The number of blocks of classes."""
+        return math.ceil((self.classes + self.extra) / self.block_classes)
+
+    @property
+    def rows_overlap(self) -> bool:
+        """Whether the last block of rows covers rows of the one before again."""
+        return self.rows % self.block_rows != 0
+
+    @property
+    def classes_overlap(self) -> bool:
+        """Whether some block of classes covers classes of another one again."""
+        return self.extra > 0 or self.classes % self.block_classes != 0
+
+
+def choose(
+    rows: int,
+    classes: int,
+    itemsize: int,
+    tile_bytes: int,
+    multiple: int = 1,
+    column_bytes: int = 1,
+) -> Tiling:
+    """Chooses the tiles of a [rows, classes] matrix of logits.
+
+    Whole columns of rows are preferred, since every tile of the kernel is then read
+    once; rows are split when that would leave tiles thinner than 512 classes.
+
+    Args:
+      rows: N >= 1.
+      classes: V >= 1.
+      itemsize: bytes of one logit.
+      tile_bytes: the most bytes that a tile may take. Tiles of 8 rows × 128 classes
+        are the smallest, whatever the budget.
+      multiple: what the classes of a tile must be a multiple of, unless there is but
+        one tile of them.
+      column_bytes: bytes of the kernel's vector of a class. Slices of it take no more
+        than two tiles, unless that would leave them thinner than 512 classes.
+
+    Returns:
+      The tiling; its sizes are balanced, so that the last tile is not a sliver.
+    """
+    multiple = math.lcm(multiple, _CLASS_MULTIPLE)
+    elements = max(tile_bytes // itemsize, multiple * _ROW_MULTIPLE)
+    thin = min(max(_THIN, multiple), round_up(classes, multiple))
+    block_rows = max(_ROW_MULTIPLE, elements // thin // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    block_rows = balance(rows, min(rows, block_rows), _ROW_MULTIPLE)
+    block_classes = max(multiple, elements // block_rows // multiple * multiple)
+    if block_classes < classes:
+        most = max(_SLICES * tile_bytes // column_bytes, thin)
+        block_classes = min(block_classes, most) // multiple * multiple
+    block_classes = balance(classes, min(classes, block_classes), multiple)
+    return Tiling(rows, classes, block_rows, block_classes)
+
+
+def balance(size: int, most: int, multiple: int) -> int:
+    """Returns the size of blocks that cover `size` and are a multiple, at most `most`.
+
+    It is one that leaves no rest, where some that is not much smaller does, or the
+    smallest that covers in as few blocks.
+    """
+    for block in range(most // multiple * multiple, most * 3 // 4, -multiple):
+        if size % block == 0:
+            return block
+    blocks = math.ceil(size / most)
+    return min(size, round_up(math.ceil(size / blocks), multiple))
+
+
+def tiling_of(rows: int, classes: int, blocks: tuple[int, int]) -> Tiling:
+    """Returns tiles of so many rows and classes, where there are as many."""
+    block_rows, block_classes = blocks
+    return Tiling(rows, classes, min(block_rows, rows), min(block_classes, classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The sizes of a layer that plans are made of.
+
+    Attributes:
+      rows: N, at least 1.
+      features: H.
+      classes: V, at least 1, those of one shard.
+      logit_bytes: of a number in the dtype of the statistics.
+      operand_bytes: of one in the dtype of the operands of products.
+      hidden_bytes: of one of `hidden`.
+      kernel_bytes: of one of the kernel.
+      layers: how many such layers are streamed at once and share the workspace.
+      tile_share: the share of the workspace that a tile may take.
+    """
+
+    rows: int
+    features: int
+    classes: int
+    logit_bytes: int = 4
+    operand_bytes: int = 4
+    hidden_bytes: int = 4
+    kernel_bytes: int = 4
+    layers: int = 1
+    tile_share: float = 1
+
+    def _chunk(self, rows: int) -> "Layer":
+        """Returns the sizes of a chunk of rows."""
+        return dataclasses.replace(self, rows=rows, tile_share=_SHARE_OF_CHUNK)
+
+    def shared(self, rows: int, classes: int) -> "Layer":
+        """Returns the sizes of one of so many shards of rows, and of classes."""
+        return dataclasses.replace(
+            self,
+            rows=math.ceil(self.rows / rows),
+            classes=math.ceil(self.classes / classes),
+        )
+
+    def workspace(self, given: int | None) -> int:
+        """Returns the bytes that a call may take, from what its caller gave."""
+        if given is not None:
+            return given
+        logits = self.rows * self.classes * self.logit_bytes * self.layers
+        share = int(logits * _SHARE_OF_LOGITS)
+        return min(max(share, _LEAST_WORKSPACE), _MOST_WORKSPACE)
+
+    def tiling(self, given: int | None, multiple: int = 1) -> Tiling:
+        """Returns the tiles; see `choose` for `multiple`."""
+        operands = self.rows * self.features * self.hidden_bytes
+        operands += self.features * self.classes * self.kernel_bytes
+        share = min(max(int(operands * _SHARE), _LEAST_TILE), _MOST_TILE)
+        room = self.workspace(given) // _TILES_AND_SLICES
+        most = int(self.workspace(given) * self.tile_share)
+        tile_bytes = max(min(share, room, most) // self.layers, 1)
+        return choose(
+            self.rows,
+            self.classes,
+            self.logit_bytes,
+            tile_bytes,
+            multiple,
+            max(self.features, 1) * self.logit_bytes,
+        )
+
+    def streamed(self, tiles: Tiling) -> int:
+        """Returns the bytes that a backward pass over tiles takes."""
+        tile = tiles.block_rows * tiles.block_classes * self.logit_bytes
+        # One tile of all classes is no slice.
+        cut = self.features * tiles.block_classes * self.logit_bytes
+        cut = 0 if tiles.class_blocks == 1 else cut
+        return self.layers * _TILES * (tile + cut)
+
+    def plan(
+        self,
+        given: int | None,
+        *,
+        kept_bytes: int | None,
+        reduced: bool = False,
+        kernel: bool = True,
+    ) -> "Plan":
+        """Chooses the plan of a derivative.
+
+        Args:
+          given: the bytes that the caller gave, or None.
+          kept_bytes: of what may be kept of a logit; None if nothing can be.
+          reduced: whether the loss is reduced inside the call.
+          kernel: whether the kernel's gradient is wanted.
+        """
+        tiles = self.tiling(given)
+        if kept_bytes is None:
+            return Plan("recompute", tiles)
+        kept = self._kept_classes(given, tiles, kept_bytes)
+        plan = Plan("keep", tiles, kept) if kept else Plan("recompute", tiles)
+        rows = self._chunk_rows(given, kept_bytes, kernel) if reduced else 0
+        given = self.workspace(given)
+        if not rows:
+            return plan
+        more = 2 * _ROWS_OF_A_SUM / rows if kernel and rows < self.rows else 0
+        if more >= 2 - 2 * kept / self.classes and kept < self.classes:
+            return plan
+        return Plan("chunks", self._chunk(rows).tiling(given), self.classes, rows)
+
+    def _kept_classes(self, given: int | None, tiles: Tiling, kept_bytes: int) -> int:
+        """Returns of how many classes there is room to keep something."""
+        room = self.workspace(given) - self.streamed(tiles)
+        classes = room // (self.rows * kept_bytes * self.layers)
+        count = min(classes // tiles.block_classes, tiles.class_blocks)
+        return max(count, 0) * tiles.block_classes
+
+    def _chunk_rows(self, given: int | None, kept_bytes: int, kernel: bool) -> int:
+        """Returns the rows of a chunk; 0 where none has room."""
+        room = self.workspace(given)
+        if kernel and given is not None and self.kernel_bytes != self.logit_bytes:
+            room -= self.features * self.classes * self.logit_bytes
+        given = self.workspace(given)
+        row = self.classes * kept_bytes * self.layers
+        rows = min(room // row, self.rows)
+        if rows < min(_ROW_MULTIPLE, self.rows):
+            return 0
+        chunk = self._chunk(rows)
+        rows = min((room - chunk.streamed(chunk.tiling(given))) // row, self.rows)
+        if rows < min(_ROW_MULTIPLE, self.rows):
+            return 0
+        if rows < self.rows:
+            rows = rows // _ROW_MULTIPLE * _ROW_MULTIPLE
+        return balance(self.rows, rows, _ROW_MULTIPLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a derivative does.
+
+    Attributes:
+      kind: which of the plans.
+      tiles: of all rows, or of a chunk's.
+      kept_classes: of how many classes something is kept.
+      chunk_rows: the rows of a chunk; 0 without chunks.
+    """
+
+    kind: Literal["recompute", "keep", "chunks"]
+    tiles: Tiling
+    kept_classes: int = 0
+    chunk_rows: int = 0
