@@ -110,6 +110,8 @@ class Config:
       total_classes: V where the last shards have masked padding; else None.
       shards: how the arrays are sharded, where their types said so; else None.
       keeps: whether a forward pass may keep something of tiles.
+      moves_bits: whether parts of large arrays of 16-bit floats are read and written as
+        bits, through which no derivative flows; see `tiles.stored`.
       blocks: rows and classes of a tile where something is kept of tiles; else None.
     """
 
@@ -123,6 +125,7 @@ class Config:
     total_classes: int | None = None
     shards: mesh_axes.Shards | None = None
     keeps: bool = True
+    moves_bits: bool = False
     blocks: tuple[int, int] | None = None
 
     def over(self, vocab_axes: tuple[str, ...]) -> "Config":

@@ -216,6 +216,11 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         config = dataclasses.replace(self.config, keeps=False)
         return dataclasses.replace(self, config=config).by("xla")
 
+    def moving_bits(self) -> Self:
+        """Returns the same fold that moves 16-bit floats as bits."""
+        config = dataclasses.replace(self.config, moves_bits=True)
+        return dataclasses.replace(self, config=config)
+
     def by(self, implementation: str) -> Self:
         """Returns the same fold by another implementation."""
         config = dataclasses.replace(self.config, implementation=implementation)
@@ -305,7 +310,8 @@ class _Saved(Program):
     keep: Keep | None = None
 
     def call(self, arrays: Any) -> _Forward:
-        return _Forward(*self.fold.forward(arrays, self.keep, self.shards))
+        saved, kept = self.fold.forward(arrays, self.keep, self.shards)
+        return _Forward(saved, tuple(each.in_floats() for each in kept))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +326,8 @@ class _Gradients(Program):
 
     def call(self, arrays: Any, saved: Any, kept: Any, cotangents: Any) -> Any:
         fold, moving = self.fold, self.moving
+        if fold.config.moves_bits:
+            kept = tuple(each.in_bits() for each in kept)
 
         def gradients(kept: tuple[Kept, ...]) -> Any:
             return fold.gradients(arrays, saved, cotangents, moving, kept)

@@ -23,6 +23,7 @@ from jaxsoft.linear.tiles import (
     Place,
     compute_tile,
     dot,
+    kernel_slice,
     loaded,
     slice_rows,
     stored,
@@ -156,9 +157,9 @@ def accumulate(
     before = like
     if into is None or not into.adds:
         # Every class is written once.
-        as_bits = config.keeps
+        as_bits = config.moves_bits
         before = jax.tree.map(
-            lambda a: lax.empty(a.shape, stored_dtype(a.dtype) if as_bits else a.dtype),
+            lambda a: jnp.zeros(a.shape, stored_dtype(a.dtype) if as_bits else a.dtype),
             like,
         )
     sums = _Sums(
@@ -168,18 +169,11 @@ def accumulate(
         jnp.zeros((operands.hidden.shape[0], 1), dtype) if wanted.tau else None,
         before.values,
     )
-    tiles_kept = min((each.count(plan) for each in kept), default=0)
 
-    def loop(first, end, sums, kept):
-        adds = into is not None and into.adds
-        step = _Step(config, operands, share, rows, plan, like, adds, kept)
-        return lax.fori_loop(first, end, step.over_rows, sums)
-
+    adds = into is not None and into.adds
+    step = _Step(config, operands, share, rows, plan, like, adds, kept)
     sums = mesh_axes.like(sums, (operands, rows, kept))
-    if tiles_kept:
-        sums = loop(0, tiles_kept, sums, kept)
-    if tiles_kept < plan.class_blocks:
-        sums = loop(tiles_kept, plan.class_blocks, sums, ())
+    sums = lax.fori_loop(0, plan.class_blocks, step.over_rows, sums)
     hidden = sums.hidden
     if hidden is not None and into is None:
         hidden = hidden.astype(operands.hidden.dtype)
@@ -196,6 +190,22 @@ class _Sums(NamedTuple):
     bias: jax.Array | None
     moments: jax.Array | None
     values: jax.Array | None
+
+
+class _Slopes(NamedTuple):
+    """The derivative by a tile's logits, in the dtype of the products' operands.
+
+    Attributes:
+      logits: [R, B].
+      bias: [B] its sum over the rows; None without a bias.
+      moments: see `Share`.
+      mix: see `Share`, both in the dtype of the rows.
+    """
+
+    logits: jax.Array
+    bias: jax.Array | None
+    moments: jax.Array | None
+    mix: tuple[jax.Array, jax.Array] | None
 
 
 class _Step(NamedTuple):
@@ -269,10 +279,24 @@ class _Step(NamedTuple):
         if tiles.row_blocks > 1:
             part = slice_rows(part, row_start, tiles.block_rows)
             part_rows = slice_rows(part_rows, row_start, tiles.block_rows)
-        kept = tuple(k.read(Place(row_start, index), tiles) for k in self.kept)
-        tile = compute_tile(
-            self.config, part, tiles, index, kept=kept[0] if kept else None
-        )
+        place = Place(row_start, index)
+
+        def slopes(is_kept: bool) -> _Slopes:
+            kept = tuple(k.read(place, tiles) for k in self.kept) if is_kept else ()
+            found = self._slopes(part, part_rows, index, row, row_start, kept)
+            return mesh_axes.like(found, (part, part_rows, self.kept))
+
+        count = min((each.count(tiles) for each in self.kept), default=0)
+        if 0 < count < tiles.class_blocks:
+            found = lax.cond(index < count, lambda: slopes(True), lambda: slopes(False))
+        else:
+            found = slopes(count > 0)
+        return self._add(part, row_start, index, of_tile, found)
+
+    def _slopes(self, part, part_rows, index, row, row_start, kept) -> _Slopes:
+        """Returns the derivative by a tile's logits, and what is made of it."""
+        config, tiles = self.config, self.tiles
+        tile = compute_tile(config, part, tiles, index, kept=kept[0] if kept else None)
         d, moments, mix = self.share(part, part_rows, tile, index, kept)
         if tile.slope is not None:
             d = d * tile.slope
@@ -281,32 +305,36 @@ class _Step(NamedTuple):
             d = jnp.where(fresh, d, 0)
             moments = None if moments is None else jnp.where(fresh, moments, 0)
             mix = None if mix is None else (mix[0], jnp.where(fresh, mix[1], 0))
-        return self._add(part, row_start, of_tile, tile, Share(d, moments, mix))
+        bias = None if part.bias is None else jnp.sum(d, axis=0)
+        if mix is not None:
+            weights, of_rows = mix
+            mix = (weights.astype(of_rows.dtype), of_rows)
+        return _Slopes(d.astype(part.matmul_dtype()), bias, moments, mix)
 
-    def _add(self, part, row_start, sums: _Sums, tile, share: Share) -> _Sums:
+    def _add(self, part, row_start, index, sums: _Sums, slopes: _Slopes) -> _Sums:
         """Adds what a tile contributes to its gradients."""
         config, tiles = self.config, self.tiles
-        d, moments, mix = share
-        dtype, axis = d.dtype, config.class_axis
-        hidden, kernel, bias, all_moments, all_values = sums
-        if bias is not None:
-            bias = bias + jnp.sum(d, axis=0)
-        d = d.astype(part.matmul_dtype())
+        axis, d = config.class_axis, slopes.logits
+        dtype = compute_dtype(part.hidden, part.kernel)
+        hidden, kernel, bias, moments, values = sums
+        if bias is not None and slopes.bias is not None:
+            bias = bias + slopes.bias
         if hidden is not None:
-            new = dot(d, tile.kernel, (1, axis), config.precision, dtype)
+            size = tiles.block_classes
+            start = jnp.minimum(index * size, tiles.classes - size)
+            of_tile = kernel_slice(config, part, tiles, start)
+            new = dot(d, of_tile, (1, axis), config.precision, dtype)
             hidden = _add_rows(hidden, new, row_start, tiles)
         if kernel is not None:
             rows = part.hidden.astype(part.matmul_dtype())
             pair = (rows, d) if axis == 1 else (d, rows)
             new = dot(*pair, (0, 0), config.precision, dtype)
             kernel = new if tiles.row_blocks == 1 else kernel + new
-        if all_moments is not None and moments is not None:
-            all_moments = _add_rows(all_moments, moments, row_start, tiles)
-        if all_values is not None and mix is not None:
-            weights, of_rows = mix
-            weights = weights.astype(of_rows.dtype)
-            all_values += dot(weights, of_rows, (0, 0), config.precision, dtype)
-        return _Sums(hidden, kernel, bias, all_moments, all_values)
+        if moments is not None and slopes.moments is not None:
+            moments = _add_rows(moments, slopes.moments, row_start, tiles)
+        if values is not None and slopes.mix is not None:
+            values += dot(*slopes.mix, (0, 0), config.precision, dtype)
+        return _Sums(hidden, kernel, bias, moments, values)
 
     def _write(self, total, tile, start, axis: int, fresh):
         """Writes or adds a tile of classes, except where it covers classes again."""

@@ -136,17 +136,20 @@ def choose(
     if block_classes < classes:
         most = max(_SLICES * tile_bytes // column_bytes, thin)
         block_classes = min(block_classes, most) // multiple * multiple
-    block_classes = balance(classes, min(classes, block_classes), multiple)
+    # A last tile that is shifted takes a loop of its own on TPUs.
+    most = min(classes, block_classes)
+    least = max(0.375, (thin - 1) / most)
+    block_classes = balance(classes, most, multiple, least)
     return Tiling(rows, classes, block_rows, block_classes)
 
 
-def balance(size: int, most: int, multiple: int) -> int:
+def balance(size: int, most: int, multiple: int, least: float = 0.75) -> int:
     """Returns the size of blocks that cover `size` and are a multiple, at most `most`.
 
-    It is one that leaves no rest, where some that is not much smaller does, or the
-    smallest that covers in as few blocks.
+    It is one that leaves no rest, where one of at least that share of `most` does, or
+    the smallest that covers in as few blocks.
     """
-    for block in range(most // multiple * multiple, most * 3 // 4, -multiple):
+    for block in range(most // multiple * multiple, math.ceil(most * least) - 1, -multiple):
         if size % block == 0:
             return block
     blocks = math.ceil(size / most)

@@ -122,7 +122,7 @@ def bind(program: Program, *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(result), out)
 
 
-def _prepare(program: Program, flat: list[Any], tree: Any) -> tuple[dict, Any]:
+def _prepare(program: Program, flat: Sequence[Any], tree: Any) -> tuple[dict, Any]:
     """Returns the primitive's parameters, and the result's shapes."""
     args = jax.tree.unflatten(tree, flat)
 
@@ -246,6 +246,17 @@ def _evaluate_whole(*args, jaxpr, program, tree, result_axes):
     return _flat(program, tree)(*args)
 
 
+def _evaluate_by_bits(*args, jaxpr, program, tree, result_axes):
+    """Computes the function for CPUs, which convert what they slice of 16-bit floats."""
+    if all(array.dtype.itemsize != 2 for array in args):
+        return _evaluate(
+            *args, jaxpr=jaxpr, program=program, tree=tree, result_axes=result_axes
+        )
+    program = dataclasses.replace(program, fold=program.fold.moving_bits())
+    params, _ = _prepare(program, args, tree)
+    return _evaluate(*args, **params)
+
+
 def _lowering(function):
     """Returns how the function lowers where its kernel, if it has one, can run."""
     lower = mlir.lower_fun(function, multiple_results=True)
@@ -282,6 +293,7 @@ _primitive.def_effectful_abstract_eval(
 )
 mlir.register_lowering(_primitive, _lowering(_evaluate))
 mlir.register_lowering(_primitive, _lowering(_evaluate_whole), platform="tpu")
+mlir.register_lowering(_primitive, _lowering(_evaluate_by_bits), platform="cpu")
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch
 

@@ -36,6 +36,7 @@ __all__ = [
     "compute_tile",
     "dot",
     "fold_tiles",
+    "kernel_slice",
     "layer_of",
     "loaded",
     "scatter",
@@ -284,7 +285,8 @@ class Keep:
         rows = operands.hidden.shape[0]
         dtype = compute_dtype(operands.hidden, operands.kernel)
         is_weights = self.what == "weights"
-        of_numbers = stored_dtype(operands.matmul_dtype() if is_weights else dtype)
+        of_numbers = operands.matmul_dtype() if is_weights else dtype
+        of_numbers = stored_dtype(of_numbers) if config.moves_bits else of_numbers
         first = mesh_axes.offset(config.vocab_axes, operands.num_classes(config))
         kept = Kept(
             lax.empty((rows, width), of_numbers),
@@ -298,8 +300,7 @@ class Kept(NamedTuple):
     """What was kept of the first tiles, side by side.
 
     Attributes:
-      numbers: [N, W] those of the tiles; of bfloat16 the bits, as uint16, through which
-        no derivative flows.
+      numbers: [N, W] those of the tiles; uint16 are the bits of bfloat16.
       peaks: [N, P] of weights, one a tile; None for products.
       first: [N, S] the first class of the shard, so that whoever reads what was kept
         sees whether it was of the same classes.
@@ -333,17 +334,40 @@ class Kept(NamedTuple):
         at = (place.row, place.index * tiles.block_classes)
         short = self.numbers.dtype == jnp.uint16
         numbers = tile.numbers.astype(jnp.bfloat16 if short else self.numbers.dtype)
-        numbers = stored(numbers)
+        numbers = stored(numbers) if short else numbers
         numbers = lax.dynamic_update_slice(self.numbers, numbers, at)
         peaks = self.peaks
         if peaks is not None and tile.peak is not None:
             peaks = lax.dynamic_update_slice(peaks, tile.peak, place)
         return Kept(numbers, peaks, self.first)
 
+    def in_bits(self) -> "Kept":
+        """Returns the same with the bits of bfloat16."""
+        numbers = self.numbers
+        short = numbers.dtype == jnp.bfloat16
+        return self._replace(numbers=stored(numbers) if short else numbers)
+
+    def in_floats(self) -> "Kept":
+        """Returns the same with bfloat16 in the place of its bits."""
+        numbers = self.numbers
+        short = numbers.dtype == jnp.uint16
+        return self._replace(numbers=loaded(numbers, jnp.bfloat16) if short else numbers)
+
     def is_of(self, config: Config, operands: Operands) -> jax.Array:
         """Tells whether it was kept of the classes that are here."""
         first = mesh_axes.offset(config.vocab_axes, operands.num_classes(config))
         return jnp.all(self.first == first)
+
+
+def kernel_slice(
+    config: Config, operands: Operands, tiles: Tiling, start: jax.Array | int
+) -> jax.Array:
+    """Returns a tile's classes of the kernel, in the dtype of the matrix products."""
+    size, kernel = tiles.block_classes, operands.kernel
+    if config.moves_bits and tiles.class_blocks > 1:
+        kernel = stored(kernel)
+    kernel = lax.dynamic_slice_in_dim(kernel, start, size, config.class_axis)
+    return loaded(kernel, operands.kernel.dtype).astype(operands.matmul_dtype())
 
 
 def compute_tile(
@@ -373,11 +397,7 @@ def compute_tile(
         if ours is not None:
             inside = (operands.labels >= first) & (operands.labels < first + size)
             labels = jnp.where(inside, labels, -1)
-    kernel = operands.kernel
-    if config.keeps and tiles.class_blocks > 1:
-        kernel = stored(kernel)
-    kernel = lax.dynamic_slice_in_dim(kernel, start, size, config.class_axis)
-    kernel = loaded(kernel, operands.kernel.dtype).astype(operands.matmul_dtype())
+    kernel = kernel_slice(config, operands, tiles, start)
     dtype = compute_dtype(operands.hidden, operands.kernel)
     if kept is not None and kept.peak is not None:
         weights = kept.numbers.astype(dtype)

@@ -144,6 +144,13 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
     def operands(self, arrays: Layers) -> Operands:
         return arrays.student
 
+    def moving_bits(self) -> "TwoLayers":
+        student, teacher = (
+            dataclasses.replace(config, moves_bits=True)
+            for config in (self.config, self.teacher)
+        )
+        return dataclasses.replace(self, config=student, teacher=teacher)
+
     def keeping(self, keep: Keep | None) -> "TwoLayers":
         if keep is None:
             return self
