@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Literal
@@ -25,13 +26,14 @@ from jaxsoft._core.tokens import (
 from jaxsoft.linear.arguments import (
     KernelLayout,
     MeshAxes,
-    Operands,
     fold_rows,
     prepare,
 )
 from jaxsoft.linear.fold import stream
-from jaxsoft.linear.folds.divergence import Layers, TwoLayers
+from jaxsoft.linear.folds.divergence import Layers, Losses, TwoLayers
 from jaxsoft.linear.folds.statistics import statistics
+from jaxsoft.linear.token_losses import reduced
+from jaxsoft.linear.total import RowLoss
 
 __all__ = ["linear_distillation", "linear_distillation_top_k"]
 
@@ -182,19 +184,28 @@ def linear_distillation(
     tau = student.arrays.tau
     arrays = arrays._replace(tau=None if tau is None else lax.stop_gradient(tau))
     fold = TwoLayers(student.config, teacher.config, divergence)
-    loss = _distill(fold, student.arrays, arrays)
-    return reduce_losses(loss, token_weight, reduction, axes)
+    layers = Layers(
+        fold_rows(fold.config, student.arrays), fold_rows(fold.teacher, arrays)
+    )
+    if reduction != "none" and math.prod(rows):
+        loss = _Divergence()
+        return reduced(fold, loss, layers, (), token_weight, reduction, axes)
+    losses = _distill(fold, layers) if math.prod(rows) else jnp.zeros(0)
+    return reduce_losses(losses.reshape(rows), token_weight, reduction, axes)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _distill(fold: TwoLayers, student: Operands, teacher: Operands) -> jax.Array:
-    """Folds leading axes into rows, computes, and unfolds."""
-    rows = student.hidden.shape[:-1]
-    if not math.prod(rows):
-        return jnp.zeros(rows, jnp.float32)
-    student = fold_rows(fold.config, student)
-    teacher = fold_rows(fold.teacher, teacher)
-    return stream(fold, Layers(student, teacher)).loss.reshape(rows)
+def _distill(fold: TwoLayers, layers: Layers) -> jax.Array:
+    return stream(fold, layers).loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divergence(RowLoss):
+    """The divergence of a row, as it was streamed."""
+
+    def of_rows(self, result: Losses, rows: tuple[()]) -> jax.Array:
+        del rows
+        return result.loss
 
 
 @mesh_axes.accepts_explicit("hidden", kernel="kernel")

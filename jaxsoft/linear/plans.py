@@ -149,7 +149,9 @@ def balance(size: int, most: int, multiple: int, least: float = 0.75) -> int:
     It is one that leaves no rest, where one of at least that share of `most` does, or
     the smallest that covers in as few blocks.
     """
-    for block in range(most // multiple * multiple, math.ceil(most * least) - 1, -multiple):
+    for block in range(
+        most // multiple * multiple, math.ceil(most * least) - 1, -multiple
+    ):
         if size % block == 0:
             return block
     blocks = math.ceil(size / most)

@@ -247,7 +247,7 @@ def _evaluate_whole(*args, jaxpr, program, tree, result_axes):
 
 
 def _evaluate_by_bits(*args, jaxpr, program, tree, result_axes):
-    """Computes the function for CPUs, which convert what they slice of 16-bit floats."""
+    """Computes the function for CPUs, which convert all of what they slice."""
     if all(array.dtype.itemsize != 2 for array in args):
         return _evaluate(
             *args, jaxpr=jaxpr, program=program, tree=tree, result_axes=result_axes

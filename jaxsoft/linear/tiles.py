@@ -229,12 +229,13 @@ def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
 
 def stored(array: jax.Array) -> jax.Array:
     """Returns an array in its `stored_dtype`."""
-    return lax.bitcast_convert_type(array, stored_dtype(array.dtype))
+    return loaded(array, stored_dtype(array.dtype))
 
 
 def loaded(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns an array of a dtype from what `stored` made of it."""
-    return lax.bitcast_convert_type(array, dtype)
+    # A derivative flows through nothing but the array itself.
+    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 
 class Place(NamedTuple):
@@ -351,7 +352,9 @@ class Kept(NamedTuple):
         """Returns the same with bfloat16 in the place of its bits."""
         numbers = self.numbers
         short = numbers.dtype == jnp.uint16
-        return self._replace(numbers=loaded(numbers, jnp.bfloat16) if short else numbers)
+        return self._replace(
+            numbers=loaded(numbers, jnp.bfloat16) if short else numbers
+        )
 
     def is_of(self, config: Config, operands: Operands) -> jax.Array:
         """Tells whether it was kept of the classes that are here."""

@@ -1,0 +1,57 @@
+"""Plans of a derivative that a test chooses: each by a number of bytes of its own."""
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+
+from jaxsoft.linear.plans import Layer, Plan, tiling_of
+
+# Tiles of 16 rows and 128 classes; they overlap in both axes where a test's sizes do
+# not divide, and so do chunks of 8 rows.
+_BLOCKS, _CHUNK = (16, 128), 8
+# What each plan is asked for by: nothing else would take such numbers.
+RECOMPUTE, SOME, ALL, CHUNKS, ONE_CHUNK = range(900_001, 900_006)
+PLANS = {
+    "recompute": RECOMPUTE,
+    "some tiles kept": SOME,
+    "all tiles kept": ALL,
+    "chunks": CHUNKS,
+    "one chunk": ONE_CHUNK,
+}
+
+
+def _plan(layer: Layer, workspace: int, reduced: bool) -> Plan:
+    """Returns the plan of a number."""
+    rows = layer.rows
+    if reduced and workspace in (CHUNKS, ONE_CHUNK):
+        rows = min(_CHUNK, rows) if workspace == CHUNKS else rows
+    tiles = tiling_of(rows, layer.classes, _BLOCKS)
+    everything = tiles.class_blocks * tiles.block_classes
+    if workspace == RECOMPUTE:
+        return Plan("recompute", tiles)
+    if workspace == SOME:
+        some = tiles.block_classes * (tiles.class_blocks // 2)
+        return Plan("keep", tiles, some) if some else Plan("recompute", tiles)
+    if reduced and workspace in (CHUNKS, ONE_CHUNK):
+        return Plan("chunks", tiles, everything, rows)
+    return Plan("keep", tiles, everything)
+
+
+@pytest.fixture(autouse=True)
+def chosen_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has the numbers above stand for their plans."""
+    original = Layer.plan
+
+    @functools.wraps(original)
+    def plan(self, given, *, kept_bytes, reduced=False, kernel=True):
+        if given not in PLANS.values():
+            return original(
+                self, given, kept_bytes=kept_bytes, reduced=reduced, kernel=kernel
+            )
+        if kept_bytes is None:
+            return Plan("recompute", tiling_of(self.rows, self.classes, _BLOCKS))
+        return _plan(self, given, reduced)
+
+    monkeypatch.setattr(Layer, "plan", plan)
+    yield

@@ -1,0 +1,339 @@
+"""Every plan of a derivative gives the same numbers, and computes what it says."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoft
+from jaxsoft import linear_cross_entropy
+from jaxsoft.linear.arguments import prepare
+from jaxsoft.linear.fold import _Gradients
+from jaxsoft.linear.folds.statistics import Fields, Statistics
+from jaxsoft.linear.tiles import Keep
+from tests import truth
+from tests.linear import cases
+from tests.linear.plans import ALL, CHUNKS, PLANS, RECOMPUTE, chosen_plans
+
+__all__ = ["chosen_plans"]
+
+ROWS, FEATURES, CLASSES = 20, 8, 300
+BY_NAME = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+def close(a: Any, b: Any, rtol: float = 2e-5, atol: float = 1e-6) -> None:
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x, "float64"), np.asarray(y, "float64"), rtol=rtol, atol=atol
+        )
+
+
+@functools.cache
+def _plain(name: str, reduction: str, dtype: str, wide: str):
+    """Returns value and gradients of the plain formula, computed in `wide`."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
+    options = cases.arrays(cases.OPTIONS[name], ROWS, CLASSES, labels)
+    moving = {k: options.pop(k) for k in ("bias", "temperature") if k in options}
+
+    def cast(tree):
+        def one(a):
+            a = jnp.asarray(a)
+            return a.astype(wide) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+        return jax.tree.map(one, tree)
+
+    hidden, kernel, moving, fixed = cast((hidden, kernel, moving, options))
+    for number in ("logit_softcap", "label_smoothing", "z_loss"):
+        if number in options:
+            fixed[number] = options[number]
+
+    def total(hidden, kernel, moving):
+        losses = cases.plain_loss(hidden, kernel, labels, **fixed, **moving)
+        if reduction == "mean":
+            weights = options.get("weights")
+            count = ROWS if weights is None else weights.sum().astype(losses.dtype)
+            return losses.sum() / count
+        return (losses * jnp.cos(jnp.arange(ROWS, dtype=losses.dtype))).sum()
+
+    return jax.value_and_grad(total, (0, 1, 2))(hidden, kernel, moving)
+
+
+@BY_NAME
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", cases.OPTIONS)
+@pytest.mark.many_cases
+def test_every_option_by_every_plan(name, reduction, dtype, plan, x64):
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
+    options = cases.arrays(cases.OPTIONS[name], ROWS, CLASSES, labels)
+    moving = {k: options.pop(k) for k in ("bias", "temperature") if k in options}
+    layout = "vh" if (len(name) + plan) % 2 else "hv"
+
+    def total(hidden, kernel, moving):
+        losses = linear_cross_entropy(
+            hidden,
+            kernel if layout == "hv" else kernel.T,
+            labels,
+            reduction=reduction,
+            kernel_layout=layout,
+            workspace_bytes=plan,
+            **options,
+            **moving,
+        )
+        if reduction == "mean":
+            return losses
+        return (losses * jnp.cos(jnp.arange(ROWS, dtype=losses.dtype))).sum()
+
+    got = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(hidden, kernel, moving)
+    exact = _plain(name, reduction, dtype, "float64")
+    plain = _plain(name, reduction, dtype, dtype)
+    leaves = zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True)
+    for mine, theirs, truly in leaves:
+        # Both round their gradients once to bfloat16, of 8 bits.
+        slack = 2e-6 if mine.dtype == jnp.float32 else 4e-3
+        truth.assert_as_good(mine, theirs, truly, slack=slack)
+
+
+def _every_function(key, hidden, kernel, labels, values, teacher, **size: Any):
+    """Yields every function that streams a layer and has a derivative, as a number."""
+    ids = (labels[:, None] + jnp.arange(3, dtype=jnp.int32)[None]) % CLASSES
+    ids = ids.at[0, 1].set(ids[0, 0])
+    listed = jnp.log(jnp.full(ids.shape, 0.2))
+    cosine = jnp.cos(jnp.arange(ROWS, dtype=jnp.float32))
+
+    def log_prob(h, w):
+        log_probs, entropies = jaxsoft.linear_log_prob(h, w, labels, **size)
+        return (log_probs * cosine).sum() - entropies.sum()
+
+    def log_prob_at(h, w):
+        return (jaxsoft.linear_log_prob_at(h, w, ids, **size) ** 2).sum()
+
+    def statistics(h, w):
+        found = jaxsoft.linear_statistics(h, w, labels, **size)
+        return (found.lse * cosine).sum() + found.label_logit.sum()
+
+    def excluded(h, w):
+        return jaxsoft.nt_xent(h, h[::-1] + w[:, :ROWS].T, **size)
+
+    def expected(h, w, **more):
+        return (jaxsoft.linear_expected(h, w, values, **size, **more) ** 2).sum()
+
+    def top_k(h, w):
+        return jaxsoft.linear_top_k(h, w, 4, **size)[0].sum()
+
+    def distillation(h, w, **more):
+        return jaxsoft.linear_distillation(h, w, hidden + 1, teacher, **size, **more)
+
+    def of_both(h, w):
+        return jaxsoft.linear_distillation(
+            h, w, h[:, ::-1], w[::-1], teacher_gradient=True, temperature=2.0, **size
+        )
+
+    def listed_only(h, w):
+        return jaxsoft.linear_distillation_top_k(h, w, ids, listed, **size)
+
+    yield log_prob
+    yield log_prob_at
+    yield statistics
+    yield excluded
+    yield expected
+    yield functools.partial(expected, key=key, hard=True)
+    yield top_k
+    yield distillation
+    yield functools.partial(distillation, divergence="reverse_kl", reduction="sum")
+    yield functools.partial(distillation, divergence="jensen_shannon", temperature=2.0)
+    yield of_both
+    yield listed_only
+
+
+@functools.cache
+def _by_plan(index: int, plan: int):
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES)
+    rng = np.random.default_rng(3)
+    values = jnp.asarray(rng.standard_normal((CLASSES, 5)), "float32")
+    teacher = jnp.asarray(rng.standard_normal((FEATURES, CLASSES)), "float32")
+    functions = _every_function(
+        jax.random.key(0), hidden, kernel, labels, values, teacher, workspace_bytes=plan
+    )
+    function = list(functions)[index]
+    return jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, kernel)
+
+
+@pytest.mark.parametrize("plan", [p for p in PLANS.values() if p != RECOMPUTE])
+@pytest.mark.parametrize("index", range(12))
+@pytest.mark.many_cases
+def test_every_function_by_every_plan(index, plan):
+    close(_by_plan(index, plan), _by_plan(index, RECOMPUTE))
+
+
+def _loss(plan: int, reduction: Any = "mean"):
+    def loss(hidden, kernel, labels):
+        losses = linear_cross_entropy(
+            hidden, kernel, labels, reduction=reduction, workspace_bytes=plan
+        )
+        return (losses**2).sum()
+
+    return loss
+
+
+@BY_NAME
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_over_reverse(plan, reduction, dtype):
+    """No derivative flows through what was kept: it is taken without."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
+
+    def product(loss, *arrays):
+        gradient = jax.grad(loss, (0, 1))
+        tangents = jax.tree.map(jnp.sin, arrays)
+        return jax.jvp(lambda *a: gradient(*a, labels), arrays, tangents)
+
+    def plain(hidden, kernel, labels):
+        losses = cases.plain_loss(hidden, kernel, labels)
+        return ((losses if reduction == "none" else losses.mean()) ** 2).sum()
+
+    loss = _loss(plan, reduction)
+    got = jax.jit(functools.partial(product, loss))(hidden, kernel)
+    wide = [a.astype("float32") for a in (hidden, kernel)]
+    tolerance = 1e-4 if dtype == "float32" else 5e-2
+    close(got, product(plain, *wide), rtol=tolerance, atol=tolerance)
+
+
+@BY_NAME
+def test_batches(plan):
+    hidden, kernel, labels = cases.layer(3 * ROWS, FEATURES, CLASSES)
+    hidden, labels = hidden.reshape(3, ROWS, -1), labels.reshape(3, ROWS)
+    gradient = jax.value_and_grad(_loss(plan), (0, 1))
+    alone = [gradient(h, kernel, y) for h, y in zip(hidden, labels, strict=True)]
+    values, (by_hidden, by_kernel) = jax.tree.map(lambda *a: jnp.stack(a), *alone)
+
+    def total(hidden, kernel):
+        return jax.vmap(_loss(plan), (0, None, 0))(hidden, kernel, labels).sum()
+
+    close(jax.jit(jax.vmap(gradient, (0, None, 0)))(hidden, kernel, labels), (
+        values, (by_hidden, by_kernel)
+    ))
+    close(jax.jit(jax.grad(total, (0, 1)))(hidden, kernel), (by_hidden, by_kernel.sum(0)))
+    kernels = jnp.stack([kernel, 2 * kernel, -kernel])
+    by_kernels = [gradient(hidden[0], k, labels[0])[1] for k in kernels]
+    mapped = jax.jit(jax.vmap(gradient, (None, 0, None)))(hidden[0], kernels, labels[0])
+    close(mapped[1], jax.tree.map(lambda *a: jnp.stack(a), *by_kernels))
+
+
+@BY_NAME
+def test_many_cotangents_of_one_forward_pass(plan):
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES)
+
+    def losses(workspace):
+        return lambda h: linear_cross_entropy(
+            h, kernel, labels, reduction="none", workspace_bytes=workspace
+        )
+
+    jacobian = jax.jit(jax.jacrev(losses(plan)))(hidden)
+    close(jacobian, jax.jacrev(losses(RECOMPUTE))(hidden))
+
+
+@BY_NAME
+@pytest.mark.parametrize("kind", ["zero", "peaked", "offset", "negative"])
+def test_gradients_of_extreme_logits_in_bfloat16(plan, kind, x64):
+    """Where a token is sure of its label, p - 1 has more digits than p."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, kind, "bfloat16")
+    labels = jnp.argmax(hidden.astype("float32") @ kernel.astype("float32"), axis=1)
+
+    def plain(hidden, kernel, labels):
+        return (cases.plain_loss(hidden, kernel, labels) ** 2).sum()
+
+    got = jax.jit(jax.grad(_loss(plan, "none"), (0, 1)))(hidden, kernel, labels)
+    exact = jax.grad(plain, (0, 1))(*(a.astype("float64") for a in (hidden, kernel)), labels)
+    theirs = jax.grad(plain, (0, 1))(hidden, kernel, labels)
+    for mine, plainly, truly in zip(got, theirs, exact, strict=True):
+        truth.assert_as_good(mine, plainly, truly, slack=4e-3)
+
+
+def test_what_was_kept_of_other_classes_is_not_read():
+    """Devices may lie otherwise in the backward pass; the numbers are garbage then."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES)
+    call = prepare("linear_statistics", hidden, kernel, labels, workspace_bytes=ALL)
+    keep = Keep("weights", 384, (16, 128))
+    fold = Statistics(call.config, frozenset({"label"})).keeping(keep)
+    arrays = call.arrays._replace(labels=labels[:, None].astype("int32"))
+    saved, kept = fold.forward(arrays, keep)
+    moving = jax.tree.map(lambda _: False, arrays)._replace(hidden=True, kernel=True)
+    cotangents = Fields(None, jnp.ones(ROWS), -jnp.ones((ROWS, 1)))  # pyright: ignore
+    program = _Gradients(fold, moving, is_guarded=True)
+    right = fold.gradients(arrays, saved, cotangents, moving)
+    close(program.call(arrays, saved, kept, cotangents), right)
+    garbage = kept[0]._replace(numbers=jnp.full_like(kept[0].numbers, jnp.nan))
+    assert np.isnan(program.call(arrays, saved, (garbage,), cotangents).hidden).any()
+    moved = garbage._replace(first=garbage.first + 100)
+    close(program.call(arrays, saved, (moved,), cotangents), right)
+
+
+# What is below is counted in products of N·H·V multiplications and additions.
+SIZES = (256, 64, 2048)
+
+
+def products(function, dtype=jnp.float32) -> float:
+    """Returns how many products a program computes, every turn of a loop counted."""
+    rows, features, classes = SIZES
+    shapes = [
+        jax.ShapeDtypeStruct((rows, features), dtype),
+        jax.ShapeDtypeStruct((features, classes), dtype),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    ]
+    jaxpr = jax.make_jaxpr(function)(*shapes)
+    return _flops(jaxpr.jaxpr) / (2 * rows * features * classes)
+
+
+def _flops(jaxpr) -> float:
+    """Returns the flops of a program's matrix products."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            depth = np.prod([shape[i] for i in contracted])
+            total += 2 * depth * np.prod(equation.outvars[0].aval.shape)
+        inner = [_flops(j) for j in _inner(equation)]
+        if equation.primitive.name == "cond":
+            # At most: the dearer branch.
+            total += max(inner)
+        elif inner:
+            total += _turns(equation) * sum(inner)
+    return total
+
+
+def _inner(equation):
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            each = getattr(each, "jaxpr", each)
+            if hasattr(each, "eqns"):
+                yield each
+
+
+def _turns(equation) -> int:
+    """Returns how often a loop turns: scans say it, no other loop of ours is left."""
+    return equation.params.get("length", 1)
+
+
+@pytest.mark.parametrize(
+    "plan, wanted, expected",
+    [
+        (RECOMPUTE, (0, 1), 4),
+        (ALL, (0, 1), 3),
+        (CHUNKS, (0, 1), 3),
+        (RECOMPUTE, 0, 3),
+        (ALL, 0, 2),
+        (CHUNKS, 0, 2),
+        (CHUNKS, 1, 2),
+        (RECOMPUTE, 1, 3),
+    ],
+)
+def test_products_of_a_gradient(plan, wanted, expected):
+    assert products(jax.value_and_grad(_loss(plan), wanted)) == pytest.approx(
+        expected, rel=0.01
+    )
