@@ -194,8 +194,11 @@ class _Chunks(Program):
     moving: Any
 
     def is_partial(self, result: Any) -> Any:
-        partial = jax.tree.map(lambda _: True, result.gradients)
-        return result._replace(losses=False, gradients=partial)
+        of_arrays, of_rows = result.gradients
+        # Every shard of the classes has the whole of a row's loss.
+        whole = jax.tree.map(lambda _: False, of_rows)
+        partial = jax.tree.map(lambda _: True, of_arrays)
+        return result._replace(losses=False, gradients=(partial, whole))
 
     def result_axes(self, arrays: Any, result: Any) -> list[str]:
         _, rows = self.moving
