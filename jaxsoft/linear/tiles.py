@@ -234,7 +234,7 @@ def stored(array: jax.Array) -> jax.Array:
 
 def loaded(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns an array of a dtype from what `stored` made of it."""
-    # A derivative flows through nothing but the array itself.
+    # JAX lets no derivative through, even where the dtype is the same.
     return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 

@@ -106,16 +106,16 @@ def test_forward_over_reverse(batch):
     hidden, kernel, labels = batch
 
     @jax.jit
-    def products(hidden):
+    def products(*layer):
         def product(implementation):
             grad = jax.grad(
-                lambda h: loss(h, kernel, labels, implementation=implementation)
+                lambda h, w: loss(h, w, labels, implementation=implementation), (0, 1)
             )
-            return jax.jvp(grad, (hidden,), (hidden,))[1]
+            return jax.jvp(grad, layer, layer)[1]
 
         return product("xla"), product("reference")
 
-    close(*products(hidden))
+    close(*products(hidden, kernel))
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda h: loss(h, kernel, labels), (hidden,), (hidden,))
 
