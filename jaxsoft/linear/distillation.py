@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,21 @@ from jaxsoft._core.tokens import (
     token_weights,
 )
 from jaxsoft.linear.arguments import (
+    Axes,
     KernelLayout,
     MeshAxes,
     fold_rows,
     prepare,
 )
 from jaxsoft.linear.fold import stream
-from jaxsoft.linear.folds.divergence import Layers, Losses, TwoLayers
-from jaxsoft.linear.folds.statistics import statistics
+from jaxsoft.linear.folds.divergence import Layers, TwoLayers
+from jaxsoft.linear.folds.statistics import (
+    Fields,
+    LogitStatistics,
+    Statistics,
+    of_fields,
+    statistics,
+)
 from jaxsoft.linear.token_losses import reduced
 from jaxsoft.linear.total import RowLoss
 
@@ -302,7 +309,6 @@ def linear_distillation_top_k(
     hidden = keep_tokens(token_weight, hidden)
     ids = keep_tokens(token_weight, ids, -1)
     log_p = keep_tokens(token_weight, log_p, -jnp.inf)
-    other = remaining == "other"
     # A listed class without mass is one of the rest.
     gone = log_p == -jnp.inf
     call = prepare(
@@ -320,17 +326,78 @@ def linear_distillation_top_k(
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
-    student_statistics = statistics(call, ("rest",) if other else ())
-    assert student_statistics.label is not None
-    dtype = student_statistics.log_sum.dtype
+    wanted = ("rest",) if remaining == "other" else ()
+    if reduction == "none" or not math.prod(hidden.shape[:-1]):
+        loss = _from_listed(statistics(call, wanted), log_p, remaining)
+        return reduce_losses(loss, token_weight, reduction, axes)
+    operands = fold_rows(call.config, call.arrays)
+    assert operands.labels is not None
+    listed = _Listed(
+        log_p.reshape(operands.labels.shape), operands.labels >= 0, operands.tau
+    )
+    return reduced(
+        Statistics(call.config, frozenset(("label", *wanted))),
+        _OfListed(remaining, call.config.static_tau),
+        operands,
+        listed,
+        token_weight,
+        reduction,
+        axes,
+    )
+
+
+class _Listed(NamedTuple):
+    """What the loss is made of beside the statistics.
+
+    Attributes:
+      log_p: [N, K] the teacher's log-probabilities.
+      valid: [N, K] whether each id is a class that has mass.
+      tau: [N] the temperature; None for a static one.
+    """
+
+    log_p: Annotated[jax.Array, Axes("nk")]
+    valid: Annotated[jax.Array, Axes("nk")]
+    tau: Annotated[jax.Array | None, Axes("n")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfListed(RowLoss):
+    """The loss of each row.
+
+    Attributes:
+      remaining: what becomes of the teacher's remaining mass.
+      static_tau: the temperature, where it is static.
+    """
+
+    remaining: Remaining
+    static_tau: float | None
+
+    def of_rows(self, result: Fields, rows: _Listed) -> jax.Array:
+        found = of_fields(result, rows.valid, rows.tau, self.static_tau)
+        return _from_listed(found, rows.log_p, self.remaining)
+
+
+def _from_listed(
+    student: LogitStatistics, log_p: jax.Array, remaining: Remaining
+) -> jax.Array:
+    """Returns the losses [...] of tokens.
+
+    Args:
+      student: its statistics, "rest" among them where the rest is one more class.
+      log_p: [..., K] the teacher's log-probabilities.
+      remaining: what becomes of the teacher's remaining mass.
+    """
+    assert student.label is not None
+    dtype = student.log_sum.dtype
+    gone = log_p == -jnp.inf
     log_p = log_p.astype(dtype)
-    log_q = student_statistics.label - jnp.expand_dims(student_statistics.log_sum, -1)
+    log_q = student.label - jnp.expand_dims(student.log_sum, -1)
     log_q = jnp.where(gone, 0, log_q)
-    tau = jnp.broadcast_to(student_statistics.temperature, ids.shape[:-1])
+    tau = jnp.broadcast_to(student.temperature, log_p.shape[:-1])
     tau = jnp.expand_dims(tau, -1)
-    if other:
-        assert student_statistics.rest is not None
-        log_rest = student_statistics.rest - student_statistics.log_sum
+    if remaining == "other":
+        assert student.rest is not None
+        log_rest = student.rest - student.log_sum
         loss = _with_rest(log_p, log_q, log_rest, tau)
     else:
         if remaining == "renormalize":
@@ -339,9 +406,8 @@ def linear_distillation_top_k(
         terms = jnp.where(gone, 0, jnp.exp(log_p)) * (log_p - log_q)
         loss = jnp.sum(tau * (tau * terms), axis=-1)
     # A row without any kept class, and a temperature of 0, have no loss.
-    none = (student_statistics.max == -jnp.inf) | is_zero(tau[..., 0], dtype)
-    loss = jnp.where(none & ~jnp.isnan(loss), 0, loss)
-    return reduce_losses(loss, token_weight, reduction, axes)
+    none = (student.max == -jnp.inf) | is_zero(tau[..., 0], dtype)
+    return jnp.where(none & ~jnp.isnan(loss), 0, loss)
 
 
 def _with_rest(log_p, log_q, log_rest, tau) -> jax.Array:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsoft import (
     distillation_loss,
@@ -221,6 +223,51 @@ def test_top_k_of_a_student_like_its_teacher():
     step = jax.jit(jax.value_and_grad(linear_distillation_top_k))
     loss, grad = step(h, w, ids, log_p)
     assert 0 <= loss < 1e-12 and np.abs(grad).max() < 1e-6
+
+
+@pytest.mark.parametrize("remaining", ["other", "renormalize", "ignore"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("workspace", [None, TILE])
+@pytest.mark.many_cases
+def test_reduced_top_k_is_the_sum_of_its_tokens(remaining, reduction, workspace):
+    """On one device and, of the classes, on four; with weights that have a gradient."""
+    (h, w), (g, k) = layers()
+    w, k = w[:, :300], k[:, :300]
+    weights = 1 + np.cos(np.arange(ROWS, dtype="float32"))
+    weights[3] = 0
+    tau = np.linspace(0.5, 2, ROWS, dtype="float32")
+    log_p, ids = map(np.array, linear_top_k(g, k, 6))
+    h, ids = np.array(h), np.array(ids)
+    h[3], ids[3] = np.nan, -1
+
+    def loss(h, w, log_p, tau, weights, reduction, **options):
+        return linear_distillation_top_k(
+            *(h, w, ids, log_p),
+            remaining=remaining,
+            temperature=tau,
+            weights=weights,
+            reduction=reduction,
+            **options,
+        )
+
+    def alone(*args):
+        total = loss(*args, reduction="none").sum()
+        return total / args[-1].sum() if reduction == "mean" else total
+
+    def ours(*args):
+        return loss(*args, reduction=reduction, workspace_bytes=workspace)
+
+    args = (h, w, log_p, tau, weights)
+    exact = jax.jit(jax.value_and_grad(alone, range(5)))(*args)
+    step = jax.jit(jax.value_and_grad(ours, range(5)))
+    mesh = Mesh(np.array(jax.devices()[:4]), ("vocab",))
+    placed = [
+        jax.device_put(a, NamedSharding(mesh, P(None, "vocab") if a is w else P()))
+        for a in args
+    ]
+    for found in (step(*args), step(*placed)):
+        for x, y in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 def test_messages():
