@@ -455,6 +455,14 @@ _LINEAR = (
         tests=("tests/linear/test_contrastive.py",),
     ),
     Breakage(
+        "pairs-forget-earlier-tiles",
+        kind="dropped term",
+        file="jaxsoft/linear/folds/pairs.py",
+        before="self.about(largest, tau) + new",
+        after="new",
+        tests=("tests/linear/test_contrastive.py",),
+    ),
+    Breakage(
         "argmax-counts-from-its-shard",
         kind="off-by-one block",
         file="jaxsoft/_core/mesh_axes.py",

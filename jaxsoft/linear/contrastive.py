@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,24 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
-from jaxsoft._core.numerics import compute_dtype, operand_dtype, over_temperature
+from jaxsoft._core.numerics import (
+    compute_dtype,
+    finite_peak,
+    operand_dtype,
+    over_temperature,
+)
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear.arguments import prepare
-from jaxsoft.linear.folds.statistics import statistics
+from jaxsoft.linear.arguments import Axes, Config, fold_rows, prepare
+from jaxsoft.linear.fold import stream
+from jaxsoft.linear.folds.pairs import BothWays, Pairs
+from jaxsoft.linear.folds.statistics import (
+    Fields,
+    LogitStatistics,
+    Statistics,
+    statistics,
+)
+from jaxsoft.linear.token_losses import TokenLoss, reduced, statistics_loss
+from jaxsoft.linear.total import RowLoss
 
 __all__ = ["clip_loss", "nt_xent", "supervised_contrastive"]
 
@@ -71,18 +87,27 @@ def nt_xent(
         return jnp.zeros((), compute_dtype(first))
     z = _normalized(jnp.concatenate([first, second]), normalize)
     own = jnp.arange(2 * count)
-    log_prob = _log_prob(
+    call = prepare(
         "nt_xent",
         z,
         z,
         jnp.roll(own, count),
-        temperature,
         excluded=own[:, None],
+        temperature=_scalar(temperature),
+        kernel_layout="vh",
         precision=precision,
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
-    return -jnp.mean(log_prob)
+    return statistics_loss(call, (), _Surprise(), None, "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Surprise(TokenLoss):
+    """The negative log-probability of each row's label."""
+
+    def of_tokens(self, statistics: LogitStatistics) -> jax.Array:
+        return -statistics.with_one_label().log_prob
 
 
 @mesh_axes.accepts_explicit("image")
@@ -121,9 +146,10 @@ def clip_loss(
       NotImplementedError: for implementations not available.
 
     Notes:
-      The [N, N] similarities are streamed, once for each direction. Differentiable in
-      both embeddings and the temperature. Devices that share a batch gather the
-      embeddings, [N, D], first.
+      The [N, N] similarities are streamed, once for both directions; what the
+      workspace has room for is kept for the gradient, and all else computed again.
+      Differentiable in both embeddings and the temperature. Devices that share a batch
+      gather the images, [N, D], first, and each streams its own texts.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,16 +166,43 @@ def clip_loss(
     if not count:
         return jnp.zeros((), compute_dtype(images))
     images, texts = _normalized(images, normalize), _normalized(texts, normalize)
-    log_prob = functools.partial(
-        _log_prob,
+    similarities = functools.partial(
+        prepare,
         "clip_loss",
-        labels=jnp.arange(count),
-        temperature=temperature,
+        temperature=_scalar(temperature),
+        kernel_layout="vh",
         precision=precision,
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
-    return -(jnp.mean(log_prob(images, texts)) + jnp.mean(log_prob(texts, images))) / 2
+    call = similarities(images, texts)
+    if call.config.implementation == "reference":
+
+        def log_prob(rows, columns):
+            call = similarities(rows, columns, jnp.arange(count))
+            return statistics(call).with_one_label().log_prob
+
+        of_images = jnp.mean(log_prob(images, texts))
+        return -(of_images + jnp.mean(log_prob(texts, images))) / 2
+    tau = call.arrays.tau
+    pairs = Pairs(images, texts, None if tau is None else tau.reshape(1))
+    return _both_ways(BothWays(_by_classes(call.config)), pairs)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _both_ways(fold: BothWays, pairs: Pairs) -> jax.Array:
+    """Returns the mean of the losses of both directions."""
+    losses = stream(fold, pairs)
+    return (jnp.mean(losses.image) + jnp.mean(losses.text)) / 2
+
+
+def _by_classes(config: Config) -> Config:
+    """Returns a call's configuration, where devices share classes in place of rows."""
+    shards = config.shards
+    if shards is None:
+        return config
+    shards = shards._replace(rows=(), classes=shards.rows)
+    return dataclasses.replace(config, shards=shards)
 
 
 @mesh_axes.accepts_explicit("embeddings")
@@ -224,8 +277,6 @@ def supervised_contrastive(
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
-    of_rows = statistics(call)
-    tau = of_rows.temperature
     # z_i · Σ_{p∈P(i)} z_p is a product with the sum of the label's embeddings.
     wide = z.astype(dtype)
     groups = jnp.unique(labels, return_inverse=True, size=count)[1].reshape(count)
@@ -234,10 +285,46 @@ def supervised_contrastive(
     alone = number == 0
     total = jnp.sum(wide * (sums - wide), axis=1)
     mean = total / jnp.where(alone, 1, number)
-    centred = over_temperature(mean - jax.lax.stop_gradient(of_rows.max), tau)
-    # A row alone in the batch has no similarity at all: its maximum is -inf.
-    loss = jnp.where(alone, 0, of_rows.log_sum - jnp.where(alone, 0, centred))
-    return jnp.sum(loss) / jnp.maximum(jnp.sum(~alone), 1).astype(dtype)
+    operands = fold_rows(call.config, call.arrays)
+    return reduced(
+        Statistics(call.config),
+        _OfPositives(call.config.static_tau),
+        operands,
+        _Positives(mean, operands.tau),
+        (~alone).astype(dtype),
+        "mean",
+        (),
+    )
+
+
+class _Positives(NamedTuple):
+    """What the loss is made of beside the statistics.
+
+    Attributes:
+      mean: [N] of each row's similarities to its positives, not over τ.
+      tau: [N] the temperature; None for a static one.
+    """
+
+    mean: Annotated[jax.Array, Axes("n")]
+    tau: Annotated[jax.Array | None, Axes("n")]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfPositives(RowLoss):
+    """The loss of each row that has a positive.
+
+    Attributes:
+      static_tau: the temperature, where it is static.
+    """
+
+    static_tau: float | None
+
+    def of_rows(self, result: Fields, rows: _Positives) -> jax.Array:
+        tau = self.static_tau if rows.tau is None else rows.tau
+        assert tau is not None
+        # A row alone in the batch has no similarity at all: its maximum is -inf.
+        peak = finite_peak(jax.lax.stop_gradient(result.max))
+        return result.log_sum - over_temperature(rows.mean - peak, tau)
 
 
 def _groups(labels: ArrayLike) -> jax.Array:
@@ -280,20 +367,6 @@ def _normalized(z: jax.Array, normalize: bool) -> jax.Array:
     square = jnp.sum(wide * wide, axis=1, keepdims=True)
     norm = jnp.sqrt(jnp.where(empty, 1, square))
     return jnp.where(empty, 0, wide / norm).astype(z.dtype)
-
-
-def _log_prob(name, rows, columns, labels, temperature, **options) -> jax.Array:
-    """Returns the log-probability of each row's label among all columns."""
-    call = prepare(
-        name,
-        rows,
-        columns,
-        labels,
-        temperature=_scalar(temperature),
-        kernel_layout="vh",
-        **options,
-    )
-    return statistics(call).with_one_label().log_prob
 
 
 def _scalar(temperature: ArrayLike) -> ArrayLike:

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Jaxpr
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsoft import clip_loss, nt_xent, supervised_contrastive
 
@@ -124,6 +127,164 @@ def test_a_zero_embedding_has_finite_gradients():
         assert all(np.isfinite(g).all() for g in gradients(loss)(zero, b))
     huge, _ = gradients(clip_loss)(a * np.float32(1e30), b)
     assert np.isfinite(huge).all()
+
+
+def clip_formula(image, text, tau):
+    """Returns the loss of embeddings as they are, of any number."""
+    u = jnp.matmul(image, text.T, preferred_element_type=tau.dtype) / tau
+    rows = jnp.arange(len(image))
+    return -sum(jax.nn.log_softmax(a)[rows, rows].mean() for a in (u, u.T)) / 2
+
+
+@functools.cache
+def clip_step(function, **options):
+    """Compiles value and gradients, those of a learned temperature too."""
+    return jax.jit(
+        jax.value_and_grad(functools.partial(function, **options), (0, 1, 2))
+    )
+
+
+def assert_as_good(found, plain, exact, small):
+    """Holds errors against those of the plain formula in the same dtype."""
+    for ours, other, true in zip(
+        *map(jax.tree.leaves, (found, plain, exact)), strict=True
+    ):
+        ours, other, true = (np.asarray(a, "float64") for a in (ours, other, true))
+        error, allowed = (abs(a - true).max() for a in (ours, other))
+        assert error <= allowed + small * abs(true).max(), (error, allowed)
+
+
+@pytest.mark.parametrize("scale, tau", [(0.3, 0.07), (30, 3.0), (1000, 1.0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("workspace", [4096, None, 2**26])
+@pytest.mark.parametrize("count", [1, 2, 131, 1100])
+@pytest.mark.many_cases
+def test_clip_is_as_good_as_its_formula(count, workspace, dtype, scale, tau):
+    rng = np.random.default_rng(count)
+    pair = rng.standard_normal((2, count, WIDTH)) * scale / np.sqrt(WIDTH)
+    pair = [jnp.asarray(z, dtype) for z in pair]
+    tau = np.float32(tau)
+    options = {"normalize": False, "workspace_bytes": workspace}
+    found = clip_step(clip_loss, **options)(*pair, tau)
+    plain = clip_step(clip_formula)(*pair, tau)
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, "float64") for a in (*pair, tau)]
+        exact = clip_step(clip_formula)(*wide)
+    assert found[0].dtype == jnp.float32 and found[1][0].dtype == dtype
+    assert_as_good(found, plain, exact, 1e-5 if dtype == "float32" else 1e-2)
+
+
+def products(program):
+    """Returns the flops of all matrix products of a traced function."""
+
+    def of(jaxpr: Jaxpr) -> float:
+        return sum(map(of_equation, jaxpr.eqns))
+
+    def of_equation(equation) -> float:
+        params = equation.params
+        if equation.primitive.name == "dot_general":
+            ((summed, _), _) = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            summed = np.prod([shape[axis] for axis in summed])
+            return 2.0 * summed * np.prod(equation.outvars[0].aval.shape)
+        inner = [
+            getattr(value, "jaxpr", value)
+            for values in params.values()
+            for value in (values if isinstance(values, tuple | list) else [values])
+        ]
+        flops = [of(value) for value in inner if isinstance(value, Jaxpr)]
+        if equation.primitive.name == "cond":
+            return max(flops)
+        return sum(flops) * params.get("length", 1)
+
+    return of(program.jaxpr)
+
+
+@pytest.mark.parametrize(
+    "loss, workspace, expected",
+    [
+        (clip_loss, 2**26, 3),
+        (clip_loss, 4096, 4),
+        (nt_xent, 2**26, 3),
+        (nt_xent, 4096, 4),
+    ],
+)
+def test_products_of_value_and_gradient(loss, workspace, expected):
+    """Of N·N·D: one for the value, two for the gradient, one to compute it again.
+
+    They are counted before XLA compiles them, whose costs take a loop's body once.
+    """
+    count, width = (2048 if loss is clip_loss else 1024), 256
+    z = jax.ShapeDtypeStruct((count, width), jnp.float32)
+    step = jax.value_and_grad(
+        functools.partial(loss, workspace_bytes=workspace), (0, 1)
+    )
+    found = products(jax.jit(step).trace(z, z).jaxpr) / (2 * 2048**2 * width)
+    assert abs(found / expected - 1) < 0.1
+
+
+@pytest.mark.parametrize("workspace", [TILE, None])
+@pytest.mark.parametrize("count", [48, 45])
+@pytest.mark.many_cases
+def test_clip_over_devices(workspace, count):
+    """Devices share the texts, where those divide; images are gathered."""
+    a, b = embeddings()
+    a, b = (np.concatenate([z, 2 * z[::-1] + 1])[:count] for z in (a, b))
+    step = clip_step(clip_loss, workspace_bytes=workspace)
+    exact = step(a, b, np.float32(0.2))
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    spec = P("data") if count % 8 == 0 else P()
+    a, b = (jax.device_put(z, NamedSharding(mesh, spec)) for z in (a, b))
+    compiled = step.lower(a, b, jnp.float32(0.2)).compile()
+    found = compiled(a, b, jnp.float32(0.2))
+    for x, y in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    text = compiled.as_text() or ""
+    assert ("all-gather" in text) == (count % 8 == 0)
+    if count % 8 == 0:
+        assert f"f32[{count},{count}]" not in text
+
+
+@pytest.mark.parametrize("workspace", [TILE, None])
+def test_transformations_of_clip(workspace, x64):
+    """A batch of batches, and the derivative of the gradient along a direction."""
+    pair = [np.stack([z, np.cos(z)]) for z in embeddings("float64")]
+    ours = functools.partial(clip_loss, workspace_bytes=workspace)
+
+    def everything(loss, a, b, tau):
+        gradient = jax.grad(loss, (0, 1, 2))
+        batch = jax.vmap(gradient, (0, 0, None))(a, b, tau)
+        primals = (a[0], b[0], tau)
+        return batch, jax.jvp(gradient, primals, jax.tree.map(jnp.sin, primals))
+
+    found, exact = (
+        jax.jit(functools.partial(everything, loss))(*pair, np.float64(0.2))
+        for loss in (ours, plain_clip)
+    )
+    for x, y in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_limits_of_clip(static):
+    """At τ = 0 the pairs are the most similar or the loss is infinite."""
+    a, b = embeddings()
+
+    def both(tau, *pair):
+        tau = float(tau) if static else jnp.float32(tau)
+        step = jax.value_and_grad(lambda x, y: clip_loss(x, y, tau), (0, 1))
+        return step(*pair)
+
+    for tau, pair, expected in (
+        (0, (a, b), np.inf),
+        (0, (a, 2 * a), 0),
+        (np.inf, (a, b), np.log(COUNT)),
+    ):
+        value, gradients = both(tau, *pair)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        assert all((g == 0).all() for g in gradients)
+    a[3, 2] = np.nan
+    assert np.isnan(clip_loss(a, b))
 
 
 def test_messages():
