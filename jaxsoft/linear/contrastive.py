@@ -1,4 +1,4 @@
-"""Contrastive losses: a softmax over a batch of embeddings, similarities not stored."""
+"""Contrastive losses: a softmax over a batch of embeddings, similarities streamed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def nt_xent(
       NotImplementedError: for implementations not available.
 
     Notes:
-      The [2N, 2N] similarities are streamed. Differentiable in both embeddings and the
+      The [2N, 2N] similarities are streamed; the gradient takes blocks of rows of them
+      that the workspace has room for. Differentiable in both embeddings and the
       temperature. Devices that share a batch gather the embeddings, [N, D], first.
 
     Example:
@@ -243,7 +244,8 @@ def supervised_contrastive(
 
     Notes:
       This is the loss that the paper calls L_out. The [N, N] similarities are
-      streamed; the mean over positives comes from the sums of each label's embeddings.
+      streamed; the gradient takes blocks of rows of them that the workspace has room
+      for. The mean over positives comes from the sums of each label's embeddings.
       Differentiable in the embeddings and the temperature. Devices that share a batch
       gather the embeddings, [N, D], first.
 
