@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxsoft.cli.text import asking, one_line
 from jaxsoft.devices.target import HERE, TARGETS
+from jaxsoft.training.memory import bytes_in
 
 if TYPE_CHECKING:
-    from jaxsoft.devices.programs import Shapes
+    from jaxsoft.devices.programs import Operation, Shapes
 
 __all__ = ["add_commands"]
 
@@ -24,7 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _TOKENS, _DTYPE = 4096, "bfloat16"
 # Two tails, each with a class at least, and a shortlist.
 _FEWEST_CLASSES = 3
-_FIELDS = ("target", "op", "model", "tokens", "hidden", "vocabulary", "dtype", "json")
+_SIZES = ("model", "tokens", "hidden", "vocabulary", "dtype", "workspace")
+_FIELDS = ("target", "op", *_SIZES, "json")
 
 
 def add_commands(commands: Any) -> None:
@@ -38,8 +40,9 @@ def add_commands(commands: Any) -> None:
         help="say what each function runs here or on an accelerator, and its memory",
         description="Says which implementation each function uses here or on an "
         "accelerator that is elsewhere, which others it may be asked for, and, where "
-        "shapes are given, the memory that each takes beside arguments and results, "
-        "from the compiled program.",
+        "shapes are given, what the compiled program takes: memory beside arguments "
+        "and results, matrix products, bytes read and written, and by which plan a "
+        "layer's gradient is made.",
     )
     devices.set_defaults(run=_devices, farewell=lambda parsed: str, fields=_FIELDS)
     devices.add_argument(
@@ -72,6 +75,12 @@ def add_commands(commands: Any) -> None:
         help=f"{', '.join(DTYPES)} (default: {_DTYPE})",
     )
     devices.add_argument(
+        "--workspace",
+        metavar="SIZE",
+        help="temporary memory that functions of layers may take, such as 1GiB; "
+        "without --op those alone are shown (default: each function's own)",
+    )
+    devices.add_argument(
         "--json", action="store_true", help="print one JSON document instead"
     )
 
@@ -85,6 +94,8 @@ def _devices(parsed: argparse.Namespace) -> int:
 
     with asking():
         names = _named("op", parsed.op, operations(), list(operations()))
+        if parsed.workspace is not None:
+            names = _with_workspace(names, operations(), asked=bool(parsed.op))
         targets = _named("target", parsed.target, (HERE, *TARGETS), [HERE])
         shapes = _shapes(parsed)
     code, surveyed = 0, []
@@ -118,11 +129,23 @@ def _named(
     return list(dict.fromkeys(given)) if given else default
 
 
+def _with_workspace(
+    names: Sequence[str], known: Mapping[str, "Operation"], *, asked: bool
+) -> list[str]:
+    """Returns the functions that take a workspace; raises for another asked for."""
+    for name in names:
+        if asked and not known[name].takes_workspace:
+            raise ValueError(
+                f"`workspace` must be left out with `op` {name}, which takes none."
+            )
+    return [name for name in names if known[name].takes_workspace]
+
+
 def _shapes(parsed: argparse.Namespace) -> "Shapes | None":
     """Returns the sizes to compile for; None where none was given."""
     given: Mapping[str, Any] = {
         name: getattr(parsed, name)
-        for name in ("model", "tokens", "hidden", "vocabulary", "dtype")
+        for name in _SIZES
         if getattr(parsed, name) is not None
     }
     if not given:
@@ -144,6 +167,8 @@ def _shapes(parsed: argparse.Namespace) -> "Shapes | None":
                 f"{', '.join(given)}."
             )
     sizes = {"tokens": _TOKENS, "dtype": _DTYPE} | sizes
+    if "workspace" in sizes:
+        sizes["workspace"] = bytes_in(sizes["workspace"], "workspace")
     _named("dtype", [sizes["dtype"]], DTYPES, [])
     for name in ("tokens", "hidden", "vocabulary"):
         least = _FEWEST_CLASSES if name == "vocabulary" else 1

@@ -1,4 +1,4 @@
-"""What a function runs on a device, what else it could, and the memory of each."""
+"""What a function runs on a device, what else it could, and the cost of each."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +10,11 @@ from jax.sharding import SingleDeviceSharding
 from jaxsoft._core import registry
 from jaxsoft._core.exporting import PyTree
 from jaxsoft._core.registry import platform_of
+from jaxsoft.devices.hlo import Work, work_of
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Operation, Program, Shapes
+from jaxsoft.linear.plans import Plan, Tiling
+from jaxsoft.linear.program import plans_in
 
 __all__ = ["Device", "Found", "Ran", "describe", "here"]
 
@@ -40,11 +43,28 @@ class Ran:
       temporaries: bytes beside arguments and results, by "value" and
         "value_and_grad"; None where the platform does not tell.
       refused: why it cannot run there, or cannot at these shapes; None if it can.
+      work: what it computes and moves, by the same names.
+      plans: what the gradients of layers do; () without any.
     """
 
     name: str
     temporaries: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     refused: str | None = None
+    work: Mapping[str, Work | None] = dataclasses.field(default_factory=dict)
+    plans: tuple[Plan, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Ran":
+        """Returns what `dataclasses.asdict` took apart."""
+        work = {
+            kind: None if one is None else Work(**one)
+            for kind, one in fields.get("work", {}).items()
+        }
+        plans = tuple(
+            Plan(**plan | {"tiles": Tiling(**plan["tiles"])})
+            for plan in fields.get("plans", ())
+        )
+        return cls(**{**fields, "work": work, "plans": plans})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +84,7 @@ class Found:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Found":
         """Returns what `dataclasses.asdict` took apart."""
-        implementations = tuple(Ran(**ran) for ran in fields["implementations"])
+        implementations = tuple(map(Ran.from_json, fields["implementations"]))
         return cls(fields["operation"], fields["uses"], implementations)
 
 
@@ -100,7 +120,8 @@ def _describe(device: Device, operation: Operation, shapes: Shapes | None) -> Fo
     ran = []
     for name in (uses, *others):
         # The default is asked for as users do: by not asking.
-        options = operation.options(None if name == uses else name)
+        workspace = None if shapes is None else shapes.workspace
+        options = operation.options(None if name == uses else name, workspace)
         ran.append(_run(device, name, program, options, shapes is not None))
     return Found(operation.name, uses, tuple(ran))
 
@@ -109,39 +130,51 @@ def _run(
     device: Device,
     name: str,
     program: Program,
-    options: Mapping[str, str | None],
+    options: Mapping[str, object],
     compiles: bool,
 ) -> Ran:
-    """Returns what comes of an implementation: its memory, or why it does not run."""
+    """Returns what comes of an implementation: its costs, or why it does not run."""
     only = platform_of(name)
     if only is not None and only != device.platform:
         return Ran(name, refused=f"it is for {only}")
     if only is None and not compiles:
         return Ran(name)
-    temporaries = {}
+    temporaries, work, plans = {}, {}, ()
     try:
         for kind, function, arrays in program.calls(options):
             if compiles:
                 donated = program.donated if kind == "value" else ()
-                temporaries[kind] = _temporaries(device, function, arrays, donated)
+                found = _compiled(device, function, arrays, donated)
+                temporaries[kind], work[kind], chosen = found
+                plans = tuple(dict.fromkeys([*plans, *chosen]))
             else:
                 jax.eval_shape(function, *arrays)
     except (NotImplementedError, ImportError, jax.errors.JaxRuntimeError) as error:
-        return Ran(name, temporaries, " ".join(str(error).split())[:300])
-    return Ran(name, temporaries)
+        reason = " ".join(str(error).split())[:300]
+        return Ran(name, temporaries, reason, work, plans)
+    return Ran(name, temporaries, None, work, plans)
 
 
-def _temporaries(
+def _compiled(
     device: Device,
     function: Callable[..., PyTree],
     arrays: tuple[PyTree, ...],
     donated: tuple[int, ...],
-) -> int | None:
-    """Returns the bytes that a program takes beside arguments and results."""
+) -> tuple[int | None, Work | None, list[Plan]]:
+    """Returns the bytes beside arguments and results, the work, and the plans.
+
+    Args:
+      device: what to compile for.
+      function: of the arrays.
+      arrays: pytrees of arrays that are not there.
+      donated: which of them may be written over.
+    """
     place = SingleDeviceSharding(device.device)
     arrays = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arrays
     )
     traced = jax.jit(function, donate_argnums=donated).trace(*arrays)
     compiled = traced.lower(lowering_platforms=(device.platform,)).compile()
-    return getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+    temporaries = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+    plans = list(plans_in(traced.jaxpr.jaxpr))
+    return temporaries, work_of(compiled.as_text() or ""), plans

@@ -194,11 +194,15 @@ def operations() -> dict[str, Operation]:
     def program(room: Room, name: str, shapes: Shapes) -> Program:
         return _programs(room, shapes)[name]
 
+    def takes(name: str, option: str) -> bool:
+        return option in inspect.signature(getattr(jaxsoft, name)).parameters
+
     return {
         name: Operation(
             name,
             functools.partial(program, room, name),
-            "implementation" in inspect.signature(getattr(jaxsoft, name)).parameters,
+            takes(name, "implementation"),
+            takes(name, "workspace_bytes"),
         )
         for room in (_of_logits, _of_layers, _of_trees)
         for name in _programs(room, Shapes())

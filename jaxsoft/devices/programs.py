@@ -22,12 +22,15 @@ class Shapes:
       hidden: H.
       vocabulary: V.
       dtype: of logits, hidden states and kernels.
+      workspace: bytes of temporary memory that functions may take that ask how many;
+        None for what they take unless told.
     """
 
     tokens: int = 128
     hidden: int = 64
     vocabulary: int = 256
     dtype: str = "bfloat16"
+    workspace: int | None = None
 
     @property
     def logits(self) -> jax.ShapeDtypeStruct:
@@ -109,12 +112,21 @@ class Operation:
       name: its name in `jaxsoft`.
       program: makes its program of given shapes.
       chooses: whether it takes an `implementation`.
+      takes_workspace: whether it takes `workspace_bytes`.
     """
 
     name: str
     program: Callable[[Shapes], Program]
     chooses: bool
+    takes_workspace: bool = False
 
-    def options(self, implementation: str | None) -> dict[str, str | None]:
-        """Returns the options that ask for an implementation."""
-        return {"implementation": implementation} if self.chooses else {}
+    def options(
+        self, implementation: str | None, workspace: int | None = None
+    ) -> dict[str, object]:
+        """Returns the options that ask for an implementation, and for a workspace."""
+        options: dict[str, object] = {}
+        if self.chooses:
+            options["implementation"] = implementation
+        if self.takes_workspace and workspace is not None:
+            options["workspace_bytes"] = workspace
+        return options

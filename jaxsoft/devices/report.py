@@ -10,12 +10,16 @@ from typing import Literal
 from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.measuring import Device, Found, Ran
 from jaxsoft.devices.programs import Shapes
+from jaxsoft.linear.plans import Plan
 
 __all__ = ["Surveyed", "as_json", "show"]
 
-_MIB = 2**20
-_WIDTH = 88
-_COLUMNS = ("function", "implementation", "value", "with gradient")
+_MIB, _GIB = 2**20, 2**30
+_WIDTH, _WIDEST = 88, 1000
+_KINDS = ("value", "value_and_grad")
+_NAMES = ("function", "implementation")
+_COLUMNS = (*_NAMES, "value", "with gradient")
+_WORK_COLUMNS = (*_NAMES, "value", "with grad.", "GiB", "with grad.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +76,17 @@ def show(one: Surveyed, shapes: Shapes | None) -> None:
         for line in _choices(one.found):
             print(line)
     else:
+        words = "" if shapes.workspace is None else f", {_size(shapes.workspace)}"
         print(
             f"temporaries in MiB, N = {shapes.tokens:,}, H = {shapes.hidden:,}, "
-            f"V = {shapes.vocabulary:,}, {shapes.dtype}"
+            f"V = {shapes.vocabulary:,}, {shapes.dtype}{words}"
         )
-        _print_table([row for found in one.found for row in _rows(found)])
+        _print_table(_COLUMNS, [row for found in one.found for row in _rows(found)])
+        print("matrix products in N·H·V flops, and GiB read and written")
+        rows = [row for found in one.found for row in _work_rows(found, shapes)]
+        _print_table(_WORK_COLUMNS, rows)
+        for line in _plans(one.found, shapes):
+            print(textwrap.fill(line, _WIDTH, subsequent_indent="  "))
     for note in _notes(one):
         print(textwrap.fill(note, _WIDTH, subsequent_indent="  "))
 
@@ -102,12 +112,28 @@ def _choices(found: Sequence[Found]) -> Iterator[str]:
 
 def _rows(found: Found) -> Iterator[tuple[str, ...]]:
     """Yields a function's rows, one for each implementation that runs."""
+    for names, ran in _named(found):
+        yield (*names, *(_mib(ran, kind) for kind in _KINDS))
+
+
+def _work_rows(found: Found, shapes: Shapes) -> Iterator[tuple[str, ...]]:
+    """Yields a function's rows of what it computes and moves."""
+    for names, ran in _named(found):
+        yield (
+            *names,
+            *(_products(ran, kind, shapes) for kind in _KINDS),
+            *(_moved(ran, kind) for kind in _KINDS),
+        )
+
+
+def _named(found: Found) -> Iterator[tuple[tuple[str, str], Ran]]:
+    """Yields implementations that run, with the names in their rows."""
     first = found.operation
     for ran in found.implementations:
         if ran.refused is not None and ran.name != found.uses:
             continue
         name = f"{ran.name} (default)" if ran.name == found.uses else ran.name
-        yield first, name, _mib(ran, "value"), _mib(ran, "value_and_grad")
+        yield (first, name), ran
         first = ""
 
 
@@ -117,6 +143,63 @@ def _mib(ran: Ran, kind: str) -> str:
         return "refused" if ran.refused is not None else "-"
     size = ran.temporaries[kind]
     return "?" if size is None else f"{size / _MIB:,.1f}"
+
+
+def _products(ran: Ran, kind: str, shapes: Shapes) -> str:
+    """Returns the flops of matrix products in N·H·V, in words."""
+    work = ran.work.get(kind)
+    if work is None:
+        return "?" if kind in ran.work else "-"
+    unit = shapes.tokens * shapes.hidden * shapes.vocabulary
+    if not work.dot_flops:
+        return "?" if work.is_least else "-"
+    return f"{_at_least(work.is_least)}{work.dot_flops / unit:,.2f}"
+
+
+def _moved(ran: Ran, kind: str) -> str:
+    """Returns the GiB that are read and written, in words."""
+    work = ran.work.get(kind)
+    if work is None:
+        return "?" if kind in ran.work else "-"
+    return f"{_at_least(work.is_least)}{work.accessed / _GIB:,.2f}"
+
+
+def _at_least(is_least: bool) -> str:
+    return "≥ " if is_least else ""
+
+
+def _size(workspace: int) -> str:
+    """Returns a workspace in words."""
+    return f"workspace {workspace / _MIB:,.4g} MiB"
+
+
+def _plans(found: Sequence[Found], shapes: Shapes) -> Iterator[str]:
+    """Yields what gradients do, functions that do the same in one line."""
+    groups: dict[str, list[str]] = {}
+    for one in found:
+        for ran in one.implementations:
+            if ran.plans:
+                said = "; ".join(_words(plan, shapes) for plan in ran.plans)
+                name = one.operation
+                name += "" if ran.name == one.uses else f" ({ran.name})"
+                groups.setdefault(said, []).append(name)
+    for said, names in groups.items():
+        yield f"gradient of {', '.join(names)}: {said}"
+
+
+def _words(plan: Plan, shapes: Shapes) -> str:
+    """Returns what a plan does."""
+    tiles = plan.tiles
+    by = f"tiles of {tiles.block_rows:,} × {tiles.block_classes:,}"
+    if plan.kind == "chunks":
+        whole = plan.chunk_rows in (0, shapes.tokens)
+        tokens = "all tokens" if whole else f"{plan.chunk_rows:,} tokens"
+        return f"{'one chunk' if whole else 'chunks'} of {tokens}, {by}"
+    if plan.kind == "keep":
+        share = min(plan.kept_classes / tiles.classes, 1)
+        kept = "all" if share == 1 else f"{share:.2f} of the"
+        return f"keeps {kept} classes, {by}"
+    return f"recomputes, {by}"
 
 
 def _notes(one: Surveyed) -> Iterator[str]:
@@ -132,10 +215,10 @@ def _notes(one: Surveyed) -> Iterator[str]:
         yield f"no {name} for {', '.join(names)}: {reason}"
 
 
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
     """Prints a table, by rich if it is installed."""
     if importlib.util.find_spec("rich") is None:
-        for line in _plain(rows):
+        for line in _plain(columns, rows):
             print(line)
         return
     from rich import box
@@ -143,20 +226,21 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
 
     console, table = Console(), Table(box=box.MARKDOWN)
-    for index, name in enumerate(_COLUMNS):
+    for index, name in enumerate(columns):
         justify: Literal["left", "right"] = "left" if index < 2 else "right"
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     # Numbers cut short would be worse than lines that wrap.
-    console.width = max(console.width, console.measure(table).maximum)
+    wide = console.options.update(max_width=_WIDEST)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table, markup=False, highlight=False)
 
 
-def _plain(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def _plain(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Yields the lines of a table, as rich would have them."""
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    for place, row in enumerate((_COLUMNS, *rows)):
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for place, row in enumerate((columns, *rows)):
         cells = [
             cell.ljust(width) if index < 2 else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))

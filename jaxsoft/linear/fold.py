@@ -356,6 +356,11 @@ class _Gradients(Program):
             arrays, saved, (), cotangents
         )
 
+    def plan(self, arrays: Any, *others: Any) -> Plan:
+        """Returns the plan of the fold."""
+        del others
+        return self.fold.plan(arrays, self.moving)
+
     def batched(self, args: tuple[Any, ...], are: tuple[Any, ...]) -> tuple[Any, ...]:
         """Does without what was kept where one of it would serve a whole batch."""
         arrays, saved, kept, cotangents = args

@@ -15,7 +15,7 @@ collectives of `mesh_axes.py` inside, as in `jax.shard_map`.
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -29,8 +29,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsoft._core import mesh_axes, registry
 from jaxsoft.linear.arguments import axes_of
+from jaxsoft.linear.plans import Plan
 
-__all__ = ["Program", "bind"]
+__all__ = ["Program", "bind", "plans_in"]
 
 # The letters of axes that lie along the classes: those themselves, and what is kept of
 # them, of their tiles and of their shards.
@@ -113,6 +114,11 @@ class Program(abc.ABC):
         del used
         return None
 
+    def plan(self, arrays: Any, *others: Any) -> Plan | None:
+        """Returns the plan that a derivative follows; None where there is none."""
+        del arrays, others
+        return None
+
 
 def bind(program: Program, *args: Any) -> Any:
     """Calls a function of a fold through the primitive."""
@@ -120,6 +126,26 @@ def bind(program: Program, *args: Any) -> Any:
     params, result = _prepare(program, flat, tree)
     out = _primitive.bind(*flat, **params)
     return jax.tree.unflatten(jax.tree.structure(result), out)
+
+
+def plans_in(jaxpr: Any) -> Iterator[Plan]:
+    """Yields the plans of the derivatives in a program that JAX has traced.
+
+    Args:
+      jaxpr: a `Jaxpr`.
+    """
+    for equation in jaxpr.eqns:
+        if equation.primitive is _primitive:
+            avals = [var.aval for var in equation.invars]
+            args = jax.tree.unflatten(equation.params["tree"], avals)
+            plan = equation.params["program"].plan(*args)
+            yield from () if plan is None else (plan,)
+            continue
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from plans_in(inner)
 
 
 def _prepare(program: Program, flat: Sequence[Any], tree: Any) -> tuple[dict, Any]:

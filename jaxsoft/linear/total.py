@@ -24,6 +24,7 @@ from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Axes, axes_of
 from jaxsoft.linear.fold import Fold, stream
 from jaxsoft.linear.gradients import Into
+from jaxsoft.linear.plans import Plan
 from jaxsoft.linear.program import Program, bind
 from jaxsoft.linear.tiles import Keep, slice_rows
 
@@ -210,8 +211,13 @@ class _Chunks(Program):
         """Returns the losses alone: whoever needs no gradient pays for none."""
         return None if any(used[1:]) else _LossesAlone(self.fold, self.loss)
 
+    def plan(self, arrays: Any, *others: Any) -> Plan:
+        """Returns the plan of the chunks."""
+        del others
+        return self.fold.plan(arrays, self.moving[0], reduced=True)
+
     def call(self, arrays: Any, rows: Any) -> _Both:
-        plan = self.fold.plan(arrays, self.moving[0], reduced=True)
+        plan = self.plan(arrays)
         count = self.fold.layer(arrays).rows
         size = plan.chunk_rows or count
         keep = self.fold.keep(arrays, self.moving[0], plan)

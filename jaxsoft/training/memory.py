@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["MemoryBudget", "readable"]
+__all__ = ["MemoryBudget", "bytes_in", "readable"]
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B?", re.IGNORECASE)
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B?", re.IGNORECASE)
+_UNITS = "KMGT"
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class MemoryBudget:
         """Reads a size.
 
         Args:
-          text: a number of bytes, or of K, M, G or T (powers of 1,000) such as "4G" or
-            "1.5 GB"; None is `of_machine()`.
+          text: a size as `bytes_in` reads it, such as "4G" or "1.5 GB"; None is
+            `of_machine()`.
 
         Returns:
           The budget.
@@ -54,13 +54,7 @@ class MemoryBudget:
           >>> MemoryBudget.parse("1.5 GB").num_bytes
           1500000000
         """
-        if text is None:
-            return cls.of_machine()
-        found = _SIZE.fullmatch(text.strip())
-        size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-        if size < 1:
-            raise ValueError(f"`memory` must be a size such as 4G, got {text!r}.")
-        return cls(size)
+        return cls.of_machine() if text is None else cls(bytes_in(text, "memory"))
 
     def require(
         self, num_bytes: int, what: str, error: type[Exception] = MemoryError
@@ -77,6 +71,34 @@ class MemoryBudget:
                 f"{what} would take {readable(num_bytes)} of memory, more than the "
                 f"{readable(self.num_bytes)} of `memory`; allow it more, or give less."
             )
+
+
+def bytes_in(text: str, name: str) -> int:
+    """Reads a size.
+
+    Args:
+      text: a number of bytes, or of K, M, G or T (powers of 1,000) such as "4G" or
+        "1.5 GB", or of Ki, Mi, Gi or Ti (powers of 1,024) such as "1GiB".
+      name: the option that it was given for, for messages.
+
+    Returns:
+      The bytes.
+
+    Raises:
+      ValueError: it is no size, or is 0.
+
+    Example:
+      >>> bytes_in("1.5 GB", "memory"), bytes_in("1GiB", "workspace")
+      (1500000000, 1073741824)
+    """
+    found = _SIZE.fullmatch(text.strip())
+    size = 0
+    if found:
+        power = _UNITS.index(found[2].upper()) + 1 if found[2] else 0
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if size < 1:
+        raise ValueError(f"`{name}` must be a size such as 4G, got {text!r}.")
+    return size
 
 
 def readable(num_bytes: int) -> str:

@@ -50,6 +50,11 @@ def test_memory_here_as_a_table_and_as_json(capsys, monkeypatch):
     table = capsys.readouterr().out
     assert "temporaries in MiB, N = 8, H = 4, V = 16, float32" in table
     assert re.search(r"linear_sample +\| xla \(default\) +\| +0\.0 \| +- \|", table)
+    assert "matrix products in N·H·V flops, and GiB read and written" in table
+    assert re.search(
+        r"linear_sample +\| xla \(default\) +\| +2\.00 \| +- \| +0\.00 \| +- \|", table
+    )
+    assert "gradient of" not in table
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         report.importlib.util,
@@ -68,6 +73,7 @@ def test_memory_here_as_a_table_and_as_json(capsys, monkeypatch):
         "hidden": 4,
         "vocabulary": 16,
         "dtype": "float32",
+        "workspace": None,
     }
     (device,) = said["devices"]
     assert (device["name"], device["platform"]) == ("here", "cpu")
@@ -77,6 +83,41 @@ def test_memory_here_as_a_table_and_as_json(capsys, monkeypatch):
     assert ran["refused"] is None
     assert set(ran["temporaries"]) == {"value", "value_and_grad"}
     assert all(isinstance(size, int) for size in ran["temporaries"].values())
+    assert entropy["implementations"][0]["plans"] == []
+    work = sample["implementations"][0]["work"]["value"]
+    assert work["dot_flops"] == 2 * 8 * 4 * 16 and not work["is_least"]
+    assert work["accessed"] >= 4 * (8 * 4 + 4 * 16)
+
+
+def test_the_plan_of_a_workspace_as_text_and_as_json(capsys):
+    sizes = "--tokens 512 --hidden 16 --vocabulary 8192 --dtype float32"
+    words = ["devices", *sizes.split(), "--workspace", "8MiB"]
+    losses = ["--op", "linear_cross_entropy", "--op", "linear_log_prob"]
+    assert main([*words, *losses]) == 0
+    said = capsys.readouterr().out
+    assert "V = 8,192, float32, workspace 8 MiB\n" in said
+    chunks = re.search(
+        r"\ngradient of linear_cross_entropy: chunks of (\d+) tokens, tiles of ", said
+    )
+    assert re.search(
+        r"\ngradient of linear_log_prob: keeps 0\.\d\d of the classes", said
+    )
+    assert max(map(len, said.splitlines())) <= 88
+    assert main([*words, *losses[:2], "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["shapes"]["workspace"] == 8 * 2**20
+    (found,) = said["devices"][0]["functions"]
+    (plan,) = found["implementations"][0]["plans"]
+    assert chunks is not None and plan["chunk_rows"] == int(chunks[1])
+    assert (plan["kind"], plan["kept_classes"]) == ("chunks", 8192)
+
+
+def test_only_functions_that_take_a_workspace_are_shown_with_one(capsys):
+    assert main(["devices", *TINY, "--workspace", "1M", "--json"]) == 0
+    (device,) = json.loads(capsys.readouterr().out)["devices"]
+    names = [one["operation"] for one in device["functions"]]
+    assert "linear_sample" in names and "nt_xent" in names
+    assert not {"softmax", "adaptive_log_prob", "sampled_softmax_loss"} & set(names)
 
 
 def test_memory_on_a_target_needs_an_extra(capsys, monkeypatch):
@@ -133,6 +174,19 @@ def test_a_compiler_that_dies_is_named(capsys, monkeypatch, tmp_path):
         ("--hidden 8 --vocabulary 2", r"--vocabulary must be in \[3, 2\*\*31\), got 2"),
         ("--model qwen3 --tokens 0", r"--tokens must be in \[1, 2\*\*31\), got 0"),
         ("--model qwen3 --dtype int8", r"--dtype must be a name .*, got 'int8'"),
+        (
+            "--model qwen3 --workspace much",
+            r"--workspace must be a size such as 4G, got",
+        ),
+        (
+            "--model qwen3 --workspace 0",
+            r"--workspace must be a size such as 4G, got '0'",
+        ),
+        ("--workspace 1G", r"--hidden must be given with other sizes, or else --model"),
+        (
+            "--model qwen3 --op linear_sample --op softmax --workspace 1G",
+            r"--workspace must be left out with --op softmax, which takes none",
+        ),
         ("--tokens many", r"argument --tokens: invalid int value: 'many'"),
     ],
 )

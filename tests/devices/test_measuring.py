@@ -7,7 +7,7 @@ from jaxsoft.devices.measuring import describe, here
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Program, Shapes, array
 
-SHAPES = Shapes(tokens=2048, hidden=8, vocabulary=4096, dtype="float32")
+SHAPES = Shapes(2048, 8, 4096, "float32", workspace=4 * 2**20)
 LOGITS = 4 * SHAPES.tokens * SHAPES.vocabulary
 
 
@@ -16,7 +16,7 @@ def test_temporaries_of_streamed_and_stored_logits(optimized):
     streamed, stored, *kernels = loss.implementations
     assert (streamed.name, stored.name) == ("xla", "reference")
     for kind in ("value", "value_and_grad"):
-        # A tile is 4 MiB at the least; the gradient's float32 sum is small.
+        # The gradient's float32 sum is small.
         few, many = streamed.temporaries[kind], stored.temporaries[kind]
         assert few is not None and many is not None
         assert few < 0.8 * LOGITS <= many
@@ -54,7 +54,7 @@ def test_what_does_not_compile_is_said(monkeypatch):
     def refuse(*args):
         raise NotImplementedError("`hidden` must be\nnarrower.")
 
-    monkeypatch.setattr("jaxsoft.devices.measuring._temporaries", refuse)
+    monkeypatch.setattr("jaxsoft.devices.measuring._compiled", refuse)
     (one,) = describe(here(), ["linear_sample"], Shapes())
     assert one.implementations[0].refused == "`hidden` must be narrower."
 

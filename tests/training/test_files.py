@@ -68,7 +68,13 @@ def test_sizes_that_are_none(text):
 
 
 def test_sizes():
-    sizes = {"4G": 4 * 10**9, "512 MiB": 512 * 10**6, "1.5kb": 1500, "77": 77}
+    sizes = {
+        "4G": 4 * 10**9,
+        "512 MiB": 2**29,
+        "512 MB": 512 * 10**6,
+        "1.5kb": 1500,
+        "77": 77,
+    }
     for text, size in sizes.items():
         assert MemoryBudget.parse(text).num_bytes == size
     assert MemoryBudget.parse(None).num_bytes > 10**6

@@ -1,0 +1,398 @@
+"""What a compiled program computes and moves, counted in the text of its HLO.
+
+A compiler's own `cost_analysis()` takes the body of a loop once, and those for GPUs
+that are elsewhere have none; here a body counts as often as it runs.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+__all__ = ["Work", "work_of"]
+
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAMED = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
+# A number that a TPU keeps on the chip is not in its memory.
+_ON_CHIP = re.compile(r"S\([1-9]\d*\)")
+_CALLED = re.compile(r"(?:calls|to_apply)=%([\w.\-]+)")
+_LOOP = re.compile(r"condition=%([\w.\-]+), body=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_EITHER = re.compile(r"(?:true|false)_computation=%([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_DIMS = r"{}_contracting_dims=\{{([\d,]*)\}}"
+_SUMMED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_TOLD = re.compile(r'"cost_estimate":\{"flops":"?(\d+)"?.*?"bytes_accessed":"?(\d+)"?')
+
+# What makes no array of its own.
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier "
+    "optimization-barrier partition-id replica-id domain".split()
+)
+_NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding")
+_PRODUCTS = re.compile("gemm|matmul|__cudnn")
+_KERNELS = re.compile("mosaic|tpu_custom_call|triton|cute", re.IGNORECASE)
+# Of these an element of the result is made of one of the operand.
+_ONE_BY_ONE = frozenset(
+    "bitcast bitcast-convert convert copy reshape transpose".split()
+)
+_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+_UPDATE = "dynamic-update-slice"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program does.
+
+    Attributes:
+      dot_flops: multiplications and additions of matrix products.
+      accessed: bytes that instructions read and write in the device's memory.
+      is_least: whether there is more: a loop that runs nobody knows how often, or a
+        kernel that does not tell.
+    """
+
+    dot_flops: int = 0
+    accessed: int = 0
+    is_least: bool = False
+
+    def __add__(self, other: "Work") -> "Work":
+        """Adds what is done after it."""
+        return Work(
+            self.dot_flops + other.dot_flops,
+            self.accessed + other.accessed,
+            self.is_least or other.is_least,
+        )
+
+    def times(self, count: int) -> "Work":
+        """Returns the work of so many iterations."""
+        return Work(self.dot_flops * count, self.accessed * count, self.is_least)
+
+
+def work_of(text: str) -> Work | None:
+    """Counts what a program does.
+
+    Of branches the one that moves most counts. What instructions of one fusion hand
+    each other is not moved; of an array that is sliced, or updated in place, the slice
+    is. Arrays that a processor's caches hold count as if in memory.
+
+    Args:
+      text: optimized HLO, as a compiled program's `as_text()` gives it.
+
+    Returns:
+      The work; None where the text is not such.
+    """
+    computations, entry = _parse(text)
+    if entry is None:
+        return None
+    return _Counter(computations).of(entry)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """An array's number of elements, bytes of one, sizes and place."""
+
+    shape: tuple[int, ...]
+    bits: int
+    on_chip: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def bytes_of(self, elements: int) -> int:
+        """Returns the bytes of so many elements; none where they are on the chip."""
+        return 0 if self.on_chip else elements * self.bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """A line of a computation."""
+
+    name: str
+    arrays: tuple[_Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    # What is between the parentheses, and after them.
+    inside: str
+    rest: str
+
+    @property
+    def size(self) -> int:
+        return sum(array.size for array in self.arrays)
+
+    def moved(self) -> int:
+        """Returns the bytes of the whole result."""
+        return sum(array.bytes_of(array.size) for array in self.arrays)
+
+
+class _Computation:
+    """Instructions by name, and who uses each."""
+
+    def __init__(self):
+        self.instructions: dict[str, _Instruction] = {}
+        self.users: dict[str, list[_Instruction]] = collections.defaultdict(list)
+        self.root: _Instruction | None = None
+
+    def add(self, one: _Instruction, *, is_root: bool) -> None:
+        self.instructions[one.name] = one
+        for name in dict.fromkeys(one.operands):
+            self.users[name].append(one)
+        if is_root:
+            self.root = one
+
+    def operands(self, one: _Instruction) -> list[_Instruction]:
+        return [self.instructions[n] for n in one.operands if n in self.instructions]
+
+    def parameter(self, index: int) -> _Instruction | None:
+        for one in self.instructions.values():
+            if one.opcode == "parameter" and one.inside == str(index):
+                return one
+        return None
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
+    """Returns the computations by name, and the name of the entry."""
+    computations: dict[str, _Computation] = {}
+    entry = current = None
+    for line in text.splitlines():
+        if current is None:
+            if header := _HEADER.match(line):
+                current = computations[header[2]] = _Computation()
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif named := _NAMED.match(line):
+            one = _instruction(named[2], line[named.end() :])
+            if one is not None:
+                current.add(one, is_root=named[1] is not None)
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> _Instruction | None:
+    """Parses what stands behind the equals sign."""
+    end = _closing(text, 0) if text.startswith("(") else text.find(" ")
+    found = _OPCODE.match(text, end)
+    if end < 0 or found is None:
+        return None
+    close = _closing(text, found.end() - 1)
+    inside = text[found.end() : close - 1]
+    arrays = tuple(_arrays(text[:end]))
+    operands = tuple(_OPERAND.findall(inside))
+    return _Instruction(name, arrays, found[1], operands, inside, text[close:])
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns the place behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if not depth:
+            return place + 1
+    return len(text)
+
+
+def _arrays(text: str) -> Iterator[_Array]:
+    for _, bits, sizes, layout in _ARRAY.findall(text):
+        shape = tuple(int(size) for size in sizes.split(",") if size)
+        yield _Array(shape, int(bits or 8), _ON_CHIP.search(layout) is not None)
+
+
+class _Counter:
+    """Counts computations, each once."""
+
+    def __init__(self, computations: dict[str, _Computation]):
+        self._computations = computations
+        self._done: dict[str, Work] = {}
+
+    def of(self, name: str) -> Work:
+        """Returns the work of a computation."""
+        if name not in self._done:
+            self._done[name] = functools.reduce(
+                Work.__add__,
+                (
+                    self._of_one(self._computations[name], one)
+                    for one in self._computations[name].instructions.values()
+                ),
+                Work(),
+            )
+        return self._done[name]
+
+    def _of_one(self, where: _Computation, one: _Instruction) -> Work:
+        if one.opcode in _FREE or one.opcode.endswith("-done"):
+            return Work()
+        if one.opcode == "while":
+            return self._of_loop(where, one)
+        if one.opcode == "conditional":
+            listed = _BRANCHES.search(one.rest)
+            names = _OPERAND.findall(listed[1]) if listed else _EITHER.findall(one.rest)
+            works = [self.of(name) for name in names]
+            return max(works, key=lambda work: work.accessed, default=Work())
+        called = _CALLED.search(one.rest)
+        if one.opcode in ("call", "async-start") and called:
+            return self.of(called[1])
+        if one.opcode == "fusion" and called:
+            return Work(self._flops_within(called[1]), self._moved(where, one))
+        if one.opcode == "custom-call":
+            return self._of_custom_call(where, one)
+        return Work(_dot_flops(where, one), self._moved(where, one))
+
+    def _of_loop(self, where: _Computation, one: _Instruction) -> Work:
+        names = _LOOP.search(one.rest)
+        assert names is not None
+        work = self.of(names[1]) + self.of(names[2])
+        if known := _TRIPS.search(one.rest):
+            return work.times(int(known[1]))
+        count = self._iterations(where, one, self._computations[names[1]])
+        if count is None:
+            return dataclasses.replace(work, is_least=True)
+        return work.times(count)
+
+    def _iterations(
+        self, where: _Computation, loop: _Instruction, condition: _Computation
+    ) -> int | None:
+        """Returns how often a loop runs that counts up by 1 to a number."""
+        compare = condition.root
+        if compare is None:
+            return None
+        called = _CALLED.search(compare.rest)
+        inner = self._computations[called[1]].root if called else compare
+        operands = condition.operands(compare)
+        if inner is None or "direction=LT" not in inner.rest or len(operands) != 2:
+            return None
+        counter, end = operands
+        index = re.search(r"index=(\d+)", counter.rest)
+        (start,) = where.operands(loop)[:1] or (None,)
+        if index is None or end.opcode != "constant" or start is None:
+            return None
+        if start.opcode != "tuple":
+            return None
+        first = where.instructions[start.operands[int(index[1])]]
+        while first.opcode in _ONE_BY_ONE and first.operands:
+            first = where.instructions[first.operands[0]]
+        if first.opcode != "constant":
+            return None
+        return max(int(end.inside) - int(first.inside), 0)
+
+    def _of_custom_call(self, where: _Computation, one: _Instruction) -> Work:
+        target = (_TARGET.search(one.rest) or ("", ""))[1]
+        if target.startswith(_NO_WORK):
+            return Work()
+        if told := _TOLD.search(one.rest):
+            return Work(int(told[1]), int(told[2]))
+        moved = self._moved(where, one)
+        if _PRODUCTS.search(target):
+            left = where.operands(one)[0].arrays[0].shape
+            summed = _SUMMED.search(one.rest)
+            axes = _numbers(summed[1]) if summed else [len(left) - 1]
+            flops = 2 * one.arrays[0].size * math.prod(left[axis] for axis in axes)
+            return Work(flops, moved)
+        return Work(0, moved, is_least=_KERNELS.search(target) is not None)
+
+    def _flops_within(self, name: str) -> int:
+        """Returns the flops of products inside a fusion."""
+        where = self._computations[name]
+        found = 0
+        for one in where.instructions.values():
+            found += _dot_flops(where, one)
+            if one.opcode in ("fusion", "call") and (
+                called := _CALLED.search(one.rest)
+            ):
+                found += self._flops_within(called[1])
+        return found
+
+    def _moved(self, where: _Computation, one: _Instruction) -> int:
+        """Returns the bytes that an instruction reads and writes."""
+        if one.opcode.endswith("-start"):
+            return _moved_by_start(one)
+        read = 0
+        for operand in dict.fromkeys(one.operands):
+            array = where.instructions.get(operand)
+            if array is not None and array.arrays:
+                elements = min(self._read(one, operand), array.size)
+                read += array.arrays[0].bytes_of(elements)
+        return read + self._written(where, one)
+
+    def _read(self, user: _Instruction, name: str) -> int:
+        """Returns how many elements of an array an instruction needs, at the most."""
+        everything = 2**62
+        places = [i for i, operand in enumerate(user.operands) if operand == name]
+        if user.opcode in _SLICES and places == [0]:
+            return user.size
+        if user.opcode == _UPDATE and places == [0]:
+            return 0
+        called = _CALLED.search(user.rest) if user.opcode == "fusion" else None
+        if called is None:
+            return everything
+        inner = self._computations[called[1]]
+        parameters = [inner.parameter(place) for place in places]
+        return sum(self._needed(inner, one) for one in parameters if one is not None)
+
+    def _needed(self, where: _Computation, one: _Instruction) -> int:
+        """Returns how many elements of an instruction in a fusion its users need."""
+        found = 0
+        for user in where.users[one.name]:
+            if user.opcode in _ONE_BY_ONE and user is not where.root:
+                found += self._needed(where, user)
+            else:
+                found += self._read(user, one.name)
+        # Several users need the same slice.
+        return min(found, one.size)
+
+    def _written(self, where: _Computation, one: _Instruction) -> int:
+        """Returns the bytes of the result that are written."""
+        updated = self._updated(where, one)
+        if len(updated) != len(one.arrays):
+            return one.moved()
+        return sum(
+            array.bytes_of(array.size if size is None else size)
+            for array, size in zip(one.arrays, updated, strict=True)
+        )
+
+    def _updated(self, where: _Computation, one: _Instruction) -> Sequence[int | None]:
+        """Returns how many elements of each result are new; None for all."""
+        if one.opcode == _UPDATE:
+            return [where.instructions[one.operands[1]].size]
+        if one.opcode in ("bitcast", "copy") and one.operands:
+            return self._updated(where, where.instructions[one.operands[0]])
+        if one.opcode == "fusion" and (called := _CALLED.search(one.rest)):
+            inner = self._computations[called[1]]
+            root = inner.root
+            if root is None or root.opcode in ("copy", "parameter"):
+                return [None] * len(one.arrays)
+            parts = inner.operands(root) if root.opcode == "tuple" else [root]
+            return [size for part in parts for size in self._updated(inner, part)]
+        return [None] * len(one.arrays)
+
+
+def _moved_by_start(one: _Instruction) -> int:
+    """Returns the bytes that an asynchronous copy or slice reads and writes."""
+    if len(one.arrays) < 2:
+        return one.moved()
+    new = min(one.arrays[:2], key=lambda array: array.size)
+    return sum(array.bytes_of(new.size) for array in one.arrays[:2])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _dot_flops(where: _Computation, one: _Instruction) -> int:
+    """Returns the flops of an instruction that is a product, 0 of others."""
+    if one.opcode == "dot":
+        left = where.operands(one)[0].arrays[0].shape
+        axes = re.search(_DIMS.format("lhs"), one.rest)
+        summed = [left[axis] for axis in _numbers(axes[1] if axes else "")]
+        return 2 * one.size * math.prod(summed)
+    # TPUs make convolutions of products.
+    labels = _LABELS.search(one.rest) if one.opcode == "convolution" else None
+    if labels is not None:
+        right = where.operands(one)[1].arrays[0].shape
+        return 2 * one.size * math.prod(right) // right[labels[2].index("o")]
+    return 0

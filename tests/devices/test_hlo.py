@@ -1,0 +1,113 @@
+"""Matrix products and bytes, counted in the HLO of compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxsoft.devices.hlo import Work, work_of
+
+TPU = """HloModule jit_f, is_scheduled=true
+
+%fused (p.0: bf16[64,128], p.1: bf16[128,512], p.2: s32[]) -> f32[64,32] {
+  %p.0 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = bf16[128,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %p.2 = s32[]{:T(128)S(6)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[128,32]{1,0} dynamic-slice(%p.1, %zero, %p.2), sizes={128,32}
+  ROOT %out = f32[64,32]{1,0} convolution(%p.0, %slice), dim_labels=bf_io->bf
+}
+
+%body (state: (s32[], bf16[64,128], bf16[128,512])) -> (s32[], bf16[64,128]) {
+  %state = (s32[]{:T(128)}, bf16[64,128], /*index=2*/bf16[128,512]) parameter(0)
+  %at = s32[]{:T(128)S(6)} get-tuple-element(%state), index=0
+  %x = bf16[64,128]{1,0} get-tuple-element(%state), index=1
+  %w = bf16[128,512]{1,0} get-tuple-element(%state), index=2
+  %product = f32[64,32]{1,0:T(8,128)S(1)} fusion(%x, %w, %at), calls=%fused
+  %copy-start = (f32[64,32], f32[64,32]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%product)
+  %copy-done = f32[64,32]{1,0} copy-done(%copy-start)
+  ROOT %next = (s32[]{:T(128)}, bf16[64,128]) tuple(%at, %x)
+}
+
+%condition (state.1: (s32[], bf16[64,128])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, bf16[64,128]) parameter(0)
+  %count = s32[]{:T(128)S(6)} get-tuple-element(%state.1), index=0
+  %end = s32[]{:T(128)} constant(END)
+  ROOT %less = pred[]{:T(512)S(6)} compare(%count, %end), direction=LT
+}
+
+ENTRY %main (x.1: bf16[64,128], w.1: bf16[128,512]) -> f32[] {
+  %x.1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = bf16[128,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %first = s32[]{:T(128)S(6)} constant(3)
+  %room = f32[64,32]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %init = (s32[], bf16[64,128], bf16[128,512]) tuple(%first, %x.1, %w.1)
+  %loop = (s32[], bf16[64,128]) while(%init), condition=%condition, body=%body
+  ROOT %kernel = f32[] custom-call(%x.1), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000",\
+"transcendentals":"7","bytes_accessed":"100"}}}
+}
+"""
+
+
+def work(function, *arrays):
+    found = work_of(jax.jit(function).lower(*arrays).compile().as_text() or "")
+    assert found is not None
+    return found
+
+
+def test_loops_count_as_often_as_they_run():
+    x, w = jnp.ones((3, 8)), jnp.ones((8, 8))
+    loop = work(lambda x: lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x), x)
+    assert loop.dot_flops == 5 * 2 * 3 * 8 * 8 and not loop.is_least
+    # Nothing that the compiler could know how often.
+    until = work(lambda x: lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ w, x), x)
+    assert until.dot_flops == 2 * 3 * 8 * 8 and until.is_least
+
+
+def test_slices_and_updates_in_place_move_no_whole_array():
+    table = np.ones((4096, 256), np.float32)
+
+    def total(table):
+        def step(index, sums):
+            rows = lax.dynamic_slice_in_dim(table, index * 64, 64)
+            return lax.dynamic_update_slice_in_dim(sums, rows * 2, index * 64, 0)
+
+        return lax.fori_loop(0, 64, step, jnp.zeros_like(table))
+
+    moved = work(total, table)
+    assert moved.dot_flops == 0
+    # Read once, written once, and the zeros before; not 64 times.
+    assert 2 * table.nbytes <= moved.accessed <= 8 * table.nbytes
+
+
+def test_of_branches_the_largest_counts():
+    x = jnp.ones((64, 64))
+
+    def either(which, x):
+        return lax.switch(which, [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x], x)
+
+    assert work(either, 0, x).dot_flops == 2 * 2 * 64**3
+
+
+@pytest.mark.parametrize("end", [3, 19])
+def test_what_compilers_for_tpus_write(end):
+    found = work_of(TPU.replace("END", str(end)))
+    # States, a slice of the kernel, and the copy out of the chip's own memory.
+    step = 2 * 64 * 128 + 2 * 128 * 32 + 4 * 64 * 32
+    runs = end - 3
+    loop = 2 * 64 * 128 * 32 * runs
+    assert found is not None
+    assert found.dot_flops == loop + 1000
+    # The counter's loop reads two scalars, where they are not on the chip.
+    assert 0 <= found.accessed - (step * runs + 100) <= 16 * (runs + 1)
+
+
+def test_a_kernel_that_does_not_tell():
+    text = TPU.replace('"cost_estimate"', '"other"').replace("END", "3")
+    assert work_of(text) == Work(0, 2 * 64 * 128 + 4, is_least=True)
+
+
+def test_what_is_no_program():
+    assert work_of("") is None and work_of("ModuleOp {\n}\n") is None
