@@ -41,6 +41,9 @@ _TRAIN_HELP = {
     "cache_dir": "root of the token cache (default: the user's cache folder)",
     "memory": "the most memory that files and the model may take, such as 4G "
     "(default: half of what is free)",
+    "workspace": "the temporary memory that the loss of a full head may take, such as "
+    "1GiB: with more, less is computed twice (default: a quarter of the logits, within "
+    "64 and 512 MiB)",
     "evaluate_every": "steps between validations",
     "evaluation_tokens": "tokens of a validation; the last one reads four times more",
     "checkpoint_every": "steps between checkpoints",
@@ -151,7 +154,7 @@ def _seconds(text: str) -> float:
 
 def _check_comparison(parsed: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """Raises unless all that was asked for goes with a comparison of heads."""
-    for name in ("head", "steps", "resume", "mesh"):
+    for name in ("head", "steps", "workspace", "resume", "mesh"):
         value = given.get(name) or getattr(parsed, name, None)
         if value:
             raise ValueError(

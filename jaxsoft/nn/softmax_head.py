@@ -69,8 +69,9 @@ class SoftmaxHead(LinearMethods):
         Flax places the new parameter at once, and needs `jax.set_mesh` for it, unless
         `"eager_sharding": False` is there too.
       bias_metadata: metadata of the bias's `nnx.Param`.
-      workspace_bytes: the temporary memory that a loss may take; see
-        `jaxsoft.linear_cross_entropy`.
+      workspace_bytes: the temporary memory, in bytes, that logits and what is kept of
+        them may take in a method, or in a function that `call` is given: with more,
+        less is computed twice for a gradient. None: see `jaxsoft.linear_cross_entropy`.
       vocab_axis: inside `jax.shard_map`, the mesh axis (or axes) that the classes are
         sharded over; None: the classes are all here, or placed by plain jit.
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens: losses are those
@@ -268,7 +269,7 @@ class SoftmaxHead(LinearMethods):
         """Calls a function of hidden states and a kernel with this head's.
 
         The function gets the kernel, bias, temperature, soft-cap, layout, precision,
-        mesh axes, tile size and implementation of the head, and hidden states in its
+        mesh axes, workspace and implementation of the head, and hidden states in its
         dtype. It may be any `linear_*` function of jaxsoft, one that `over_mesh`
         returned, `sampled_softmax_loss`, or one of your own.
 

@@ -51,11 +51,22 @@ class HeadPlan:
         trained on classes drawn by their counts.
       counts: `[V]`, how often each class comes in training.
       num_samples: classes that the sampled head draws a step.
+      workspace_bytes: the temporary memory that the full head's loss may take; None
+        is as in `jaxsoft.linear_cross_entropy`.
     """
 
     kind: HeadKind
     counts: tuple[int, ...]
     num_samples: int = 1024
+    workspace_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a workspace that the head would not heed."""
+        if self.workspace_bytes is not None and self.kind != "full":
+            raise ValueError(
+                f"`workspace_bytes` must be None with `kind` {self.kind!r}, got "
+                f"{self.workspace_bytes}."
+            )
 
     @property
     def num_classes(self) -> int:
@@ -134,6 +145,7 @@ class HeadPlan:
                 self.num_classes,
                 kernel_metadata={"out_sharding": (None, VOCAB), **_LATER},
                 bias_metadata={"out_sharding": (VOCAB,), **_LATER},
+                workspace_bytes=self.workspace_bytes,
                 **options,
             )
             _set(head.bias, self.log_probs)

@@ -87,6 +87,11 @@ def test_train_prints_its_measurements_and_files(options, capsys, tmp_path, one_
             ["--compare-heads", "--head", "full"],
             "--head must be left out with --compare-heads, got 'full'.",
         ),
+        (["--workspace", "much"], "--workspace must be a size such as 4G, got 'much'."),
+        (
+            ["--workspace", "1MiB", "--head", "adaptive"],
+            "--workspace must be left out with --head 'adaptive', whose loss takes",
+        ),
         (["--mesh", "data"], "--mesh must be axes with their sizes, such as data=2,"),
         (["--mesh", "rows=1"], "--mesh must have the axes data and vocab, each once"),
         (["--mesh", "vocab=99"], "the sizes in --mesh must multiply to the number of"),
@@ -138,6 +143,14 @@ def test_another_head_trains_and_resumes(options, capsys, head):
     assert f"head: {head}\n" in capsys.readouterr().out
     said = fails(capsys, ["train", "--out", "run", "--resume", "--head", "full"])
     assert f"the run in run has --head '{head}', not 'full'" in said
+
+
+def test_comparisons_take_no_workspace(options, capsys):
+    place = options.index("--steps")
+    del options[place : place + 2]
+    words = ["train", *options, "--compare-heads", "--workspace", "1MiB"]
+    said = fails(capsys, words)
+    assert "--workspace must be left out with --compare-heads, got '1MiB'." in said
 
 
 def test_resume_of_another_configuration(options, capsys, tmp_path):

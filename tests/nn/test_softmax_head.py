@@ -31,6 +31,28 @@ def mean_loss(head):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_a_workspace_is_what_a_gradient_takes(tied, optimized):
+    """Of 32 MiB of logits; a tied head is made anew for a call, and keeps it."""
+    mebibyte, taken = 2**20, []
+    embedding = nnx.Embed(4096, 16, rngs=nnx.Rngs(0))
+    hidden, labels = jnp.ones((2048, 16)), jnp.zeros(2048, jnp.int32)
+    for workspace in (4, 16, 64):
+        size = workspace * mebibyte
+        head = SoftmaxHead(16, 4096, tied=tied, workspace_bytes=size, rngs=nnx.Rngs(0))
+
+        def loss(hidden, head=head):
+            own = head.tied_to(embedding) if tied else head
+            return own.loss(hidden, labels)
+
+        compiled = jax.jit(jax.grad(loss)).lower(hidden).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        taken.append(memory.temp_size_in_bytes)
+        assert taken[-1] <= size + 2 * mebibyte
+    assert taken[0] < taken[1] < taken[2] and taken[2] > 32 * mebibyte
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_logits_loss_and_log_prob_agree(tied, softcap):
     rngs = nnx.Rngs(1)

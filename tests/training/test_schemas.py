@@ -134,6 +134,10 @@ def test_configurations_of_runs_are_held_against_their_schema(tmp_path):
         directory.start(description(config))
         assert read_config(tmp_path, type(config)) == config
     whole = description(LanguageModelConfig())
+    # A field that a run of an older version did not have is at its default.
+    older = {k: v for k, v in whole["config"].items() if k != "workspace"}
+    directory.config.write_text(json.dumps({**whole, "config": older}))
+    assert load_config(tmp_path) == LanguageModelConfig()
     for text in (
         *("[]", '{"config": 1}', "1" * 5000, "[" * 9999),
         json.dumps({**whole, "config": {**whole["config"], "steps": 1.5}}),

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from jaxsoft._core.options import one_of
 from jaxsoft.training.head_kinds import HEADS, HeadKind
 from jaxsoft.training.language_model.tokens import MIN_VOCAB_SIZE
-from jaxsoft.training.memory import MemoryBudget
+from jaxsoft.training.memory import MemoryBudget, bytes_in
 from jaxsoft.training.running import read_config
 
 __all__ = ["FREE_FIELDS", "LanguageModelConfig", "TransformerConfig", "load_config"]
 
 # A run resumed with other values of these is still the same run; the corpus itself is
 # compared by its digest, wherever it lies now.
-FREE_FIELDS = frozenset({"corpus", "out", "cache_dir", "memory", "checkpoint_every"})
+FREE_FIELDS = frozenset(
+    {"corpus", "out", "cache_dir", "memory", "workspace", "checkpoint_every"}
+)
 
 # Of what costs more than it says: a tokenizer makes room for all its tokens at once,
 # each layer is compiled by itself, and a sample's token takes a pass of the model.
@@ -76,6 +78,8 @@ class LanguageModelConfig:
       cache_dir: root of the token cache; None is the user's cache folder.
       memory: the most memory that files and the model may take, such as "4G"; None is
         half of what is free.
+      workspace: the temporary memory that a full head's loss may take, such as "1GiB";
+        None is as in `jaxsoft.linear_cross_entropy`.
       evaluate_every: steps between validations.
       evaluation_tokens: tokens of a validation; the last one reads four times more.
       checkpoint_every: steps between checkpoints.
@@ -99,6 +103,7 @@ class LanguageModelConfig:
     out: str = "jaxsoft-run"
     cache_dir: str | None = None
     memory: str | None = None
+    workspace: str | None = None
     evaluate_every: int = 40
     evaluation_tokens: int = 8_192
     checkpoint_every: int = 40
@@ -132,7 +137,19 @@ class LanguageModelConfig:
         one_of("head", self.head, HEADS)
         if self.memory is not None:
             MemoryBudget.parse(self.memory)
+        if self.workspace_bytes is not None and self.head != "full":
+            raise ValueError(
+                f"`workspace` must be left out with `head` {self.head!r}, whose loss "
+                f"takes none, got {self.workspace!r}."
+            )
         self.transformer(self.vocab_size)
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """The bytes of `workspace`."""
+        if self.workspace is None:
+            return None
+        return bytes_in(self.workspace, "workspace")
 
     def check_memory(self, budget: MemoryBudget, num_classes: int) -> None:
         """Raises `MemoryError` for a model and a batch that cannot be trained within.

@@ -306,7 +306,9 @@ class _Run:
 def head_plan(config: LanguageModelConfig, tokens: TokenCache) -> HeadPlan:
     """The head of a run, made from the training tokens' counts."""
     counts = tokens.counts("train").tolist()
-    return HeadPlan(config.head, tuple(counts), config.num_samples)
+    return HeadPlan(
+        config.head, tuple(counts), config.num_samples, config.workspace_bytes
+    )
 
 
 def _description(

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 
+import numpy as np
 import pytest
 
 from jaxsoft.training import (
@@ -20,6 +21,7 @@ from jaxsoft.training import (
     load_config,
     train_language_model,
 )
+from jaxsoft.training.language_model import trainer
 from jaxsoft.training.language_model.corpus import read_corpus
 from jaxsoft.training.language_model.steps import Programs
 from jaxsoft.training.run_directory import WALL_CLOCK_FIELDS, RunDirectory
@@ -326,6 +328,31 @@ def test_folder_with_other_files_may_be_used(tiny, tmp_path):
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine\n"
 
 
+def test_a_workspace_reaches_the_loss_and_leaves_it_as_it_is(
+    uninterrupted, tiny, tmp_path, monkeypatch
+):
+    heads, make = [], trainer.compiled_programs
+
+    def spied(*args, head, **options):
+        heads.append(head)
+        return make(*args, head=head, **options)
+
+    monkeypatch.setattr(trainer, "compiled_programs", spied)
+    config = LanguageModelConfig(**tiny | {"learning_rate": 0.03, "workspace": "8KiB"})
+    with pytest.raises(MemoryError):
+        train_language_model(config, listener=DiesAfter(7))
+    # A run may go on with another one.
+    config = dataclasses.replace(config, workspace="1MiB")
+    report = train_language_model(config, resume=True)
+    assert [head.workspace_bytes for head in heads] == [2**13, 2**20]
+    found, expected = (
+        [line["loss"] for line in records(out) if line["event"] == "train"]
+        for out in (config.out, uninterrupted[0].out)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert math.isclose(report.loss, uninterrupted[2].loss, rel_tol=1e-3)
+
+
 def test_missing_extra_is_named(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(MissingExtraError, match=r'tokenizers, .*"jaxsoft\[train\]"'):
@@ -341,6 +368,7 @@ def test_missing_extra_is_named(tiny, monkeypatch):
         ("steps", 2**31, "`steps` must be at most 2,147,483,647, got"),
         ("layers", 10**6, "`layers` must be at most 1,000, got 1000000."),
         ("memory", "much", "`memory` must be a size such as 4G, got 'much'."),
+        ("workspace", "4X", "`workspace` must be a size such as 4G, got '4X'."),
         ("vocab_size", 256, "`vocab_size` must be at least 257"),
         ("seed", -1, "`seed` must be in"),
         ("learning_rate", math.nan, "`learning_rate` must be positive, got nan."),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxsoft.nn import SoftmaxHead
 from jaxsoft.training.heads import HEADS, HeadPlan
 from jaxsoft.training.language_model.config import TransformerConfig
 from jaxsoft.training.language_model.transformer import LanguageModel, rotate_positions
@@ -22,6 +23,15 @@ def model():
 @pytest.fixture(scope="module")
 def tokens():
     return jax.random.randint(jax.random.key(1), (3, 12), 0, 50)
+
+
+def test_a_workspace_is_of_the_full_head():
+    plan = HeadPlan("full", (1,) * 50, workspace_bytes=4096)
+    head = LanguageModel(CONFIG, plan=plan, rngs=nnx.Rngs(0)).head
+    assert isinstance(head, SoftmaxHead) and head.workspace_bytes == 4096
+    for kind in HEADS[1:]:
+        with pytest.raises(ValueError, match="`workspace_bytes` must be None"):
+            HeadPlan(kind, (1,) * 50, workspace_bytes=4096)
 
 
 def test_hidden_states_see_the_past_alone(model, tokens):
