@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     every = (
         *workloads.LINEAR,
+        *workloads.LAYERS,
         *workloads.HEADS,
         *workloads.CONTRASTIVE,
         *workloads.SOFTMAX,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import checks, contest, linear, peers, workloads
+from benchmarks import asked, checks, contest, linear, peers, workloads
 from benchmarks.heads_cases import CONTRASTIVE, HEADS, TRAINING, Head
 from benchmarks.session import Session, Work
 from benchmarks.workloads import LinearWorkload
@@ -38,6 +38,7 @@ def run(session: Session) -> None:
         run_workload(session, workload, TRAINING if position else HEADS)
     for workload in select(workloads.CONTRASTIVE):
         run_workload(session, as_pairs(workload), CONTRASTIVE)
+    session.findings += asked.findings(session, SUITE)
 
 
 def as_pairs(workload: LinearWorkload) -> LinearWorkload:
@@ -96,7 +97,8 @@ def _case(
 
     def work(contender: peers.Contender) -> Work:
         passes = head.passes.get(contender.name, 1)
-        return Work(flops=passes * workload.matmul_flops, dtype=workload.dtype)
+        passes = passes(workload) if callable(passes) else passes
+        return Work(flops=round(passes * workload.matmul_flops), dtype=workload.dtype)
 
     usual = checks.limit(workload.dtype, matmul=True, platform=session.platform)
     limit = head.limit(len(subset.rows)) if head.limit else usual
@@ -106,8 +108,10 @@ def _case(
         shape=linear.shape_of(workload),
         title=head.title,
         contenders=[
-            peers.Contender(peers.OURS, head.ours),
+            peers.Contender(peers.OURS, head.ours, ours=True),
+            *(peers.Contender(name, way, ours=True) for name, way in head.ways.items()),
             peers.Contender(head.plain_name, head.plain),
+            *(peers.Contender(name, other) for name, other in head.others.items()),
             *(peers.Contender(name, part) for name, part in head.part.items()),
         ],
         prepare=functools.partial(_prepare, moving=head.moving),

@@ -1,6 +1,7 @@
 """The heads that are measured: what is asked, of whom, and what the answer is."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,16 +12,21 @@ import optax
 import jaxsoft
 from benchmarks import heads_truth
 from benchmarks.checks import Subset
-from benchmarks.peers import OURS
-from benchmarks.workloads import LinearWorkload
+from benchmarks.passes import STORED, computed_again, cross_entropy
+from benchmarks.peers import OURS, with_workspace
+from benchmarks.workloads import MIB, LinearWorkload
 
 _CANDIDATES = 16
 _BEST = 50
 # Usual ones of distillation, of CLIP at its start and of SimCLR.
 _SOFT, _CLIP, _SIMCLR = 2.0, 0.07, 0.5
+# Half of the logits of `train-65k`, and all of them for log_prob with its entropy.
+_ROOM = 256 * MIB
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Any]
+# How many, or how many at a workload.
+Passes = float | Callable[[LinearWorkload], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +39,13 @@ class Head:
       plain: the same with stored logits.
       truth: what checked outputs and gradients should be, of inputs, cotangents by
         output (empty where no gradient is wanted) and the rows and classes compared.
-      passes: over the logits that each contender cannot do without, 1 if not named.
+      passes: over the logits that each contender takes at the least, 1 if not named.
       draws: further inputs, of a workload and a key.
       per_token: names of the inputs that have one row a token.
       moving: names of the inputs whose gradients are wanted too.
       plain_name: whose formula `plain` is.
+      ways: ours with other options, by name.
+      others: what else there is that does the same, by name.
       part: another's function that does only a part of the work, by name.
       observe: makes what is compared with the truth of outputs cut to the rows and
         classes compared, and the truth.
@@ -50,11 +58,17 @@ class Head:
     ours: Callable[[Inputs], Outputs]
     plain: Callable[[Inputs], Outputs]
     truth: heads_truth.Truth
-    passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    passes: Mapping[str, Passes] = dataclasses.field(default_factory=dict)
     draws: Callable[[LinearWorkload, jax.Array], Inputs] = lambda workload, key: {}
     per_token: tuple[str, ...] = ("hidden", "labels")
     moving: tuple[str, ...] = ()
     plain_name: str = "jax.nn"
+    ways: Mapping[str, Callable[[Inputs], Outputs]] = dataclasses.field(
+        default_factory=dict
+    )
+    others: Mapping[str, Callable[[Inputs], Outputs]] = dataclasses.field(
+        default_factory=dict
+    )
     part: Mapping[str, Callable[[Inputs], Outputs]] = dataclasses.field(
         default_factory=dict
     )
@@ -62,10 +76,14 @@ class Head:
     checked: int = 48
     limit: Callable[[int], float] | None = None
 
-    def with_gradient(self, *moving: str, passes: Mapping[str, int]) -> "Head":
-        """The same head, with the gradients of these inputs."""
+    def with_gradient(
+        self, *moving: str, passes: Mapping[str, Passes], **fields: Any
+    ) -> "Head":
+        """The same head, with the gradients of these inputs, and some other fields."""
         title = f"{self.title.removesuffix(': value')}: value and gradient"
-        return dataclasses.replace(self, title=title, moving=moving, passes=passes)
+        return dataclasses.replace(
+            self, title=title, moving=moving, passes=passes, **fields
+        )
 
 
 def by_rows(
@@ -88,8 +106,10 @@ def _log_probs(x: Inputs) -> jax.Array:
     return jax.nn.log_softmax(_logits(x).astype(jnp.float32))
 
 
-def _our_log_prob(x: Inputs) -> Outputs:
-    log_prob, entropy = jaxsoft.linear_log_prob(x["hidden"], x["kernel"], x["labels"])
+def _our_log_prob(x: Inputs, workspace: int | None = None) -> Outputs:
+    log_prob, entropy = jaxsoft.linear_log_prob(
+        x["hidden"], x["kernel"], x["labels"], workspace_bytes=workspace
+    )
     return {"log_prob": log_prob, "entropy": entropy}
 
 
@@ -240,6 +260,14 @@ def _our_nt_xent(x: Inputs) -> Outputs:
     return {"loss": jaxsoft.nt_xent(x["image"], x["text"], _SIMCLR)}
 
 
+def _plain_nt_xent(x: Inputs) -> Outputs:
+    z = jnp.concatenate([_normalized(x["image"]), _normalized(x["text"])])
+    own = jnp.arange(len(z))
+    logits = (z @ z.T).astype(jnp.float32) / _SIMCLR
+    log_probs = jax.nn.log_softmax(logits.at[own, own].set(-jnp.inf))
+    return {"loss": -jnp.mean(log_probs[own, jnp.roll(own, len(x["image"]))])}
+
+
 def _optax_nt_xent(x: Inputs) -> Outputs:
     pairs = jnp.tile(jnp.arange(len(x["image"])), 2)
     both = jnp.concatenate([x["image"], x["text"]])
@@ -259,6 +287,31 @@ def _views(workload: LinearWorkload, key: jax.Array) -> Inputs:
     return {"image": image, "text": image + other}
 
 
+def _with(
+    fixed: int, again: float = 1, layer: Callable[[Any], Any] = lambda w: w, **how: Any
+) -> Callable[[LinearWorkload], float]:
+    """Returns what gives the passes of ours by its plan.
+
+    Args:
+      fixed: passes that every plan takes.
+      again: passes of logits that were there before, where none are kept.
+      layer: makes the layer of a workload.
+      **how: further arguments of `computed_again`.
+    """
+    return lambda workload: fixed + again * computed_again(layer(workload), **how)
+
+
+def _both(workload: LinearWorkload) -> LinearWorkload:
+    """Returns the layer of both embeddings of all pairs."""
+    count = 2 * workload.tokens
+    return dataclasses.replace(workload, tokens=count, classes=count)
+
+
+def _twice_as_wide(workload: LinearWorkload) -> LinearWorkload:
+    """Returns the layer of a teacher."""
+    return dataclasses.replace(workload, features=2 * workload.features)
+
+
 LOG_PROB = Head(
     "log_prob and entropy: value",
     _our_log_prob,
@@ -275,13 +328,27 @@ EXPECTED = Head(
 )
 TRAINING = (
     LOG_PROB,
-    # With stored logits: them, dhidden and dkernel. Ours computes logits again.
-    LOG_PROB.with_gradient("hidden", "kernel", passes={OURS: 4, "jax.nn": 3}),
+    # With stored logits: them, dhidden and dkernel. Ours computes some logits again.
+    LOG_PROB.with_gradient(
+        "hidden",
+        "kernel",
+        passes={
+            OURS: _with(STORED),
+            with_workspace(_ROOM): _with(STORED, workspace=_ROOM),
+            "jax.nn": STORED,
+        },
+        ways={with_workspace(_ROOM): functools.partial(_our_log_prob, workspace=_ROOM)},
+    ),
     EXPECTED,
     # Besides, the mean and two products in its derivative.
-    EXPECTED.with_gradient("hidden", "kernel", "values", passes={OURS: 7, "jax.nn": 6}),
-    # A teacher of twice the width counts twice; its logits come twice in ours, and all
-    # of them once more for the gradient.
+    EXPECTED.with_gradient(
+        "hidden",
+        "kernel",
+        "values",
+        passes={OURS: _with(2 * STORED), "jax.nn": 2 * STORED},
+    ),
+    # A teacher of twice the width counts twice. Ours has two streams, and the gradient:
+    # logits that are not kept come three times, those of both layers.
     Head(
         f"distillation at T = {_SOFT:g}: value and gradient",
         _our_distillation,
@@ -289,7 +356,7 @@ TRAINING = (
         by_rows(
             heads_truth.distillation(_SOFT), ("hidden", "labels", "teacher_hidden")
         ),
-        passes={OURS: 11, "jax.nn": 5},
+        passes={OURS: _with(5, 6, _twice_as_wide, layers=2), "jax.nn": 5},
         draws=_teacher,
         per_token=("hidden", "labels", "teacher_hidden"),
         moving=("hidden", "kernel"),
@@ -299,7 +366,7 @@ TRAINING = (
         _our_distillation_top_k,
         _plain_distillation_top_k,
         by_rows(heads_truth.distillation_top_k, _OF_LISTED),
-        passes={OURS: 4, "jax.nn": 3},
+        passes={OURS: _with(STORED), "jax.nn": STORED},
         draws=_teacher_top_k,
         per_token=_OF_LISTED,
         moving=("hidden", "kernel"),
@@ -345,8 +412,11 @@ CONTRASTIVE = (
         _our_clip_loss,
         _plain_clip_loss,
         heads_truth.clip_loss(_CLIP),
-        # Each direction has its own logits, and those again.
-        passes={OURS: 8, "jax.nn": 3},
+        # Each direction has its own logits, and some of those again.
+        passes={
+            OURS: lambda workload: 2 * cross_entropy(workload),
+            "jax.nn": STORED,
+        },
         draws=_views,
         per_token=("image", "text"),
         moving=("image", "text"),
@@ -354,12 +424,16 @@ CONTRASTIVE = (
     Head(
         "nt_xent: value and gradient",
         _our_nt_xent,
-        _optax_nt_xent,
+        _plain_nt_xent,
         heads_truth.nt_xent(_SIMCLR),
-        passes={OURS: 16, "optax": 12},
+        passes={
+            OURS: lambda workload: 4 * cross_entropy(_both(workload)),
+            "jax.nn": 4 * STORED,
+            "optax": 4 * STORED,
+        },
         draws=_views,
         per_token=("image", "text"),
         moving=("image", "text"),
-        plain_name="optax",
+        others={"optax": _optax_nt_xent},
     ),
 )

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import checks, contest, peers, truth, workloads
+from benchmarks import asked, checks, contest, peers, truth, workloads
 from benchmarks.session import Session, Work
-from benchmarks.workloads import LinearCase, LinearWorkload
+from benchmarks.workloads import MIB, LinearCase, LinearWorkload
 
 SUITE = "linear"
+
+# A tile, an eighth and a half of the logits of the first workload, and all of them.
+_WORKSPACES = tuple(mebibytes * MIB for mebibytes in (16, 64, 256, 512))
 
 # Where the truth of every token costs more than this, fewer tokens are checked.
 _TRUTH_FLOPS = 2e11
@@ -20,26 +23,34 @@ _TEMPERATURE = 0.7
 
 MAIN_CASES = (LinearCase(), LinearCase(gradient=True))
 ALL_CASES = (
-    *MAIN_CASES,
+    LinearCase(),
+    LinearCase(gradient=True, workspaces=_WORKSPACES),
     LinearCase(reduction="none"),
     LinearCase(reduction="none", gradient=True),
     LinearCase(layout="vh"),
-    LinearCase(layout="vh", gradient=True),
+    LinearCase(layout="vh", gradient=True, workspaces=_WORKSPACES),
     LinearCase(temperature=True),
     LinearCase(temperature=True, gradient=True),
+)
+_GRADIENTS = (
+    LinearCase(gradient=True),
+    LinearCase(layout="vh", gradient=True),
 )
 
 
 def run(session: Session) -> None:
     """Runs every case of the first workload, and the mean of the others."""
-    chosen = workloads.select(
-        workloads.LINEAR,
-        session.workloads,
+    select = functools.partial(
+        workloads.select,
+        names=session.workloads,
         platform=session.platform,
         quick=session.quick,
     )
-    for position, workload in enumerate(chosen):
+    for position, workload in enumerate(select(workloads.LINEAR)):
         run_workload(session, workload, MAIN_CASES if position else ALL_CASES)
+    for workload in select(workloads.LAYERS):
+        run_workload(session, workload, _GRADIENTS)
+    session.findings += asked.findings(session, SUITE)
 
 
 def run_workload(
@@ -61,17 +72,29 @@ def run_workload(
         wanted = [case for case in cases if case.layout == layout]
         if wanted:
             arguments = workload.inputs(layout)
-            for case in _cases(session, workload, arguments, wanted, suite):
+            for case in make_cases(session, workload, arguments, wanted, suite):
                 contest.run_case(case, session)
 
 
-def _cases(
+def make_cases(
     session: Session,
     workload: LinearWorkload,
     inputs: tuple[jax.Array, ...],
-    wanted: list[LinearCase],
+    wanted: Sequence[LinearCase],
     suite: str,
 ) -> Iterator[contest.Case]:
+    """Makes cases at one shape, of one layout.
+
+    Args:
+      session: that will run them.
+      workload: the shape.
+      inputs: hidden, kernel and labels.
+      wanted: what is asked.
+      suite: the question that the results answer.
+
+    Yields:
+      A case for each that is wanted.
+    """
     hidden, kernel, labels = inputs
     cotangent = jax.random.normal(jax.random.key(3), labels.shape)
     affordable = int(_TRUTH_FLOPS * workload.tokens / workload.matmul_flops)
@@ -92,10 +115,12 @@ def _cases(
             workload=workload.name,
             shape=shape_of(workload),
             title=case.title,
-            contenders=peers.linear_contenders(case),
+            contenders=peers.linear_contenders(case, workload),
             prepare=functools.partial(prepare, case=case),
             arguments=arguments(case, workload.tokens),
-            truth=functools.partial(known, dataclasses.replace(case, gradient=True)),
+            truth=functools.partial(
+                known, dataclasses.replace(case, gradient=True, workspaces=())
+            ),
             observe=functools.partial(observe, case=case, subset=subset),
             baseline="optax",
             limit=checks.limit(workload.dtype, matmul=True, platform=session.platform),
@@ -139,7 +164,7 @@ def _work(
     contender: peers.Contender, case: LinearCase, workload: LinearWorkload
 ) -> Work:
     passes = contender.gradient_matmuls if case.gradient else 1
-    return Work(flops=passes * workload.matmul_flops, dtype=workload.dtype)
+    return Work(flops=round(passes * workload.matmul_flops), dtype=workload.dtype)
 
 
 def _truth(

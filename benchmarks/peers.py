@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 
 import jaxsoft
-from benchmarks import timing, torch_peer
-from benchmarks.workloads import Layout, LinearCase
+from benchmarks import passes, timing, torch_peer
+from benchmarks.workloads import MIB, Layout, LinearCase, LinearWorkload
 from jaxsoft._core import registry
 from jaxsoft._core.registry import Implementation
 
@@ -52,7 +52,7 @@ class Contender:
     function: Callable[..., Any] | None = None
     program: Callable[[tuple[Any, ...]], timing.Program] | None = None
     absent: str = ""
-    gradient_matmuls: int = 3
+    gradient_matmuls: float = passes.STORED
     ours: bool = False
     observe: Callable[[Any], Mapping[str, Any]] | None = None
 
@@ -70,40 +70,65 @@ def by_implementation(
     ours: Callable[[Implementation | None], Callable[..., Any]],
     *,
     xla: bool = True,
-    **options: Any,
+    gradient_matmuls: Callable[[Implementation | None], float] | None = None,
 ) -> list[Contender]:
     """Ours by every implementation that the platform has.
 
     Args:
       ours: makes the function of an implementation.
       xla: whether "xla" takes part beside the default, which is the same today.
-      **options: fields of each contender.
+      gradient_matmuls: gives that field of an implementation's contender.
     """
     return [
-        Contender(name, ours(implementation), ours=True, **options)
+        Contender(
+            name,
+            ours(implementation),
+            gradient_matmuls=(
+                gradient_matmuls(implementation) if gradient_matmuls else passes.STORED
+            ),
+            ours=True,
+        )
         for name, implementation in implementations().items()
         if xla or implementation != "xla"
     ]
 
 
-def linear_contenders(case: LinearCase) -> list[Contender]:
+def with_workspace(workspace: int) -> str:
+    """Returns the name of ours where it is given so many bytes."""
+    return f"{OURS}, {workspace / MIB:.3g} MiB"
+
+
+def linear_contenders(case: LinearCase, workload: LinearWorkload) -> list[Contender]:
     """Everyone's linear cross-entropy, as `f(hidden, kernel, labels, temperature)`.
 
     Args:
       case: what it must compute; `temperature` is None where the case has none.
+      workload: the shape, by which ours makes its plan.
 
     Returns:
-      Ours, then stored logits, then the packages of the field.
+      Ours, by every workspace, then stored logits, then the packages of the field.
     """
 
-    def ours(hidden: Any, kernel: Any, labels: Any, temperature: Any) -> jax.Array:
-        return jaxsoft.linear_cross_entropy(
-            hidden,
-            kernel,
-            labels,
-            temperature=1.0 if temperature is None else temperature,
-            reduction=case.reduction,
-            kernel_layout=case.layout,
+    def ours(workspace: int | None) -> Contender:
+        def loss(hidden: Any, kernel: Any, labels: Any, temperature: Any) -> jax.Array:
+            return jaxsoft.linear_cross_entropy(
+                hidden,
+                kernel,
+                labels,
+                temperature=1.0 if temperature is None else temperature,
+                reduction=case.reduction,
+                kernel_layout=case.layout,
+                workspace_bytes=workspace,
+            )
+
+        reduced = case.reduction != "none"
+        return Contender(
+            OURS if workspace is None else with_workspace(workspace),
+            loss,
+            gradient_matmuls=passes.cross_entropy(
+                workload, workspace=workspace, reduced=reduced
+            ),
+            ours=True,
         )
 
     def stored(hidden: Any, kernel: Any, labels: Any, temperature: Any) -> jax.Array:
@@ -114,7 +139,7 @@ def linear_contenders(case: LinearCase) -> list[Contender]:
         return losses.mean() if case.reduction == "mean" else losses
 
     return [
-        Contender(OURS, ours, gradient_matmuls=4),
+        *(ours(workspace) for workspace in (None, *case.workspaces)),
         Contender("optax", stored),
         _jax_cce(case),
         _tokamax(case),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsoft
-from benchmarks import checks, contest, heads_truth, linear, peers, softmax
+from benchmarks import checks, contest, heads_truth, linear, passes, peers, softmax
 from benchmarks.session import Finding, Result, Session, Work
 from benchmarks.workloads import Layout, LinearCase, LinearWorkload, SoftmaxWorkload
 from jaxsoft._core.registry import Implementation
@@ -151,18 +151,26 @@ def _loss(session: Session, workload: LinearWorkload, layout: Layout) -> contest
             implementation=implementation,
         )
 
-    others = peers.linear_contenders(case)[1:]
+    def matmuls(implementation: Implementation | None) -> float:
+        return passes.cross_entropy(
+            workload, implementation=implementation, reduced=True
+        )
+
+    every = peers.linear_contenders(case, workload)
     return contest.Case(
         **_shared(session, workload),
         title=case.title,
-        contenders=[*peers.by_implementation(ours, gradient_matmuls=4), *others],
+        contenders=[
+            *peers.by_implementation(ours, gradient_matmuls=matmuls),
+            *(contender for contender in every if not contender.ours),
+        ],
         prepare=functools.partial(linear.prepare, case=case),
         arguments=(hidden, kernel, labels, None, jnp.ones(labels.shape)),
         truth=lambda: _truth(hidden, kernel, labels, layout, subset, gradient=True),
         observe=functools.partial(linear.observe, case=case, subset=subset),
         baseline="optax",
         work=lambda contender: Work(
-            flops=contender.gradient_matmuls * workload.matmul_flops,
+            flops=round(contender.gradient_matmuls * workload.matmul_flops),
             dtype=workload.dtype,
         ),
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Layout = Literal["hv", "vh"]
+MIB = 2**20
 # Vectors that are drawn at the most, a prime.
 _PERIOD = 65521
 _W = TypeVar(
@@ -46,6 +47,11 @@ class LinearWorkload:
     def matmul_flops(self) -> int:
         """Operations of one pass over the logits: a multiply and an add each."""
         return 2 * self.tokens * self.features * self.classes
+
+    @property
+    def logits_bytes(self) -> int:
+        """Size of the logits in float32."""
+        return 4 * self.tokens * self.classes
 
     def quick(self) -> "LinearWorkload":
         """The same workload, cut to sizes that take milliseconds."""
@@ -184,12 +190,15 @@ class LinearCase:
       reduction: `"mean"` or `"none"`.
       temperature: whether logits are divided by a traced scalar.
       gradient: whether the gradients of hidden and kernel are wanted too.
+      workspaces: bytes of temporary memory that ours is given in turn, beside what it
+        takes by itself.
     """
 
     layout: Layout = "hv"
     reduction: Literal["mean", "none"] = "mean"
     temperature: bool = False
     gradient: bool = False
+    workspaces: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -212,6 +221,29 @@ LINEAR = (
     LinearWorkload("gemma3-4b", 8192, 2560, 262144),
     # The shape of Liger's published figures.
     LinearWorkload("liger-131k", 8192, 4096, 131072),
+)
+
+# Layers of many sizes, down to those whose logits anyone can store.
+_SIZES = (
+    (2048, 512, 65536),
+    (1024, 512, 32768),
+    (512, 256, 8192),
+    (256, 256, 1000),
+    (64, 64, 10),
+)
+LAYERS = tuple(
+    LinearWorkload(
+        "layer-"
+        + "x".join(map(str, sizes))
+        + ("-bfloat16" if dtype != "float32" else ""),
+        *sizes,
+        dtype,
+        on_cpu=True,
+    )
+    for dtype in ("float32", "bfloat16")
+    for sizes in _SIZES
+    # That one in float32 is the first of `LINEAR`.
+    if (sizes, dtype) != (_SIZES[0], "float32")
 )
 
 HEADS = (

@@ -85,9 +85,10 @@ def test_quick_run_of_a_suite_writes_its_results(tmp_path, suite, baselines):
 
 def test_peers_are_reported_even_where_they_cannot_take_part():
     for case in linear.ALL_CASES:
-        contenders = peers.linear_contenders(case)
+        contenders = peers.linear_contenders(case, workloads.LINEAR[0])
         assert [c.name for c in contenders] == [
             "jaxsoft",
+            *(peers.with_workspace(each) for each in case.workspaces),
             "optax",
             "jax-cce",
             "tokamax",

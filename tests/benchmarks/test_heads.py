@@ -123,9 +123,9 @@ def test_wrong_result_is_found_and_not_timed(monkeypatch, case):
 def test_wrong_gradient_under_a_right_value(monkeypatch, function, head):
     right = getattr(jaxsoft, function)
 
-    def wrong(hidden, kernel, *rest):
+    def wrong(hidden, kernel, *rest, **options):
         moved = hidden + (kernel[:, 0] - jax.lax.stop_gradient(kernel[:, 0]))[None]
-        return right(moved, kernel, *rest)
+        return right(moved, kernel, *rest, **options)
 
     monkeypatch.setattr(jaxsoft, function, wrong)
     _, results = run_head(head)
