@@ -22,6 +22,7 @@ from benchmarks import (
     trees,
     watch,
     workloads,
+    workspace,
 )
 from benchmarks.session import SCHEMA, Result, Session
 
@@ -35,6 +36,7 @@ SUITES = {
         trees,
         regression,
         many_classes,
+        workspace,
         device,
     )
 }

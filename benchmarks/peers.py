@@ -95,7 +95,7 @@ def by_implementation(
 
 def with_workspace(workspace: int) -> str:
     """Returns the name of ours where it is given so many bytes."""
-    return f"{OURS}, {workspace / MIB:.3g} MiB"
+    return f"{OURS}, {workspace / MIB:.4g} MiB"
 
 
 def linear_contenders(case: LinearCase, workload: LinearWorkload) -> list[Contender]:

@@ -3,32 +3,37 @@
 import pathlib
 from typing import Any
 
-from benchmarks import curves
+from benchmarks import curves, workspace
 from benchmarks.peers import OURS
 
 _BAR = 0.8
 
 
 def draw(document: dict[str, Any], path: pathlib.Path) -> None:
-    """Writes an image with a row of bars a case, or with curves.
+    """Writes an image with a row of bars a case, or with curves, or one of workspaces.
 
     Args:
       document: as `Session.document` makes it, or as read from its JSON file.
-      path: of the image; its suffix names the format. Where there are both bars and
-        curves, these go to a second image, with `-curves` after its name.
+      path: of the image; its suffix names the format. What there is beside bars goes
+        to further images, with `-curves` or `-workspace` after its name; likewise
+        workspaces beside curves.
 
     Raises:
       ValueError: if nothing in the document was timed.
     """
     cases: dict[str, list[dict[str, Any]]] = {}
-    swept = False
+    swept = spaces = False
     for result in document["results"]:
-        if result["status"] == "timed" and result.get("swept"):
+        if result["status"] != "timed":
+            continue
+        if result.get("swept"):
             swept = True
-        elif result["status"] == "timed":
+        elif result["suite"] == workspace.SUITE:
+            spaces = True
+        else:
             name = f"{result['workload']}\n{result['case']}"
             cases.setdefault(name, []).append(result)
-    if not cases and not swept:
+    if not (cases or swept or spaces):
         raise ValueError("nothing was timed, so there is nothing to draw")
     machine = document["machine"]
     title = (
@@ -40,6 +45,10 @@ def draw(document: dict[str, Any], path: pathlib.Path) -> None:
     if swept:
         beside = path.with_stem(path.stem + "-curves") if cases else path
         curves.draw(document, beside, title)
+    if spaces:
+        alone = not (cases or swept)
+        beside = path if alone else path.with_stem(path.stem + "-workspace")
+        workspace.draw(document, beside, title)
 
 
 def _draw_bars(

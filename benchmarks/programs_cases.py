@@ -1,8 +1,10 @@
 """The programs of `python -m benchmarks programs`: functions, arrays and places.
 
-Sizes are small enough to compile in seconds and large enough for tiles: those of the
-logits take 1 MiB where one device has all 16 MiB of them. `wide` is a real model's
-head, with the tiles that the functions choose by themselves. Nothing is ever run.
+Sizes are small enough to compile in seconds and large enough for tiles: a workspace of
+1 MiB, of the 16 MiB that the logits take on one device, keeps none of them. `default`,
+`kept` and `chunks` have room for all, for a part, and for those of some tokens at a
+time; `wide` is a real model's head, whose workspace the functions choose by themselves
+where it is not `recomputed`. Nothing is ever run.
 
 Only public functions are used, called as every version of them understands.
 """
@@ -31,6 +33,9 @@ AXES = ("data", "vocab")
 _ROWS, _FEATURES, _CLASSES, _RAGGED, _BEST, _SAMPLES = 512, 256, 8192, 8003, 10, 1024
 _WIDE = (4096, 2304, 256000)
 _TILE = {"workspace_bytes": 2**20}
+_PART = {"workspace_bytes": 8 * 2**20}
+_CHUNKS = {"workspace_bytes": 12 * 2**20}
+_NONE = {"reduction": "none"}
 _NAMES = ("lse", "log_prob", "entropy")
 
 
@@ -77,6 +82,8 @@ class _Call:
 
 
 _LAYER, _LABELLED = "hidden kernel", "hidden kernel labels"
+_WIDE_LAYER = "wide_hidden wide_kernel"
+_WIDE_LABELLED = "wide_hidden wide_kernel wide_labels"
 _PAIR = "hidden kernel teacher_hidden teacher_kernel"
 _CAPPED = "hidden kernel labels bias=bias temperature=temperatures"
 _CALLS = (
@@ -106,17 +113,31 @@ _CALLS = (
         "linear_cross_entropy ragged",
         "hidden ragged labels",
         "hidden ragged",
-        _TILE | {"reduction": "none"},
+        _TILE | _NONE,
         places=(ONE, MESH),
     ),
     _Call("linear_cross_entropy hidden", _LABELLED, "hidden", _TILE),
+    _Call("linear_cross_entropy default", _LABELLED, _LAYER, places=(ONE, MESH)),
     _Call(
-        "linear_cross_entropy wide",
-        "wide_hidden wide_kernel wide_labels",
-        "wide_hidden wide_kernel",
-        value=True,
+        "linear_cross_entropy chunks", _LABELLED, _LAYER, _CHUNKS, places=(ONE, MESH)
+    ),
+    _Call(
+        "linear_cross_entropy kept",
+        _LABELLED,
+        _LAYER,
+        _PART | _NONE,
+        places=(ONE, MESH),
+    ),
+    _Call("linear_cross_entropy wide", _WIDE_LABELLED, _WIDE_LAYER, value=True),
+    _Call("linear_cross_entropy wide kept", _WIDE_LABELLED, _WIDE_LAYER, _NONE),
+    _Call(
+        "linear_cross_entropy wide recomputed",
+        _WIDE_LABELLED,
+        _WIDE_LAYER,
+        {"workspace_bytes": 2**24},
     ),
     _Call("linear_log_prob", _LABELLED, _LAYER, _TILE, places=(ONE, MESH)),
+    _Call("linear_log_prob kept", _LABELLED, _LAYER, _PART),
     _Call("linear_log_prob_at", "hidden kernel ids", _LAYER, _TILE),
     _Call("linear_statistics", _LABELLED, _LAYER, _TILE, pick=_NAMES),
     _Call(
@@ -142,6 +163,7 @@ _CALLS = (
     _Call("linear_top_k", _LAYER, "", _TILE | {"k": _BEST}, places=(ONE, MESH)),
     _Call("linear_sample", "key hidden kernel", "", _TILE, places=(ONE, MESH)),
     _Call("linear_distillation", _PAIR, _LAYER, _TILE, True, (ONE, MESH)),
+    _Call("linear_distillation default", _PAIR, _LAYER),
     _Call(
         "linear_distillation jensen_shannon",
         _PAIR,

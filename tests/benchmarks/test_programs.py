@@ -86,6 +86,25 @@ class TestMeasure:
             assert (figures[name], figures[f"{name} bytes"]) == (1, 4 * 3 * 5)
 
 
+@pytest.mark.parametrize(
+    ("title", "least", "most"),
+    [
+        # Passes over the logits: with all of them, by chunks, with a part, with none;
+        # the last tiles overlap.
+        ("linear_cross_entropy default", 3, 3),
+        ("linear_cross_entropy chunks", 3, 3.2),
+        ("linear_cross_entropy kept", 3.5, 3.9),
+        ("linear_log_prob kept", 3.5, 3.9),
+        ("linear_cross_entropy", 4, 4),
+    ],
+)
+def test_programs_have_every_plan(title, least, most):
+    program = programs_cases.programs(mesh(), "float32")[f"{title} gradient"]
+    figures = programs_figures.measure(program, mesh(), "cpu")
+    (rows, features), (_, classes) = (array.shape for array in program.arrays[:2])
+    assert least <= figures["dot flops"] / (2 * rows * features * classes) <= most
+
+
 def test_a_record_is_compared_with_an_earlier_one(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     options = ["programs", "--targets", "cpu", "--only", "logsumexp", "--out"]
