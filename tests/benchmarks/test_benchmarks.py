@@ -1,5 +1,6 @@
 """The benchmarks run, write what they say, and do not time a wrong function."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,16 @@ import pytest
 
 import jaxsoft
 from benchmarks import __main__ as command
-from benchmarks import checks, contest, linear, peers, timing, workloads
+from benchmarks import (
+    checks,
+    contest,
+    linear,
+    peers,
+    plot,
+    timing,
+    workloads,
+    workspace,
+)
 from benchmarks.session import Session, Work, floor_seconds
 
 PEERS = ("jax-cce", "tokamax", "torch", "liger", "cce", "quack")
@@ -39,6 +49,7 @@ def reject_constant(name):
     ("suite", "baselines"),
     [
         ("linear", {"optax"}),
+        ("workspace", {"optax", "products alone"}),
         ("softmax", {"optax", "jax.nn"}),
         ("discrete", {"jax.nn", "jax.random", "one read"}),
         ("heads", {"jax.nn", "jax.random", "matmul", "jax.lax"}),
@@ -137,6 +148,32 @@ class TestCommandLine:
             assert "not run" in text
         assert "| mean, [H, V]: value | jaxsoft |" in markdown
         assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_over_workspace_is_drawn_beside_bars(tmp_path):
+    image = tmp_path / "plot.png"
+    session = Session(quick=True, rounds=1)
+    workload = workloads.LINEAR[0].quick()
+    linear.run_workload(session, workload, linear.MAIN_CASES[:1])
+    few = dataclasses.replace(workload, classes=256)
+    workspace.run_workload(session, few)
+    plot.draw(session.finish(), image)
+    for path in (image, tmp_path / "plot-workspace.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_products_are_no_floor(monkeypatch):
+    right = workspace._products
+    monkeypatch.setattr(
+        workspace, "_products", lambda *a: (right(*a)[0], right(*a)[1] * 1.001)
+    )
+    monkeypatch.setattr(workspace, "_SHARES", ())
+    session = Session(quick=True, rounds=1)
+    few = dataclasses.replace(workloads.LINEAR[0].quick(), classes=256)
+    workspace.run_workload(session, few)
+    results = [r for r in session.results if r.name == workspace.PRODUCTS]
+    assert [r.status for r in results] == ["wrong", "wrong"]
+    assert "products by kernel is off" in results[0].reason
 
 
 class TestChecks:
