@@ -31,7 +31,7 @@ from jaxsoft.linear.arguments import (
     prepare,
 )
 from jaxsoft.linear.fold import stream
-from jaxsoft.linear.folds.divergence import Layers, TwoLayers
+from jaxsoft.linear.folds.divergence import Layers, Losses, TwoLayers
 from jaxsoft.linear.folds.statistics import (
     Fields,
     LogitStatistics,

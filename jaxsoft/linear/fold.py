@@ -20,14 +20,10 @@ from jax.custom_derivatives import SymbolicZero
 from jaxsoft._core import mesh_axes, registry
 from jaxsoft.linear.arguments import Config, Operands, axes_of
 from jaxsoft.linear.gradients import Into
+from jaxsoft.linear.kept import Keep, Keeping, Kept, KeptTile, Place
 from jaxsoft.linear.plans import Layer, Plan, Tiling
 from jaxsoft.linear.program import Program, bind
 from jaxsoft.linear.tiles import (
-    Keep,
-    Keeping,
-    Kept,
-    KeptTile,
-    Place,
     compute_tile,
     fold_tiles,
     layer_of,
@@ -181,7 +177,14 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
             kept_bytes=None if what is None else size[what],
             reduced=reduced,
             kernel=by_classes,
+            some=self._knows_its_devices(arrays),
         )
+
+    def _knows_its_devices(self, arrays: Arrays) -> bool:
+        """Tells whether devices cannot share the classes in a way unknown so far."""
+        varies = any(map(mesh_axes.varying_axes, jax.tree.leaves(arrays)))
+        known = self.config.shards is not None or bool(self.config.vocab_axes)
+        return varies or known or jax.device_count() == 1
 
     def keep(self, arrays: Arrays, moving: Arrays, plan: Plan) -> Keep | None:
         """Returns what the forward pass keeps by a plan."""
@@ -191,7 +194,8 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         count = 1 if shards is None else shards.count(shards.classes)
         tiles = plan.tiles
         blocks = (tiles.block_rows, tiles.block_classes)
-        return Keep(what, plan.kept_classes * count, blocks)
+        is_all = plan.kept_classes >= tiles.classes
+        return Keep(what, None if is_all else plan.kept_classes * count, blocks)
 
     def keeping(self, keep: Keep | None) -> Self:
         """Returns the same fold with tiles of which something is kept."""

@@ -242,6 +242,7 @@ class Layer:
         kept_bytes: int | None,
         reduced: bool = False,
         kernel: bool = True,
+        some: bool = True,
     ) -> "Plan":
         """Chooses the plan of a derivative.
 
@@ -250,11 +251,13 @@ class Layer:
           kept_bytes: of what may be kept of a logit; None if nothing can be.
           reduced: whether the loss is reduced inside the call.
           kernel: whether the kernel's gradient is wanted.
+          some: whether something may be kept of a part of the classes.
         """
         tiles = self.tiling(given)
         if kept_bytes is None:
             return Plan("recompute", tiles)
         kept = self._kept_classes(given, tiles, kept_bytes)
+        kept = kept if some or kept >= self.classes else 0
         plan = Plan("keep", tiles, kept) if kept else Plan("recompute", tiles)
         rows = self._chunk_rows(given, kept_bytes, kernel) if reduced else 0
         given = self.workspace(given)

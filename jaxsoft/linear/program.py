@@ -34,8 +34,8 @@ from jaxsoft.linear.plans import Plan
 __all__ = ["Program", "bind", "plans_in"]
 
 # The letters of axes that lie along the classes: those themselves, and what is kept of
-# them, of their tiles and of their shards.
-_OF_CLASSES = "vwps"
+# some of them and of their tiles.
+_OF_CLASSES = "vwp"
 
 
 @dataclasses.dataclass(frozen=True)

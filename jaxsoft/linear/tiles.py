@@ -9,27 +9,20 @@ The last block of an axis that its blocks do not divide starts earlier instead, 
 it covers a second time is left out: no operand is padded.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.numerics import compute_dtype, round_up
-from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of, has_axes
+from jaxsoft._core.numerics import compute_dtype
+from jaxsoft.linear.arguments import Config, Operands, axes_of, has_axes
+from jaxsoft.linear.kept import Kept, KeptTile, Place, loaded, stored
 from jaxsoft.linear.plans import Layer, Tiling, tiling_of
 
 __all__ = [
-    "Keep",
-    "Keeping",
-    "Kept",
-    "KeptTile",
-    "Place",
     "Tile",
     "capped",
     "columns_of",
@@ -38,23 +31,13 @@ __all__ = [
     "fold_tiles",
     "kernel_slice",
     "layer_of",
-    "loaded",
     "scatter",
     "slice_rows",
-    "stored",
-    "stored_dtype",
     "tiles_of",
 ]
 
 Tree = TypeVar("Tree")
 Carry = TypeVar("Carry")
-
-Keeping = Literal["products", "weights"]
-
-# What is kept of the classes has a multiple of so many columns, where the classes are
-# few and many, that devices can share it.
-_SHARES, _MANY_SHARES = 48, 384
-_MANY_CLASSES = 2**15
 
 
 class Tile(NamedTuple):
@@ -215,153 +198,6 @@ def slice_rows(tree: Tree, start: jax.Array, rows: int) -> Tree:
     return jax.tree.map(cut_node, tree, is_leaf=has_axes)
 
 
-def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Returns the dtype of large arrays of which loops read and write parts.
-
-    XLA for CPUs computes with float32 in the place of 16-bit floats, and takes the
-    update of a slice for a computation: it would convert all of an array for every
-    tile. Bits are only moved; but no derivative flows through them.
-    """
-    dtype = jnp.dtype(dtype)
-    short = dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
-    return jnp.dtype(jnp.uint16) if short else dtype
-
-
-def stored(array: jax.Array) -> jax.Array:
-    """Returns an array in its `stored_dtype`."""
-    return loaded(array, stored_dtype(array.dtype))
-
-
-def loaded(array: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns an array of a dtype from what `stored` made of it."""
-    # JAX lets no derivative through, even where the dtype is the same.
-    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
-
-
-class Place(NamedTuple):
-    """Where a tile lies.
-
-    Attributes:
-      row: its first row.
-      index: which tile of the classes it is.
-    """
-
-    row: jax.Array | int
-    index: jax.Array | int
-
-
-class KeptTile(NamedTuple):
-    """What is kept of a tile.
-
-    Attributes:
-      numbers: [R, B] products of states and kernel, or weights exp((u - peak) / τ).
-      peak: [R, 1] of weights; None for products.
-    """
-
-    numbers: jax.Array
-    peak: jax.Array | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """What a forward pass keeps for the derivative.
-
-    Attributes:
-      what: products in the dtype of the statistics, from which a tile is made as at
-        first; or weights in the dtype of the operands, half the bytes where that is
-        bfloat16.
-      classes: of how many classes, those of all shards.
-      blocks: rows and classes of a tile.
-    """
-
-    what: Keeping
-    classes: int
-    blocks: tuple[int, int]
-
-    def room(self, config: Config, operands: Operands, shards: int) -> "Kept":
-        """Returns room for what one of some shards keeps."""
-        multiple = _SHARES if self.classes < _MANY_CLASSES else _MANY_SHARES
-        width = round_up(self.classes, multiple) // shards
-        number = round_up(math.ceil(self.classes / self.blocks[1]), multiple)
-        rows = operands.hidden.shape[0]
-        dtype = compute_dtype(operands.hidden, operands.kernel)
-        is_weights = self.what == "weights"
-        of_numbers = operands.matmul_dtype() if is_weights else dtype
-        of_numbers = stored_dtype(of_numbers) if config.moves_bits else of_numbers
-        first = mesh_axes.offset(config.vocab_axes, operands.num_classes(config))
-        kept = Kept(
-            lax.empty((rows, width), of_numbers),
-            jnp.zeros((rows, number // shards), dtype) if is_weights else None,
-            jnp.full((rows, multiple // shards), first, jnp.int32),
-        )
-        return mesh_axes.like(kept, operands)
-
-
-class Kept(NamedTuple):
-    """What was kept of the first tiles, side by side.
-
-    Attributes:
-      numbers: [N, W] those of the tiles; uint16 are the bits of bfloat16.
-      peaks: [N, P] of weights, one a tile; None for products.
-      first: [N, S] the first class of the shard, so that whoever reads what was kept
-        sees whether it was of the same classes.
-    """
-
-    numbers: Annotated[jax.Array, Axes("nw")]
-    peaks: Annotated[jax.Array | None, Axes("np")]
-    first: Annotated[jax.Array, Axes("ns")]
-
-    def count(self, tiles: Tiling) -> int:
-        """Returns of how many tiles there is room for all that is kept of one."""
-        room = self.numbers.shape[1] // tiles.block_classes
-        if self.peaks is not None:
-            room = min(room, self.peaks.shape[1])
-        return min(room, tiles.class_blocks)
-
-    def read(self, place: Place, tiles: Tiling) -> KeptTile:
-        """Returns what was kept of a tile."""
-        rows, size = tiles.block_rows, tiles.block_classes
-        at = (place.row, place.index * size)
-        numbers = lax.dynamic_slice(self.numbers, at, (rows, size))
-        if numbers.dtype == jnp.uint16:
-            numbers = loaded(numbers, jnp.bfloat16)
-        peak = None
-        if self.peaks is not None:
-            peak = lax.dynamic_slice(self.peaks, place, (rows, 1))
-        return KeptTile(numbers, peak)
-
-    def write(self, place: Place, tiles: Tiling, tile: KeptTile) -> "Kept":
-        """Returns the same with what is kept of a tile."""
-        at = (place.row, place.index * tiles.block_classes)
-        short = self.numbers.dtype == jnp.uint16
-        numbers = tile.numbers.astype(jnp.bfloat16 if short else self.numbers.dtype)
-        numbers = stored(numbers) if short else numbers
-        numbers = lax.dynamic_update_slice(self.numbers, numbers, at)
-        peaks = self.peaks
-        if peaks is not None and tile.peak is not None:
-            peaks = lax.dynamic_update_slice(peaks, tile.peak, place)
-        return Kept(numbers, peaks, self.first)
-
-    def in_bits(self) -> "Kept":
-        """Returns the same with the bits of bfloat16."""
-        numbers = self.numbers
-        short = numbers.dtype == jnp.bfloat16
-        return self._replace(numbers=stored(numbers) if short else numbers)
-
-    def in_floats(self) -> "Kept":
-        """Returns the same with bfloat16 in the place of its bits."""
-        numbers = self.numbers
-        short = numbers.dtype == jnp.uint16
-        return self._replace(
-            numbers=loaded(numbers, jnp.bfloat16) if short else numbers
-        )
-
-    def is_of(self, config: Config, operands: Operands) -> jax.Array:
-        """Tells whether it was kept of the classes that are here."""
-        first = mesh_axes.offset(config.vocab_axes, operands.num_classes(config))
-        return jnp.all(self.first == first)
-
-
 def kernel_slice(
     config: Config, operands: Operands, tiles: Tiling, start: jax.Array | int
 ) -> jax.Array:
@@ -404,6 +240,7 @@ def compute_tile(
     dtype = compute_dtype(operands.hidden, operands.kernel)
     if kept is not None and kept.peak is not None:
         weights = kept.numbers.astype(dtype)
+        weights = weights if ours is None else jnp.where(ours[None], weights, 0)
         return Tile(start, kernel, weights, False, labels, None, None, kept.peak)
     if kept is None:
         hidden = operands.hidden.astype(kernel.dtype)
@@ -456,7 +293,7 @@ def fold_tiles(
     Returns:
       The carry of all N rows, and what was kept.
     """
-    count = min((each.count(tiles) for each in (*room, *kept)), default=0)
+    count = min((each.kept_tiles(tiles) for each in (*room, *kept)), default=0)
 
     def run(part, rows, row, room) -> Any:
         def first_tile(index, state):

@@ -24,9 +24,10 @@ from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Axes, axes_of
 from jaxsoft.linear.fold import Fold, stream
 from jaxsoft.linear.gradients import Into
+from jaxsoft.linear.kept import Keep
 from jaxsoft.linear.plans import Plan
 from jaxsoft.linear.program import Program, bind
-from jaxsoft.linear.tiles import Keep, slice_rows
+from jaxsoft.linear.tiles import slice_rows
 
 __all__ = ["RowLoss", "total"]
 

@@ -44,10 +44,10 @@ def chosen_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     original = Layer.plan
 
     @functools.wraps(original)
-    def plan(self, given, *, kept_bytes, reduced=False, kernel=True):
+    def plan(self, given, *, kept_bytes, reduced=False, **others):
         if given not in PLANS.values():
             return original(
-                self, given, kept_bytes=kept_bytes, reduced=reduced, kernel=kernel
+                self, given, kept_bytes=kept_bytes, reduced=reduced, **others
             )
         if kept_bytes is None:
             return Plan("recompute", tiling_of(self.rows, self.classes, _BLOCKS))

@@ -1,7 +1,6 @@
 """Every plan of a derivative gives the same numbers, and computes what it says."""
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jaxsoft import linear_cross_entropy
 from jaxsoft.linear.arguments import prepare
 from jaxsoft.linear.fold import _Gradients
 from jaxsoft.linear.folds.statistics import Fields, Statistics
-from jaxsoft.linear.tiles import Keep
+from jaxsoft.linear.kept import Keep, KeptAll
 from tests import truth
 from tests.linear import cases
 from tests.linear.plans import ALL, CHUNKS, PLANS, RECOMPUTE, chosen_plans
@@ -199,8 +198,9 @@ def test_forward_over_reverse(plan, reduction, dtype):
     loss = _loss(plan, reduction)
     got = jax.jit(functools.partial(product, loss))(hidden, kernel)
     wide = [a.astype("float32") for a in (hidden, kernel)]
-    tolerance = 1e-4 if dtype == "float32" else 5e-2
-    close(got, product(plain, *wide), rtol=tolerance, atol=tolerance)
+    truly = product(plain, *wide)
+    for mine, theirs in zip(*map(jax.tree.leaves, (got, truly)), strict=True):
+        assert truth.error(mine, theirs) < (1e-5 if dtype == "float32" else 1e-2)
 
 
 @BY_NAME
@@ -214,10 +214,13 @@ def test_batches(plan):
     def total(hidden, kernel):
         return jax.vmap(_loss(plan), (0, None, 0))(hidden, kernel, labels).sum()
 
-    close(jax.jit(jax.vmap(gradient, (0, None, 0)))(hidden, kernel, labels), (
-        values, (by_hidden, by_kernel)
-    ))
-    close(jax.jit(jax.grad(total, (0, 1)))(hidden, kernel), (by_hidden, by_kernel.sum(0)))
+    close(
+        jax.jit(jax.vmap(gradient, (0, None, 0)))(hidden, kernel, labels),
+        (values, (by_hidden, by_kernel)),
+    )
+    close(
+        jax.jit(jax.grad(total, (0, 1)))(hidden, kernel), (by_hidden, by_kernel.sum(0))
+    )
     kernels = jnp.stack([kernel, 2 * kernel, -kernel])
     by_kernels = [gradient(hidden[0], k, labels[0])[1] for k in kernels]
     mapped = jax.jit(jax.vmap(gradient, (None, 0, None)))(hidden[0], kernels, labels[0])
@@ -238,7 +241,7 @@ def test_many_cotangents_of_one_forward_pass(plan):
 
 
 @BY_NAME
-@pytest.mark.parametrize("kind", ["zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("kind", ["unit", "zero", "peaked"])
 def test_gradients_of_extreme_logits_in_bfloat16(plan, kind, x64):
     """Where a token is sure of its label, p - 1 has more digits than p."""
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, kind, "bfloat16")
@@ -248,7 +251,9 @@ def test_gradients_of_extreme_logits_in_bfloat16(plan, kind, x64):
         return (cases.plain_loss(hidden, kernel, labels) ** 2).sum()
 
     got = jax.jit(jax.grad(_loss(plan, "none"), (0, 1)))(hidden, kernel, labels)
-    exact = jax.grad(plain, (0, 1))(*(a.astype("float64") for a in (hidden, kernel)), labels)
+    exact = jax.grad(plain, (0, 1))(
+        *(a.astype("float64") for a in (hidden, kernel)), labels
+    )
     theirs = jax.grad(plain, (0, 1))(hidden, kernel, labels)
     for mine, plainly, truly in zip(got, theirs, exact, strict=True):
         truth.assert_as_good(mine, plainly, truly, slack=4e-3)
@@ -256,20 +261,22 @@ def test_gradients_of_extreme_logits_in_bfloat16(plan, kind, x64):
 
 def test_what_was_kept_of_other_classes_is_not_read():
     """Devices may lie otherwise in the backward pass; the numbers are garbage then."""
-    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES)
-    call = prepare("linear_statistics", hidden, kernel, labels, workspace_bytes=ALL)
-    keep = Keep("weights", 384, (16, 128))
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype="bfloat16")
+    call = prepare("linear_statistics", hidden, kernel, labels)
+    keep = Keep("weights", None, (16, 128))
     fold = Statistics(call.config, frozenset({"label"})).keeping(keep)
     arrays = call.arrays._replace(labels=labels[:, None].astype("int32"))
-    saved, kept = fold.forward(arrays, keep)
+    saved, (kept,) = fold.forward(arrays, keep)
     moving = jax.tree.map(lambda _: False, arrays)._replace(hidden=True, kernel=True)
-    cotangents = Fields(None, jnp.ones(ROWS), -jnp.ones((ROWS, 1)))  # pyright: ignore
+    cotangents: Any = Fields(None, jnp.ones(ROWS), -jnp.ones((ROWS, 1)))  # pyright: ignore
     program = _Gradients(fold, moving, is_guarded=True)
     right = fold.gradients(arrays, saved, cotangents, moving)
-    close(program.call(arrays, saved, kept, cotangents), right)
-    garbage = kept[0]._replace(numbers=jnp.full_like(kept[0].numbers, jnp.nan))
+    found = program.call(arrays, saved, (kept,), cotangents)
+    close(found, right, rtol=2e-2, atol=2e-2)
+    assert kept.peaks is not None
+    garbage = KeptAll(jnp.full_like(kept.numbers, jnp.nan), kept.peaks)
     assert np.isnan(program.call(arrays, saved, (garbage,), cotangents).hidden).any()
-    moved = garbage._replace(first=garbage.first + 100)
+    moved = KeptAll(garbage.numbers, kept.peaks.at[:, 0].add(100))
     close(program.call(arrays, saved, (moved,), cotangents), right)
 
 

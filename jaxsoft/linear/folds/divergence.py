@@ -32,12 +32,9 @@ from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.folds.statistics import Statistics
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
+from jaxsoft.linear.kept import Keep, Kept, KeptTile, Place
 from jaxsoft.linear.plans import Layer, Tiling, tiling_of
 from jaxsoft.linear.tiles import (
-    Keep,
-    Kept,
-    KeptTile,
-    Place,
     Tile,
     compute_tile,
     fold_tiles,

@@ -18,8 +18,9 @@ from jaxsoft._core.numerics import (
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.gradients import Gradients, Into, Share, Wanted, accumulate
+from jaxsoft.linear.kept import Kept
 from jaxsoft.linear.plans import Tiling
-from jaxsoft.linear.tiles import Kept, Tile, dot
+from jaxsoft.linear.tiles import Tile, dot
 
 __all__ = ["Mixed", "Mixture"]
 

@@ -33,11 +33,9 @@ from jaxsoft._core.numerics import (
 from jaxsoft.linear.arguments import Axes, Config, Operands
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
+from jaxsoft.linear.kept import Keep, KeptTile, Place
 from jaxsoft.linear.plans import Plan, Tiling
 from jaxsoft.linear.tiles import (
-    Keep,
-    KeptTile,
-    Place,
     Tile,
     compute_tile,
     slice_rows,
@@ -133,7 +131,7 @@ class _Products(NamedTuple):
 
     numbers: Annotated[jax.Array, Axes("vi")]
 
-    def count(self, tiles: Tiling) -> int:
+    def kept_tiles(self, tiles: Tiling) -> int:
         """Returns of how many tiles of images there is room."""
         # The last tile of all images is no wider than the room that it has.
         return math.ceil(self.numbers.shape[1] / tiles.block_classes)
@@ -304,10 +302,10 @@ class BothWays(Fold[Pairs, _Carry, _Saved, PairLosses]):
         operands = self.operands(arrays)
         tiles, room = tiles_of(self.config, operands), ()
         if keep is not None:
-            width = min(keep.classes, tiles.classes)
+            width = min(keep.classes or tiles.classes, tiles.classes)
             dtype = compute_dtype(operands.hidden, operands.kernel)
             room = (_Products(lax.empty((tiles.rows, width), dtype)),)
-        count = min((each.count(tiles) for each in room), default=0)
+        count = min((each.kept_tiles(tiles) for each in room), default=0)
         carry = self.start(tiles.rows, operands)
         carry, room = mesh_axes.like((carry, room), arrays)
 

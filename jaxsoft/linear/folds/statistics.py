@@ -39,7 +39,8 @@ from jaxsoft.linear import reference
 from jaxsoft.linear.arguments import Axes, Call, Operands, fold_rows
 from jaxsoft.linear.fold import Fold, stream
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
-from jaxsoft.linear.tiles import Keep, Keeping, Kept, KeptTile, Tile
+from jaxsoft.linear.kept import Keep, Keeping, Kept, KeptTile
+from jaxsoft.linear.tiles import Tile
 
 __all__ = [
     "Columns",
@@ -545,8 +546,8 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
             or moving.tau
             or not self.wanted.isdisjoint({"expected", "mean"})
             or labels > 1
-            # Its range is too small for them.
-            or arrays.matmul_dtype() == jnp.float16
+            # The range of float16 is too small, and others are no shorter.
+            or arrays.matmul_dtype() != jnp.bfloat16
         )
         return "products" if needs_logits else "weights"
 
