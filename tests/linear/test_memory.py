@@ -70,7 +70,8 @@ def test_a_call_takes_the_workspace_that_it_is_given(workspace, reduction):
     taken = temporaries(function, 2048, 512, 65536)
     states = 2048 * 512 * 4
     assert taken <= workspace * MIB + states + MIB
-    if workspace >= 64:
+    # Where devices might share the classes, all of them are kept or none.
+    if workspace >= 64 and reduction == "mean":
         assert taken >= workspace * MIB * 0.7
 
 

@@ -151,6 +151,14 @@ class _Products(NamedTuple):
         at = self._at(place, tiles)
         return _Products(lax.dynamic_update_slice(self.numbers, tile.numbers, at))
 
+    def in_bits(self) -> "_Products":
+        """Returns the same: products are of 32 or 64 bits."""
+        return self
+
+    def in_floats(self) -> "_Products":
+        """Returns the same."""
+        return self
+
     def is_of(self, config: Config, operands: Operands) -> jax.Array:
         """Tells whether it was kept of the classes that are here, as it always was."""
         del config, operands
