@@ -85,7 +85,7 @@ def linear_cross_entropy(
         over: "mean" and "sum" are those of all shards.
       workspace_bytes: the temporary memory, in bytes, that logits and what is kept of
         them may take; the fastest plan that fits is taken. None: a quarter of the
-        float32 logits, within [64, 512] MiB.
+        float32 logits, within [96, 512] MiB.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         the kernels "mosaic_tpu" and "mosaic_gpu", as in `linear_statistics`.
 

@@ -27,7 +27,7 @@ _LEAST_TILE, _MOST_TILE = 4 * MIB, 32 * MIB
 # The workspace of a call that names none: this share of the logits in the dtype of the
 # statistics, within these bounds.
 _SHARE_OF_LOGITS = 1 / 4
-_LEAST_WORKSPACE, _MOST_WORKSPACE = 64 * MIB, 512 * MIB
+_LEAST_WORKSPACE, _MOST_WORKSPACE = 96 * MIB, 512 * MIB
 # So many tiles, and slices of the kernel, are what a backward pass takes beside what it
 # keeps; slices may be twice as large as tiles.
 _TILES, _TILES_AND_SLICES = 2, 6
@@ -49,7 +49,7 @@ _SLICES = 2
 
 # A chunk reads and writes the sum of the kernel's gradient, 8·H·V bytes, in the time of
 # so many flops a byte: for this many rows that is as much as two products.
-_ROWS_OF_A_SUM = 80
+_ROWS_OF_A_SUM = 150
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def linear_statistics(
       return_argmax: whether to compute `argmax`, at some cost.
       workspace_bytes: the temporary memory, in bytes, that logits and what is kept of
         them may take; the fastest plan that fits is taken. None: a quarter of the
-        float32 logits, within [64, 512] MiB.
+        float32 logits, within [96, 512] MiB.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         a kernel, not yet measured: "mosaic_tpu" for TPUs, float32 or bfloat16;
         "mosaic_gpu" for GPUs of compute capability 9.0 (Hopper) or 10.0 (Blackwell),

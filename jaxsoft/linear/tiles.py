@@ -54,6 +54,7 @@ class Tile(NamedTuple):
       product: [R, B] of the states and the kernel alone; None for kept weights.
       peak: [R, 1] what kept weights are about. `logits` are then those weights,
         exp((u - peak) / τ); None for logits.
+      is_of_xla: whether it is no tile of a kernel's.
     """
 
     start: jax.Array
@@ -64,16 +65,19 @@ class Tile(NamedTuple):
     slope: jax.Array | None
     product: jax.Array | None = None
     peak: jax.Array | None = None
+    is_of_xla: bool = False
 
     def pick(self) -> jax.Array:
         """Returns the labels' logits, [R, K]; -inf for labels of other tiles."""
         assert self.labels is not None
-        if self.labels.shape[1] == 1:
-            picked = jnp.where(self._is_label(), self.logits, -jnp.inf)
-            return jnp.max(picked, axis=1, keepdims=True)
-        columns = jnp.maximum(self.labels, 0)
-        picked = jnp.take_along_axis(self.logits, columns, axis=1, mode="clip")
-        return jnp.where(self.labels >= 0, picked, -jnp.inf)
+        if self.labels.shape[1] > 1:
+            return _gathered(self.logits, self.labels)
+        if not self.is_of_xla:
+            return _selected(self.logits, self.labels)
+        # A compiler for GPUs and TPUs selects in the pass that takes the maximum.
+        return lax.platform_dependent(
+            self.logits, self.labels, cpu=_gathered, default=_selected
+        )
 
     def place(self, values: jax.Array) -> jax.Array:
         """Returns [R, B] with values [R, K] added at the labels that are kept."""
@@ -98,7 +102,25 @@ class Tile(NamedTuple):
         return jnp.where(self._is_label(), label, values)
 
     def _is_label(self) -> jax.Array:
-        return lax.broadcasted_iota(jnp.int32, self.logits.shape, 1) == self.labels
+        assert self.labels is not None
+        return _is_label(self.logits, self.labels)
+
+
+def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels
+
+
+def _selected(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the logits at one label a row, in a pass over all of them."""
+    picked = jnp.where(_is_label(logits, labels), logits, -jnp.inf)
+    return jnp.max(picked, axis=1, keepdims=True)
+
+
+def _gathered(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the logits at the labels."""
+    columns = jnp.maximum(labels, 0)
+    picked = jnp.take_along_axis(logits, columns, axis=1, mode="clip")
+    return jnp.where(labels >= 0, picked, -jnp.inf)
 
 
 def capped(
@@ -266,7 +288,7 @@ def compute_tile(
         dropped = columns_of(operands.excluded, start, size)
         u = scatter(u, dropped, "set", -jnp.inf)
         masked = True
-    return Tile(start, kernel, u, masked, labels, slope, product)
+    return Tile(start, kernel, u, masked, labels, slope, product, is_of_xla=True)
 
 
 def fold_tiles(

@@ -62,7 +62,7 @@ def test_impossible_tiles_are_refused():
 
 @pytest.mark.parametrize(
     "rows, classes, mebibytes",
-    [(64, 10, 64), (2048, 65536, 128), (8192, 128256, 512)],
+    [(64, 10, 96), (2048, 65536, 128), (8192, 128256, 512)],
 )
 def test_the_workspace_that_nobody_names(rows, classes, mebibytes):
     layer = Layer(rows, 512, classes)
