@@ -274,7 +274,8 @@ def _evaluate_whole(*args, jaxpr, program, tree, result_axes):
 
 def _evaluate_by_bits(*args, jaxpr, program, tree, result_axes):
     """Computes the function for CPUs, which convert all of what they slice."""
-    if all(array.dtype.itemsize != 2 for array in args):
+    is_kernel = program.platform is not None
+    if is_kernel or all(array.dtype.itemsize != 2 for array in args):
         return _evaluate(
             *args, jaxpr=jaxpr, program=program, tree=tree, result_axes=result_axes
         )
@@ -297,16 +298,21 @@ def _lowering(function):
     return rule
 
 
-def _without_unused(used: list[bool], equation):
+def _without_unused(used: list[bool], *others):
     """Drops what nothing uses: all of it, or all but what is cheap alone."""
-    if not any(used):
+    # Newer versions of JAX tell in between which inputs are alive.
+    *_, equation = others
+    if not any(used) and not equation.effects:
         return [False] * len(equation.invars), None
     whole = [True] * len(equation.invars)
     params = equation.params
     program = params["program"].without(used)
     if program is None:
         return whole, equation
-    avals = [var.aval for var in equation.invars]
+    avals = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=a.manual_axis_type)
+        for a in (var.aval for var in equation.invars)
+    ]
     params, _ = _prepare(program, avals, params["tree"])
     kept = equation.outvars[: len(params["result_axes"])]
     return whole, equation.replace(outvars=kept, params=params)

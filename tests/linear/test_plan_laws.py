@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval as pe
 
 import jaxsoft
 from jaxsoft import linear_cross_entropy
@@ -344,3 +345,79 @@ def test_products_of_a_gradient(plan, wanted, expected):
     assert products(jax.value_and_grad(_loss(plan), wanted)) == pytest.approx(
         expected, rel=0.01
     )
+
+
+def dots(function, *arrays) -> int:
+    """Returns how many matrix products a program has that something uses."""
+    jaxpr = jax.make_jaxpr(function)(*arrays).jaxpr
+    live, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return str(live).count("dot_general[")
+
+
+@pytest.mark.parametrize("plan", [RECOMPUTE, ALL, CHUNKS], ids=["8", "6", "chunks"])
+def test_a_loss_that_needs_no_gradient_pays_for_none(plan):
+    layer = cases.layer(ROWS, FEATURES, CLASSES)
+    loss = _loss(plan)
+
+    def with_aux(hidden, kernel, labels):
+        gradient, aux = jax.grad(
+            lambda h: (jnp.sum(h * h), loss(h, kernel, labels)), has_aux=True
+        )(hidden)
+        return gradient, aux
+
+    value = dots(loss, *layer)
+    assert dots(with_aux, *layer) == value
+    gradient = dots(jax.grad(loss, (0, 1)), *layer)
+    again = dots(jax.grad(jax.checkpoint(loss), (0, 1)), *layer)
+    # The forward pass of a function that is run again computes the value alone.
+    assert value < gradient <= again <= gradient + value
+
+
+@BY_NAME
+@pytest.mark.parametrize("cotangent", [1.0, -3.0, 2.0**15])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.many_cases
+def test_cotangents_of_a_reduced_loss(plan, cotangent, dtype):
+    """A loss is scaled lest gradients of 16 bits vanish; it may be used twice."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
+
+    def scaled(loss, hidden, kernel):
+        value = loss(hidden, kernel, labels)
+        return cotangent * value + value * 0.5
+
+    def plain(hidden, kernel, labels):
+        wide = [a.astype("float32") for a in (hidden, kernel)]
+        return cases.plain_loss(*wide, labels).mean() ** 2
+
+    got = jax.jit(jax.grad(functools.partial(scaled, _loss(plan)), (0, 1)))(
+        hidden, kernel
+    )
+    exact = jax.grad(functools.partial(scaled, plain), (0, 1))(hidden, kernel)
+    for mine, theirs in zip(got, exact, strict=True):
+        tolerance = 1e-5 if dtype == "float32" else 1e-2
+        assert truth.error(mine, theirs) < tolerance
+
+
+@BY_NAME
+def test_gradients_under_a_scan(plan):
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES)
+
+    def total(kernel):
+        def step(kernel, hidden):
+            loss, slope = jax.value_and_grad(_loss(plan), 1)(hidden, kernel, labels)
+            return kernel - slope, loss
+
+        kernel, losses = jax.lax.scan(step, kernel, jnp.stack([hidden, hidden[::-1]]))
+        return losses, kernel
+
+    def plain(kernel):
+        losses = []
+        for states in (hidden, hidden[::-1]):
+            loss, slope = jax.value_and_grad(_loss(RECOMPUTE), 1)(
+                states, kernel, labels
+            )
+            kernel = kernel - slope
+            losses.append(loss)
+        return jnp.stack(losses), kernel
+
+    close(jax.jit(total)(kernel), plain(kernel))
