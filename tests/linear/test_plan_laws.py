@@ -381,18 +381,19 @@ def test_cotangents_of_a_reduced_loss(plan, cotangent, dtype):
     """A loss is scaled lest gradients of 16 bits vanish; it may be used twice."""
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
 
-    def scaled(loss, hidden, kernel):
-        value = loss(hidden, kernel, labels)
-        return cotangent * value + value * 0.5
+    def scaled(loss):
+        def total(hidden, kernel):
+            value = loss(hidden, kernel, labels)
+            return cotangent * value + value * 0.5
+
+        return total
 
     def plain(hidden, kernel, labels):
-        wide = [a.astype("float32") for a in (hidden, kernel)]
-        return cases.plain_loss(*wide, labels).mean() ** 2
+        hidden, kernel = hidden.astype("float32"), kernel.astype("float32")
+        return cases.plain_loss(hidden, kernel, labels).mean() ** 2
 
-    got = jax.jit(jax.grad(functools.partial(scaled, _loss(plan)), (0, 1)))(
-        hidden, kernel
-    )
-    exact = jax.grad(functools.partial(scaled, plain), (0, 1))(hidden, kernel)
+    got = jax.jit(jax.grad(scaled(_loss(plan)), (0, 1)))(hidden, kernel)
+    exact = jax.grad(scaled(plain), (0, 1))(hidden, kernel)
     for mine, theirs in zip(got, exact, strict=True):
         tolerance = 1e-5 if dtype == "float32" else 1e-2
         assert truth.error(mine, theirs) < tolerance
