@@ -51,9 +51,13 @@ Result = TypeVar("Result")
 Parameters = ParamSpec("Parameters")
 
 
-def varying_axes(array: jax.Array) -> frozenset[str]:
-    """Returns the mesh axes that an array varies over; none outside shard_map."""
-    return frozenset(jax.typeof(array).manual_axis_type.varying)
+def varying_axes(array: Any) -> frozenset[str]:
+    """Returns the mesh axes that an array, or one of its type, varies over.
+
+    Outside shard_map there are none.
+    """
+    aval = array if hasattr(array, "manual_axis_type") else jax.typeof(array)
+    return frozenset(aval.manual_axis_type.varying)
 
 
 def like(tree: Tree, reference: object) -> Tree:
