@@ -50,7 +50,14 @@ def test_options_that_the_text_names_exist():
     )
     assert done.returncode == 0, done.stderr
     named = set(re.findall(r"`jaxsoft train (--[a-z-]+)", README)) - {"--help"}
-    assert named == {"--compare-heads", "--corpus", "--head", "--mesh", "--resume"}
+    assert named == {
+        "--compare-heads",
+        "--corpus",
+        "--head",
+        "--mesh",
+        "--resume",
+        "--workspace",
+    }
     assert all(option in done.stdout for option in named)
 
 

@@ -33,9 +33,11 @@ def linear_statistics(
 ) -> LogitStatistics:
     """Log-sum-exp, log-probability, entropy and more of a softmax layer's logits.
 
-    The logits `u = softcap(hidden @ kernel + bias)` are computed tile by tile and
-    never stored: memory is a tile, not [N, V]. At 2048 × 512 × 65536 in float32 that
-    is some 20 MiB in place of 512 MiB, and twice that with the gradient.
+    The logits `u = softcap(hidden @ kernel + bias)` are computed tile by tile: memory
+    is a few tiles, not [N, V], and for a gradient as much of them is kept as the
+    workspace holds. At 2048 × 512 × 65536 in float32 on a CPU that is 24 MiB in place
+    of 512 MiB; with the gradient of `log_prob` 122 MiB, or 17 MiB with
+    `workspace_bytes=2**24`.
 
     Args:
       hidden: [..., H] floating.
@@ -55,8 +57,8 @@ def linear_statistics(
         over; the statistics of a token do not depend on them.
       return_argmax: whether to compute `argmax`, at some cost.
       workspace_bytes: the temporary memory, in bytes, that logits and what is kept of
-        them may take; the fastest plan that fits is taken. None: a quarter of the
-        float32 logits, within [96, 512] MiB.
+        them for a gradient may take; the fastest plan that fits is taken. None: a
+        quarter of the float32 logits, within [96, 512] MiB. See Notes.
       implementation: None, "xla", "reference" (stored logits, for checking) or
         a kernel, not yet measured: "mosaic_tpu" for TPUs, float32 or bfloat16;
         "mosaic_gpu" for GPUs of compute capability 9.0 (Hopper) or 10.0 (Blackwell),
@@ -77,6 +79,14 @@ def linear_statistics(
       accumulate in float32. Differentiable in reverse mode, to first order in reverse
       and any order in forward-over-reverse, in `hidden`, `kernel`, `bias` and
       `temperature`. Under `jax.vmap` with a shared kernel the batch becomes rows.
+
+      The workspace bounds tiles of logits, the slices of the kernel that they need and
+      what is kept of them. Beside it a gradient takes float32 sums: that of `hidden`
+      always; that of a narrower `kernel` where a loss is reduced inside the call
+      ("mean" or "sum") and no workspace is named, while one that is named has that sum
+      counted in it. Under `jax.vmap` of a gradient it is the workspace of each example.
+      Under plain `jax.jit` in a process of several devices, which may share the
+      classes, something is kept of all classes or of none.
 
     Example:
       >>> import jax.numpy as jnp
