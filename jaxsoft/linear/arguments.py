@@ -111,7 +111,7 @@ class Config:
       shards: how the arrays are sharded, where their types said so; else None.
       keeps: whether a forward pass may keep something of tiles.
       moves_bits: whether parts of large arrays of 16-bit floats are read and written as
-        bits, through which no derivative flows; see `tiles.stored`.
+        bits, through which no derivative flows; see `kept.stored`.
       blocks: rows and classes of a tile where something is kept of tiles; else None.
     """
 

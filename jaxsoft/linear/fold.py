@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -130,7 +131,7 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
           moving: in the place of each array, whether it has a tangent.
 
         Returns:
-          "products" or "weights", as in `tiles.Keep`.
+          "products" or "weights", as in `kept.Keep`.
         """
         del arrays, moving
         return "products" if self.config.can_keep else None
@@ -167,6 +168,8 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
             "products": layer.logit_bytes,
             "weights": layer.operand_bytes,
         }
+        leaves = jax.tree.leaves(arrays)
+        has_float16 = any(leaf.dtype == jnp.float16 for leaf in leaves)
         axes = jax.tree.leaves(self.axes(arrays))
         by_classes = any(
             moves and letters[0] != "n"
@@ -175,7 +178,8 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         return layer.plan(
             self.config.workspace_bytes,
             kept_bytes=None if what is None else size[what],
-            reduced=reduced,
+            # In the range of float16 a slope is lost before its cotangent scales it.
+            reduced=reduced and not has_float16,
             kernel=by_classes,
             some=self._knows_its_devices(arrays),
         )

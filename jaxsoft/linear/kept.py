@@ -100,8 +100,8 @@ class Kept:
 
     Attributes:
       numbers: [N, V], or [N, W] of the first W classes; uint16 are bits of bfloat16.
-      peaks: [N, P] of weights, the first class of the shard and one number a tile;
-        None for products.
+      peaks: [N, P] of weights, the first class of the shard, how many it has, and one
+        number a tile; None for products.
     """
 
     numbers: jax.Array
@@ -114,7 +114,7 @@ class Kept:
         """Returns of how many tiles all is here."""
         width, size = self.numbers.shape[1], tiles.block_classes
         count = tiles.class_blocks if width == tiles.classes else width // size
-        return count if self.peaks is None else min(count, self.peaks.shape[1] - 1)
+        return count if self.peaks is None else min(count, self.peaks.shape[1] - 2)
 
     def read(self, place: Place, tiles: Tiling) -> KeptTile:
         """Returns what was kept of a tile."""
@@ -123,7 +123,7 @@ class Kept:
             numbers = loaded(numbers, jnp.bfloat16)
         if self.peaks is None:
             return KeptTile(numbers)
-        at = (place.row, place.index + 1)
+        at = (place.row, place.index + 2)
         return KeptTile(
             numbers, lax.dynamic_slice(self.peaks, at, (tiles.block_rows, 1))
         )
@@ -136,7 +136,7 @@ class Kept:
         first, start = self._starts(place, tiles)
         peaks = self.peaks
         if peaks is not None and tile.peak is not None:
-            at = (place.row, place.index + 1)
+            at = (place.row, place.index + 2)
             peaks = lax.dynamic_update_slice(peaks, tile.peak, at)
             if tiles.classes_overlap:
                 # Weights of the tile before are about another peak.
@@ -164,7 +164,8 @@ class Kept:
         """Tells whether its tiles were those of the classes that are here."""
         if self.peaks is None:
             return jnp.bool_(True)
-        return jnp.all(self.peaks[:, 0] == _first(config, operands, self.peaks.dtype))
+        here = _classes_here(config, operands, self.peaks.dtype)
+        return jnp.all(self.peaks[:, :2] == here)
 
     def _read(self, place: Place, tiles: Tiling) -> jax.Array:
         _, start = self._starts(place, tiles)
@@ -191,10 +192,11 @@ class KeptSome(_OfSome, Kept):
         return KeptSome(numbers, peaks)
 
 
-def _first(config: Config, operands: Operands, dtype: DTypeLike) -> jax.Array:
-    """Returns the first class of this shard."""
-    first = mesh_axes.offset(config.vocab_axes, operands.num_classes(config))
-    return jnp.asarray(first).astype(dtype)
+def _classes_here(config: Config, operands: Operands, dtype: DTypeLike) -> jax.Array:
+    """Returns the first class of this shard and how many it has, [2]."""
+    number = operands.num_classes(config)
+    first = mesh_axes.offset(config.vocab_axes, number)
+    return jnp.stack([jnp.asarray(a).astype(dtype) for a in (first, number)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +230,7 @@ class Keep:
             multiple = _SHARES if classes * shards < _MANY_CLASSES else _MANY_SHARES
             count = math.ceil(classes * shards / self.blocks[1]) + 2 * multiple
             count = round_up(count, multiple) // shards
-            first = _first(config, operands, dtype)
-            peaks = jnp.zeros((rows, count), dtype).at[:, 0].set(first)
+            here = _classes_here(config, operands, dtype)
+            peaks = jnp.zeros((rows, count), dtype).at[:, :2].set(here)
         kept = (KeptAll if self.classes is None else KeptSome)(numbers, peaks)
         return mesh_axes.like(kept, operands)

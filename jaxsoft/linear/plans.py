@@ -215,7 +215,8 @@ class Layer:
         operands = self.rows * self.features * self.hidden_bytes
         operands += self.features * self.classes * self.kernel_bytes
         share = min(max(int(operands * _SHARE), _LEAST_TILE), _MOST_TILE)
-        room = self.workspace(given) // _TILES_AND_SLICES
+        parts = _TILES_AND_SLICES if self.layers == 1 else _TILES_AND_SLICES + _TILES
+        room = self.workspace(given) // parts
         most = int(self.workspace(given) * self.tile_share)
         tile_bytes = max(min(share, room, most) // self.layers, 1)
         return choose(
@@ -233,7 +234,9 @@ class Layer:
         # One tile of all classes is no slice.
         cut = self.features * tiles.block_classes * self.logit_bytes
         cut = 0 if tiles.class_blocks == 1 else cut
-        return self.layers * _TILES * (tile + cut)
+        # Two layers' tiles are compared in a few more of them.
+        tiles_at_once = _TILES if self.layers == 1 else 2 * _TILES
+        return self.layers * (tiles_at_once * tile + _TILES * cut)
 
     def plan(
         self,

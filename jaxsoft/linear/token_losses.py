@@ -80,12 +80,8 @@ def reduced(
     count, dtype = operands.hidden.shape[0], compute_dtype(*operands[:2])
     shares, share = token_shares(weights, reduction, count, dtype, token_axes)
     shares = None if shares is None else shares.reshape(count)
-    later = 1.0
-    if weights is None and operands.matmul_dtype() == jnp.float16:
-        # A share of one in many tokens would be lost in the rounding of slopes.
-        share, later = 1.0, share
     rows = _Rows(shares, others)
-    value = total(fold, _Weighted(loss, share), arrays, rows) * later
+    value = total(fold, _Weighted(loss, share), arrays, rows)
     return jax.lax.psum(value, token_axes) if token_axes else value
 
 

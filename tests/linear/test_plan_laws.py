@@ -277,8 +277,50 @@ def test_what_was_kept_of_other_classes_is_not_read():
     assert kept.peaks is not None
     garbage = KeptAll(jnp.full_like(kept.numbers, jnp.nan), kept.peaks)
     assert np.isnan(program.call(arrays, saved, (garbage,), cotangents).hidden).any()
-    moved = KeptAll(garbage.numbers, kept.peaks.at[:, 0].add(100))
-    close(program.call(arrays, saved, (moved,), cotangents), right)
+    for place in range(2):
+        moved = KeptAll(garbage.numbers, kept.peaks.at[:, place].add(100))
+        close(program.call(arrays, saved, (moved,), cotangents), right)
+
+
+@BY_NAME
+def test_rows_whose_first_tiles_are_masked(plan):
+    """Their peak is far below 0, about which those tiles weigh nothing."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype="bfloat16")
+    hidden = hidden.at[:, 0].set(1)
+    kernel = kernel.at[0].add(-400)
+    mask, labels = jnp.arange(CLASSES) >= 200, 200 + labels % 100
+
+    def loss(plan):
+        return lambda h, w: linear_cross_entropy(
+            h, w, labels, class_mask=mask, workspace_bytes=plan
+        )
+
+    got = jax.jit(jax.grad(loss(plan), (0, 1)))(hidden, kernel)
+    truly = jax.jit(jax.grad(loss(RECOMPUTE), (0, 1)))(hidden, kernel)
+    for mine, theirs in zip(got, truly, strict=True):
+        assert truth.error(mine, theirs) < 2e-2
+
+
+@BY_NAME
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_scaled_loss_in_float16(plan, weighted):
+    hidden, kernel, labels = cases.layer(256, FEATURES, 600, dtype="float16")
+    weights = jnp.full(256, 2.0) if weighted else None
+
+    def scaled(loss):
+        return jax.jit(jax.grad(lambda h, w: 2.0**14 * loss(h, w), (0, 1)))
+
+    def ours(hidden, kernel):
+        return linear_cross_entropy(
+            hidden, kernel, labels, weights=weights, workspace_bytes=plan
+        )
+
+    def plain(hidden, kernel):
+        return cases.plain_loss(hidden, kernel, labels).mean()
+
+    exact = scaled(plain)(hidden.astype("float32"), kernel.astype("float32"))
+    for mine, theirs in zip(scaled(ours)(hidden, kernel), exact, strict=True):
+        assert truth.error(mine, theirs) < 2e-3
 
 
 # What is below is counted in products of N·H·V multiplications and additions.

@@ -119,6 +119,6 @@ def test_plans_keep_to_the_workspace(rows, features, classes, given, size, layer
     assert (plan.kind == "recompute") == (plan.kept_classes == 0)
     taken = kept_rows * min(plan.kept_classes, classes) * size * layers
     # No tile is thinner than 512 classes, whatever they take.
-    least = layers * 2 * 4 * 512 * (tiles.block_rows + features)
+    least = layers * 2 * 4 * 512 * (layers * tiles.block_rows + features)
     assert taken + layer.streamed(tiles) <= max(given, least)
     assert tiles.rows == kept_rows

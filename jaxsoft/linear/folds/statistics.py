@@ -556,9 +556,10 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
     ) -> tuple[KeptTile, ...]:
         if keep.what == "products":
             return super().kept_of(tile, keep, carry, part)
-        peak, tau = finite_peak(carry["max"]), part.temperature(self.config)
-        weights = jnp.exp(divide_by_temperature(tile.logits, peak, tau))
-        return (KeptTile(weights, peak),)
+        largest, tau = carry["max"], part.temperature(self.config)
+        c = divide_by_temperature(tile.logits, finite_peak(largest), tau)
+        # A row without any kept class so far is -inf: it weighs 0 about every peak.
+        return (KeptTile(jnp.exp(c), largest),)
 
     def gradients(
         self,
