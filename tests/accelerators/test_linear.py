@@ -7,17 +7,24 @@ import pytest
 
 from tests.accelerators.compiling import NEWER, TARGETS, results
 
-# Stored logits take 4,008 to 12,000 MiB.
-BOUND = 256
+# Stored logits take 4,008 to 12,000 MiB, in bfloat16 a shard 1,000 at the least. A
+# value takes tiles; a gradient the largest workspace that is a default, float32 sums
+# of dhidden and of what is mixed, and tiles.
+VALUE, GRADIENT = 256, 512 + 72 + 72 + 64
+# Losses that are reduced inside the call have a float32 sum of dkernel beside it, but
+# not under vmap, whose examples' cotangents may differ.
+REDUCED = ("cross_entropy", "forward_kl", "jensen_shannon", "distillation_top_k")
+SUM = 2304 * 256000 * 4 / 2**20
 # Gradients of a shard of kernel and values, which newer compilers for TPUs hold before
 # they sum them over shards of tokens; a shard of bfloat16 logits takes 1,000 MiB.
 SHARDS = (2304 + 512) * 128000 * 2 / 2**20
-# Of the loss alone, beside the gradients. The float32 sum of dhidden is 72 MiB of it.
+# Of the mean loss alone, beside the gradients: what chunks keep lies where dkernel
+# will.
 BOUNDS = {
     ("h100", "value"): 128,
-    ("h100", "value_and_grad"): 128,
+    ("h100", "value_and_grad"): SUM + 128,
     ("v6e", "value"): 16,
-    ("v6e", "value_and_grad"): 74,
+    ("v6e", "value_and_grad"): SUM + 74,
 }
 
 
@@ -30,7 +37,8 @@ def test_tied_embeddings_of_gemma2(target):
         assert result["mib"] <= BOUNDS[target, what], result
         # Every matrix product reads bfloat16: none was widened.
         assert result["wide"] == 0, result
-        assert result["products"] == (1 if what == "value" else 4), result
+        # Logits once, and the gradients of both.
+        assert result["products"] == (1 if what == "value" else 3), result
 
 
 @pytest.mark.parametrize(
@@ -47,9 +55,12 @@ def test_tied_embeddings_of_gemma2(target):
 def test_temporaries_and_traffic(target, mode):
     found = {(r["name"], r["what"]): r for r in results("linear", target, mode)}
     assert len(found) == (19 if target == "h100" else 4)
-    for (_, what), result in found.items():
-        sums = SHARDS if NEWER and (target, what) == ("v6e", "value_and_grad") else 0
-        assert result["mib"] <= BOUND + sums, result
+    for (name, what), result in found.items():
+        most = VALUE if what == "value" else GRADIENT
+        if what == "value_and_grad" and name in REDUCED and mode != "vmap":
+            most += SUM if mode == "tokens" else SUM / 2
+        most += SHARDS if NEWER and (target, what) == ("v6e", "value_and_grad") else 0
+        assert result["mib"] <= most, (most, result)
         if mode == "vmap":
             assert result["collectives"] == [], result
     if mode == "vmap":
