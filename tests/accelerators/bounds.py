@@ -130,7 +130,7 @@ def listed_and_reduced(sizes: Sizes, gradient: bool) -> float:
 
 def mixed(sizes: Sizes, gradient: bool) -> float:
     """As streamed, with slices of a table like the kernel, and its sum a token."""
-    return streamed(sizes, gradient) + sizes.states + (3 if gradient else 1) * sizes.cut
+    return streamed(sizes, gradient) + sizes.states + 3 * sizes.cut + sizes.tile
 
 
 def contrasted(sizes: Sizes, gradient: bool) -> float:
