@@ -59,6 +59,8 @@ def test_temporaries_and_traffic(target, mode):
         most = VALUE if what == "value" else GRADIENT
         if what == "value_and_grad" and name in REDUCED and mode != "vmap":
             most += SUM if mode == "tokens" else SUM / 2
+            # XLA lays it out anew, twice, where a TPU multiplies it by a cotangent.
+            most += SUM * ((target, mode) == ("v6e", "explicit"))
         most += SHARDS if NEWER and (target, what) == ("v6e", "value_and_grad") else 0
         assert result["mib"] <= most, (most, result)
         if mode == "vmap":
