@@ -43,7 +43,7 @@ _TRAIN_HELP = {
     "(default: half of what is free)",
     "workspace": "the temporary memory that the loss of a full head may take, such as "
     "1GiB: with more, less is computed twice (default: a quarter of the logits, within "
-    "64 and 512 MiB)",
+    "96 and 512 MiB)",
     "evaluate_every": "steps between validations",
     "evaluation_tokens": "tokens of a validation; the last one reads four times more",
     "checkpoint_every": "steps between checkpoints",

@@ -165,7 +165,7 @@ class Kept:
         if self.peaks is None:
             return jnp.bool_(True)
         here = _classes_here(config, operands, self.peaks.dtype)
-        return jnp.all(self.peaks[:, :2] == here)
+        return jnp.all(self.peaks[:, :2] == here[None])
 
     def _read(self, place: Place, tiles: Tiling) -> jax.Array:
         _, start = self._starts(place, tiles)

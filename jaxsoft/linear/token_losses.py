@@ -7,7 +7,6 @@ import math
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft._core.tokens import Reduction, reduce_losses, token_shares, weigh_tokens

@@ -1,5 +1,6 @@
 """The plan of a layer's gradient, its products and its memory, here and elsewhere."""
 
+import jax
 import pytest
 
 from jaxsoft.devices.measuring import describe, here
@@ -25,7 +26,9 @@ def check(found, kind, *, most=None):
     products = {k: work.dot_flops / (N * H * V) for k, work in ran.work.items()}
     # Tiles at the end may cover what others have.
     assert 2 <= products["value"] <= 2.2
-    assert 8 - 2 * kept <= products["value_and_grad"] <= 1.1 * (8 - 2 * kept)
+    # Of tiles that are kept or computed again the compiler's text has both.
+    most_products = 8 if 0 < kept < 1 else 8 - 2 * kept
+    assert 8 - 2 * kept <= products["value_and_grad"] <= 1.1 * most_products
     for one in ran.work.values():
         assert not one.is_least and one.accessed > 2 * (N * H + H * V)
     taken = ran.temporaries["value_and_grad"]
@@ -41,7 +44,9 @@ def check(found, kind, *, most=None):
         ("linear_cross_entropy", 64, "chunks"),
     ],
 )
-def test_plans_here(name, mebibytes, kind, optimized):
+def test_plans_here(name, mebibytes, kind, optimized, monkeypatch):
+    # With more devices all classes are kept, or none.
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     (found,) = describe(here(), [name], sizes("float32", mebibytes))
     plan = check(found, kind, most=(mebibytes + 8) * MIB)
     assert (plan.chunk_rows > 0) == (kind == "chunks")
