@@ -31,7 +31,7 @@ from jaxsoft.linear.tiles import (
     tiles_of,
 )
 
-__all__ = ["Fold", "stream"]
+__all__ = ["Fold", "stream", "unwrapped"]
 
 Arrays = TypeVar("Arrays")
 Carry = TypeVar("Carry")
@@ -386,14 +386,18 @@ def _differentiable(
 
 
 def _differentiable_forward(fold: Fold, moving: Any, primals: object):
-    # custom_vjp wraps primals to tell which are perturbed.
-    arrays = jax.tree.map(
-        lambda a: a.value, primals, is_leaf=lambda a: hasattr(a, "perturbed")
-    )
+    arrays: Any = unwrapped(primals)
     keep = fold.keep(arrays, moving, fold.plan(arrays, moving))
     fold = fold.keeping(keep)
     saved, kept = bind(_Saved(fold, keep), arrays)
     return fold.result(saved), (arrays, fold.residuals(saved), kept)
+
+
+def unwrapped(primals: Any) -> Any:
+    """Returns arrays that custom_vjp wrapped to tell which are perturbed."""
+    return jax.tree.map(
+        lambda a: a.value, primals, is_leaf=lambda a: hasattr(a, "perturbed")
+    )
 
 
 def _differentiable_backward(

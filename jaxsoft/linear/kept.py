@@ -153,12 +153,9 @@ class Kept:
 
     def in_floats(self) -> "Kept":
         """Returns the same with bfloat16 in the place of its bits."""
-        short = self.numbers.dtype == jnp.uint16
-        return (
-            self._with(loaded(self.numbers, jnp.bfloat16), self.peaks)
-            if short
-            else self
-        )
+        if self.numbers.dtype != jnp.uint16:
+            return self
+        return self._with(loaded(self.numbers, jnp.bfloat16), self.peaks)
 
     def is_of(self, config: Config, operands: Operands) -> jax.Array:
         """Tells whether its tiles were those of the classes that are here."""

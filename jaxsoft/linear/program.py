@@ -31,7 +31,7 @@ from jaxsoft._core import mesh_axes, registry
 from jaxsoft.linear.arguments import axes_of
 from jaxsoft.linear.plans import Plan
 
-__all__ = ["Program", "bind", "plans_in"]
+__all__ = ["Program", "by_moving", "bind", "plans_in"]
 
 # The letters of axes that lie along the classes: those themselves, and what is kept of
 # some of them and of their tiles.
@@ -44,14 +44,12 @@ class Program(abc.ABC):
 
     Attributes:
       fold: the fold.
-      shared_over: the mesh axes that devices share the classes over, where the program
-        was made for all of them; () for none.
-      shards: how many shards of the classes that makes.
+      shards: how many shards of the classes devices share, where the program was made
+        for all of them.
       is_guarded: whether the devices may lie otherwise than for an earlier program.
     """
 
     fold: Any
-    shared_over: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     shards: int = dataclasses.field(default=1, kw_only=True)
     is_guarded: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -85,9 +83,7 @@ class Program(abc.ABC):
     def over(self, vocab_axes: tuple[str, ...], shards: int) -> Self:
         """Returns the same function with its classes sharded over mesh axes."""
         fold = self.fold.over(vocab_axes)
-        return dataclasses.replace(
-            self, fold=fold, shared_over=vocab_axes, shards=shards
-        )
+        return dataclasses.replace(self, fold=fold, shards=shards)
 
     def differentiable(self, moving: Any, *others: Any) -> Callable[..., Any]:
         """Returns the function to differentiate, given which arguments move."""
@@ -198,17 +194,36 @@ def _jvp(primals, tangents, *, jaxpr, program, tree, result_axes):
     del jaxpr, result_axes
     moving = [not isinstance(t, ad.Zero) for t in tangents]
     function = program.differentiable(*jax.tree.unflatten(tree, moving))
+    of_moving, those = by_moving(function, tree, primals, moving)
+    return jax.jvp(
+        of_moving, those, [t for t in tangents if not isinstance(t, ad.Zero)]
+    )
 
-    def of_moving(*those):
+
+def by_moving(
+    function: Callable[..., Any],
+    tree: Any,
+    flat: Sequence[jax.Array],
+    moving: Sequence[bool],
+) -> tuple[Callable[..., list[jax.Array]], list[jax.Array]]:
+    """Returns a function of those arguments alone that move, and those.
+
+    Args:
+      function: of arguments whose structure is `tree`.
+      tree: that structure.
+      flat: the flat arguments.
+      moving: which of them move.
+
+    Returns:
+      A function that returns flat results, and its arguments.
+    """
+
+    def of_moving(*those: jax.Array) -> list[jax.Array]:
         remaining = iter(those)
-        args = [
-            next(remaining) if m else p for p, m in zip(primals, moving, strict=True)
-        ]
+        args = [next(remaining) if m else a for a, m in zip(flat, moving, strict=True)]
         return jax.tree.leaves(function(*jax.tree.unflatten(tree, args)))
 
-    primals_that_move = [p for p, m in zip(primals, moving, strict=True) if m]
-    tangents = [t for t, m in zip(tangents, moving, strict=True) if m]
-    return jax.jvp(of_moving, primals_that_move, tangents)
+    return of_moving, [a for a, m in zip(flat, moving, strict=True) if m]
 
 
 def _batch(args, dims, *, jaxpr, program, tree, result_axes):

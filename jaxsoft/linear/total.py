@@ -22,11 +22,11 @@ from jax.interpreters import ad, batching, mlir
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Axes, axes_of
-from jaxsoft.linear.fold import Fold, stream
+from jaxsoft.linear.fold import Fold, stream, unwrapped
 from jaxsoft.linear.gradients import Into
 from jaxsoft.linear.kept import Keep
 from jaxsoft.linear.plans import Plan
-from jaxsoft.linear.program import Program, bind
+from jaxsoft.linear.program import Program, bind, by_moving
 from jaxsoft.linear.tiles import slice_rows
 
 __all__ = ["RowLoss", "total"]
@@ -86,17 +86,15 @@ def _jvp(primals, tangents, *, jaxpr, fold, loss, tree):
     are = [not isinstance(t, ad.Zero) for t in tangents]
     moving = jax.tree.unflatten(tree, are)
 
-    def of_moving(*those):
-        remaining = iter(those)
-        args = [next(remaining) if m else p for p, m in zip(primals, are, strict=True)]
-        arrays, rows = jax.tree.unflatten(tree, args)
+    def by_plan(arrays, rows):
         if fold.plan(arrays, moving[0], reduced=True).kind == "chunks":
-            return [_by_chunks(fold, loss, moving, arrays, rows)]
-        return [_streamed(fold, loss, arrays, rows)]
+            return _by_chunks(fold, loss, moving, arrays, rows)
+        return _streamed(fold, loss, arrays, rows)
 
-    primals_that_move = [p for p, m in zip(primals, are, strict=True) if m]
-    tangents = [t for t, m in zip(tangents, are, strict=True) if m]
-    return jax.jvp(of_moving, primals_that_move, tangents)
+    of_moving, those = by_moving(by_plan, tree, primals, are)
+    return jax.jvp(
+        of_moving, those, [t for t in tangents if not isinstance(t, ad.Zero)]
+    )
 
 
 def _batch(args, dims, *, jaxpr, fold, loss, tree):
@@ -125,9 +123,7 @@ def _by_chunks(fold: Fold, loss: RowLoss, moving: Any, arrays: Any, rows: Any):
 
 
 def _by_chunks_forward(fold: Fold, loss: RowLoss, moving: Any, arrays: Any, rows: Any):
-    arrays, rows = jax.tree.map(
-        lambda a: a.value, (arrays, rows), is_leaf=lambda a: hasattr(a, "perturbed")
-    )
+    arrays, rows = unwrapped((arrays, rows))
     losses, gradients = bind(_Chunks(fold, loss, moving), arrays, rows)
     # The dtypes that the cotangents must have, of arrays without a number.
     like = jax.tree.map(lambda a: jnp.zeros(0, a.dtype), (arrays, rows))
