@@ -180,26 +180,47 @@ def _loss(plan: int, reduction: Any = "mean"):
     return loss
 
 
+# The last case is of the default tier: z_loss alone shows a maximum that moves.
+SECOND = [
+    ("plain", "bfloat16"),
+    *((name, "float32") for name in cases.OPTIONS if name != "z_loss"),
+    ("z_loss", "float32"),
+]
+
+
 @BY_NAME
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_forward_over_reverse(plan, reduction, dtype):
-    """No derivative flows through what was kept: it is taken without."""
+@pytest.mark.parametrize("name, dtype", SECOND)
+@pytest.mark.many_cases
+def test_forward_over_reverse(plan, reduction, name, dtype):
+    """No derivative flows through what was kept, nor through the rows' maxima."""
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
+    options = cases.arrays(cases.OPTIONS[name], ROWS, CLASSES, labels)
+    moving = {
+        k: jnp.asarray(options.pop(k)) for k in ("bias", "temperature") if k in options
+    }
 
-    def product(loss, *arrays):
-        gradient = jax.grad(loss, (0, 1))
+    def product(losses, *arrays):
+        def total(hidden, kernel, moving):
+            found = losses(hidden, kernel, labels, **moving, **options)
+            return jnp.sum(found**2)
+
+        gradient = jax.grad(total, (0, 1, 2))
         tangents = jax.tree.map(jnp.sin, arrays)
-        return jax.jvp(lambda *a: gradient(*a, labels), arrays, tangents)
+        return jax.jvp(gradient, arrays, tangents)
 
-    def plain(hidden, kernel, labels):
-        losses = cases.plain_loss(hidden, kernel, labels)
-        return ((losses if reduction == "none" else losses.mean()) ** 2).sum()
+    def plain(hidden, kernel, labels, **options):
+        losses = cases.plain_loss(hidden, kernel, labels, **options)
+        if reduction == "none":
+            return losses
+        return losses.sum() / options.get("weights", jnp.ones(ROWS)).sum()
 
-    loss = _loss(plan, reduction)
-    got = jax.jit(functools.partial(product, loss))(hidden, kernel)
+    ours = functools.partial(
+        linear_cross_entropy, reduction=reduction, workspace_bytes=plan
+    )
+    got = jax.jit(functools.partial(product, ours))(hidden, kernel, moving)
     wide = [a.astype("float32") for a in (hidden, kernel)]
-    truly = product(plain, *wide)
+    truly = product(plain, *wide, moving)
     for mine, theirs in zip(*map(jax.tree.leaves, (got, truly)), strict=True):
         assert truth.error(mine, theirs) < (1e-5 if dtype == "float32" else 1e-2)
 

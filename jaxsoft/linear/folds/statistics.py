@@ -471,7 +471,9 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
 
     def merge(self, columns: Columns, tile: Tile, tau: float | jax.Array) -> Columns:
         """Returns the columns with one more tile; `tau` is a float or [R, 1]."""
-        largest = jnp.max(tile.logits, axis=1, keepdims=True)
+        # Any centre gives the same statistics but for itself: it counts as fixed, in
+        # their tangents as in their gradients.
+        largest = lax.stop_gradient(jnp.max(tile.logits, axis=1, keepdims=True))
         move = _Move.of(columns["max"], jnp.maximum(columns["max"], largest), tau)
         c = divide_by_temperature(tile.logits, move.peak, tau)
         new = _Merged(tile, c, jnp.exp(c), move)
