@@ -12,7 +12,7 @@ import optax
 import jaxsoft
 from benchmarks import heads_truth
 from benchmarks.checks import Subset
-from benchmarks.passes import STORED, computed_again, cross_entropy
+from benchmarks.passes import STORED, computed_again, cross_entropy, distillation
 from benchmarks.peers import OURS, with_workspace
 from benchmarks.workloads import MIB, LinearWorkload
 
@@ -307,11 +307,6 @@ def _both(workload: LinearWorkload) -> LinearWorkload:
     return dataclasses.replace(workload, tokens=count, classes=count)
 
 
-def _twice_as_wide(workload: LinearWorkload) -> LinearWorkload:
-    """Returns the layer of a teacher."""
-    return dataclasses.replace(workload, features=2 * workload.features)
-
-
 LOG_PROB = Head(
     "log_prob and entropy: value",
     _our_log_prob,
@@ -347,8 +342,6 @@ TRAINING = (
         "values",
         passes={OURS: _with(2 * STORED), "jax.nn": 2 * STORED},
     ),
-    # A teacher of twice the width counts twice. Ours has two streams, and the gradient:
-    # logits that are not kept come three times, those of both layers.
     Head(
         f"distillation at T = {_SOFT:g}: value and gradient",
         _our_distillation,
@@ -356,7 +349,7 @@ TRAINING = (
         by_rows(
             heads_truth.distillation(_SOFT), ("hidden", "labels", "teacher_hidden")
         ),
-        passes={OURS: _with(5, 6, _twice_as_wide, layers=2), "jax.nn": 5},
+        passes={OURS: distillation, "jax.nn": 5},
         draws=_teacher,
         per_token=("hidden", "labels", "teacher_hidden"),
         moving=("hidden", "kernel"),

@@ -48,7 +48,8 @@ _THIN = 512
 _SLICES = 2
 
 # A chunk reads and writes the sum of the kernel's gradient, 8·H·V bytes, in the time of
-# so many flops a byte: for this many rows that is as much as two products.
+# so many flops a byte: for this many rows that is as much as two products. One that has
+# no such sum reads the kernel, 4·H·V, and spares a product.
 _ROWS_OF_A_SUM = 150
 
 
@@ -270,6 +271,21 @@ class Layer:
         if more >= 2 - 2 * kept / self.classes and kept < self.classes:
             return plan
         return Plan("chunks", self._chunk(rows).tiling(given), self.classes, rows)
+
+    def rows_read_twice(self, given: int | None) -> tuple[int, Tiling] | None:
+        """Returns how a value whose logits are needed twice computes them once.
+
+        Args:
+          given: the bytes that the caller gave, or None.
+
+        Returns:
+          The rows whose logits are all stored at once, and their tiles; None where
+          the workspace has room for too few.
+        """
+        rows = self._chunk_rows(given, self.logit_bytes, kernel=False)
+        if rows < min(_ROWS_OF_A_SUM, self.rows):
+            return None
+        return rows, self._chunk(rows).tiling(self.workspace(given))
 
     def _kept_classes(self, given: int | None, tiles: Tiling, kept_bytes: int) -> int:
         """Returns of how many classes there is room to keep something."""

@@ -31,6 +31,7 @@ __all__ = [
     "fold_tiles",
     "kernel_slice",
     "layer_of",
+    "map_rows",
     "scatter",
     "slice_rows",
     "tiles_of",
@@ -348,6 +349,30 @@ def fold_tiles(
     room, blocks = lax.scan(block, room, jnp.arange(tiles.row_blocks))
     joined = jax.tree.map(lambda carry: _join_rows(carry, tiles), blocks)
     return cast(Any, joined), room
+
+
+def map_rows(function: Callable[[Tree], Any], tree: Tree, rows: int, size: int) -> Any:
+    """Returns what a function gives for one block of rows after another.
+
+    Args:
+      function: gives arrays of R rows from those of R rows.
+      tree: the arrays; see `slice_rows`.
+      rows: N, at least 1.
+      size: R; the last block may start earlier, over rows of the one before.
+
+    Returns:
+      The arrays of N rows.
+    """
+    if size >= rows:
+        return function(tree)
+    blocks = Tiling(rows, 1, size, 1)
+
+    def block(index):
+        first = jnp.minimum(index * size, rows - size)
+        return function(slice_rows(tree, first, size))
+
+    found = lax.map(block, jnp.arange(blocks.row_blocks))
+    return jax.tree.map(lambda a: _join_rows(a, blocks), found)
 
 
 def _join_rows(blocks: jax.Array, tiles: Tiling) -> jax.Array:

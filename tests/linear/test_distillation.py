@@ -16,6 +16,7 @@ from jaxsoft import (
     linear_distillation_top_k,
     linear_top_k,
 )
+from jaxsoft.linear import plans
 from tests import truth
 from tests.linear import cases
 
@@ -102,6 +103,41 @@ def test_gradients_equal_those_of_stored_logits(kind, per_row):
 
     for a, e in zip(*both(h, w, b, g, k.T, tau), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * np.abs(e).max())
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_both_streams_read_the_logits_of_a_few_rows(kind, monkeypatch):
+    monkeypatch.setattr(plans, "_ROWS_OF_A_SUM", 8)
+    (h, w), (g, k) = layers()
+
+    def losses(h, w, workspace):
+        return linear_distillation(
+            *(h, w, g, k),
+            temperature=0.7,
+            divergence=kind,
+            reduction="none",
+            workspace_bytes=workspace,
+        )
+
+    def gradients(h, w, workspace):
+        found, pull = jax.vjp(lambda h, w: losses(h, w, workspace), h, w)
+        return found, pull(np.cos(np.arange(ROWS, dtype="float32")))
+
+    # Room for 8 of 11 rows of both layers, and for tiles alone.
+    few, none = 72_000, TILE
+    layer = plans.Layer(ROWS, WIDE, CLASSES, layers=2)
+    assert layer.rows_read_twice(none) is None
+    assert layer.rows_read_twice(few) == (8, plans.Tiling(8, CLASSES, 8, 128))
+    got, expected = (gradients(h, w, size) for size in (few, none))
+    for a, e in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6 * np.abs(e).max())
+    counts = [
+        str(jax.make_jaxpr(functools.partial(losses, workspace=size))(h, w)).count(
+            "dot_general["
+        )
+        for size in (few, none)
+    ]
+    assert counts == [2, 4]
 
 
 def test_the_teacher_has_a_gradient_only_on_request():

@@ -33,12 +33,13 @@ from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.folds.statistics import Statistics
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
 from jaxsoft.linear.kept import Keep, Kept, KeptTile, Place
-from jaxsoft.linear.plans import Layer, Tiling, tiling_of
+from jaxsoft.linear.plans import Layer, Plan, Tiling, tiling_of
 from jaxsoft.linear.tiles import (
     Tile,
     compute_tile,
     fold_tiles,
     layer_of,
+    map_rows,
 )
 
 __all__ = ["Layers", "Losses", "TwoLayers"]
@@ -170,8 +171,42 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
             return tiling_of(layer.rows, layer.classes, self.config.blocks)
         return layer.tiling(self.config.workspace_bytes)
 
+    def plan(self, arrays: Layers, moving: Layers, reduced: bool = False) -> Plan:
+        """Returns the plan of the derivative.
+
+        Both streams and the derivative need the logits. Where less than half of them
+        can be kept for all three, those of a few rows at once are, for the streams.
+        """
+        plan = super().plan(arrays, moving, reduced)
+        is_less = plan.kind == "keep" and 2 * plan.kept_classes < plan.tiles.classes
+        if is_less and self._stored_rows(arrays) is not None:
+            return Plan("recompute", plan.tiles)
+        return plan
+
+    def _stored_rows(self, arrays: Layers) -> tuple[int, Tiling] | None:
+        """Returns of how many rows the streams store all logits; None for none."""
+        if not self.config.can_keep:
+            return None
+        return self.layer(arrays).rows_read_twice(self.config.workspace_bytes)
+
     def forward(
         self, arrays: Layers, keep: Keep | None = None, shards: int = 1
+    ) -> tuple[_Saved, tuple[Kept, ...]]:
+        """Runs both streams, on as many rows at once as have room for all logits."""
+        stored = self._stored_rows(arrays) if keep is None else None
+        if stored is None:
+            return self._streams(arrays, keep, shards)
+        rows, tiles = stored
+        keep = Keep("products", None, (tiles.block_rows, tiles.block_classes))
+        fold = self.keeping(keep)
+
+        def saved(part: Layers) -> _Saved:
+            return fold._streams(part, keep, shards)[0]
+
+        return map_rows(saved, arrays, self.layer(arrays).rows, rows), ()
+
+    def _streams(
+        self, arrays: Layers, keep: Keep | None, shards: int
     ) -> tuple[_Saved, tuple[Kept, ...]]:
         """Runs the first stream, of each layer, and the second, of both."""
         rows, kept = [], ()
