@@ -17,7 +17,14 @@ from jax import lax
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Config, Operands
-from jaxsoft.linear.kept import Kept, Place, loaded, stored, stored_dtype
+from jaxsoft.linear.kept import (
+    Kept,
+    Place,
+    loaded,
+    stored,
+    stored_dtype,
+    tiles_in_all,
+)
 from jaxsoft.linear.plans import Tiling
 from jaxsoft.linear.tiles import (
     compute_tile,
@@ -282,7 +289,7 @@ class _Step(NamedTuple):
             found = self._slopes(part, part_rows, index, row, row_start, kept)
             return mesh_axes.like(found, (part, part_rows, self.kept))
 
-        count = min((each.kept_tiles(tiles) for each in self.kept), default=0)
+        count = tiles_in_all(self.kept, tiles)
         if 0 < count < tiles.class_blocks:
             found = lax.cond(index < count, lambda: slopes(True), lambda: slopes(False))
         else:

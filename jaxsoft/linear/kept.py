@@ -7,7 +7,8 @@ is for programs whose devices are known when they are traced.
 
 import dataclasses
 import math
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ __all__ = [
     "loaded",
     "stored",
     "stored_dtype",
+    "tiles_in_all",
 ]
 
 Keeping = Literal["products", "weights"]
@@ -187,6 +189,19 @@ class KeptSome(_OfSome, Kept):
 
     def _with(self, numbers: jax.Array, peaks: jax.Array | None) -> "KeptSome":
         return KeptSome(numbers, peaks)
+
+
+class KeepsTiles(Protocol):
+    """What has numbers of tiles that were kept, however they lie."""
+
+    def kept_tiles(self, tiles: Tiling) -> int:
+        """Returns of how many tiles all is here."""
+        ...
+
+
+def tiles_in_all(kept: Sequence[KeepsTiles], tiles: Tiling) -> int:
+    """Returns of how many tiles each has all; 0 where nothing was kept."""
+    return min((each.kept_tiles(tiles) for each in kept), default=0)
 
 
 def _classes_here(config: Config, operands: Operands, dtype: DTypeLike) -> jax.Array:

@@ -195,6 +195,10 @@ class Layer:
         """Returns the sizes of a chunk of rows."""
         return dataclasses.replace(self, rows=rows, tile_share=_SHARE_OF_CHUNK)
 
+    def _chunk_tiling(self, given: int | None, rows: int) -> Tiling:
+        """Returns the tiles of a chunk, within the workspace of all rows."""
+        return self._chunk(rows).tiling(self.workspace(given))
+
     def shared(self, rows: int, classes: int) -> "Layer":
         """Returns the sizes of one of so many shards of rows, and of classes."""
         return dataclasses.replace(
@@ -264,13 +268,12 @@ class Layer:
         kept = kept if some or kept >= self.classes else 0
         plan = Plan("keep", tiles, kept) if kept else Plan("recompute", tiles)
         rows = self._chunk_rows(given, kept_bytes, kernel) if reduced else 0
-        given = self.workspace(given)
         if not rows:
             return plan
         more = 2 * _ROWS_OF_A_SUM / rows if kernel and rows < self.rows else 0
         if more >= 2 - 2 * kept / self.classes and kept < self.classes:
             return plan
-        return Plan("chunks", self._chunk(rows).tiling(given), self.classes, rows)
+        return Plan("chunks", self._chunk_tiling(given, rows), self.classes, rows)
 
     def rows_read_twice(self, given: int | None) -> tuple[int, Tiling] | None:
         """Returns how a value whose logits are needed twice computes them once.
@@ -285,7 +288,7 @@ class Layer:
         rows = self._chunk_rows(given, self.logit_bytes, kernel=False)
         if rows < min(_ROWS_OF_A_SUM, self.rows):
             return None
-        return rows, self._chunk(rows).tiling(self.workspace(given))
+        return rows, self._chunk_tiling(given, rows)
 
     def _kept_classes(self, given: int | None, tiles: Tiling, kept_bytes: int) -> int:
         """Returns of how many classes there is room to keep something."""
@@ -299,13 +302,12 @@ class Layer:
         room = self.workspace(given)
         if kernel and given is not None and self.kernel_bytes != self.logit_bytes:
             room -= self.features * self.classes * self.logit_bytes
-        given = self.workspace(given)
         row = self.classes * kept_bytes * self.layers
         rows = min(room // row, self.rows)
         if rows < min(_ROW_MULTIPLE, self.rows):
             return 0
-        chunk = self._chunk(rows)
-        rows = min((room - chunk.streamed(chunk.tiling(given))) // row, self.rows)
+        streamed = self._chunk(rows).streamed(self._chunk_tiling(given, rows))
+        rows = min((room - streamed) // row, self.rows)
         if rows < min(_ROW_MULTIPLE, self.rows):
             return 0
         if rows < self.rows:

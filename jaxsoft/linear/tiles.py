@@ -19,7 +19,14 @@ from jax import lax
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Config, Operands, axes_of, has_axes
-from jaxsoft.linear.kept import Kept, KeptTile, Place, loaded, stored
+from jaxsoft.linear.kept import (
+    Kept,
+    KeptTile,
+    Place,
+    loaded,
+    stored,
+    tiles_in_all,
+)
 from jaxsoft.linear.plans import Layer, Tiling, tiling_of
 
 __all__ = [
@@ -35,6 +42,7 @@ __all__ = [
     "scatter",
     "slice_rows",
     "tiles_of",
+    "tiles_of_layer",
 ]
 
 Tree = TypeVar("Tree")
@@ -180,7 +188,11 @@ def layer_of(config: Config, operands: Operands, layers: int = 1) -> Layer:
 
 def tiles_of(config: Config, operands: Operands, multiple: int = 1) -> Tiling:
     """Returns the tiles of a call; see `choose` for `multiple`."""
-    layer = layer_of(config, operands)
+    return tiles_of_layer(config, layer_of(config, operands), multiple)
+
+
+def tiles_of_layer(config: Config, layer: Layer, multiple: int = 1) -> Tiling:
+    """Returns the tiles of a layer of known sizes."""
     if config.blocks is not None:
         return tiling_of(layer.rows, layer.classes, config.blocks)
     return layer.tiling(config.workspace_bytes, multiple)
@@ -316,7 +328,7 @@ def fold_tiles(
     Returns:
       The carry of all N rows, and what was kept.
     """
-    count = min((each.kept_tiles(tiles) for each in (*room, *kept)), default=0)
+    count = tiles_in_all((*room, *kept), tiles)
 
     def run(part, rows, row, room) -> Any:
         def first_tile(index, state):

@@ -33,13 +33,14 @@ from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.folds.statistics import Statistics
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
 from jaxsoft.linear.kept import Keep, Kept, KeptTile, Place
-from jaxsoft.linear.plans import Layer, Plan, Tiling, tiling_of
+from jaxsoft.linear.plans import Layer, Plan, Tiling
 from jaxsoft.linear.tiles import (
     Tile,
     compute_tile,
     fold_tiles,
     layer_of,
     map_rows,
+    tiles_of_layer,
 )
 
 __all__ = ["Layers", "Losses", "TwoLayers"]
@@ -166,10 +167,7 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         return max(sizes, key=lambda layer: (layer.features, layer.logit_bytes))
 
     def tiles(self, arrays: Layers | _Second) -> Tiling:
-        layer = self.layer(arrays)
-        if self.config.blocks is not None:
-            return tiling_of(layer.rows, layer.classes, self.config.blocks)
-        return layer.tiling(self.config.workspace_bytes)
+        return tiles_of_layer(self.config, self.layer(arrays))
 
     def plan(self, arrays: Layers, moving: Layers, reduced: bool = False) -> Plan:
         """Returns the plan of the derivative.

@@ -33,7 +33,7 @@ from jaxsoft._core.numerics import (
 from jaxsoft.linear.arguments import Axes, Config, Operands
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
-from jaxsoft.linear.kept import Keep, KeptTile, Place
+from jaxsoft.linear.kept import Keep, KeptTile, Place, tiles_in_all
 from jaxsoft.linear.plans import Plan, Tiling
 from jaxsoft.linear.tiles import (
     Tile,
@@ -313,7 +313,7 @@ class BothWays(Fold[Pairs, _Carry, _Saved, PairLosses]):
             width = min(keep.classes or tiles.classes, tiles.classes)
             dtype = compute_dtype(operands.hidden, operands.kernel)
             room = (_Products(lax.empty((tiles.rows, width), dtype)),)
-        count = min((each.kept_tiles(tiles) for each in room), default=0)
+        count = tiles_in_all(room, tiles)
         carry = self.start(tiles.rows, operands)
         carry, room = mesh_axes.like((carry, room), arrays)
 
