@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import (
     device,
     discrete,
+    everyday,
     heads,
     linear,
     many_classes,
@@ -52,8 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
       The exit code: 1 if a function of ours was wrong or raised, otherwise 0.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["programs"]:
-        return programs.main(given[1:])
+    commands = {"everyday": everyday.main, "programs": programs.main}
+    if given[:1] and given[0] in commands:
+        return commands[given[0]](given[1:])
     parser = _parser()
     options = parser.parse_args(given)
     for suite in options.suites:

@@ -179,7 +179,7 @@ def _check(
     session.step(case.result(contender, "running"))
     try:
         outcome.program = _program(case, contender, case.arguments, case.donated)
-        if reason := _too_large(outcome.program):
+        if reason := too_large(outcome.program):
             outcome.status, outcome.reason = "not run", reason
             return outcome
         checked, arguments = outcome.program, case.arguments
@@ -264,7 +264,8 @@ def _record(
     )
 
 
-def _too_large(program: timing.Program) -> str:
+def too_large(program: timing.Program) -> str:
+    """Says so where a program needs more memory than there is; empty where not."""
     available = machine.available_bytes()
     if available is None or program.temporary_bytes is None:
         return ""

@@ -35,11 +35,7 @@ def draw(document: dict[str, Any], path: pathlib.Path) -> None:
             cases.setdefault(name, []).append(result)
     if not (cases or swept or spaces):
         raise ValueError("nothing was timed, so there is nothing to draw")
-    machine = document["machine"]
-    title = (
-        f"{machine['device']}, jax {machine['versions']['jax']}, "
-        f"jaxsoft {machine['versions']['jaxsoft']}, {document['started'][:10]}"
-    )
+    title = title_of(document)
     if cases:
         _draw_bars(cases, path, title)
     if swept:
@@ -49,6 +45,15 @@ def draw(document: dict[str, Any], path: pathlib.Path) -> None:
         alone = not (cases or swept)
         beside = path if alone else path.with_stem(path.stem + "-workspace")
         workspace.draw(document, beside, title)
+
+
+def title_of(document: dict[str, Any]) -> str:
+    """Names the machine, the versions and the day."""
+    machine = document["machine"]
+    return (
+        f"{machine['device']}, jax {machine['versions']['jax']}, "
+        f"jaxsoft {machine['versions']['jaxsoft']}, {document['started'][:10]}"
+    )
 
 
 def _draw_bars(

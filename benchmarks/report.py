@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _PIPED_WIDTH = 160
@@ -158,10 +158,7 @@ def print_markdown(document: dict[str, Any]) -> None:
         print(f"- {fact}")
     for table in tables(document):
         print(f"\n### {table.heading}\n")
-        print("| " + " | ".join(COLUMNS) + " |")
-        print("|---|---|" + "---:|" * (len(COLUMNS) - 2))
-        for cells in table.rows:
-            print("| " + " | ".join(cells) + " |")
+        print_markdown_grid(COLUMNS, table.rows)
         print()
         for note in table.notes:
             print(f"- {note}")
@@ -171,15 +168,24 @@ def print_markdown(document: dict[str, Any]) -> None:
             print(f"- {finding}")
 
 
+def print_markdown_grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2
+) -> None:
+    """Prints a table for a Markdown page; see `draw_grid`."""
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * left + "|" + "---:|" * (len(columns) - left))
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
+
+
 def print_terminal(document: dict[str, Any]) -> None:
     """Prints every table to a terminal, with rich where it is installed."""
     for fact in facts(document):
         print(fact)
-    draw = _draw_rich if importlib.util.find_spec("rich") else _draw_plain
     for table in tables(document):
         print(f"\n{table.heading}")
         if table.rows:
-            draw(table.rows)
+            draw_grid(COLUMNS, table.rows)
         for note in table.notes:
             print(f"  {note}")
     if found := findings(document):
@@ -188,13 +194,29 @@ def print_terminal(document: dict[str, Any]) -> None:
             print(f"  {finding}")
 
 
-def _draw_rich(rows: list[list[str]]) -> None:
+def draw_grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2
+) -> None:
+    """Prints a table to a terminal, with rich where it is installed.
+
+    Args:
+      columns: their heads.
+      rows: of cells, one a column.
+      left: how many columns are of words, which stand on the left.
+    """
+    draw = _draw_rich if importlib.util.find_spec("rich") else _draw_plain
+    draw(columns, rows, left)
+
+
+def _draw_rich(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
+) -> None:
     from rich import box, console, table
 
     grid = table.Table(box=box.SIMPLE_HEAD)
-    for position, column in enumerate(COLUMNS):
+    for position, column in enumerate(columns):
         grid.add_column(
-            column, justify="left" if position < 2 else "right", no_wrap=position > 0
+            column, justify="left" if position < left else "right", no_wrap=position > 0
         )
     for cells in rows:
         grid.add_row(*cells)
@@ -204,12 +226,14 @@ def _draw_rich(rows: list[list[str]]) -> None:
     terminal.print(grid)
 
 
-def _draw_plain(rows: list[list[str]]) -> None:
-    every = [list(COLUMNS), *rows]
+def _draw_plain(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
+) -> None:
+    every = [columns, *rows]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
     for cells in every:
         padded = [
-            cell.ljust(width) if position < 2 else cell.rjust(width)
+            cell.ljust(width) if position < left else cell.rjust(width)
             for position, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         print("  " + "  ".join(padded).rstrip())

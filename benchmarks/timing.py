@@ -13,7 +13,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -202,10 +202,12 @@ def interleave(
     rounds: int,
     seconds: float = math.inf,
     before: Callable[[str], None] = lambda name: None,
+    called: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Times programs by turns.
 
-    Each is called once before, untimed. The garbage collector is off meanwhile.
+    Each is called once before, untimed, unless it was just now. The garbage collector
+    is off meanwhile.
 
     Args:
       programs: the contenders of one case, which take the same arguments.
@@ -213,6 +215,7 @@ def interleave(
       rounds: samples of each.
       seconds: after which no round begins, once there were five.
       before: told whose turn it is.
+      called: seconds of a call of each, where all were called already.
 
     Returns:
       The timing of each, by name.
@@ -220,7 +223,7 @@ def interleave(
     calls = {}
     for program in programs:
         before(program.name)
-        _, once = call(program, arguments)
+        once = called[program.name] if called else call(program, arguments)[1]
         calls[program.name] = 1 if program.donated else _calls_per_sample(program, once)
     samples: dict[str, list[float]] = {program.name: [] for program in programs}
     collecting = gc.isenabled()

@@ -34,7 +34,7 @@ def row_training(name: str, workload: TreeWorkload, classes: int) -> Contender:
     Args:
       name: of jaxsoft's optimizer of rows.
       workload: the layer.
-      classes: V.
+      classes: V; labels of more classes are taken modulo V.
 
     Returns:
       A contender that carries the kernel and the optimizer's memory.
@@ -47,7 +47,7 @@ def row_training(name: str, workload: TreeWorkload, classes: int) -> Contender:
         return _counted(kernel=kernel, slots=optimizer.init(kernel))
 
     def step(state: State, inputs: dict[str, Any]) -> tuple[State, Outputs]:
-        labels = _turn(inputs["labels"], state)
+        labels = _turn(inputs["labels"], state) % classes
         loss, dhidden, gradient = jaxsoft.hierarchical_value_and_row_grad(
             inputs["hidden"], state["kernel"], labels, tree, reduction="sum"
         )
@@ -95,6 +95,43 @@ def full_training(
         return _counted(kernel=workload.kernel(classes, "hv"))
 
     return _contender(name, step, init, ours=name != "optax")
+
+
+def stored_training(
+    optimizer: optax.GradientTransformation, workload: TreeWorkload, classes: int
+) -> Contender:
+    """Value, gradients and an update of all columns, from stored logits.
+
+    Args:
+      optimizer: of Optax.
+      workload: the layer.
+      classes: V.
+
+    Returns:
+      A contender that carries the kernel and the optimizer's memory.
+    """
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            hidden @ kernel, labels
+        )
+        return losses.sum()
+
+    def init() -> State:
+        kernel = workload.kernel(classes, "hv")
+        return _counted(kernel=kernel, slots=optimizer.init(kernel))
+
+    def step(state: State, inputs: dict[str, Any]) -> tuple[State, Outputs]:
+        labels = _turn(inputs["labels"], state)
+        value, (dhidden, dkernel) = jax.value_and_grad(loss, argnums=(0, 1))(
+            inputs["hidden"], state["kernel"], labels
+        )
+        updates, slots = optimizer.update(dkernel, state["slots"], state["kernel"])
+        kernel = optax.apply_updates(state["kernel"], updates)
+        outputs = {"loss": value, "dhidden": dhidden}
+        return _next(state, kernel=kernel, slots=slots), outputs
+
+    return _contender("optax", step, init, ours=False)
 
 
 def tree_sampling(classes: int) -> Contender:

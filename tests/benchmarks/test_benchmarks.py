@@ -325,6 +325,12 @@ class TestTiming:
         assert "".join(order) == "abc" + "abc" + "bca" + "cab"
         assert all(len(timings[name].samples) == 3 for name in "abc")
 
+    def test_what_was_called_already_needs_no_call_before(self):
+        count = iter(range(9))
+        program = timing.Program("p", lambda: next(count), 0.0, 0, 0)
+        timing.interleave([program], (), rounds=2, called={"p": 1.0})
+        assert next(count) == 2
+
     def test_no_round_begins_once_the_time_is_spent_and_there_were_five(self):
         program = timing.Program("p", lambda: None, 0.0, 0, 0, donated=(0,))
         timings = timing.interleave([program], (), rounds=9, seconds=0)

@@ -1,0 +1,382 @@
+"""Every function of hidden states and a kernel beside the formula on stored logits."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxsoft
+from benchmarks.everyday_case import Case, Room, Size, at_most
+from benchmarks.everyday_logits import newton_temperature
+
+_SOFT, _TAU, _CAP, _SMOOTHING, _Z_LOSS = 2.0, 0.7, 30.0, 0.1, 1e-4
+_BEST, _CANDIDATES = 10, 8
+_SIMCLR, _CLIP, _SUPERVISED, _GROUPS = 0.5, 0.07, 0.1, 10
+# Of 2**25 logits a call takes seconds: only what most people call is timed there.
+_FEWER = at_most(2**22)
+
+
+def _logits(hidden: Any, kernel: Any) -> jax.Array:
+    return (hidden @ kernel).astype(jnp.float32)
+
+
+def _cross_entropy(logits: Any, labels: Any) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _stored_loss(hidden: Any, kernel: Any, labels: Any) -> jax.Array:
+    return _cross_entropy(_logits(hidden, kernel), labels).mean()
+
+
+def _options(
+    hidden: Any, kernel: Any, labels: Any, bias: Any, weights: Any
+) -> jax.Array:
+    return jaxsoft.linear_cross_entropy(
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        logit_softcap=_CAP,
+        label_smoothing=_SMOOTHING,
+        z_loss=_Z_LOSS,
+        weights=weights,
+    )
+
+
+def _stored_options(
+    hidden: Any, kernel: Any, labels: Any, bias: Any, weights: Any
+) -> jax.Array:
+    x = _CAP * jnp.tanh((_logits(hidden, kernel) + bias) / _CAP)
+    lse = jax.nn.logsumexp(x, axis=-1)
+    losses = (1 - _SMOOTHING) * _cross_entropy(x, labels)
+    losses += _SMOOTHING * (lse - x.mean(axis=-1)) + _Z_LOSS * lse**2
+    return jnp.sum(losses * weights) / jnp.sum(weights)
+
+
+def _our_statistics(hidden: Any, kernel: Any, labels: Any) -> tuple[jax.Array, ...]:
+    found = jaxsoft.linear_statistics(hidden, kernel, labels)
+    return found.log_prob, found.entropy, found.lse
+
+
+def _statistics(hidden: Any, kernel: Any, labels: Any) -> tuple[jax.Array, ...]:
+    x = _logits(hidden, kernel)
+    return *_of_labels(x, labels), jax.nn.logsumexp(x, axis=-1)
+
+
+def _of_labels(x: Any, labels: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns log-probabilities of labels, and entropies."""
+    log_p = jax.nn.log_softmax(x)
+    own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    return own, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def _log_prob_at(hidden: Any, kernel: Any, ids: Any) -> jax.Array:
+    log_p = jax.nn.log_softmax(_logits(hidden, kernel))
+    return jnp.take_along_axis(log_p, ids, axis=-1)
+
+
+def _top_k(hidden: Any, kernel: Any) -> tuple[jax.Array, jax.Array]:
+    x = _logits(hidden, kernel)
+    best, ids = jax.lax.top_k(x, _BEST)
+    return best - jax.nn.logsumexp(x, axis=-1, keepdims=True), ids
+
+
+def _distillation(
+    hidden: Any, kernel: Any, teacher_hidden: Any, teacher_kernel: Any
+) -> jax.Array:
+    log_q = jax.nn.log_softmax(_logits(hidden, kernel) / _SOFT)
+    log_p = jax.nn.log_softmax(_logits(teacher_hidden, teacher_kernel) / _SOFT)
+    return _SOFT**2 * optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean()
+
+
+def _distillation_top_k(hidden: Any, kernel: Any, ids: Any, log_p: Any) -> jax.Array:
+    log_q = _log_prob_at(hidden, kernel, ids)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    rest_p, rest_q = 1 - p.sum(axis=-1), 1 - q.sum(axis=-1)
+    listed = jnp.sum(p * (log_p - log_q), axis=-1)
+    return jnp.mean(listed + rest_p * jnp.log(rest_p / rest_q))
+
+
+def _expected(hidden: Any, kernel: Any, values: Any) -> jax.Array:
+    p = jax.nn.softmax(_logits(hidden, kernel))
+    return p.astype(values.dtype) @ values
+
+
+def _relaxed(hidden: Any, kernel: Any, values: Any, key: Any) -> jax.Array:
+    x = _logits(hidden, kernel)
+    p = jax.nn.softmax((x + jax.random.gumbel(key, x.shape)) / _TAU)
+    return p.astype(values.dtype) @ values
+
+
+# Contrastive losses.
+
+
+def _unit(rows: Any) -> jax.Array:
+    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def _similarities(z: jax.Array, temperature: float) -> jax.Array:
+    """Returns logits of all others for each, the own one dropped."""
+    own = jnp.eye(len(z), dtype=bool)
+    return jnp.where(own, -jnp.inf, _logits(z, z.T) / temperature)
+
+
+def _nt_xent(anchors: Any, positives: Any) -> jax.Array:
+    z = jnp.concatenate([_unit(anchors), _unit(positives)])
+    partners = jnp.roll(jnp.arange(len(z)), len(anchors))
+    return _cross_entropy(_similarities(z, _SIMCLR), partners).mean()
+
+
+def _clip_loss(image: Any, text: Any) -> jax.Array:
+    x = _logits(_unit(image), _unit(text).T) / _CLIP
+    own = jnp.arange(len(x))
+    return (_cross_entropy(x, own).mean() + _cross_entropy(x.T, own).mean()) / 2
+
+
+def _supervised(embeddings: Any, groups: Any) -> jax.Array:
+    x = _similarities(_unit(embeddings), _SUPERVISED)
+    others = ~jnp.eye(len(x), dtype=bool)
+    same = (groups[:, None] == groups) & others
+    total = jnp.sum(x, axis=-1, where=same) / same.sum(axis=-1)
+    return jnp.mean(jax.nn.logsumexp(x, axis=-1) - total)
+
+
+_CASES = (
+    Case(
+        "linear_cross_entropy",
+        "[H, V]",
+        jaxsoft.linear_cross_entropy,
+        _stored_loss,
+        "hidden kernel labels",
+        "hidden kernel",
+    ),
+    Case(
+        "linear_cross_entropy",
+        "[V, H]",
+        lambda hidden, table, labels: jaxsoft.linear_cross_entropy(
+            hidden, table, labels, kernel_layout="vh"
+        ),
+        lambda hidden, table, labels: _stored_loss(hidden, table.T, labels),
+        "hidden table labels",
+        "hidden table",
+    ),
+    Case(
+        "linear_cross_entropy",
+        "bias, cap, smoothing, z-loss, weights",
+        _options,
+        _stored_options,
+        "hidden kernel labels bias weights",
+        "hidden kernel bias",
+        value=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_statistics",
+        "log_prob, entropy, lse",
+        _our_statistics,
+        _statistics,
+        "hidden kernel labels",
+        "hidden kernel",
+        at=_FEWER,
+    ),
+    Case(
+        "linear_log_prob",
+        "with entropy",
+        jaxsoft.linear_log_prob,
+        lambda hidden, kernel, labels: _of_labels(_logits(hidden, kernel), labels),
+        "hidden kernel labels",
+        "hidden kernel",
+    ),
+    Case(
+        "linear_log_prob_at",
+        f"{_CANDIDATES} classes",
+        jaxsoft.linear_log_prob_at,
+        _log_prob_at,
+        "hidden kernel candidates",
+        "hidden kernel",
+        at=_FEWER,
+    ),
+    Case(
+        "linear_sample",
+        "",
+        jaxsoft.linear_sample,
+        lambda key, hidden, kernel: jax.random.categorical(
+            key, _logits(hidden, kernel)
+        ),
+        "key hidden kernel",
+        alike=False,
+    ),
+    Case(
+        "linear_top_k",
+        f"k = {_BEST}",
+        lambda hidden, kernel: jaxsoft.linear_top_k(hidden, kernel, _BEST),
+        _top_k,
+        "hidden kernel",
+    ),
+    Case(
+        "linear_distillation",
+        f"T = {_SOFT:g}",
+        lambda *layers: jaxsoft.linear_distillation(*layers, temperature=_SOFT),
+        _distillation,
+        "hidden kernel teacher_hidden teacher_kernel",
+        "hidden kernel",
+        value=False,
+        at=lambda size: size.dtype == "float32" or _FEWER(size),
+    ),
+    Case(
+        "linear_distillation_top_k",
+        f"k = {_CANDIDATES}",
+        jaxsoft.linear_distillation_top_k,
+        _distillation_top_k,
+        "hidden kernel candidates listed",
+        "hidden kernel",
+        value=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_expected",
+        "",
+        jaxsoft.linear_expected,
+        _expected,
+        "hidden kernel values",
+        "hidden kernel values",
+        at=_FEWER,
+    ),
+    Case(
+        "linear_expected",
+        "relaxed sample",
+        lambda hidden, kernel, values, key: jaxsoft.linear_expected(
+            hidden, kernel, values, key=key, temperature=_TAU
+        ),
+        _relaxed,
+        "hidden kernel values key",
+        "hidden kernel values",
+        value=False,
+        alike=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_fit_temperature",
+        "",
+        lambda *arrays: jaxsoft.linear_fit_temperature(*arrays)[:2],
+        lambda hidden, kernel, labels: newton_temperature(
+            _logits(hidden, kernel), labels
+        ),
+        "hidden kernel drawn_labels",
+        at=_FEWER,
+    ),
+)
+_CONTRASTIVE = (
+    Case(
+        "nt_xent",
+        "",
+        lambda anchors, positives: jaxsoft.nt_xent(anchors, positives, _SIMCLR),
+        _nt_xent,
+        "image text",
+        "image text",
+        value=False,
+    ),
+    Case(
+        "clip_loss",
+        "",
+        lambda image, text: jaxsoft.clip_loss(image, text, _CLIP),
+        _clip_loss,
+        "image text",
+        "image text",
+        value=False,
+    ),
+    Case(
+        "supervised_contrastive",
+        f"{_GROUPS} labels",
+        lambda rows, groups: jaxsoft.supervised_contrastive(rows, groups, _SUPERVISED),
+        _supervised,
+        "image groups",
+        "image",
+        value=False,
+    ),
+)
+
+
+def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
+    """Returns what draws the inputs of a layer."""
+    rows, features, classes, dtype = size.rows, size.features, size.classes, size.dtype
+    keys = jax.random.split(jax.random.key(1), 8)
+
+    def states(place: int) -> jax.Array:
+        return jax.random.normal(keys[place], (rows, features), dtype)
+
+    def kernel(place: int) -> jax.Array:
+        drawn = jax.random.normal(keys[place], (features, classes), dtype)
+        return drawn * jnp.asarray(features**-0.5, dtype)
+
+    def candidates() -> jax.Array:
+        """Returns classes of which none comes twice in a row."""
+        first = jax.random.randint(keys[4], (rows, 1), 0, classes)
+        steps = jnp.arange(_CANDIDATES) * (classes // _CANDIDATES)
+        return (first + steps) % classes
+
+    def listed() -> jax.Array:
+        """Returns log-probabilities that leave some to the other classes."""
+        drawn = jax.random.normal(keys[5], (rows, _CANDIDATES + 1))
+        return jax.nn.log_softmax(drawn)[:, :-1]
+
+    def drawn_labels() -> jax.Array:
+        return jaxsoft.sample(keys[7], _logits(states(0), kernel(1)), 1.5)
+
+    return {
+        "key": lambda: jax.random.key(2),
+        "hidden": lambda: states(0),
+        "kernel": lambda: kernel(1),
+        "table": lambda: kernel(1).T,
+        "labels": lambda: jax.random.randint(keys[6], (rows,), 0, classes),
+        "drawn_labels": drawn_labels,
+        "bias": lambda: jax.random.normal(keys[4], (classes,), dtype),
+        "weights": lambda: jax.random.uniform(keys[5], (rows,)) < 0.9,
+        "teacher_hidden": lambda: states(2),
+        "teacher_kernel": lambda: kernel(3),
+        "candidates": candidates,
+        "listed": listed,
+        "values": lambda: jax.random.normal(keys[3], (classes, features), dtype),
+    }
+
+
+def _pairs(size: Size) -> Mapping[str, Callable[[], Any]]:
+    """Returns what draws pairs of embeddings."""
+    shape, keys = (size.rows, size.features), jax.random.split(jax.random.key(1))
+    return {
+        "image": lambda: jax.random.normal(keys[0], shape, size.dtype),
+        "text": lambda: jax.random.normal(keys[1], shape, size.dtype),
+        "groups": lambda: jnp.arange(size.rows) % _GROUPS,
+    }
+
+
+_DTYPES = ("float32", "bfloat16")
+ROOMS = (
+    Room(
+        "layers",
+        tuple(
+            Size(rows, classes, features, dtype)
+            for rows, features, classes in (
+                (64, 64, 10),
+                (256, 256, 1000),
+                (512, 256, 8192),
+                (1024, 512, 32768),
+            )
+            for dtype in _DTYPES
+        ),
+        _CASES,
+        _arrays,
+    ),
+    Room(
+        "pairs of embeddings",
+        tuple(
+            Size(rows, 0, features, dtype)
+            for rows, features in ((64, 64), (256, 128), (1024, 256))
+            for dtype in _DTYPES
+        ),
+        _CONTRASTIVE,
+        _pairs,
+    ),
+)

@@ -1,0 +1,256 @@
+"""Everything public is compared with a formula, and what is wrong is not timed."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxsoft
+from benchmarks import __main__ as command
+from benchmarks import everyday, everyday_report
+from benchmarks.everyday_case import GRADIENT, OURS, PLAIN, VALUE, Inputs, Size
+
+CASES = [
+    pytest.param(room, case, id=f"{case.name} {room.name}")
+    for room in everyday.ROOMS
+    for case in room.cases
+]
+
+
+@pytest.fixture(autouse=True)
+def defaults():
+    """A user's formulas are written with JAX's own rules of promotion."""
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
+def run(*arguments):
+    return command.main(["everyday", "--rounds", "1", *map(str, arguments)])
+
+
+def cells_of(tmp_path, *arguments):
+    path = tmp_path / "cells.json"
+    code = run("--sizes", "64x10", "--out", path, *arguments)
+    return code, json.loads(path.read_text())["cells"]
+
+
+def cell_of(function, ratio, *, compile_excess=0.5, **fields):
+    return {
+        "room": "stored logits",
+        "function": function,
+        "title": "",
+        "what": VALUE,
+        "size": "64x10",
+        "dtype": "float32",
+        "status": "timed",
+        "reason": "",
+        "compile_seconds": {PLAIN: 0.1, OURS: 0.2},
+        "compile_bound": 0.4,
+        "compile_excess": compile_excess,
+        "temporary_bytes": {PLAIN: 2**20, OURS: 2**19},
+        "seconds": {PLAIN: 1e-3, OURS: ratio * 1e-3},
+        "ratio": ratio,
+        "ratio_bound": 1.05,
+        "ratio_excess": ratio / 1.05,
+        **fields,
+    }
+
+
+class TestCoverage:
+    def test_every_public_name_has_cells_or_a_reason(self):
+        assert everyday.unexplained() == []
+        timed = {case.function for room in everyday.ROOMS for case in room.cases}
+        assert timed.isdisjoint(everyday.UNTIMED)
+        assert timed | {*everyday.UNTIMED} == {*jaxsoft.__all__}
+
+    def test_a_name_without_either_fails_the_run(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.delitem(everyday.UNTIMED, "over_mesh")
+        code, _ = cells_of(tmp_path, "--only", "logsumexp")
+        assert code == 1
+        assert "over_mesh has no cell, and no reason" in capsys.readouterr().err
+
+    def test_no_two_cells_have_the_same_name(self):
+        names = [
+            (room.name, case.name, what, size)
+            for room in everyday.ROOMS
+            for case in room.cases
+            for size in filter(case.at, room.sizes)
+            for what in case.whats
+        ]
+        assert len(names) == len(set(names))
+
+    @pytest.mark.parametrize(("room", "case"), CASES)
+    def test_the_formula_has_the_shapes_of_ours(self, room, case):
+        size = next(filter(case.at, room.sizes))
+        if case.chained:
+            assert case.ours(size).program and case.plain(size).program
+            return
+        inputs = Inputs(room, size)
+        arrays = [inputs[name] for name in case.inputs.split()]
+        found, known = (
+            jax.tree.leaves(jax.eval_shape(function, *arrays))[: case.compared]
+            for function in (case.ours, case.plain)
+        )
+        assert [x.shape for x in found] == [x.shape for x in known]
+        assert {*case.moving.split()} <= {*case.inputs.split()}
+
+
+class TestRun:
+    def test_cells_are_written_shown_and_drawn(self, tmp_path, capsys):
+        path, image = tmp_path / "cells.json", tmp_path / "map.png"
+        only = ("softmax_cross_entropy", "sample", "linear_top_k", "row_sgd")
+        sizes = ("64x10", "64x64x10", "256x128x64")
+        options = ("--only", *only, "--sizes", *sizes, "--out", path, "--plot", image)
+        assert run(*options) == 0
+        terminal = capsys.readouterr().out
+        document = json.loads(path.read_text())
+        assert document["machine"]["versions"]["jax"] == jax.__version__
+        cells = document["cells"]
+        assert {cell["function"] for cell in cells} == {*only}
+        assert {cell["size"] for cell in cells} == {*sizes}
+        assert {cell["dtype"] for cell in cells} == {"float32", "bfloat16"}
+        for cell in cells:
+            assert cell["status"] == "timed", cell
+            assert cell["rounds"] == 1
+            assert min(cell["seconds"].values()) > 0
+            short = cell["seconds"][PLAIN] < 50e-6
+            assert cell["ratio_bound"] == (1.10 if short else 1.05)
+            limit = max(2.5 * cell["compile_seconds"][PLAIN], 0.4)
+            assert cell["compile_bound"] == pytest.approx(limit, rel=1e-3)
+            assert cell["temporary_bytes"][OURS] >= 0
+        assert "linear_top_k, k = 10" in terminal
+        assert "over_mesh needs devices" in terminal
+        assert image.read_bytes().startswith(b"\x89PNG")
+        assert run("--from", path, "--markdown") == 0
+        markdown = capsys.readouterr().out
+        assert all(f"| `{name}` |" in markdown for name in only)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--only", "nonsense"], "invalid choice: 'nonsense'"),
+            (["--sizes", "1x1"], "invalid choice: '1x1'"),
+            (["--rounds", "0"], "must be positive"),
+            (["--out", "no/such/folder/cells.json"], "there is no folder"),
+            (["--from", "no-such-file.json"], "No such file"),
+            (["--only", "nt_xent", "--sizes", "64x10"], "no cell of that name"),
+        ],
+    )
+    def test_bad_input_is_answered_in_one_line(self, capsys, arguments, message):
+        with pytest.raises(SystemExit) as exit_:
+            command.main(["everyday", *arguments])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+class TestWrongFunctions:
+    @pytest.mark.parametrize(
+        ("spoil", "reason"),
+        [
+            (lambda x: x * 1.001, "output 0 is off"),
+            (lambda x: x * 0, "output 0 is off"),
+            (lambda x: x[..., None], "output 0 has shape"),
+            (lambda x: x.at[-1].set(jnp.nan), "output 0 is off"),
+        ],
+        ids=["scaled", "zero", "shape", "nan"],
+    )
+    def test_wrong_value(self, monkeypatch, tmp_path, spoil, reason):
+        right = jaxsoft.logsumexp
+        monkeypatch.setattr(jaxsoft, "logsumexp", lambda *a, **k: spoil(right(*a, **k)))
+        code, (value, _) = cells_of(tmp_path, "--only", "logsumexp")
+        assert code == 1
+        assert value["status"] == "wrong" and "seconds" not in value
+        assert reason in value["reason"]
+
+    def test_wrong_gradient_under_a_right_value(self, monkeypatch, tmp_path):
+        right = jaxsoft.logsumexp
+
+        def wrong(x, **options):
+            found = right(x, **options)
+            return 2 * found - jax.lax.stop_gradient(found)
+
+        monkeypatch.setattr(jaxsoft, "logsumexp", wrong)
+        code, (value, gradient) = cells_of(tmp_path, "--only", "logsumexp")
+        assert code == 1
+        assert (value["status"], gradient["status"]) == ("timed", "wrong")
+        assert gradient["what"] == GRADIENT and "output 1 is off" in gradient["reason"]
+
+    def test_class_out_of_range(self, monkeypatch, tmp_path):
+        right = jaxsoft.gumbel_top_k
+
+        def wrong(*arguments):
+            values, class_ids = right(*arguments)
+            return values, class_ids + 3
+
+        monkeypatch.setattr(jaxsoft, "gumbel_top_k", wrong)
+        code, (cell,) = cells_of(tmp_path, "--only", "gumbel_top_k")
+        assert code == 1
+        assert "a class that is none of 10" in cell["reason"]
+
+    def test_exception_is_a_result(self, monkeypatch, tmp_path):
+        def broken(*_, **__):
+            raise RuntimeError("no such kernel")
+
+        monkeypatch.setattr(jaxsoft, "logsumexp", broken)
+        code, cells = cells_of(tmp_path, "--only", "logsumexp")
+        assert code == 1
+        assert [cell["status"] for cell in cells] == ["failed", "failed"]
+        assert "no such kernel" in cells[0]["reason"]
+
+
+class TestReport:
+    def document(self, *cells):
+        machine = {
+            "device": "a device",
+            "platform": "cpu",
+            "cores": 2,
+            "versions": {"jax": "1", "jaxsoft": "2"},
+            "commit": "abc",
+            "modified": False,
+            "source_sha256": "def",
+        }
+        return {
+            "machine": machine,
+            "started": "2026-01-01",
+            "notes": [],
+            "rates_per_second": {},
+            "cells": list(cells),
+        }
+
+    def test_the_worst_cell_comes_first(self, capsys):
+        cells = [
+            cell_of("softmax", 0.9),
+            cell_of("entropy", 1.2),
+            cell_of("reinmax", 1.0, compile_excess=1.5),
+            cell_of("sample", 0.5, status="wrong", reason="output 0 is off"),
+        ]
+        everyday_report.print_terminal(self.document(*cells))
+        said = capsys.readouterr().out
+        places = [said.index(name) for name in ("reinmax", "entropy", "softmax")]
+        assert places == sorted(places)
+        assert "sample, value · 64x10 wrong: output 0 is off" in said
+        assert (
+            "3 of 4 cells timed, 1 above their bound of time, 1 above their bound of "
+            "compilation" in said
+        )
+
+    def test_the_summary_has_a_line_for_each_function(self, capsys):
+        cells = [
+            cell_of("softmax", r, size=s) for r, s in ((0.8, "64x10"), (2.1, "9x9"))
+        ]
+        everyday_report.print_markdown(self.document(*cells))
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(
+            "| `softmax` | value · 9x9 | 2 | 1 | 1.45 | 2.10 | 1.05 |"
+        )
+
+
+def test_a_size_is_named_as_it_is_asked_for():
+    assert Size(64, 10).name == "64x10"
+    assert Size(64, 10, 32, "bfloat16").name == "64x32x10"
+    assert Size(64, 0, 32).name == "64x32"
+    assert Size(64, 0, 32).logits == 64 * 64
