@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import jaxsoft
 from benchmarks import (
     contest,
+    everyday_compiled,
     everyday_draws,
     everyday_layers,
     everyday_report,
@@ -41,6 +42,7 @@ from benchmarks.everyday_case import (
     compare,
     compile_pair,
 )
+from jaxsoft.devices.target import TARGETS
 
 __all__ = ["ROOMS", "UNTIMED", "main", "unexplained"]
 
@@ -87,11 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.child:
+        everyday_compiled.tell(options.child, ROOMS, options.only, options.sizes)
+        return 0
+    for target in options.compiled:
+        if target != "cpu" and target not in TARGETS:
+            parser.error(f"no target {target!r}; there are cpu, {', '.join(TARGETS)}")
     for path in (options.out, options.plot):
         if path and not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'jaxsoft[bench]'")
+    if options.compiled:
+        return _compile(parser, options)
     if options.load:
         document = _load(parser, options.load)
     else:
@@ -162,6 +172,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--markdown", action="store_true", help="print a line for each function"
     )
+    parser.add_argument(
+        "--compiled",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="TARGETS",
+        help="run nothing: bytes by the compilers for these, separated by commas, at "
+        f"the largest sizes if none is named: {','.join(('cpu', *TARGETS))}",
+    )
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
 
 
@@ -182,11 +201,22 @@ def _load(parser: argparse.ArgumentParser, path: pathlib.Path) -> dict[str, Any]
     return document
 
 
+def _compile(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Compiles cells for devices that need not be here; the exit code."""
+    cells = [*everyday_compiled.ask(options.compiled, options.only, options.sizes)]
+    if not cells:
+        parser.error("there is no cell of that name and size")
+    if options.out:
+        options.out.write_text(everyday_compiled.save_text(cells))
+    everyday_compiled.print_table(cells)
+    return int(any("error" in cell for cell in cells))
+
+
 # Measurement.
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures the cells that are asked for, and saves those of each size."""
+    """Measures the cells that are asked for, and saves them as they come."""
     busy = machine.busy()
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -205,10 +235,11 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             for cell in _cells(room, size, options):
                 document["cells"].append(cell)
+                document["finished"] = machine.now()
                 _show(cell)
-            document["finished"] = machine.now()
-            if options.out:
-                options.out.write_text(_text(document))
+                # A run that is cut keeps what it measured.
+                if options.out:
+                    options.out.write_text(_text(document))
     return document
 
 

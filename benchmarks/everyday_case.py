@@ -189,33 +189,51 @@ def compile_pair(case: Case, what: str, size: Size, inputs: Inputs) -> Pair:
             program = contender.program(arguments)
             programs[name] = dataclasses.replace(program, name=name)
         return Pair(programs[PLAIN], programs[OURS], arguments)
-    arguments = tuple(inputs[name] for name in names)
-    functions = {PLAIN: case.plain, OURS: case.ours}
+    both, arguments = functions(case, what, tuple(inputs[name] for name in names))
     if what == GRADIENT:
-        weights = _weights(jax.eval_shape(case.plain, *arguments))
-        arguments = (weights, *arguments)
-        moving = {OURS: case.moving, PLAIN: case.plain_moving or case.moving}
-        for name, function in functions.items():
-            places = tuple(1 + names.index(each) for each in moving[name].split())
-            functions[name] = jax.value_and_grad(_total(function), places)
+        arguments = (jax.tree.map(_draw_weights, arguments[0]), *arguments[1:])
     programs = {}
-    for name, function in functions.items():
+    for name, function in both.items():
         jax.clear_caches()
         programs[name] = timing.compile_program(name, function, arguments)
     return Pair(programs[PLAIN], programs[OURS], arguments)
 
 
-def _weights(outputs: Any) -> tuple[jax.Array | None, ...]:
-    """Draws weights of what has classes; of a loss for each row the mean is taken.
+def functions(
+    case: Case, what: str, arrays: tuple[Any, ...]
+) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]:
+    """Returns what is compiled of a cell whose programs carry no state.
 
-    They are positive, so that a sum of probabilities does not cancel.
+    Args:
+      case: the functions.
+      what: `VALUE` or `GRADIENT`.
+      arrays: the inputs, which need not be there.
+
+    Returns:
+      The formula and ours by name, and the arguments of both: of gradients the first
+      are weights, which are not there either.
     """
-    leaves = jax.tree.leaves(outputs)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    return tuple(
-        jax.random.uniform(key, leaf.shape) if leaf.ndim > 1 else None
-        for key, leaf in zip(keys, leaves, strict=True)
-    )
+    both = {PLAIN: case.plain, OURS: case.ours}
+    if what == VALUE:
+        return both, arrays
+    names = case.inputs.split()
+    moving = {OURS: case.moving, PLAIN: case.plain_moving or case.moving}
+    outputs = jax.tree.leaves(jax.eval_shape(case.plain, *arrays))
+    for name, function in both.items():
+        places = tuple(1 + names.index(each) for each in moving[name].split())
+        both[name] = jax.value_and_grad(_total(function), places)
+    return both, (tuple(map(_weight, outputs)), *arrays)
+
+
+def _weight(output: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
+    """Returns weights of what has classes; of a loss for each row the mean is taken."""
+    several = output.ndim > 1
+    return jax.ShapeDtypeStruct(output.shape, jnp.float32) if several else None
+
+
+def _draw_weights(weight: jax.ShapeDtypeStruct) -> jax.Array:
+    """Draws positive numbers: a sum of probabilities does not cancel."""
+    return jax.random.uniform(jax.random.key(3), weight.shape)
 
 
 def _total(function: Callable[..., Any]) -> Callable[..., jax.Array]:

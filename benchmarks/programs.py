@@ -35,10 +35,10 @@ import jaxsoft.nn
 import jaxsoft.training
 from benchmarks import programs_cases as cases
 from benchmarks.programs_figures import COLLECTIVES, measure
-from jaxsoft.devices.child import compiling_for
+from jaxsoft._core.registry import Gpu, compiling_for
 from jaxsoft.devices.target import ENVIRONMENT, TARGETS
 
-__all__ = ["changes", "main", "signatures"]
+__all__ = ["ask", "changes", "main", "signatures", "target_mesh", "tell"]
 
 SCHEMA = "jaxsoft programs 1"
 DEFAULT_TARGETS = ("cpu", "h100", "v6e")
@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for target in options.targets:
         start = time.perf_counter()
         found = record["programs"][target] = {}
-        for name, figures, seconds in _ask(target, options.only):
+        only = ["--only", *options.only] if options.only else []
+        for name, figures, seconds in ask([_MODULE, "--child", target, *only]):
             said = figures.get("error", f"{seconds:.1f} s")
             print(f"{target} · {name}: {said}", file=sys.stderr, flush=True)
             failed |= "error" in figures
@@ -207,12 +208,15 @@ def _without_modules(text: str) -> str:
 # Programs.
 
 
-def _ask(
-    target: str, names: Sequence[str]
+def ask(
+    arguments: Sequence[str],
 ) -> Iterator[tuple[str, dict[str, Any], float]]:
-    """Yields a program's name, figures and seconds, as another process finds them."""
-    only = ["--only", *names] if names else []
-    command = [sys.executable, "-m", _MODULE, "--child", target, *only]
+    """Yields a program's name, figures and seconds, as another process finds them.
+
+    Args:
+      arguments: a module that calls `tell`, and its arguments.
+    """
+    command = [sys.executable, "-m", *arguments]
     devices = {"JAX_NUM_CPU_DEVICES": "4"}
     with (
         tempfile.TemporaryFile("w+", errors="replace") as said,
@@ -234,15 +238,25 @@ def _ask(
             yield "compiler", {"error": " ".join(last)[:300]}, 0.0
 
 
-def _tell(target: str, names: Sequence[str]) -> int:
-    """Prints a line for each program, for the parent; a name may be a prefix."""
+def tell(name: str, figures: dict[str, Any], seconds: float) -> None:
+    """Prints a line for the process that called `ask`."""
+    print(_PREFIX + json.dumps([name, figures, seconds]), flush=True)
+
+
+def target_mesh(target: str) -> tuple[Mesh, str, Gpu | None]:
+    """Returns four devices in a square, their platform, and what is known of a GPU."""
     if target == "cpu":
         platform, devices, gpu = "cpu", jax.devices(), None
     else:
         chosen = TARGETS[target]
         platform, gpu = chosen.platform, chosen.gpu
         devices = chosen.devices(_SLICES[platform])
-    mesh = Mesh(np.array(devices[:4]).reshape(2, 2), cases.AXES)
+    return Mesh(np.array(devices[:4]).reshape(2, 2), cases.AXES), platform, gpu
+
+
+def _tell(target: str, names: Sequence[str]) -> int:
+    """Prints a line for each program, for the parent; a name may be a prefix."""
+    mesh, platform, gpu = target_mesh(target)
     dtype = "float32" if target == "cpu" else "bfloat16"
     with compiling_for(gpu):
         for name, program in cases.programs(mesh, dtype).items():
@@ -255,8 +269,7 @@ def _tell(target: str, names: Sequence[str]) -> int:
                 figures = measure(program, mesh, platform)
             except Exception as error:
                 figures = {"error": f"{type(error).__name__}: {error}"[:300]}
-            seconds = time.perf_counter() - start
-            print(_PREFIX + json.dumps([name, figures, seconds]), flush=True)
+            tell(name, figures, time.perf_counter() - start)
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import jaxsoft
 from benchmarks import __main__ as command
-from benchmarks import everyday, everyday_report
+from benchmarks import everyday, everyday_compiled, everyday_report
 from benchmarks.everyday_case import GRADIENT, OURS, PLAIN, VALUE, Inputs, Size
 
 CASES = [
@@ -200,6 +200,74 @@ class TestWrongFunctions:
         assert code == 1
         assert [cell["status"] for cell in cells] == ["failed", "failed"]
         assert "no such kernel" in cells[0]["reason"]
+
+
+class TestCompiled:
+    def test_bytes_are_those_of_the_programs(self, tmp_path, capsys):
+        path = tmp_path / "cells.json"
+        only = ("softmax", "linear_cross_entropy", "row_sgd")
+        options = ["--only", *only, "--sizes", "64x10", "64x64x10", "--out", str(path)]
+        assert command.main(["everyday", "--compiled", "cpu", *options]) == 0
+        cells = json.loads(path.read_text())
+        # A step that carries its state is none of them.
+        assert {cell["function"] for cell in cells} == {*only[:2]}
+        assert {cell["what"] for cell in cells} == {VALUE, GRADIENT}
+        for cell in cells:
+            least = 4 * 64 * 10 if cell["function"] == "softmax" else 2 * 2 * 64 * 10
+            assert cell["target"] == "cpu"
+            assert min(cell["accessed_bytes"].values()) >= least
+            assert min(cell["temporary_bytes"].values()) >= 0
+        said = capsys.readouterr().out
+        assert "softmax, T = 0.7" in said and "64x64x10 bf16" in said
+
+    def test_the_largest_size_is_taken_if_none_is_named(self):
+        room = everyday.ROOMS[0]
+        sizes = {
+            case.name: [
+                size.name for size in everyday_compiled.sizes_of(room, case, ())
+            ]
+            for case in room.cases
+        }
+        assert sizes["softmax, T = 0.7"] == ["1024x65536"]
+        assert sizes["sample, top_p=0.9"] == ["512x8192"]
+
+    def test_the_most_beside_the_formula_comes_first(self, capsys):
+        cells = [
+            {
+                "target": "v6e",
+                "function": name,
+                "title": "",
+                "what": VALUE,
+                "size": "64x10",
+                "dtype": "float32",
+                "accessed_bytes": {PLAIN: 2**24, OURS: accessed},
+                "temporary_bytes": {PLAIN: 2**24, OURS: temporaries},
+            }
+            for name, accessed, temporaries in (
+                ("softmax", 2**23, 2**23),
+                ("entropy", 2**25, 0),
+                ("reinmax", 0, 2**26),
+            )
+        ]
+        failed = {"target": "v6e", "function": "sample", "error": "too large"}
+        everyday_compiled.print_table([*cells, failed])
+        said = capsys.readouterr().out
+        places = [said.index(name) for name in ("reinmax", "entropy", "softmax")]
+        assert places == sorted(places)
+        assert "v6e · sample: too large" in said
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--compiled", "v5"], "no target 'v5'"),
+            (["--compiled", "cpu", "--only", "row_sgd"], "no cell of that name"),
+        ],
+    )
+    def test_bad_input_is_answered_in_one_line(self, capsys, arguments, message):
+        with pytest.raises(SystemExit) as exit_:
+            command.main(["everyday", *arguments])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 class TestReport:

@@ -1,0 +1,158 @@
+"""`python -m benchmarks everyday --compiled v6e,h100`: devices that are not here.
+
+Their compilers say what a program takes of memory and, those of TPUs, how many bytes it
+reads and writes, a loop's body once. Nothing is run, so that no cell has a time. A step
+that carries its state has no cell: `programs` has such a step.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import programs, report
+from benchmarks.everyday_case import (
+    OURS,
+    PLAIN,
+    Case,
+    Room,
+    Size,
+    functions,
+)
+from benchmarks.programs_cases import Program
+from benchmarks.programs_figures import measure
+from jaxsoft._core.registry import compiling_for
+
+__all__ = ["ask", "print_table", "save_text", "sizes_of", "tell"]
+
+_COLUMNS = (
+    "function",
+    "what",
+    "size",
+    "target",
+    "accessed MiB",
+    "plain",
+    "ratio",
+    "temp MiB",
+    "plain",
+)
+_MIB = 2**20
+
+
+def ask(
+    targets: Sequence[str], only: Sequence[str], sizes: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yields the cells of each target, as a process of its own finds them.
+
+    Args:
+      targets: names of `jaxsoft.devices.target.TARGETS`, or `"cpu"`.
+      only: names of functions; none means all.
+      sizes: their names; none means the largest that a function has.
+    """
+    for target in targets:
+        command = ["benchmarks", "everyday", "--child", target]
+        command += ["--only", *only] if only else []
+        command += ["--sizes", *sizes] if sizes else []
+        for _, cell, seconds in programs.ask(command):
+            said = cell.get("error", f"{seconds:.1f} s")
+            name = cell.get("function", "compiler")
+            print(f"{target} · {name}: {said}", file=sys.stderr, flush=True)
+            yield {"target": target, **cell}
+
+
+def tell(
+    target: str, rooms: Sequence[Room], only: Sequence[str], sizes: Sequence[str]
+) -> None:
+    """Prints a line for each cell, for the parent; see `ask`."""
+    mesh, platform, gpu = programs.target_mesh(target)
+    with compiling_for(gpu):
+        for room in rooms:
+            for case in room.cases:
+                if case.chained or (only and case.function not in only):
+                    continue
+                for size in sizes_of(room, case, sizes):
+                    for what in case.whats:
+                        start = time.perf_counter()
+                        cell = _cell(room, case, what, size, mesh, platform)
+                        programs.tell(case.name, cell, time.perf_counter() - start)
+
+
+def sizes_of(room: Room, case: Case, names: Sequence[str]) -> list[Size]:
+    """Returns the sizes of these names, or the largest, that a function has."""
+    found = [size for size in room.sizes if case.at(size)]
+    if names:
+        return [size for size in found if size.name in names]
+    most = max(size.logits for size in found)
+    return [size for size in found if size.logits == most][-1:]
+
+
+def _cell(
+    room: Room, case: Case, what: str, size: Size, mesh: Mesh, platform: str
+) -> dict[str, Any]:
+    cell: dict[str, Any] = {
+        "function": case.function,
+        "title": case.title,
+        "what": what,
+        "size": size.name,
+        "dtype": size.dtype,
+    }
+    try:
+        draws = room.arrays(size)
+        arrays = tuple(jax.eval_shape(draws[name]) for name in case.inputs.split())
+        both, arguments = functions(case, what, arrays)
+        specs = (P(),) * len(arguments)
+        figures = {
+            name: measure(Program(function, arguments, specs), mesh, platform)
+            for name, function in both.items()
+        }
+    except Exception as error:  # A failure is a result, not ours to raise.
+        return cell | {"error": f"{type(error).__name__}: {error}"[:300]}
+    for field, figure in (
+        ("accessed_bytes", "accessed"),
+        ("temporary_bytes", "temporaries"),
+    ):
+        cell[field] = {name: found.get(figure, 0) for name, found in figures.items()}
+    return cell
+
+
+def print_table(cells: Sequence[dict[str, Any]]) -> None:
+    """Prints the cells, those that take the most beside the formula first."""
+    found = [cell for cell in cells if "error" not in cell]
+    rows = [_row(cell) for cell in sorted(found, key=_ratio, reverse=True)]
+    if rows:
+        report.draw_grid(_COLUMNS, rows, left=4)
+    for cell in cells:
+        if "error" in cell:
+            print(f"{cell['target']} · {cell.get('function', '')}: {cell['error']}")
+
+
+def _ratio(cell: dict[str, Any]) -> float:
+    """Returns the worse ratio of both figures, in which a mebibyte makes little."""
+    pairs = (cell["accessed_bytes"], cell["temporary_bytes"])
+    return max((pair[OURS] + _MIB) / (pair[PLAIN] + _MIB) for pair in pairs)
+
+
+def _row(cell: dict[str, Any]) -> list[str]:
+    accessed, temporaries = cell["accessed_bytes"], cell["temporary_bytes"]
+    known = bool(accessed[PLAIN])
+    return [
+        ", ".join(part for part in (cell["function"], cell["title"]) if part),
+        cell["what"],
+        cell["size"] + (" bf16" if cell["dtype"] == "bfloat16" else ""),
+        cell["target"],
+        f"{accessed[OURS] / _MIB:.4g}" if known else "",
+        f"{accessed[PLAIN] / _MIB:.4g}" if known else "",
+        f"{accessed[OURS] / accessed[PLAIN]:.2f}" if known else "",
+        f"{temporaries[OURS] / _MIB:.4g}",
+        f"{temporaries[PLAIN] / _MIB:.4g}",
+    ]
+
+
+def save_text(cells: Sequence[dict[str, Any]]) -> str:
+    """Returns JSON with a line for each cell."""
+    return "[\n" + ",\n".join(map(json.dumps, cells)) + "\n]\n"
