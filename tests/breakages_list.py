@@ -434,8 +434,16 @@ _LINEAR = (
         "higher-of-equal-classes",
         kind="tie broken the wrong way",
         file="jaxsoft/linear/folds/best.py",
-        before="_best((carry.logits, logits), (carry.ids, columns))",
-        after="_best((logits, carry.logits), (columns, carry.ids))",
+        before="jnp.argsort(starts, axis=1)",
+        after="jnp.argsort(-starts, axis=1)",
+        tests=("tests/linear/test_top_k.py",),
+    ),
+    Breakage(
+        "best-blocks-by-their-maxima",
+        kind="tie broken the wrong way",
+        file="jaxsoft/linear/folds/best.py",
+        before="block * jnp.sort(places, axis=1)",
+        after="block * places",
         tests=("tests/linear/test_top_k.py",),
     ),
     Breakage(

@@ -69,8 +69,19 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
           part: the arrays that `local` gave, those of R rows where they have rows.
         """
 
+    def close(self, carry: Any, part: Any, tiles: Tiling) -> Any:
+        """Returns what is left of the carry of R rows after their last tile.
+
+        Args:
+          carry: that of all tiles.
+          part: the arrays of its rows.
+          tiles: the tiles of the call.
+        """
+        del part, tiles
+        return carry
+
     @abc.abstractmethod
-    def finish(self, carry: Carry, arrays: Any) -> Saved:
+    def finish(self, carry: Any, arrays: Any) -> Saved:
         """Returns what is saved of every row; here shards of the classes meet."""
 
     @abc.abstractmethod
@@ -258,8 +269,11 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
             carry = self.step(carry, tile, part)
             return carry, () if keep is None else self.kept_of(tile, keep, carry, part)
 
+        def close(carry: Carry, part: Any) -> Any:
+            return self.close(carry, part, tiles)
+
         start = functools.partial(self.start, arrays=local)
-        carry, kept = fold_tiles(local, tiles, start, step, room)
+        carry, kept = fold_tiles(local, tiles, start, step, room, close=close)
         return self.finish(carry, local), kept
 
     def compute(self, arrays: Arrays) -> Result:

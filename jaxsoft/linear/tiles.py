@@ -311,7 +311,8 @@ def fold_tiles(
     step: Callable[..., tuple[Carry, tuple[KeptTile, ...]]],
     room: tuple[Kept, ...] = (),
     kept: tuple[Kept, ...] = (),
-) -> tuple[Carry, tuple[Kept, ...]]:
+    close: Callable[[Carry, Any], Any] | None = None,
+) -> tuple[Any, tuple[Kept, ...]]:
     """Folds all tiles of every row into a carry.
 
     Args:
@@ -324,9 +325,11 @@ def fold_tiles(
         keeps of it, if it does.
       room: for what this stream keeps of its first tiles; () to keep nothing.
       kept: what an earlier stream kept of its first tiles; () for nothing.
+      close: gives what is left of a carry after the last tile of its rows, from it and
+        their part of `arrays`; None leaves all of it.
 
     Returns:
-      The carry of all N rows, and what was kept.
+      What is left of the carry of all N rows, and what was kept.
     """
     count = tiles_in_all((*room, *kept), tiles)
 
@@ -345,9 +348,11 @@ def fold_tiles(
         carry = mesh_axes.like(start(rows), part)
         if count:
             carry, room = lax.fori_loop(0, count, first_tile, (carry, room))
-        if count == tiles.class_blocks:
-            return carry, room
-        return lax.fori_loop(count, tiles.class_blocks, other_tile, carry), room
+        if count + 1 == tiles.class_blocks:
+            carry = other_tile(count, carry)
+        elif count < tiles.class_blocks:
+            carry = lax.fori_loop(count, tiles.class_blocks, other_tile, carry)
+        return carry if close is None else close(carry, part), room
 
     if tiles.row_blocks == 1:
         return run(arrays, tiles.rows, 0, room)

@@ -51,6 +51,37 @@ def test_top_k_with_fewer_classes_than_k():
     np.testing.assert_allclose(np.exp(log_probs).sum(1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("workspace_bytes", [TILE, 2**16, None])
+@pytest.mark.parametrize("classes, k", [(1009, 7), (3001, 7), (3001, 40)])
+def test_equal_logits_come_by_class(classes, k, workspace_bytes):
+    """Whether they lie in one block of classes, in several, or in several tiles."""
+    random = np.random.default_rng(classes + k)
+    hidden = random.integers(-1, 2, (13, 8)).astype("float32")
+    kernel = random.integers(-1, 2, (8, classes)).astype("float32")
+    mask = random.random(classes) < 0.6
+    _, ids = linear_top_k(
+        hidden, kernel, k, class_mask=mask, workspace_bytes=workspace_bytes
+    )
+    logits = np.where(mask, hidden @ kernel, -np.inf)
+    # A stable sort of negative logits keeps equal ones in order.
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(ids, best)
+
+
+@pytest.mark.parametrize("workspace_bytes", [2**16, None])
+def test_best_of_blocks_whose_classes_are_not_kept(workspace_bytes):
+    """Blocks without any kept class fill the places, and are told apart from none."""
+    hidden, kernel, _ = cases.layer(13, 8, 3001)
+    mask = np.isin(np.arange(3001), [7, 1600, 3000])
+    log_probs, ids = linear_top_k(
+        hidden, kernel, 7, class_mask=mask, workspace_bytes=workspace_bytes
+    )
+    np.testing.assert_array_equal(np.sort(ids[:, :3], axis=1), [[7, 1600, 3000]] * 13)
+    np.testing.assert_array_equal(ids[:, 3:], -1)
+    np.testing.assert_array_equal(log_probs[:, 3:], -np.inf)
+    np.testing.assert_allclose(np.exp(log_probs).sum(1), 1, rtol=1e-6)
+
+
 def test_top_k_gradients():
     hidden, kernel, _ = cases.layer(6, 8, 300)
     tau = np.full(6, 0.8, "float32")
