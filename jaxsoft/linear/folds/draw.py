@@ -11,7 +11,6 @@ the shards agree on it in `finish`.
 
 import dataclasses
 import functools
-import math
 from typing import Annotated, ClassVar, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from jaxsoft._core.numerics import (
     finite_peak,
     is_zero,
     maximum_or_nan,
+    round_up,
 )
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
@@ -56,7 +56,7 @@ class _Blocks(NamedTuple):
     """A tile as blocks of the whole vocabulary.
 
     Attributes:
-      logits: [R, B] of whole blocks, -inf outside the tile.
+      logits: [R, C], -inf outside the tile; the last block may be shorter.
       first: the number of the first block.
     """
 
@@ -108,7 +108,10 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         return dataclasses.replace(tiles, extra=block - 1)
 
     def tile(self, part: Drawing, tiles: Tiling, index: jax.Array | int) -> _Blocks:
-        """Returns a tile that starts where a block does."""
+        """Returns a tile that starts where a block does.
+
+        It has whole blocks, but for one of all classes of a vocabulary that is here.
+        """
         first, _, _, block = self._vocabulary(part.operands)
         is_sharded = bool(self.config.vocab_axes)
         is_alone = tiles.class_blocks == 1
@@ -118,9 +121,9 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         )
         begin = index * tiles.block_classes - shift
         u = tile.logits
-        if is_alone:
-            room = u.shape[1] + (block - 1 if is_sharded else 0)
-            padding = math.ceil(room / block) * block - u.shape[1]
+        if is_alone and is_sharded:
+            room = u.shape[1] + block - 1
+            padding = round_up(room, block) - u.shape[1]
             u = jnp.pad(u, ((0, 0), (0, padding)), constant_values=-jnp.inf)
         if is_sharded or tiles.classes_overlap:
             # Logits move to the front of their block; only ends of a shard have to.
@@ -141,8 +144,13 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         self, carry: block_sampling.Drawn, tile: _Blocks, part: Drawing
     ) -> block_sampling.Drawn:
         tau = part.operands.temperature(self.config)
-        block = self._vocabulary(part.operands).block
+        _, classes, total, block = self._vocabulary(part.operands)
+        width = tile.logits.shape[1]
+        # The only block of a short vocabulary ends where that does.
+        block = min(block, width)
         new = block_sampling.draw(tile.logits, tau, part.words, tile.first, block)
+        if width == classes == total:
+            return new
         row_tau = tau[:, 0] if isinstance(tau, jax.Array) else tau
         return block_sampling.later(carry, new, row_tau)
 
