@@ -28,7 +28,6 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.random import threefry_2x32
 
 __all__ = [
     "BLOCKS",
@@ -84,9 +83,15 @@ def _encrypt(
     keys: jax.Array, first: jax.Array, second: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Encrypts counters, two words [n] each, under keys [R, 2]; gives two [R, n]."""
-    count = jnp.concatenate([first, second])
-    words = jax.vmap(lambda key: threefry_2x32((key[0], key[1]), count))(keys)
-    return words[:, : first.shape[0]], words[:, first.shape[0] :]
+    shape = (keys.shape[0], first.shape[0])
+    counters = [jnp.broadcast_to(word[None], shape) for word in (first, second)]
+
+    def encrypted(fused: bool, keys: jax.Array, *counters: jax.Array):
+        words = [keys[:, i, None] for i in range(2)]
+        return _threefry(words, counters, _ROUNDS["threefry"], fused)
+
+    apart, whole = (functools.partial(encrypted, fused) for fused in (False, True))
+    return lax.platform_dependent(keys, *counters, cpu=apart, default=whole)
 
 
 def _threefry(
