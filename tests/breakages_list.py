@@ -167,11 +167,11 @@ _CORE = (
 
 _LOGITS = (
     Breakage(
-        "log-softmax-by-temperature",
+        "centred-logits-by-temperature",
         kind="wrong sign",
-        file="jaxsoft/logits/softmax.py",
-        before="change = change - finite(c.values) * slope",
-        after="change = change + finite(c.values) * slope",
+        file="jaxsoft/_core/numerics.py",
+        before="moved -= jnp.where(c == -jnp.inf, 0, c) * dtau",
+        after="moved += jnp.where(c == -jnp.inf, 0, c) * dtau",
         tests=("tests/logits/test_gradients.py",),
     ),
     Breakage(
@@ -186,16 +186,16 @@ _LOGITS = (
         "negative-label-is-class-zero",
         kind="wrapped label",
         file="jaxsoft/logits/losses.py",
-        before="(label < 0) | (label >= classes)",
-        after="label >= classes",
+        before="(labels < 0) | (labels >= classes)",
+        after="labels >= classes",
         tests=("tests/logits/test_limits.py", "tests/logits/test_validation.py"),
     ),
     Breakage(
         "smoothing-moves-dropped-classes",
         kind="ignored mask",
         file="jaxsoft/logits/losses.py",
-        before="total(jnp.where(centred.kept, dx / number, 0)) - mean_p",
-        after="total(dx / number) - mean_p",
+        before="of_mean = total(jnp.where(centred.kept, dx, 0))",
+        after="of_mean = total(dx)",
         tests=("tests/logits/test_gradients.py",),
     ),
     Breakage(

@@ -62,8 +62,10 @@ class Temperature(NamedTuple):
       value: τ, with a negative τ replaced by NaN.
       is_zero: whether τ counts as 0: it is smaller than the smallest normal number.
       scale: 1/4 where τ > 1, else 1. Scaling both sides of a difference keeps it
-        finite up to the dtype's largest number, and keeps 1 / (τ·scale) normal.
-      divisor: τ·scale, with 1 in place of a zero.
+        finite up to the dtype's largest number, and keeps 1 / (τ·scale) normal. At
+        τ = ∞ it is the smallest normal number.
+      divisor: τ·scale, with 1 in place of a zero, and at τ = ∞ the inverse of the
+        scale: any difference but -inf, scaled and divided, vanishes there beside 1.
     """
 
     value: jax.Array
@@ -77,8 +79,12 @@ class Temperature(NamedTuple):
         value = jnp.asarray(value, dtype)
         value = nan_where(value < 0, value)
         is_zero = value < jnp.finfo(dtype).tiny
+        info = jnp.finfo(dtype)
         scale = jnp.where(value > 1, 0.25, 1.0).astype(dtype)
         divisor = jnp.where(is_zero, 1, value * scale)
+        is_infinite = value == jnp.inf
+        scale = jnp.where(is_infinite, info.tiny, scale)
+        divisor = jnp.where(is_infinite, 1 / info.tiny, divisor)
         return cls(value, is_zero, scale, divisor)
 
 
@@ -87,8 +93,8 @@ def divide_by_temperature(
 ) -> jax.Array:
     """Returns (x - peak) / τ for x <= peak, with its limits at τ = 0 and τ = ∞.
 
-    At τ = 0 it is 0 where x equals the peak and -inf below it. Where x is -inf it
-    is -inf at every temperature.
+    The peak is finite, and -inf stays -inf at every temperature. At τ = 0 the quotient
+    is 0 where x equals the peak and -inf below it.
     """
     if isinstance(temperature, float):
         if temperature == 1.0:
@@ -97,12 +103,36 @@ def divide_by_temperature(
             return (x - peak) / temperature
         if 1.0 < temperature <= jnp.finfo(x.dtype).max:
             return (x * 0.25 - peak * 0.25) / (temperature * 0.25)
+    return _quotient(x, peak, jnp.asarray(temperature, x.dtype))
+
+
+@jax.custom_jvp
+def _quotient(x: jax.Array, peak: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Returns (x - peak) / τ at any temperature."""
     tau = Temperature.prepare(temperature, x.dtype)
-    lowest = x == -jnp.inf
-    dropped = lowest | (tau.is_zero & (x < peak))
-    x = jnp.where(lowest, peak, x)
+    # One comparison a class: what is decided for a row is decided before.
+    dropped = x < jnp.where(tau.is_zero, peak, -jnp.inf)
     quotient = (x * tau.scale - peak * tau.scale) / tau.divisor
     return jnp.where(dropped, -jnp.inf, quotient)
+
+
+@functools.partial(_quotient.defjvp, symbolic_zeros=True)
+def _quotient_jvp(
+    primals: tuple[jax.Array, jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns c and (dx - dpeak - c dτ) / τ, without dτ where c is -inf."""
+    x, _, temperature = primals
+    c = _quotient(*primals)
+    dx, dpeak, dtau = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+    moved = jnp.zeros_like(c)
+    if dx is not None:
+        moved += dx
+    if dpeak is not None:
+        moved -= dpeak
+    if dtau is not None:
+        moved -= jnp.where(c == -jnp.inf, 0, c) * dtau
+    return c, moved * inverse(temperature, x.dtype)
 
 
 def is_ordinary(temperature: float) -> bool:
@@ -129,7 +159,8 @@ def over_temperature(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
         return x
     tau = Temperature.prepare(temperature, x.dtype)
     limit = jnp.where(x == 0, 0, jnp.copysign(jnp.inf, x))
-    return jnp.where(tau.is_zero, limit, x * tau.scale / tau.divisor)
+    quotient = jnp.where(tau.value == jnp.inf, x * 0, x * tau.scale / tau.divisor)
+    return jnp.where(tau.is_zero, limit, quotient)
 
 
 def times(probabilities: jax.Array, values: jax.Array) -> jax.Array:

@@ -154,8 +154,9 @@ def _operator(axis, static_tau, x, tau, where):
     # A quarter of both sides keeps their difference finite up to the largest number.
     scale = jnp.where(jnp.abs(centred.peak) > 1, 0.25, 1.0).astype(x.dtype)
     gap = jnp.where(centred.kept, x * scale - centred.peak * scale, 0)
-    mean = jnp.sum(times(p, gap), axis, keepdims=True)
-    return jnp.squeeze((centred.peak * scale + mean) / scale, axis)
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    mean = (centred.peak * scale + total(times(p, gap))) / scale
+    return jnp.squeeze(jnp.where(total(p) == 0, 0, mean), axis)
 
 
 def _operator_jvp(axis, static_tau, primals, tangents):

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsoft._core.numerics import divide_by_temperature, finite_peak
+from jaxsoft._core.numerics import divide_by_temperature
 
-__all__ = ["Centred", "centre"]
+__all__ = ["Centred", "centre", "number_of_kept"]
 
 
 class Centred(NamedTuple):
@@ -19,13 +20,17 @@ class Centred(NamedTuple):
 
     Attributes:
       values: c = (x - m) / τ in [-inf, 0]; -inf at dropped classes.
-      peak: m, the largest kept logit; 0 in a row without any.
+      peak: m, the largest kept logit, without a derivative: what follows from centred
+        logits does not depend on what they are centred on. In a row without any kept
+        class it is the lowest finite number.
       kept: which classes count: not masked, and not -inf.
+      logits: x, -inf at dropped classes.
     """
 
     values: jax.Array
     peak: jax.Array
     kept: jax.Array
+    logits: jax.Array
 
 
 def centre(
@@ -33,22 +38,42 @@ def centre(
     temperature: float | jax.Array,
     where: jax.Array | None,
     axis: int,
-    *,
-    guard: bool = True,
 ) -> Centred:
-    """Centres the logits `x`, which already have the dtype to compute in.
-
-    With `guard=False` the peak of a row without any kept class is the lowest finite
-    number instead of 0, without a select, which would keep XLA from fusing the peak
-    with the exponentials.
-    """
+    """Centres the logits `x`, which already have the dtype to compute in."""
     kept = x != -jnp.inf
     if where is not None:
         kept = kept & where
         x = jnp.where(where, x, -jnp.inf)
-    if guard:
-        peak = finite_peak(jnp.max(x, axis=axis, keepdims=True))
-    else:
-        finite = jnp.maximum(x, jnp.finfo(x.dtype).min)
-        peak = jnp.max(finite, axis=axis, keepdims=True)
-    return Centred(divide_by_temperature(x, peak, temperature), peak, kept)
+    x = _still_below(x)
+    # The maximum starts at the lowest finite number: XLA for CPUs fuses maxima with the
+    # exponentials and their sum, but neither with a select nor with a second maximum.
+    lowest = np.asarray(jnp.finfo(x.dtype).min, x.dtype)
+    peak = jax.lax.reduce(jax.lax.stop_gradient(x), lowest, jax.lax.max, (axis,))
+    peak = jnp.expand_dims(peak, axis)
+    return Centred(divide_by_temperature(x, peak, temperature), peak, kept, x)
+
+
+@jax.custom_jvp
+def _still_below(x: jax.Array) -> jax.Array:
+    """Returns logits of which those that are -inf do not move."""
+    return x
+
+
+@_still_below.defjvp
+def _still_below_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return primals[0], jnp.where(primals[0] == -jnp.inf, 0, tangents[0])
+
+
+def number_of_kept(centred: Centred, axis: int) -> jax.Array:
+    """Returns how many classes of each row are kept, at least 1, in their dtype.
+
+    Halves of finite logits lie above the lowest number: less it they are at least 1,
+    and 0 for -inf. XLA for CPUs fuses these operations into the sum; it stores what a
+    select gives first.
+    """
+    largest = jnp.finfo(centred.logits.dtype).max
+    above = jnp.maximum(centred.logits * 0.5, -largest) + largest
+    kept = jnp.ceil(jnp.minimum(above, 1))
+    return jnp.maximum(jnp.sum(kept, axis, keepdims=True), 1)

@@ -30,9 +30,9 @@ from jaxsoft.logits.arguments import (
     has_no_tangent,
     pick_temperature,
 )
-from jaxsoft.logits.centre import centre
+from jaxsoft.logits.centre import centre, number_of_kept
 from jaxsoft.logits.divergence import scaled_divergence
-from jaxsoft.logits.softmax import exponentials, log_softmax, probabilities
+from jaxsoft.logits.softmax import nonzero, visible, weights
 
 __all__ = ["distillation_loss", "softmax_cross_entropy"]
 
@@ -177,21 +177,11 @@ class _Options(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _cross_entropy(options, logits, tau, where, labels, targets):
     axis, static_tau, smoothing, z_weight = options
-    dtype = numerics.compute_dtype(logits)
-    x = logits.astype(dtype)
-    if labels is None:
-        log_p = log_softmax(
-            x, temperature=pick_temperature(static_tau, tau), axis=axis, where=where
-        )
-        weights = targets.astype(dtype)
-        lost = log_p == -jnp.inf
-        log_p = jnp.where(lost & (weights == 0), 0, finite(log_p))
-        picked = jnp.sum(weights * log_p, axis)
-        picked = jnp.where(jnp.any(lost & (weights != 0), axis), -jnp.inf, picked)
-        labels = jnp.zeros(picked.shape, jnp.int32)
-        lse, _, mean = _row_statistics(axis, static_tau, x, tau, where, labels)
-    else:
-        lse, picked, mean = _row_statistics(axis, static_tau, x, tau, where, labels)
+    x = logits.astype(numerics.compute_dtype(logits))
+    targets = None if targets is None else targets.astype(x.dtype)
+    lse, picked, mean = _row_statistics(
+        axis, static_tau, x, tau, where, labels, targets
+    )
     loss = -numerics.scaled(1 - smoothing, picked)
     if smoothing:
         loss = loss - smoothing * mean
@@ -200,73 +190,119 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
         overflow = jnp.isinf(lse)
         square = jnp.where(overflow, 0, lse) ** 2
         loss = loss + z_weight * jnp.where(overflow, jnp.inf, square)
-    # A row without any kept class has lse = -inf: no loss at all.
-    kept = jnp.any(centre(x, 1.0, where, axis).kept, axis)
-    return jnp.where(kept | jnp.isnan(loss), loss, 0)
+    return loss
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _row_statistics(axis, static_tau, x, tau, where, labels):
-    """Returns (lse, log p_label, mean over kept classes of log p), each [...]."""
+def _row_statistics(axis, static_tau, x, tau, where, labels, targets):
+    """Returns what losses are made of, each [...], all 0 in rows without a kept class.
+
+    Args:
+      axis: the class axis.
+      static_tau: the temperature, if it is a Python float.
+      x: logits in the dtype to compute in.
+      tau: the temperature, if it is an array.
+      where: the class mask, or None.
+      labels: [...] integers, or None.
+      targets: weights of classes, of the shape and dtype of `x`, or None.
+
+    Returns:
+      lse; log p of the label, or its sum weighted by the targets; and the mean over
+      kept classes of log p.
+    """
     tau = pick_temperature(static_tau, tau)
     centred = centre(x, tau, where, axis)
-    _, total = exponentials(centred, axis)
-    log_total = jnp.log(total)
+    sums = jnp.sum(jnp.exp(centred.values), axis, keepdims=True)
+    log_total = jnp.log(nonzero(sums))
     lse = over_temperature(centred.peak, tau) + log_total
-    label = jnp.expand_dims(labels, axis)
-    classes = x.shape[axis]
-    label_logit = jnp.take_along_axis(x, jnp.clip(label, 0, classes - 1), axis)
-    if where is not None:
-        keeps = jnp.take_along_axis(
-            jnp.broadcast_to(where, x.shape), jnp.clip(label, 0, classes - 1), axis
-        )
-        label_logit = jnp.where(keeps, label_logit, -jnp.inf)
-    log_prob = divide_by_temperature(label_logit, centred.peak, tau) - log_total
-    log_prob = numerics.nan_where((label < 0) | (label >= classes), log_prob)
-    number = jnp.maximum(jnp.sum(centred.kept, axis, keepdims=True), 1)
-    mean = jnp.sum(
-        jnp.where(centred.kept, centred.values, 0), axis, keepdims=True
-    ) / number.astype(x.dtype)
-    out = (lse, log_prob, mean - log_total)
-    return tuple(jnp.squeeze(field, axis) for field in out)
+    mean = _mean(centred, axis) - log_total
+    if targets is None:
+        label = jnp.expand_dims(labels, axis)
+        logit = _at_label(x, where, label, axis)
+        picked = divide_by_temperature(logit, centred.peak, tau) - log_total
+    else:
+        log_p = centred.values - log_total
+        picked = jnp.sum(times(targets, log_p), axis, keepdims=True)
+    lse, picked, mean = (jnp.where(sums == 0, 0, a) for a in (lse, picked, mean))
+    lse, picked, mean = (jnp.squeeze(a, axis) for a in (lse, picked, mean))
+    if targets is None:
+        classes = x.shape[axis]
+        picked = numerics.nan_where((labels < 0) | (labels >= classes), picked)
+    return lse, picked, mean
 
 
+def _at_label(x, where, label, axis):
+    """Returns the logits of labels, -inf where their class is dropped."""
+    index = jnp.clip(label, 0, x.shape[axis] - 1)
+    logit = jnp.take_along_axis(x, index, axis)
+    if where is None:
+        return logit
+    keeps = jnp.take_along_axis(jnp.broadcast_to(where, x.shape), index, axis)
+    return jnp.where(keeps, logit, -jnp.inf)
+
+
+def _mean(centred, axis):
+    """Returns the mean over kept classes of centred logits, 0 if there is none."""
+    values = jnp.where(centred.kept, centred.values, 0)
+    return jnp.sum(values, axis, keepdims=True) / number_of_kept(centred, axis)
+
+
+@functools.partial(_row_statistics.defjvp, symbolic_zeros=True)
 def _row_statistics_jvp(axis, static_tau, primals, tangents):
-    x, tau_array, where, labels = primals
-    dx, dtau, _, _ = tangents
+    x, tau_array, where, labels, targets = primals
+    dx, dtau, _, _, dtargets = tangents
     tau = pick_temperature(static_tau, tau_array)
-    out = _row_statistics(axis, static_tau, x, tau_array, where, labels)
-    p = probabilities(axis, static_tau, x, tau_array, where)
+    out = _row_statistics(axis, static_tau, x, tau_array, where, labels, targets)
     centred = centre(x, tau, where, axis)
+    e = weights(axis, static_tau, x, tau_array, where)
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    sums = total(e)
+    empty = sums == 0
+    log_total = jnp.log(nonzero(sums))
     inverse_tau = inverse(tau, x.dtype)
-    number = jnp.maximum(jnp.sum(centred.kept, axis, keepdims=True), 1)
-    number = number.astype(x.dtype)
-    total = functools.partial(jnp.sum, axis=axis)
-    is_label = jax.lax.broadcasted_iota(labels.dtype, x.shape, axis) == jnp.expand_dims(
-        labels, axis
-    )
-    is_label = is_label & centred.kept
-    tangent = [jnp.zeros_like(field) for field in out]
+    inverse_total = 1 / nonzero(sums)
+    if targets is None:
+        label = jnp.expand_dims(labels, axis)
+        logit = _at_label(x, where, label, axis)
+        # A label of a dropped class has no slope, as if it were none of the classes.
+        label = jnp.where(logit == -jnp.inf, -1, label.astype(jnp.int32))
+        picks = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) == label
+        mass = 1
+    else:
+        # So does a row whose targets have weight where there is no probability.
+        picked = jnp.expand_dims(out[1], axis)
+        held = jnp.where(jnp.isinf(picked), 0, 1)
+        mass = total(targets) * held
+    tangent = [jnp.zeros_like(e, shape=empty.shape) for _ in out]
     if not has_no_tangent(dx):
-        dx = dx * inverse_tau
-        mean_p = total(p * dx)
+        mean_p = total(e * dx) * (inverse_total * inverse_tau)
+        if targets is None:
+            at_label = total(jnp.where(picks, dx, 0)) * inverse_tau
+        else:
+            at_label = total(targets * dx) * (held * inverse_tau)
         tangent[0] += mean_p
-        tangent[1] += total(jnp.where(is_label, dx, 0)) - mean_p
-        tangent[2] += total(jnp.where(centred.kept, dx / number, 0)) - mean_p
+        tangent[1] += at_label - mass * mean_p
+        of_mean = total(jnp.where(centred.kept, dx, 0)) / number_of_kept(centred, axis)
+        tangent[2] += of_mean * inverse_tau - mean_p
     if not has_no_tangent(dtau):
-        slope = jnp.squeeze(dtau * inverse_tau, axis)
+        slope = dtau * inverse_tau
         c = centred.values
-        peak = jnp.squeeze(over_temperature(centred.peak, tau), axis)
-        expected = total(times(p, c))
-        label = total(jnp.where(is_label, finite(c), 0))
-        mean = total(jnp.where(centred.kept, finite(c) / number, 0))
-        tangent[0] -= finite(peak + expected) * slope
-        tangent[1] -= finite(label - expected) * slope
-        tangent[2] -= finite(mean - expected) * slope
-    return out, tuple(tangent)
-
-
-_row_statistics.defjvp(_row_statistics_jvp, symbolic_zeros=True)
+        peak = over_temperature(centred.peak, tau)
+        expected = total(e * visible(c)) * inverse_total
+        if targets is None:
+            at_label = finite(divide_by_temperature(logit, centred.peak, tau))
+        else:
+            at_label = total(targets * finite(c)) * held
+        mean = finite(_mean(centred, axis))
+        tangent[0] -= jnp.where(empty, 0, finite(peak + expected)) * slope
+        tangent[1] -= jnp.where(empty, 0, finite(at_label - mass * expected)) * slope
+        tangent[2] -= jnp.where(empty, 0, finite(mean - expected)) * slope
+    if not has_no_tangent(dtargets):
+        log_p = centred.values - log_total
+        lost = (log_p == -jnp.inf) & (targets == 0)
+        change = total(jnp.where(lost, 0, finite(log_p)) * dtargets) * held
+        tangent[1] += jnp.where(empty, 0, change)
+    return out, tuple(jnp.squeeze(field, axis) for field in tangent)
 
 
 @mesh_axes.accepts_explicit("student_logits", axis="axis")

@@ -54,7 +54,7 @@ def _noisy(
     drawn = noise.first_gumbel(
         words, noise.CLASSES, x.shape[1], x.dtype, generator, fused=fused
     )
-    return centre(x, 1.0, rows.where, 1, guard=False).values + drawn
+    return centre(x, 1.0, rows.where, 1).values + drawn
 
 
 def _one_hot(noisy: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ def _one_hot(noisy: jax.Array) -> jax.Array:
 
 def _softmax(noisy: jax.Array, tau: float | jax.Array) -> jax.Array:
     """Returns softmax(noisy / τ), at τ = 0 the lowest of equals alone."""
-    weights, total = exponentials(centre(noisy, tau, None, 1, guard=False), 1)
+    weights, total = exponentials(centre(noisy, tau, None, 1), 1)
     p = weights / total
     if isinstance(tau, float) and tau >= jnp.finfo(noisy.dtype).tiny:
         return p

@@ -1,9 +1,9 @@
 """Softmax, log-softmax, log-sum-exp and entropy of stored logits.
 
-Each function is one custom derivative over the centred logits of `centre.py`: its
-forward pass reads the logits twice (the peak, then the exponentials) and its
-derivative needs the probabilities alone, in forward and in reverse mode and of any
-order.
+Each function is one derivative over the centred logits of `centre.py`: its forward pass
+reads the logits twice (the peak, then the exponentials) and its derivative needs the
+exponentials alone, in forward and in reverse mode and of any order. Derivatives write
+sums over p as sums over exponentials, divided once a row: a product less a class.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def softmax(
     chosen = registry.resolve("softmax", implementation)
     if kernel := registry.kernel("softmax", chosen):
         return kernel(chosen, logits, temperature, axis, where)
-    return _run(_softmax, logits, temperature, axis, where)
+    return _run(probabilities, logits, temperature, axis, where)
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -286,9 +286,13 @@ def _compiled(
 
 def exponentials(centred: Centred, axis: int) -> tuple[jax.Array, jax.Array]:
     """Returns exp(c) and its sum over classes, 1 where no class is kept."""
-    weights = jnp.exp(centred.values)
-    total = jnp.sum(weights, axis=axis, keepdims=True)
-    return weights, jnp.where(total == 0, 1, total)
+    e = jnp.exp(centred.values)
+    return e, nonzero(_sum(e, axis))
+
+
+def nonzero(total: jax.Array) -> jax.Array:
+    """Returns sums of exponentials to divide by: 1 where no class is kept."""
+    return jnp.where(total == 0, 1, total)
 
 
 def _sum(values: jax.Array, axis: int) -> jax.Array:
@@ -318,65 +322,68 @@ def _rule(
     return rule
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _softmax(axis, static_tau, x, tau, where):
-    """Returns p, for storing: XLA computes peak and exponentials in one go."""
-    tau = pick_temperature(static_tau, tau)
-    centred = centre(x, tau, where, axis, guard=False)
-    weights, total = exponentials(centred, axis)
-    return weights / total
+def _terms(tau, x, where, axis, dx, dtau):
+    """Returns what adds up to the tangent of the centred logits times τ: dx - c dτ."""
+    terms = [] if has_no_tangent(dx) else [dx]
+    if not has_no_tangent(dtau):
+        terms.append(-visible(centre(x, tau, where, axis).values) * dtau)
+    return terms
+
+
+def visible(c: jax.Array) -> jax.Array:
+    """Returns centred logits to multiply with their exponentials: finite ones.
+
+    Below -1000 the exponentials are 0 in every dtype, and so is the product.
+    """
+    return jnp.maximum(c, -1000)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def probabilities(axis, static_tau, x, tau, where):
-    """Returns p, for use inside a loop over classes, where it is not stored."""
+    """Returns p."""
     tau = pick_temperature(static_tau, tau)
     weights, total = exponentials(centre(x, tau, where, axis), axis)
     return weights / total
 
 
-def _softmax_jvp(function, axis, static_tau, primals, tangents):
+@functools.partial(probabilities.defjvp, symbolic_zeros=True)
+def _probabilities_jvp(axis, static_tau, primals, tangents):
     """Returns p and p (u - Σ p u) / τ, with u = dx - c dτ: one product a class."""
     x, tau_array, where = primals
-    dx, dtau, _ = tangents
     tau = pick_temperature(static_tau, tau_array)
-    p = function(axis, static_tau, x, tau_array, where)
-    terms = [] if has_no_tangent(dx) else [dx]
-    if not has_no_tangent(dtau):
-        c = centre(x, tau, where, axis, guard=False).values
-        # Where c < -1000, p is 0 in every dtype: a finite c keeps the product 0.
-        terms.append(-jnp.maximum(c, -1000) * dtau)
+    p = probabilities(axis, static_tau, x, tau_array, where)
+    terms = _terms(tau, x, where, axis, *tangents[:2])
     if not terms:
         return p, jnp.zeros_like(p)
     change = sum(terms)
     return p, p * (change - _sum(p * change, axis)) * inverse(tau, x.dtype)
 
 
-for _function in (_softmax, probabilities):
-    _function.defjvp(functools.partial(_softmax_jvp, _function), symbolic_zeros=True)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _log_softmax(axis, static_tau, x, tau, where):
+def weights(axis, static_tau, x, tau, where):
+    """Returns exp(c), for derivatives: it is that of the value, and computed once."""
     tau = pick_temperature(static_tau, tau)
-    centred = centre(x, tau, where, axis, guard=False)
-    _, total = exponentials(centred, axis)
-    return centred.values - jnp.log(total)
+    return jnp.exp(centre(x, tau, where, axis).values)
 
 
-def _log_softmax_derivative(axis, static_tau, x, tau, where, dx, slope):
-    out = _log_softmax(axis, static_tau, x, tau, where)
-    p = jnp.exp(out)
-    kept = x != -jnp.inf if where is None else (x != -jnp.inf) & where
-    change = jnp.zeros_like(x) if dx is None else dx
-    if slope is not None:
-        c = centre(x, pick_temperature(static_tau, tau), where, axis, guard=False)
-        change = change - finite(c.values) * slope
-    change = jnp.where(kept, change, 0)
-    return out, [jnp.where(kept, change - _sum(p * change, axis), 0)]
+@functools.partial(weights.defjvp, symbolic_zeros=True)
+def _weights_jvp(axis, static_tau, primals, tangents):
+    x, tau_array, where = primals
+    tau = pick_temperature(static_tau, tau_array)
+    e = weights(axis, static_tau, x, tau_array, where)
+    terms = _terms(tau, x, where, axis, *tangents[:2])
+    if not terms:
+        return e, jnp.zeros_like(e)
+    return e, e * sum(terms) * inverse(tau, x.dtype)
 
 
-_log_softmax.defjvp(_rule(_log_softmax_derivative), symbolic_zeros=True)
+def _log_softmax(axis, static_tau, x, tau, where):
+    """Returns log p, with JAX's own derivative about that of the centred logits."""
+    c = centre(x, pick_temperature(static_tau, tau), where, axis).values
+    # Without the class axis: with one of size 1 XLA for CPUs writes the value before it
+    # needs the exponentials for the last time, into an array that is not theirs.
+    log_total = jnp.log(nonzero(jnp.sum(jnp.exp(c), axis)))
+    return c - jnp.expand_dims(log_total, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -393,18 +400,19 @@ def _logsumexp(axis, static_tau, x, tau, where):
 
 def _logsumexp_derivative(axis, static_tau, x, tau, where, dx, slope):
     out = _logsumexp(axis, static_tau, x, tau, where)
-    p = probabilities(axis, static_tau, x, tau, where)
+    e = weights(axis, static_tau, x, tau, where)
+    sums = _sum(e, axis)
+    total = nonzero(sums)
     terms = []
     if dx is not None:
-        terms.append(jnp.sum(p * dx, axis))
+        terms.append(_sum(e * dx, axis) / total)
     if slope is not None:
         tau = pick_temperature(static_tau, tau)
         centred = centre(x, tau, where, axis)
-        mean = over_temperature(centred.peak, tau) + _sum(
-            times(p, centred.values), axis
-        )
-        terms.append(jnp.squeeze(-finite(mean) * slope, axis))
-    return out, terms
+        expected = _sum(e * visible(centred.values), axis) / total
+        mean = finite(over_temperature(centred.peak, tau) + expected)
+        terms.append(-jnp.where(sums == 0, 0, mean) * slope)
+    return out, [jnp.squeeze(term, axis) for term in terms]
 
 
 _logsumexp.defjvp(_rule(_logsumexp_derivative), symbolic_zeros=True)

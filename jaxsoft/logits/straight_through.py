@@ -125,7 +125,7 @@ _reinmax.defjvp(_reinmax_jvp, symbolic_zeros=True)
 
 
 def _softmax(x, tau, where) -> jax.Array:
-    weights, total = exponentials(centre(x, tau, where, 1, guard=False), 1)
+    weights, total = exponentials(centre(x, tau, where, 1), 1)
     return weights / total
 
 
@@ -247,7 +247,7 @@ def _mean_slope(
     empty = class_ids[:, None] < 0
     x = jnp.where(empty, 0, x.astype(dtype))
     chosen = _one_hot(jnp.maximum(class_ids, 0), x) == 1
-    c = centre(x, 1.0, where, 1, guard=False).values
+    c = centre(x, 1.0, where, 1).values
     c = jnp.where(empty, 0, c)
     log_total = jnp.log(jnp.sum(jnp.exp(c), axis=1, keepdims=True))
     moving = {name: tangent.astype(dtype) for name, tangent in moving.items()}
@@ -279,6 +279,6 @@ def _given(c, drawn, chosen, log_total, tau) -> tuple[jax.Array, jax.Array]:
     top = jnp.sum(jnp.where(chosen, drawn, 0), axis=1, keepdims=True) + log_total
     below = -jax.nn.softplus(top - c - drawn)
     below = jnp.where(chosen, 0, below)
-    centred = centre(below, tau, None, 1, guard=False)
+    centred = centre(below, tau, None, 1)
     weights, total = exponentials(centred, 1)
     return weights / total, centred.values
