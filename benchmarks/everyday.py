@@ -6,8 +6,8 @@ takes every public function at every size, value and gradient, beside the strong
 short formula of jax.nn, jax.lax and Optax: first whether both give the same numbers,
 then time by turns in one process, the time to compile and temporary memory. One table
 has all cells, the worst first, each with its bounds: of time 1.05 of the formula's, or
-1.10 where that takes less than 50 µs; to compile 2.5 times as long, or 0.4 s. Ten
-minutes on two quiet CPU cores. `--markdown` prints a line for each function.
+1.10 where that takes less than 50 µs; to compile 2.5 times as long, or 0.4 s. On a busy
+machine a ratio may be off by a half. `--markdown` prints a line for each function.
 """
 
 import argparse
