@@ -34,8 +34,9 @@ def _log_ratio(student, teacher, tau, where, axis):
     # XLA may contract the difference of the quotients: equal logits keep 0.
     delta = jnp.where(both & (gap != 0), s.values - t.values, 0)
     delta = jnp.where(jnp.isnan(delta), 0, delta)
-    spread = jnp.max(jnp.abs(delta), axis, keepdims=True)
-    near = (spread <= SMALL) & jnp.all(both | ~kept, axis, keepdims=True)
+    # A class that one side alone keeps is as far as can be.
+    distance = jnp.where(both, jnp.abs(delta), jnp.where(kept, jnp.inf, 0))
+    near = jnp.max(distance, axis, keepdims=True) <= SMALL
     # log(Z_s / Z_t): the ratio of close sums has its own, relatively exact, form.
     mean = jnp.sum(p * jnp.expm1(jnp.where(near, delta, 0)), axis, keepdims=True)
     shift = jnp.where(near, jnp.log1p(mean), jnp.log(total_s) - jnp.log(total_t))
