@@ -62,7 +62,11 @@ def block_size(num_classes: int) -> int:
 
 
 def scores(
-    sums: jax.Array, words: jax.Array, first: jax.Array | int, zero: jax.Array
+    sums: jax.Array,
+    words: jax.Array,
+    first: jax.Array | int,
+    zero: jax.Array,
+    attempt: jax.Array | int = 0,
 ) -> jax.Array:
     """Returns log-sums of blocks plus noise; without either where τ is 0.
 
@@ -71,19 +75,33 @@ def scores(
       words: [R, 2], see `noise.row_words`.
       first: the number of the first block.
       zero: where τ is 0, broadcastable to [R, 1].
+      attempt: how often these rows were drawn from before; if not 0, `first` is.
 
     Returns:
       [R, n]; -inf for an empty block.
     """
-    count = sums.shape[1]
+    drawn = _block_noise(words, first, sums.shape[1], sums.dtype, attempt)
+    return _perturbed(sums, drawn, zero)
+
+
+def _block_noise(
+    words: jax.Array,
+    first: jax.Array | int,
+    count: int,
+    dtype: jnp.dtype,
+    attempt: jax.Array | int = 0,
+) -> jax.Array:
+    """Returns the noise of consecutive blocks, [R, n]."""
     if isinstance(first, int) and first == 0:
-        drawn = noise.first_gumbel(words, noise.BLOCKS, count, sums.dtype)
-    else:
-        ids = first + lax.iota(jnp.int32, count)
-        drawn = noise.paired_gumbel(words, noise.BLOCKS, ids, sums.dtype)
-    perturbed = jnp.log(sums) + drawn
+        return noise.first_gumbel(words, noise.BLOCKS, count, dtype, attempt=attempt)
+    ids = first + lax.iota(jnp.int32, count)
+    return noise.paired_gumbel(words, noise.BLOCKS, ids, dtype)
+
+
+def _perturbed(sums: jax.Array, drawn: jax.Array, zero: jax.Array) -> jax.Array:
+    """Returns log-sums of blocks plus their noise; without either where τ is 0."""
     alone = jnp.where(sums > 0, 0.0, -jnp.inf).astype(sums.dtype)
-    return jnp.where(zero, alone, perturbed)
+    return jnp.where(zero, alone, jnp.log(sums) + drawn)
 
 
 class Place(NamedTuple):
@@ -109,9 +127,11 @@ class Place(NamedTuple):
         return jnp.where(self.reverse, size - 1 - found, found)
 
 
-def place(words: jax.Array, zero: jax.Array, dtype: jnp.dtype) -> Place:
-    """Returns where in its block's sum each row's class lies."""
-    share, reverse = noise.uniform(words, dtype)
+def place(
+    words: jax.Array, zero: jax.Array, dtype: jnp.dtype, attempt: jax.Array | int = 0
+) -> Place:
+    """Returns where in its block's sum each row's class lies, at some attempt."""
+    share, reverse = noise.uniform(words, dtype, attempt)
     still = jnp.broadcast_to(zero, (words.shape[0], 1))[:, 0]
     return Place(jnp.where(still, 0, share), reverse & ~still)
 
@@ -170,40 +190,66 @@ def draw(
       The drawn classes, numbered as `first_block` is.
     """
     dtype = compute_dtype(logits)
-    summaries = _summaries(_parts(logits, block, where, dtype), tau)
+    zero = is_zero(tau, dtype)
+    blocks = -(-logits.shape[1] // block)
+    drawn = _block_noise(words, first_block, blocks, dtype)
+    best = _best_block(_parts(logits, block, where, dtype), tau, drawn, zero)
+    inside = _inside(logits, where, tau, words, block, best)
+    class_id = (first_block + best.number[:, 0]) * block + inside
+    return Drawn(
+        best.max[:, 0], best.score, jnp.where(best.score == -jnp.inf, -1, class_id)
+    )
+
+
+class _Best(NamedTuple):
+    """The drawn block of each row.
+
+    Attributes:
+      number: [R, 1] int32, counted from the first block.
+      peak: [R, 1] what its exponentials are centred on.
+      sum: [R, 1] of them.
+      max: [R, 1] the largest logit of all blocks.
+      score: [R] of the block.
+    """
+
+    number: jax.Array
+    peak: jax.Array
+    sum: jax.Array
+    max: jax.Array
+    score: jax.Array
+
+
+def _best_block(
+    parts: list[jax.Array], tau: float | jax.Array, drawn: jax.Array, zero: jax.Array
+) -> _Best:
+    """Draws a block of each row by its noise [R, n]."""
     # Each is used more than once: none of it is to be computed again.
-    tops, sums = lax.optimization_barrier(summaries)
+    tops, sums = lax.optimization_barrier(_summaries(parts, tau))
     # A block's maximum may have left NaN out; its sum never does.
     tops = jnp.where(jnp.isnan(sums), sums, tops)
-    zero = is_zero(tau, dtype)
     largest = jnp.max(tops, axis=1, keepdims=True)
-    peak = finite_peak(largest)
-    perturbed = scores(sums, words, first_block, zero)
-    perturbed += divide_by_temperature(tops, peak, tau)
+    perturbed = _perturbed(sums, drawn, zero)
+    perturbed += divide_by_temperature(tops, finite_peak(largest), tau)
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
-    score = maximum_or_nan(perturbed, axis=1)
-    top = jnp.take_along_axis(tops, best, axis=1)
-    inside = _inside(logits, where, tau, words, block, best, top, sums)
-    class_id = (first_block + best[:, 0]) * block + inside
-    return Drawn(largest[:, 0], score, jnp.where(score == -jnp.inf, -1, class_id))
+    top, total = (jnp.take_along_axis(a, best, axis=1) for a in (tops, sums))
+    return _Best(best, top, total, largest, maximum_or_nan(perturbed, axis=1))
 
 
-def _inside(logits, where, tau, words, block, best, peak, sums) -> jax.Array:
-    """Returns which class of its block `best` [R, 1] each row draws, [R]."""
-    columns = best * block + lax.iota(jnp.int32, block)[None]
+def _inside(logits, where, tau, words, block, best: _Best) -> jax.Array:
+    """Returns which class of its block each row draws, [R]."""
+    columns = best.number * block + lax.iota(jnp.int32, block)[None]
 
     def take(array, fill):
         return jnp.take_along_axis(array, columns, axis=1, mode="fill", fill_value=fill)
 
-    chosen = take(logits, -jnp.inf).astype(sums.dtype)
+    dtype = best.sum.dtype
+    chosen = take(logits, -jnp.inf).astype(dtype)
     if where is not None:
         kept = take(jnp.broadcast_to(where, logits.shape), False)
         chosen = jnp.where(kept, chosen, -jnp.inf)
-    total = jnp.take_along_axis(sums, best, axis=1)[:, 0]
-    zero = is_zero(tau, sums.dtype)
-    at = place(words, zero, sums.dtype)
-    weights = at.order(exponentials(chosen, peak, tau))
-    return at.column(invert(weights, at.share * total), block)
+    at = place(words, is_zero(tau, dtype), dtype)
+    weights = at.order(exponentials(chosen, best.peak, tau))
+    return at.column(invert(weights, at.share * best.sum[:, 0]), block)
 
 
 def draw_row(
@@ -239,18 +285,24 @@ def draw_row(
     # The first block of a row may have no kept class.
     usable = jnp.all(jnp.isfinite(sums)) & jnp.all(jnp.isfinite(peak)) & ~jnp.any(zero)
 
+    # Both ways draw the block by the same noise, and the class in it alike.
+    drawn = _block_noise(words, 0, sums.shape[1], dtype)
+
     def quickly():
-        perturbed = scores(sums, words, 0, zero)
+        perturbed = _perturbed(sums, drawn, zero)
         best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
-        inside = _inside(logits, where, tau, words, block, best, peak, sums)
-        return best[:, 0] * block + inside
+        total = jnp.take_along_axis(sums, best, axis=1)
+        return best, peak, total, jnp.zeros_like(peak, bool)
 
     def safely():
-        drawn = draw(logits, tau, words, 0, block, where=where)
-        lost = jnp.isnan(drawn.score) | ~(drawn.max < jnp.inf)
-        return jnp.where(lost, -1, drawn.class_id)
+        best = _best_block(parts, tau, drawn, zero)
+        lost = jnp.isnan(best.score)[:, None] | ~(jnp.abs(best.max) < jnp.inf)
+        return best.number, best.peak, best.sum, lost
 
-    return lax.cond(usable, quickly, safely)
+    number, peak, total, lost = lax.cond(usable, quickly, safely)
+    best = _Best(number, peak, total, peak, total[:, 0])
+    class_id = number[:, 0] * block + _inside(logits, where, tau, words, block, best)
+    return jnp.where(lost[:, 0], -1, class_id)
 
 
 def exponentials(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:

@@ -53,6 +53,9 @@ BLOCKS = 1
 ROWS = 2
 NODES = 3
 
+# How far the streams of an attempt are from those of the one before it.
+_ATTEMPT = 16
+
 Generator = Literal["threefry", "threefry13"]
 GENERATORS: tuple[Generator, ...] = get_args(Generator)
 _ROUNDS = {"threefry": 20, "threefry13": 13}
@@ -128,7 +131,11 @@ def _paired_counters(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _first_bits(
-    words: jax.Array, stream: int, count: int, rounds: int, fused: bool
+    words: jax.Array,
+    stream: jax.Array | int,
+    count: int,
+    rounds: int,
+    fused: bool,
 ) -> jax.Array:
     """Returns uint32 bits [R, n] of rows [R, 2] and the first n numbers of a stream."""
     rows = words.shape[0]
@@ -165,7 +172,9 @@ def _of_unit(u: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log1p(-u))
 
 
-def uniform(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def uniform(
+    words: jax.Array, dtype: jnp.dtype, attempt: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array]:
     """Returns one number for each row, as its distance from the nearer end of [0, 1].
 
     So both ends keep all 32 bits.
@@ -173,12 +182,13 @@ def uniform(words: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     Args:
       words: [R, 2] from `row_words`.
       dtype: float32 or float64.
+      attempt: how often these rows were drawn from before.
 
     Returns:
       The distances, [R], in (0, 1/2]; and whether they are from 1, [R].
     """
     number = jnp.zeros(1, jnp.uint32)
-    bits, _ = _encrypt(words, jnp.full_like(number, ROWS), number)
+    bits, _ = _encrypt(words, jnp.full_like(number, ROWS + _ATTEMPT * attempt), number)
     from_one = bits >= jnp.uint32(2**31)
     distance = _unit(jnp.where(from_one, ~bits, bits), jnp.dtype(dtype))
     return distance[:, 0], from_one[:, 0]
@@ -229,6 +239,7 @@ def first_gumbel(
     dtype: jnp.dtype,
     generator: Generator = "threefry",
     *,
+    attempt: jax.Array | int = 0,
     fused: bool | None = None,
 ) -> jax.Array:
     """Returns standard Gumbel noise of rows and the first classes or blocks.
@@ -239,15 +250,17 @@ def first_gumbel(
       count: n.
       dtype: float32 or float64.
       generator: "threefry" or "threefry13".
+      attempt: how often these rows were drawn from before.
       fused: whether the cipher may be compiled into one piece with what comes after it;
         must be False on a CPU, whose compiler fails at that. None chooses by platform.
 
     Returns:
       [R, n] noise.
     """
+    stream_of_attempt = stream + _ATTEMPT * attempt
 
     def noise(fused: bool, words: jax.Array) -> jax.Array:
-        bits = _first_bits(words, stream, count, _ROUNDS[generator], fused)
+        bits = _first_bits(words, stream_of_attempt, count, _ROUNDS[generator], fused)
         return _to_gumbel(bits, jnp.dtype(dtype))
 
     if fused is None:

@@ -13,12 +13,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
-from jaxsoft.logits import filters
+from jaxsoft.logits import filters, rejection
 from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 
 __all__ = ["draw_rows", "sample"]
 
 _KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0}
+# So many classes of a row are filtered by comparing each with each other.
+_FEW = 128
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -71,8 +73,10 @@ def sample(
     Notes:
       The bits of a row depend on the key and the row's place alone, those of a block
       of classes on its number as well: the same as in `linear_sample`, which draws the
-      same classes but for ties within rounding. Without a derivative; see
-      `gumbel_softmax` and `reinmax` for one.
+      same classes but for ties within rounding. With filters a row of many classes is
+      drawn from until they keep its class, each time from the classes before the last:
+      a few passes over a row, and no sort. Without a derivative; see `gumbel_softmax`
+      and `reinmax` for one.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -171,38 +175,44 @@ def draw_rows(
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
         return block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
-    draw = functools.partial(_draw_filtered, static_tau)
+    few = classes <= _FEW
+    draw = functools.partial(_draw_of_few if few else _draw_of_many, static_tau)
     arrays = (words, rows, chosen)
 
     def tiled(arrays):
-        # Bisection passes over a row some 40 times: in cache, and a row for each of
-        # a few cores.
-        return in_tiles(draw, arrays, count, classes, least_rows=4)
+        # Of few classes all pairs are looked at, of many several passes over a row are
+        # made: in cache, and a row for each of a few cores.
+        size = classes * classes if few else classes
+        return in_tiles(draw, arrays, count, size, least_rows=4)
 
     return lax.platform_dependent(arrays, cpu=tiled, default=draw)
 
 
-def _draw_filtered(
+def _draw_of_few(
     static_tau: float | None, arrays: tuple[jax.Array, Rows, filters.Filters]
 ) -> jax.Array:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
+    x = _numbers(rows)
+    weights = filters.keep(x, tau, chosen)
+    total = jnp.sum(weights, axis=1)
+    at = block_sampling.place(words, numerics.is_zero(tau, x.dtype), x.dtype)
+    found, _ = block_sampling.invert_once(at.order(weights), at.share * total)
+    lost = ~(total > 0) | filters.out_of_range(chosen)[:, 0]
+    return jnp.where(lost, -1, at.column(found, x.shape[1]))
+
+
+def _draw_of_many(
+    static_tau: float | None, arrays: tuple[jax.Array, Rows, filters.Filters]
+) -> jax.Array:
+    words, rows, chosen = arrays
+    tau = rows.temperature(static_tau)
+    return rejection.draw(words, _numbers(rows), tau, chosen)
+
+
+def _numbers(rows: Rows) -> jax.Array:
+    """Returns logits [R, V] as they are computed with, +inf in place of NaN."""
     x = rows.logits.astype(numerics.compute_dtype(rows.logits))
     if rows.where is not None:
         x = jnp.where(rows.where, x, -jnp.inf)
-    x = filters.apply(jnp.where(jnp.isnan(x), jnp.inf, x), tau, chosen)
-    drawn = block_sampling.draw_row(
-        x, None, tau, words, block_sampling.block_size(x.shape[1])
-    )
-    return jnp.where(_out_of_range(chosen)[:, 0], -1, drawn)
-
-
-def _out_of_range(chosen: filters.Filters) -> jax.Array:
-    """Tells where a filter has a value that it must not have, [R, 1] or [1, 1]."""
-    bad = jnp.zeros((1, 1), bool)
-    if chosen.top_k is not None:
-        bad |= chosen.top_k < 0
-    for value in (chosen.top_p, chosen.min_p):
-        if value is not None:
-            bad |= ~((value >= 0) & (value <= 1))
-    return bad
+    return jnp.where(jnp.isnan(x), jnp.inf, x)

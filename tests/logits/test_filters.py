@@ -9,9 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsoft
-from jaxsoft.logits import filters
+from jaxsoft.logits import filters, rejection
 from tests import truth
 from tests.statistics import chi_square
 
@@ -43,9 +45,29 @@ def true_row(x, tau, top_k, top_p, min_p, slack=0.0):
     return kept, not near or slack == 0
 
 
-@jax.jit
-def kept_by_us(x, tau, top_k, top_p, min_p):
-    return filters.apply(x, tau, filters.Filters(top_k, top_p, min_p)) > -jnp.inf
+def kept_of_few(x, tau, chosen):
+    return filters.keep(x, tau, chosen) > 0
+
+
+def kept_of_many(x, tau, chosen):
+    """Judges each class of each row."""
+    rows = rejection.prepare(x, tau, chosen)
+    whole = rejection.start_bracket(rows, chosen)
+    done = jnp.zeros_like(rows.top, bool)
+
+    def judged(class_id):
+        class_id = jnp.full_like(done, class_id, jnp.int32)
+        logit = jnp.take_along_axis(x, class_id, axis=1)
+        at = (logit, class_id, whole, done)
+        kept = rejection.judge(rows, tau, chosen, *at)[0]
+        heavy = rejection.heavy_weights(rows, tau, chosen)
+        heavy = jnp.take_along_axis(heavy, class_id, axis=1)
+        return (kept & (heavy > 0))[:, 0]
+
+    return jax.vmap(judged, out_axes=1)(lax.iota(jnp.int32, x.shape[1]))
+
+
+KEPT = {"few": jax.jit(kept_of_few), "many": jax.jit(kept_of_many)}
 
 
 def check(x, tau, top_k, top_p, min_p, slack=0.0, dtype="float32"):
@@ -55,7 +77,8 @@ def check(x, tau, top_k, top_p, min_p, slack=0.0, dtype="float32"):
     column = [np.asarray(a, dtype)[:, None] for a in (tau, top_p, min_p)]
     tau, top_p, min_p = column
     top_k = np.asarray(top_k, np.int32)[:, None]
-    found = np.asarray(kept_by_us(padded, tau, top_k, top_p, min_p))
+    chosen = filters.Filters(*map(jnp.asarray, (top_k, top_p, min_p)))
+    both = [np.asarray(kept(padded, tau, chosen)) for kept in KEPT.values()]
     some = False
     for row in range(ROWS):
         one_tau, one_p, one_min = (float(a[row, 0]) for a in column)
@@ -63,7 +86,8 @@ def check(x, tau, top_k, top_p, min_p, slack=0.0, dtype="float32"):
             padded[row].astype(float), one_tau, top_k[row, 0], one_p, one_min, slack
         )
         if clear:
-            np.testing.assert_array_equal(found[row], kept)
+            for found in both:
+                np.testing.assert_array_equal(found[row], kept)
         some |= clear
     assume(some)
 
@@ -132,19 +156,25 @@ def test_a_filter_that_is_none_keeps_all(names):
     some = filters.Filters(*(given.get(n) for n in ACTIVE))
     some = jax.tree.map(lambda a: np.full((1, 1), a), some)
     full = [np.full((ROWS, 1), given.get(n, NEUTRAL[n])) for n in ACTIVE]
-    found = np.asarray(jax.jit(filters.apply, static_argnums=1)(x, 1.5, some))
-    np.testing.assert_array_equal(found > -jnp.inf, kept_by_us(x, tau, *full))
-    np.testing.assert_array_equal(found, np.where(found > -jnp.inf, x, -np.inf))
+    expected = KEPT["few"](x, tau, filters.Filters(*map(jnp.asarray, full)))
+    np.testing.assert_array_equal(KEPT["few"](x, tau, some), expected)
+    np.testing.assert_array_equal(KEPT["many"](x, tau, some), expected)
+    weights = np.asarray(jax.jit(filters.keep, static_argnums=1)(x, 1.5, some))
+    truly = np.exp((x.astype(float) - x.max(1, keepdims=True)) / 1.5)
+    np.testing.assert_allclose(weights, np.where(expected, truly, 0), rtol=1e-5)
 
 
-def test_a_full_share_drops_nothing():
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_a_full_share_drops_nothing(kept):
     x = np.full((ROWS, CLASSES), -20, "float32")
     x[:, 7] = 0
     tau, one, zero = (np.full((ROWS, 1), a, "float32") for a in (1, 1, 0))
     count = np.full((ROWS, 1), CLASSES, "int32")
-    assert np.asarray(kept_by_us(x, tau, count, one, zero)).all()
+    chosen = filters.Filters(*map(jnp.asarray, (count, one, zero)))
+    assert np.asarray(kept(x, tau, chosen)).all()
 
 
+OFF = {"top_k": 0, "top_p": 1, "min_p": 0}
 FILTERS = [
     {"top_k": 25},
     {"top_p": 0.6},
@@ -159,16 +189,61 @@ def test_draws_are_kept_classes_at_their_rates(given):
     x = np.round(rng.standard_normal(200) * 8) / 4
     # Filters that drop nothing are given too: one program serves all.
     full = {"top_k": 200, "top_p": 1.0, "min_p": 0.0} | given
-    kept, _ = true_row(x, 1.3, **full)
     logits = np.broadcast_to(x.astype("float32"), (10_000, 200))
-    drawn = np.asarray(jaxsoft.sample(KEY, logits, 1.3, **full))
+    check_rates(x, np.asarray(jaxsoft.sample(KEY, logits, 1.3, **full)), full)
+
+
+def check_rates(x, drawn, given):
+    """Compares draws at temperature 1.3 with what a sort says of their row."""
+    kept, _ = true_row(x, 1.3, **{"top_k": x.size, "top_p": 1, "min_p": 0} | given)
     assert kept[drawn].all()
     names = np.flatnonzero(kept)
+    if names.size == 1:
+        return
     rates = truth.softmax(x[names], 1.3)
     assert chi_square(np.searchsorted(names, drawn), rates) > 1e-4
 
 
-OFF = {"top_k": 0, "top_p": 1, "min_p": 0}
+OF_SIZES = [
+    {"top_k": 2},
+    {"top_k": 60},
+    {"top_k": 5000},
+    {"top_p": 0.8},
+    {"min_p": 0.03},
+    {"top_k": 300, "top_p": 0.6},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.2},
+    {"top_p": 0.5, "min_p": 0.3},
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    ("classes", "calls", "rows"), [(3, 1, 4000), (1000, 1, 1500), (100_003, 12, 16)]
+)
+@pytest.mark.many_cases
+def test_rates_of_every_filter(classes, calls, rows, dtype, request):
+    """Each of some rows of one program has other filters."""
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    x = (2 * np.random.default_rng(4).standard_normal(classes)).astype(dtype)
+    columns = {
+        name: np.repeat([given.get(name, OFF[name]) for given in OF_SIZES], rows)
+        for name in OFF
+    }
+    columns = {
+        name: jnp.asarray(a, jnp.int32 if name == "top_k" else jnp.float32)[:, None]
+        for name, a in columns.items()
+    }
+
+    @jax.jit
+    def draw(keys, x, columns):
+        logits = jnp.broadcast_to(x, (len(OF_SIZES) * rows, classes))
+        return lax.map(lambda k: jaxsoft.sample(k, logits, 1.3, **columns), keys)
+
+    drawn = np.asarray(draw(jax.random.split(KEY, calls), x, columns))
+    drawn = np.moveaxis(drawn.reshape(calls, len(OF_SIZES), rows), 1, 0)
+    for options, ids in zip(OF_SIZES, drawn, strict=True):
+        check_rates(np.asarray(x, float), ids.reshape(-1), options)
 
 
 def test_filters_that_are_off_keep_all():
@@ -182,14 +257,13 @@ def test_filters_that_are_off_keep_all():
     np.testing.assert_array_equal(jaxsoft.sample(KEY, x, 1.3, **OFF), plain)
     # Off for some rows of an array.
     counts = np.where(np.arange(9) % 3 == 0, 0, 5)[:, None]
-    found = np.asarray(
-        jax.jit(filters.apply, static_argnums=1)(
-            x, 1.3, filters.Filters(jnp.asarray(counts), None, None)
-        )
-    )
-    every = np.isfinite(x).sum(1)
+    some = x[:, :50]
+    every = np.isfinite(some).sum(1)
     expected = np.where(counts[:, 0] == 0, every, np.minimum(every, 5))
-    np.testing.assert_array_equal(np.isfinite(found).sum(1), expected)
+    tau, chosen = np.float32(1.3), filters.Filters(jnp.asarray(counts), None, None)
+    for kept in KEPT.values():
+        found = np.asarray(kept(some, tau, chosen)).sum(1)
+        np.testing.assert_array_equal(found[expected > 0], expected[expected > 0])
     drawn = np.asarray(jaxsoft.sample(KEY, x, 1.3, top_k=counts))
     np.testing.assert_array_equal(drawn[::3], plain[::3])
 
@@ -240,6 +314,23 @@ def test_a_row_alone_whatever_its_tile():
     np.testing.assert_array_equal(
         jaxsoft.sample(KEY, x[:9], top_k=50, top_p=0.9), drawn[:9]
     )
+
+
+def test_rows_of_shards():
+    x = truth.logits("unit", (24, 1000))
+    top_k = np.tile(np.array([0, 3, 200], "int32"), 8)[:, None]
+    mesh = Mesh(np.array(jax.devices()[:8]), ("rows",))
+    rows = NamedSharding(mesh, PartitionSpec("rows"))
+    draw = jax.jit(lambda x, k: jaxsoft.sample(KEY, x, top_k=k, top_p=0.7, min_p=0.01))
+    expected = draw(x, top_k)
+    found = draw(jax.device_put(x, rows), jax.device_put(top_k, rows))
+    np.testing.assert_array_equal(found, expected)
+    # Every shard has the places of its own rows.
+    alone = jax.shard_map(
+        draw, mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows")
+    )
+    first = [draw(x[i : i + 3], top_k[i : i + 3]) for i in range(0, 24, 3)]
+    np.testing.assert_array_equal(jax.jit(alone)(x, top_k), np.concatenate(first))
 
 
 def test_rows_without_a_class_or_with_what_is_no_number():
