@@ -242,8 +242,16 @@ _LOGITS = (
         "probability-of-the-k-first-without-ties",
         kind="dropped term",
         file="jaxsoft/logits/rejection.py",
-        before="least = bracket.mass_high + missing * weight",
-        after="least = bracket.mass_high",
+        before="bracket.mass_high + part)",
+        after="bracket.mass_high)",
+        tests=("tests/logits/test_filters.py",),
+    ),
+    Breakage(
+        "groups-without-their-order",
+        kind="wrong class order",
+        file="jaxsoft/logits/groups.py",
+        before="ids = jnp.sort(groups, axis=1)[:, :, None] * size",
+        after="ids = groups[:, :, None] * size",
         tests=("tests/logits/test_filters.py",),
     ),
     Breakage(

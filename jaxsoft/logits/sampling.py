@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
-from jaxsoft.logits import filters, rejection
+from jaxsoft.logits import filters, groups, rejection
 from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 
 __all__ = ["draw_rows", "sample"]
@@ -21,6 +21,8 @@ __all__ = ["draw_rows", "sample"]
 _KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0}
 # So many classes of a row are filtered by comparing each with each other.
 _FEW = 128
+# So many first classes of a row are looked for in groups of classes.
+_MOST = 128
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -75,8 +77,10 @@ def sample(
       of classes on its number as well: the same as in `linear_sample`, which draws the
       same classes but for ties within rounding. With filters a row of many classes is
       drawn from until they keep its class, each time from the classes before the last:
-      a few passes over a row, and no sort. Without a derivative; see `gumbel_softmax`
-      and `reinmax` for one.
+      a few passes over a row, and no sort. Where `top_k` is known and at most 128, most
+      groups of classes are left out first, and a key draws other classes than with the
+      same `top_k` traced. Without a derivative; see `gumbel_softmax` and `reinmax` for
+      one.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,7 +104,8 @@ def sample(
         _filter("top_p", top_p, logits, axis),
         _filter("min_p", min_p, logits, axis),
     )
-    return back(_sample(static_tau, key, rows, chosen))
+    first = _most_of(top_k)
+    return back(_sample(static_tau, first, key, rows, chosen))
 
 
 def _filter(
@@ -143,12 +148,28 @@ def _filter(
     return jnp.moveaxis(jnp.broadcast_to(array, row_shape), axis, -1).reshape(-1, 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0,), inline=True)
+def _most_of(top_k: ArrayLike | None) -> int | None:
+    """Returns a power of two that no row's top_k is larger than, if one is known."""
+    if top_k is None or isinstance(top_k, Tracer):
+        return None
+    if isinstance(top_k, jax.Array) and not top_k.is_fully_addressable:
+        return None
+    known = np.asarray(top_k)
+    if known.size == 0 or known.min() < 1 or known.max() > _MOST:
+        return None
+    return 2 ** (int(known.max()) - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _sample(
-    static_tau: float | None, key: jax.Array, rows: Rows, chosen: filters.Filters
+    static_tau: float | None,
+    first: int | None,
+    key: jax.Array,
+    rows: Rows,
+    chosen: filters.Filters,
 ) -> jax.Array:
     words = noise.row_words(key, rows.logits.shape[0])
-    return draw_rows(static_tau, words, rows, chosen)
+    return draw_rows(static_tau, words, rows, chosen, first)
 
 
 def draw_rows(
@@ -156,6 +177,7 @@ def draw_rows(
     words: jax.Array,
     rows: Rows,
     chosen: filters.Filters = filters.NONE,
+    first: int | None = None,
 ) -> jax.Array:
     """Draws a class of each row.
 
@@ -164,6 +186,7 @@ def draw_rows(
       words: [R, 2], see `noise.row_words`.
       rows: the logits.
       chosen: the filters.
+      first: how many first classes of a row hold all that top_k keeps, if known.
 
     Returns:
       [R] int32; -1 where there is no class, or a NaN, or a filter out of its range.
@@ -176,14 +199,21 @@ def draw_rows(
         block = block_sampling.block_size(classes)
         return block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
     few = classes <= _FEW
+    size = None if few or first is None else groups.group_size(classes, first)
+    if first is not None and size is not None:
+        some, ids = groups.first_groups(rows, first, size)
+        rows = Rows(some, rows.tau, None)
+        place = draw_rows(static_tau, words, rows, chosen)
+        found = jnp.take_along_axis(ids, jnp.maximum(place, 0)[:, None], axis=1)[:, 0]
+        return jnp.where(place < 0, -1, found)
     draw = functools.partial(_draw_of_few if few else _draw_of_many, static_tau)
     arrays = (words, rows, chosen)
+    row_size = classes * classes if few else classes
 
     def tiled(arrays):
         # Of few classes all pairs are looked at, of many several passes over a row are
         # made: in cache, and a row for each of a few cores.
-        size = classes * classes if few else classes
-        return in_tiles(draw, arrays, count, size, least_rows=4)
+        return in_tiles(draw, arrays, count, row_size, least_rows=4)
 
     return lax.platform_dependent(arrays, cpu=tiled, default=draw)
 

@@ -13,7 +13,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxsoft
-from jaxsoft.logits import filters, rejection
+from jaxsoft.logits import filters, groups, rejection
+from jaxsoft.logits.rows import Rows
 from tests import truth
 from tests.statistics import chi_square
 
@@ -314,6 +315,45 @@ def test_a_row_alone_whatever_its_tile():
     np.testing.assert_array_equal(
         jaxsoft.sample(KEY, x[:9], top_k=50, top_p=0.9), drawn[:9]
     )
+
+
+@pytest.mark.parametrize("classes", [1000, 1003])
+def test_the_first_groups_have_the_first_classes(classes):
+    rng = np.random.default_rng(6)
+    x = with_both_zeros(rng.integers(-4, 1, (40, classes)))
+    x[:20] = rng.standard_normal((20, classes)).astype("float32")
+    x[20:25, : classes - 5] = -np.inf
+    where = rng.random((1, classes)) < 0.9
+    find = jax.jit(groups.first_groups, static_argnums=(1, 2))
+    rows = Rows(jnp.asarray(x), None, jnp.asarray(where))
+    some, ids = (np.asarray(a) for a in find(rows, 8, 16))
+    masked = np.where(where, x, -np.inf)
+    found = np.take_along_axis(masked, np.minimum(ids, classes - 1), axis=1)
+    np.testing.assert_array_equal(some, np.where(ids < classes, found, -np.inf))
+    assert (np.diff(ids, axis=1) > 0).all()
+    for row in range(40):
+        first = np.argsort(-masked[row], kind="stable")[:8]
+        assert np.isin(first[masked[row, first] > -np.inf], ids[row]).all()
+
+
+OF_GROUPS = [
+    {"top_k": 2},
+    {"top_k": 7, "top_p": 0.7},
+    {"top_k": 7, "top_p": 0.9, "min_p": 0.3},
+]
+
+
+@pytest.mark.parametrize("given", OF_GROUPS, ids=lambda given: "-".join(given))
+def test_rates_of_a_known_count(given):
+    x = (2 * np.random.default_rng(4).standard_normal(1003)).astype("float32")
+    logits = np.broadcast_to(x, (4000, 1003)).copy()
+    logits[0, 1000], logits[1, 3], logits[2] = np.nan, np.inf, -np.inf
+    # Numbers whose sum overflows.
+    logits[3, :20], logits[3, 20] = 3e38, -np.inf
+    drawn = np.asarray(jaxsoft.sample(KEY, logits, 1.3, **given))
+    np.testing.assert_array_equal(drawn[:3], -1)
+    assert drawn[3] in range(7)
+    check_rates(np.asarray(x, float), drawn[4:], given)
 
 
 def test_rows_of_shards():

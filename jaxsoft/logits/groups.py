@@ -1,0 +1,92 @@
+"""The groups of classes that the first classes of each row lie in.
+
+The first are those of the largest logits, equal ones by ascending id: what `top_k`
+keeps. Consecutive classes are groups, and k groups that are first in the same order, by
+their largest logit and their number, hold the k first classes: any other group has k
+classes before its own, one in each of them. So a short selection leaves few classes.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsoft._core.numerics import compute_dtype
+from jaxsoft.logits.rows import Rows
+
+__all__ = ["first_groups", "group_size"]
+
+# The least share of the classes that is worth leaving out.
+_LEAST_GAIN = 4
+
+
+def group_size(classes: int, count: int) -> int | None:
+    """Returns the classes of a group, for the first `count` classes of a row.
+
+    As many groups as there are classes in `count` of them; None where those would be
+    too large a part of all classes.
+    """
+    size = 2 ** round(math.log2(max(classes / count, 1)) / 2)
+    return size if size * count * _LEAST_GAIN <= classes else None
+
+
+def first_groups(rows: Rows, count: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the classes of the groups that the first `count` classes lie in.
+
+    Args:
+      rows: the logits.
+      count: how many, at most as many as there are groups.
+      size: the classes of a group.
+
+    Returns:
+      [R, count·size] logits as they are computed with, -inf at dropped classes, and
+      all +inf in a row with a NaN; and their classes, int32, ascending.
+    """
+    x = _masked(rows.logits, rows.where)
+    tops = _largest(x, size)
+    _, groups = lax.top_k(tops, count)
+    ids = jnp.sort(groups, axis=1)[:, :, None] * size
+    ids = ids + lax.iota(jnp.int32, size)[None, None]
+    ids = ids.reshape(ids.shape[0], count * size)
+
+    def take(array: jax.Array, fill: float | bool) -> jax.Array:
+        return jnp.take_along_axis(array, ids, axis=1, mode="fill", fill_value=fill)
+
+    where = rows.where
+    if where is not None:
+        where = take(jnp.broadcast_to(where, rows.logits.shape), False)
+    some = _masked(take(rows.logits, -jnp.inf), where).astype(tops.dtype)
+    return jnp.where(_with_nan(x), jnp.inf, some), ids
+
+
+def _masked(logits: jax.Array, where: jax.Array | None) -> jax.Array:
+    return logits if where is None else jnp.where(where, logits, -jnp.inf)
+
+
+def _largest(x: jax.Array, size: int) -> jax.Array:
+    """Returns the largest logit of each group, [R, n], as `lax.top_k` orders them."""
+    whole = x.shape[1] // size * size
+    groups = x[:, :whole].reshape(x.shape[0], whole // size, size)
+    tops = jnp.max(groups, axis=2)
+    if whole < x.shape[1]:
+        rest = jnp.max(x[:, whole:], axis=1, keepdims=True)
+        tops = jnp.concatenate([tops, rest], axis=1)
+    tops = tops.astype(compute_dtype(x))
+    # `lax.top_k` takes -0.0 to be less than 0.0.
+    return jnp.where(tops == 0, 0, tops)
+
+
+def _with_nan(x: jax.Array) -> jax.Array:
+    """Tells which rows have a NaN, [R, 1].
+
+    XLA's own maximum on CPUs leaves NaN out in loops that it vectorises, a sum never.
+    """
+    total = jnp.sum(x, axis=1, keepdims=True, dtype=compute_dtype(x))
+    # Or infinities of both signs, which may be sums of large numbers.
+    suspect = jnp.isnan(total)
+    return lax.cond(
+        jnp.any(suspect),
+        lambda: jnp.any(jnp.isnan(x), axis=1, keepdims=True),
+        lambda: suspect,
+    )
