@@ -113,9 +113,11 @@ def drawn(sizes: Sizes, gradient: bool) -> float:
 
 
 def taught(sizes: Sizes, gradient: bool) -> float:
-    """As reduced, with the workspace of two layers."""
-    more = sizes.workspace(layers=2) - sizes.workspace()
-    return reduced(sizes, gradient) + gradient * more
+    """As reduced, with the workspace of two layers, which the value takes too."""
+    workspace = sizes.workspace(layers=2)
+    if not gradient:
+        return workspace
+    return reduced(sizes, gradient) + workspace - sizes.workspace()
 
 
 def listed(sizes: Sizes, gradient: bool) -> float:
