@@ -109,7 +109,7 @@ def row_update(name: str, gradient: Array, rate: float) -> dict[str, Array]:
 
     Returns:
       `moved`, what is added to the rows; and the optimizer's memory of them, `slot 0`
-      and so on.
+      and so on, each of Adam's moments by itself.
     """
     if name == "row_sgd":
         return {"moved": -rate * gradient}

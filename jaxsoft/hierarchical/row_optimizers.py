@@ -29,8 +29,11 @@ class RowState(NamedTuple):
 
     Attributes:
       count: [] int32, the updates so far, which a schedule is a function of.
-      slots: for each array of the parameters a tuple of arrays, a number or a row for
-        each of its rows.
+      slots: for each array of the parameters, [R, ...], a tuple of arrays with a number
+        or a row for each of its rows. `row_sgd` has none; `row_adagrad` the sum of
+        squares, [R, ...]; `row_adam` the mean and behind it, along the last axis, the
+        mean of squares, [R, ..., 2·D] for parameters [R, ..., D], but two arrays for
+        parameters [R]; and the updates of each row, [R] int32.
     """
 
     count: jax.Array
@@ -201,19 +204,28 @@ def row_adam(
     eps = checks.scalar_in("eps", eps, 0, float("inf"))
 
     def step(gradient, slots, rate):
-        mean, square, visits = slots
+        *moments, visits = slots
         visits = visits + 1
+        mean, square = moments if len(moments) == 2 else jnp.split(moments[0], 2, -1)
         mean = b1 * mean + (1 - b1) * gradient
         square = b2 * square + (1 - b2) * gradient**2
         time = visits.astype(gradient.dtype)
         time = time.reshape(*time.shape, *(1,) * (gradient.ndim - 1))
         unbiased = mean / (1 - b1**time)
         spread = jnp.sqrt(square / (1 - b2**time))
-        return -rate * unbiased / (spread + eps), (mean, square, visits)
+        moved = -rate * unbiased / (spread + eps)
+        if len(moments) == 2:
+            return moved, (mean, square, visits)
+        return moved, (jnp.concatenate([mean, square], axis=-1), visits)
 
     def slots(leaf):
-        moments = [jnp.zeros(leaf.shape, _wide(leaf.dtype)) for _ in range(2)]
-        return (*moments, jnp.zeros(leaf.shape[:1], jnp.int32))
+        dtype, visits = _wide(leaf.dtype), jnp.zeros(leaf.shape[:1], jnp.int32)
+        if leaf.ndim == 1:
+            # TPUs pad the last axis to 128 numbers: two a row take 64 times as many.
+            return *(jnp.zeros(leaf.shape, dtype) for _ in range(2)), visits
+        # A row of both moments is one place in memory, where a row of each is two.
+        *shape, features = leaf.shape
+        return jnp.zeros((*shape, 2 * features), dtype), visits
 
     return _optimizer(learning_rate, slots, step)
 
