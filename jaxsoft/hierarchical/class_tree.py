@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 from numpy import typing as npt
 
@@ -281,20 +280,11 @@ class ClassTree:
         rank = ids if self.ranks is None else jnp.asarray(self.ranks)[ids]
         slot = self.levels.slot_of_rank(rank)
         depth = jnp.where(known, self.levels.level_of_slot(slot), 0)
-        upwards = []
-        for level in range(self.max_depth, 0, -1):
-            inside = depth >= level
-            here = jnp.where(inside, slot, self.levels.first_slots[level])
-            node, first, number, above = self.levels.above(level, here)
-            step = (first - node, number - 1, here - first)
-            upwards.append([jnp.where(inside, a, 0) for a in step])
-            # Without the barrier XLA repeats the levels below for each one above.
-            slot = lax.optimization_barrier(jnp.where(inside, above, slot))
-        if not upwards:
+        if not self.max_depth:
             empty = jnp.expand_dims(ids, axis)
             return ClassPath(*[jax.lax.slice_in_dim(empty, 0, 0, axis=axis)] * 3)
-        downwards = zip(*reversed(upwards), strict=True)
-        return ClassPath(*[jnp.stack(field, axis=axis) for field in downwards])
+        steps = self.levels.steps_to(slot, depth)
+        return ClassPath(*(jnp.moveaxis(field, 0, axis) for field in steps))
 
     def biases(self, probabilities: npt.ArrayLike) -> np.ndarray:
         """Node biases that give the classes some probabilities where logits are 0.

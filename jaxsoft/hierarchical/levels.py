@@ -20,6 +20,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxsoft._core.exporting import Leaf, exportable_dataclass
 
@@ -94,23 +95,32 @@ class Levels(abc.ABC):
         """Returns the levels that slots are on, from 1."""
         return _level(self.first_slots, slot)
 
-    def above(
-        self, level: int, slot: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Returns the nodes that the slots of one level are children of.
+    def steps_to(
+        self, slot: jax.Array, depth: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the steps from the root to some slots.
 
         Args:
-          level: of the slots, at least 1.
           slot: [...].
+          depth: [...], the levels that they are on; 0 for what has no path.
 
         Returns:
-          Each [...]: the node, its first slot, how many children it has, its own slot.
+          Each [depth, ...], 0 below the slot: the first row of the node, how many rows
+          it has, which child is taken.
         """
-        del level
-        node = self.node_of_slot(slot)
-        first = self.first_slot(node)
-        number = self.first_slot(node + 1) - first
-        return node, first, number, self.slot_of_node(node)
+        upwards = []
+        for level in range(self.depth, 0, -1):
+            inside = depth >= level
+            here = jnp.where(inside, slot, self.first_slots[level])
+            node = self.node_of_slot(here)
+            first = self.first_slot(node)
+            step = (first - node, self.first_slot(node + 1) - first - 1, here - first)
+            upwards.append([jnp.where(inside, a, 0) for a in step])
+            # Without the barrier XLA repeats the levels below for each one above.
+            above = self.slot_of_node(node)
+            slot = lax.optimization_barrier(jnp.where(inside, above, slot))
+        first, number, choice = map(jnp.stack, zip(*reversed(upwards), strict=True))
+        return first, number, choice
 
     def num_children(self, node: jax.Array) -> jax.Array:
         """Returns how many children inner nodes have."""
@@ -155,17 +165,44 @@ class Canonical(Levels):
         position = slot - jnp.asarray(self.first_slots)[level]
         return jnp.asarray(self.first_nodes)[level - 1] + position // self.arity
 
-    def above(
-        self, level: int, slot: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Returns the nodes that the slots of one level are children of."""
-        begin, first_node = self.first_slots[level], self.first_nodes[level - 1]
-        place = (slot - begin) // self.arity
-        first = begin + self.arity * place
+    def steps_to(
+        self, slot: jax.Array, depth: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the steps from the root to some slots."""
+        if self.arity**self.depth >= 2**31:
+            return super().steps_to(slot, depth)
+        # In the complete tree, whose leaves all lie on the last level, a slot has all
+        # those before it that would hang from leaves further up, and its ancestors
+        # are quotients of its place.
+        missing = [0]
+        for count in self.leaves[:-1]:
+            missing.append(self.arity * (missing[-1] + count))
+        shape = (-1, *(1,) * slot.ndim)
+        levels = np.arange(1, self.depth + 1, dtype=np.int32).reshape(shape)
+        powers = np.array([self.arity**n for n in range(self.depth + 1)], np.int32)
+        offsets = np.array(missing, np.int32)
+        place = slot + jnp.asarray(offsets - self.first_slots[:-1])[depth]
+        last = place * jnp.asarray(powers[::-1].copy())[depth]
+        place = self._quotient(last[None], self.depth - levels)
+        parent = self._quotient(place, np.ones_like(levels))
+        choice = place - self.arity * parent
+        # Among the slots that there are.
+        inside = levels <= depth[None]
+        node = parent - (offsets[1:] // self.arity).reshape(shape)
+        node = jnp.where(inside, node, 0)
+        first = self.first_slots[1:-1].reshape(shape) + self.arity * node
         number = jnp.minimum(self.num_slots - first, self.arity)
-        leaves = self.leaves[level - 1]
-        own = self.first_slots[level - 1] + leaves + place
-        return first_node + place, first, number, own
+        row = first - self.first_nodes[:-2].reshape(shape) - node
+        steps = (row, number - 1, choice)
+        row, number, choice = (jnp.where(inside, a, 0) for a in steps)
+        return row, number, choice
+
+    def _quotient(self, number: jax.Array, power: np.ndarray) -> jax.Array:
+        """Returns numbers >= 0 over powers of the arity, rounded down."""
+        bits = self.arity.bit_length() - 1
+        if self.arity == 2**bits:
+            return number >> (bits * power)
+        return number // np.int32(self.arity) ** power
 
     def first_slot(self, node: jax.Array) -> jax.Array:
         """Returns the slots of nodes' first children."""

@@ -13,6 +13,7 @@ import pytest
 
 from jaxsoft import ClassTree
 from jaxsoft.hierarchical.huffman import code_lengths, least_depth
+from jaxsoft.hierarchical.levels import Levels
 from tests.hierarchical import cases
 
 # Ids of trees of all sizes fill one shape, for which operations are compiled once.
@@ -358,3 +359,20 @@ def test_biases_give_the_classes_their_probabilities(kind, num_classes):
 def test_biases_messages(weights, message):
     with pytest.raises(ValueError, match=message):
         ClassTree.balanced(2).biases(weights)
+
+
+@pytest.mark.parametrize("arity", [2, 3, 4])
+def test_steps_by_quotients_are_those_from_node_to_node(arity):
+    counts = 1.5 ** np.arange(40)
+    for tree in (
+        *(ClassTree.balanced(classes, arity) for classes in (2, 5, 40, 81)),
+        ClassTree.huffman(counts, arity),
+        # Too deep for places in the complete tree to be int32.
+        ClassTree.huffman(2.0 ** np.arange(40), arity, max_depth=39),
+    ):
+        levels = tree.levels
+        slots = levels.slot_of_rank(jnp.arange(levels.num_classes, dtype=jnp.int32))
+        depths = levels.level_of_slot(slots)
+        expected = Levels.steps_to(levels, slots, depths)
+        for own, other in zip(levels.steps_to(slots, depths), expected, strict=True):
+            np.testing.assert_array_equal(own, other)
