@@ -57,13 +57,14 @@ class _Carry(NamedTuple):
       max: [R, 1] the largest logit, with its noise.
       sum: [R, 1] Σ exp(c).
       mixture: [R, D] Σ exp(c) values.
-      argmax: [R] the lowest class that reaches the maximum.
+      argmax: [R] the lowest class that reaches the maximum; None unless the result is
+        hard.
     """
 
     max: jax.Array
     sum: jax.Array
     mixture: jax.Array
-    argmax: jax.Array
+    argmax: jax.Array | None
 
 
 class _Saved(NamedTuple):
@@ -123,7 +124,8 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
             jnp.full((rows, 1), -jnp.inf, dtype),
             jnp.zeros((rows, 1), dtype),
             jnp.zeros((rows, arrays.values.shape[1]), dtype),
-            jnp.zeros(rows, jnp.int32),
+            # XLA takes the maximum along with it, in a slower pass.
+            jnp.zeros(rows, jnp.int32) if self.hard else None,
         )
 
     def tile(self, part: Mixed, tiles: Tiling, index: jax.Array | int) -> Tile:
@@ -156,12 +158,15 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
             self.config.precision,
             u.dtype,
         )
-        argmax = tile.start + lax.argmax(u, 1, jnp.int32)
+        argmax = carry.argmax
+        if argmax is not None:
+            best = tile.start + lax.argmax(u, 1, jnp.int32)
+            argmax = jnp.where((largest > carry.max)[:, 0], best, argmax)
         return _Carry(
             largest,
             carry.sum * rescale + jnp.sum(weights, axis=1, keepdims=True),
             carry.mixture * rescale + mixed,
-            jnp.where((largest > carry.max)[:, 0], argmax, carry.argmax),
+            argmax,
         )
 
     def finish(self, carry: _Carry, arrays: Mixed) -> _Saved:
@@ -170,14 +175,16 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
         largest = mesh_axes.maximum(carry.max, axes)
         rescale = jnp.exp(divide_by_temperature(carry.max, finite_peak(largest), tau))
         sums = {"total": carry.sum * rescale, "mixture": carry.mixture * rescale}
-        if self.hard:
-            sums["picked"] = self._picked(carry, arrays, largest)
+        if carry.argmax is not None:
+            sums["picked"] = self._picked(carry, carry.argmax, arrays, largest)
         sums = mesh_axes.add(sums, axes)
         total = jnp.where(sums["total"] == 0, 1, sums["total"])
         mixture = sums["mixture"] / total
         return _Saved(largest[:, 0], total[:, 0], mixture, sums.get("picked"))
 
-    def _picked(self, carry: _Carry, arrays: Mixed, largest: jax.Array) -> jax.Array:
+    def _picked(
+        self, carry: _Carry, argmax: jax.Array, arrays: Mixed, largest: jax.Array
+    ) -> jax.Array:
         """Returns the values at one class a row: the lowest that reaches the maximum.
 
         They are 0 on all shards but the one that has the class.
@@ -185,10 +192,10 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
         axes = self.config.vocab_axes
         number = arrays.operands.num_classes(self.config)
         reached = (carry.max == largest)[:, 0]
-        first = mesh_axes.lowest_argmax(carry.argmax, reached, number, axes)
-        is_first = mesh_axes.offset(axes, number) + carry.argmax == first
+        first = mesh_axes.lowest_argmax(argmax, reached, number, axes)
+        is_first = mesh_axes.offset(axes, number) + argmax == first
         ours = reached & is_first & (carry.max[:, 0] > -jnp.inf)
-        picked = jnp.take(arrays.values, carry.argmax, axis=0, mode="clip")
+        picked = jnp.take(arrays.values, argmax, axis=0, mode="clip")
         return jnp.where(ours[:, None], picked.astype(carry.mixture.dtype), 0)
 
     def result(self, saved: _Saved) -> _Result:
