@@ -143,8 +143,8 @@ _CORE = (
         "side-of-the-fitted-bound",
         kind="wrong sign",
         file="jaxsoft/_core/temperature_fit.py",
-        before="side = at_high.astype(jnp.int32) - at_low.astype(jnp.int32)",
-        after="side = at_low.astype(jnp.int32) - at_high.astype(jnp.int32)",
+        before="side = jnp.where(at_high, 1, jnp.where(at_low, -1, 0))",
+        after="side = jnp.where(at_high, -1, jnp.where(at_low, 1, 0))",
         tests=("tests/logits/test_calibration.py",),
     ),
     Breakage(

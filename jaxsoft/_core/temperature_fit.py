@@ -1,14 +1,15 @@
 """The temperature of least negative log-likelihood, for stored and streamed logits.
 
-The mean NLL is convex in 1/τ, so its derivative by t = log τ,
-`D(t) = Σ w (c_label - Σ p c) / Σ w` with c the centred logits over τ, changes sign once
-at most: below 0 where a higher temperature is better, above 0 where a lower one is.
-Both of its terms are centred, and so is the NLL: a common offset of the logits cancels
-before anything is rounded.
+The mean NLL is convex in β = 1/τ, so its derivative
+`g(β) = Σ w (Σ p u - u_label) / Σ w` changes sign once at most: above 0 where a higher
+temperature is better, below 0 where a lower one is. It is -τ times the derivative by
+log τ, whose terms are centred, as those of the NLL are: a common offset of the logits
+cancels before anything is rounded.
 
-The zero is bracketed and found by Chandrupatla's method: inverse quadratic steps where
-three points allow it, halving the bracket of t otherwise. It needs one pass over the
-logits a step and no second derivative, and cannot leave the bounds.
+Between a temperature and a much higher one g is nearly a straight line. Its zero is
+bracketed by 1 and a bound, and found by Chandrupatla's method: inverse quadratic steps
+where three points allow it, halving the bracket of log β otherwise. It needs one pass
+over the logits a step and no second derivative, and cannot leave the bounds.
 """
 
 import functools
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.exporting import exportable_namedtuple
 from jaxsoft._core.numerics import nan_where
 
@@ -121,41 +122,63 @@ def fit_rows(
       The fit.
     """
     evaluate = functools.partial(_evaluate, rows, weights, token_axes)
-    taus = jnp.stack([jnp.asarray(tau, dtype) for tau in bounds])
-    first = lax.map(lambda tau: evaluate(jnp.log(tau), tau), taus)
-    low, one, high = (jax.tree.map(lambda a, i=i: a[i], first) for i in range(3))
-    # Slopes of 0 do not tell it: that of a certain label underflows.
-    flat = high.spread == 0
-    at_low = (low.slope >= 0) & ~(one.slope < 0) & ~flat
-    at_high = (high.slope <= 0) & ~(one.slope > 0) & ~flat & ~at_low
-    # Where there is no zero to look for, the search starts done.
-    done = flat | at_low | at_high | (one.slope == 0) | jnp.isnan(first.slope).any()
-    inner = _zero(evaluate, one, _where(one.slope < 0, high, low), done)
-    best = _where(at_low, low, _where(at_high, high, inner))
-    tau = jnp.where(best.t == one.t, taus[1], jnp.exp(best.t))
-    tau = jnp.where(at_low, taus[0], jnp.where(at_high, taus[2], tau))
-    # The NLL of the minimum is no higher than any other, but for its own rounding.
-    nll = jnp.minimum(best.nll, one.nll)
-    unknown = jnp.isnan(first.slope).any() | jnp.isnan(first.nll).any()
-    # Infinite at the upper bound it is so at every temperature: no class of the label.
-    undefined = unknown | jnp.isinf(high.nll)
-    tau = nan_where(undefined, jnp.clip(tau, taus[0], taus[2]))
-    nll = nan_where(unknown, nll)
-    side = at_high.astype(jnp.int32) - at_low.astype(jnp.int32)
-    return TemperatureFit(tau, nll, jnp.where(undefined, 0, side))
+    low, one, high = (jnp.asarray(tau, dtype) for tau in bounds)
+    # What a step leaves has the type of what a temperature's evaluation gives.
+    over = mesh_axes.varying_axes(jax.make_jaxpr(evaluate)(one).out_avals[1])
+    zero, no = jnp.zeros((), dtype), jnp.bool_(False)
+    point = _Point(one, zero)
+    start = _Search(
+        point, point, point, zero, one, zero + jnp.inf, jnp.int32(0), no, jnp.int32(0)
+    )
+    start = jax.tree.map(lambda a: mesh_axes.vary(a, over), start)
+    search = lax.while_loop(
+        lambda search: ~search.done & (search.step < _MOST_STEPS),
+        functools.partial(_advance, evaluate, (low, one, high)),
+        start,
+    )
+    # Infinite at every temperature that was tried: no class of the label.
+    undefined = ~jnp.isfinite(search.nll)
+    tau = nan_where(undefined, jnp.clip(search.tau, low, high))
+    return TemperatureFit(tau, search.nll, jnp.where(undefined, 0, search.side))
 
 
 class _Point(NamedTuple):
-    """A temperature tried: t = log τ, and the means of what `RowFit` has there."""
+    """A temperature that was tried, and the derivative of the mean NLL by 1/τ there."""
 
-    t: jax.Array
-    nll: jax.Array
+    tau: jax.Array
     slope: jax.Array
-    spread: jax.Array
 
 
-def _evaluate(rows, weights, token_axes, t: jax.Array, tau: jax.Array) -> _Point:
-    """Tries a temperature."""
+class _Search(NamedTuple):
+    """What is known after some temperatures.
+
+    Attributes:
+      new: the newest one.
+      end: the other end of the bracket.
+      old: the one before, or the end before.
+      move: by how much 1/τ moved to the newest.
+      tau: what to try next; once done the minimum.
+      nll: the lowest so far; NaN where one was.
+      side: -1 or 1 if the minimum is the lower or the upper bound.
+      done: whether nothing is left to try.
+      step: how many were tried.
+    """
+
+    new: _Point
+    end: _Point
+    old: _Point
+    move: jax.Array
+    tau: jax.Array
+    nll: jax.Array
+    side: jax.Array
+    done: jax.Array
+    step: jax.Array
+
+
+def _evaluate(
+    rows, weights, token_axes, tau: jax.Array
+) -> tuple[_Point, jax.Array, jax.Array]:
+    """Tries a temperature; returns the mean NLL and spread there too."""
     terms = rows(tau)
     dtype = terms.nll.dtype
     if weights is None:
@@ -168,65 +191,80 @@ def _evaluate(rows, weights, token_axes, t: jax.Array, tau: jax.Array) -> _Point
         count = lax.psum(count, token_axes) if token_axes else count
     sums = jnp.stack([jnp.sum(values) for values in terms])
     sums = lax.psum(sums, token_axes) if token_axes else sums
-    sums = sums / jnp.where(count == 0, 1, count)
-    return _Point(t, sums[0], sums[1], sums[2])
+    nll, slope, spread = sums / jnp.where(count == 0, 1, count)
+    return _Point(tau, -slope * tau), nll, spread
 
 
 def _where(condition: jax.Array, yes: _Point, no: _Point) -> _Point:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-class _Search(NamedTuple):
-    """The newest point, the other end of the bracket, and the point before."""
+def _advance(evaluate, bounds, search: _Search) -> _Search:
+    """Tries one more temperature: 1, a bound, and then what lies between the two."""
+    low, one, high = bounds
+    is_first, is_second = search.step == 0, search.step == 1
+    point, nll, spread = evaluate(search.tau)
+    nll = jnp.minimum(jnp.where(is_first, nll, search.nll), nll)
+    nll = nan_where(jnp.isnan(point.slope), nll)
 
-    new: _Point
-    end: _Point
-    old: _Point
-    step: jax.Array
-    done: jax.Array
+    before = _where(is_first, point, search.new)
+    same = jnp.sign(point.slope) == jnp.sign(before.slope)
+    old = _where(is_first, point, _where(same, before, search.end))
+    end = _where(is_first, point, _where(same, search.end, before))
+    move = jnp.abs(1 / point.tau - 1 / before.tau)
+
+    # Slopes of 0 do not tell whether all logits are alike: that of a certain label
+    # underflows. Where they are, every temperature is as good.
+    flat = is_first & (spread == 0)
+    is_zero = is_second & (before.slope == 0) & (point.slope > 0)
+    at_high = (before.slope > 0) & (point.slope >= 0)
+    at_high = at_high | (is_zero & (one == high))
+    at_low = ~(before.slope > 0) & (point.slope <= 0)
+    side = jnp.where(at_high, 1, jnp.where(at_low, -1, 0))
+    side = jnp.where(is_second, side, search.side)
+
+    guess, known = _guess(point, end, old, is_second)
+    beta, other = 1 / point.tau, 1 / end.tau
+    best = _where(jnp.abs(end.slope) < jnp.abs(point.slope), end, point)
+    least = 2 * jnp.finfo(beta.dtype).eps / best.tau
+    closed = jnp.abs(other - beta) <= 2 * least
+    # The error of such a step is as the product of the last two where both are small.
+    product = jnp.abs(guess - beta) * move
+    is_small = product <= jnp.finfo(beta.dtype).eps / 4 * beta**2
+    near = known & (move <= beta / 16) & is_small
+    inside = jnp.minimum(beta, other) + least, jnp.maximum(beta, other) - least
+    guess = jnp.clip(guess, *inside)
+    found = closed | near | (point.slope == 0)
+    done = jnp.where(is_second, (side != 0) | is_zero, found)
+    done = jnp.where(is_first, flat, done) | jnp.isnan(nll)
+
+    bound = jnp.where(point.slope > 0, high, low)
+    tau = jnp.where(done & ~near, best.tau, 1 / guess)
+    tau = jnp.where(is_second & (side != 0), point.tau, tau)
+    tau = jnp.where(is_zero, one, tau)
+    tau = jnp.where(is_first, jnp.where(flat, one, bound), tau)
+    return _Search(point, end, old, move, tau, nll, side, done, search.step + 1)
 
 
-def _zero(evaluate, a: _Point, b: _Point, done: jax.Array) -> _Point:
-    """Returns the point where the slope vanishes, between two of unlike signs."""
-    tolerance = 2 * float(jnp.finfo(a.t.dtype).eps)
+def _guess(
+    new: _Point, end: _Point, old: _Point, is_second: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns 1/τ between `new` and `end` that is tried next.
 
-    def share_left(new, end):
-        """The tolerance at the better end, as a share of the bracket."""
-        t = jnp.where(jnp.abs(new.slope) < jnp.abs(end.slope), new.t, end.t)
-        width = jnp.abs(end.t - new.t)
-        allowed = tolerance * jnp.maximum(jnp.abs(t), 1)
-        return allowed / jnp.where(width == 0, allowed, width)
-
-    def unfinished(search):
-        return ~search.done & (search.step < _MOST_STEPS)
-
-    def advance(search):
-        new, end, old, step, _ = search
-        limit = share_left(new, end)
-        share = jnp.clip(_interpolate(new, end, old), limit, 1 - limit)
-        share = jnp.where(step == 0, 0.5, share)
-        t = new.t + share * (end.t - new.t)
-        point = evaluate(t, jnp.exp(t))
-        same = jnp.sign(point.slope) == jnp.sign(new.slope)
-        old, end = _where(same, new, end), _where(same, end, new)
-        done = (share_left(point, end) > 0.5) | ~(jnp.abs(point.slope) > 0)
-        return _Search(point, end, old, step + 1, done)
-
-    search = _Search(a, b, b, jnp.int32(0), done)
-    search = lax.while_loop(unfinished, advance, search)
-    better = jnp.abs(search.end.slope) < jnp.abs(search.new.slope)
-    return _where(better & ~done, search.end, search.new)
-
-
-def _interpolate(new: _Point, end: _Point, old: _Point) -> jax.Array:
-    """Returns where between `new` and `end` a parabola through three points is 0.
-
-    Half-way, where the parabola t(slope) is not monotone or the points are no three.
+    And whether it is where a parabola through three points, 1/τ by its slope, is 0:
+    there it is monotone.
     """
-    a, b, c = new.t, end.t, old.t
+    a, b, c = 1 / new.tau, 1 / end.tau, 1 / old.tau
     fa, fb, fc = new.slope, end.slope, old.slope
     xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
     good = (phi**2 < xi) & ((1 - phi) ** 2 < 1 - xi)
     share = fa / (fb - fa) * fc / (fb - fc)
     share = share + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
-    return jnp.where(good & jnp.isfinite(share), share, 0.5)
+    parabola = a + share * (b - a)
+    known = good & jnp.isfinite(parabola) & ~is_second
+    middle = jnp.sqrt(a) * jnp.sqrt(b)
+    # A straight line from a higher temperature, and little by little to a lower one.
+    line = a - fa / (fb - fa) * (b - a)
+    second = jnp.where(a < b, line, jnp.minimum(2 * b, middle))
+    guess = jnp.where(known, parabola, jnp.where(is_second, second, middle))
+    return guess, known
