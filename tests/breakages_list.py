@@ -202,8 +202,8 @@ _LOGITS = (
         "slope-of-the-teacher-without-its-mean",
         kind="dropped term",
         file="jaxsoft/logits/divergence.py",
-        before="by_teacher = -p * (ratio - total(p * ratio))",
-        after="by_teacher = -p * ratio",
+        before="by_teacher = -pair.p * pair.gap",
+        after="by_teacher = -pair.p * pair.log_ratio",
         tests=("tests/logits/test_gradients.py",),
     ),
     Breakage(

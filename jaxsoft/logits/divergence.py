@@ -1,55 +1,89 @@
-"""Divergences between two tempered softmaxes of stored logits, times τ²."""
+"""Divergences between two tempered softmaxes of stored logits, times τ².
+
+With p the teacher's probabilities, q the student's, g the student's centred logits less
+the teacher's and ḡ = Σ p g, the Kullback-Leibler divergence is
+`log Σ p exp((g - ḡ) / τ)`. Below 1 it is log(1 + Σ p φ), with φ = exp(δ) - 1 - δ >= 0
+of δ = (g - ḡ) / τ, so that nothing cancels; above 1 it is `log(Z_q / Z_p) - ḡ / τ`.
+Jensen-Shannon is `Σ r (a tanh a - log cosh a)` with r = (p + q) / 2 and
+a = log(q / p) / 2, again without a negative term.
+"""
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxsoft._core.divergence import (
-    SMALL,
     difference,
     excess,
-    half_scaled,
-    half_step,
+    log_cosh_series,
 )
 from jaxsoft._core.numerics import Temperature, finite, inverse
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
-from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import exponentials
+from jaxsoft.logits.centre import Centred, centre
+from jaxsoft.logits.softmax import nonzero
 
 __all__ = ["scaled_divergence"]
 
 
-def _log_ratio(student, teacher, tau, where, axis):
-    """Returns p, q, d = log(q / p), τ·d and the kept classes."""
+class _Pair(NamedTuple):
+    """Two distributions; arrays keep the class axis, with size 1 if reduced.
+
+    Attributes:
+      p: the teacher's probabilities.
+      q: the student's.
+      gap: g - ḡ, finite.
+      log_ratio: τ log(q / p), finite.
+      tau: τ, the largest finite number at τ = ∞.
+      loss: τ² KL(p, q).
+    """
+
+    p: jax.Array
+    q: jax.Array
+    gap: jax.Array
+    log_ratio: jax.Array
+    tau: jax.Array
+    loss: jax.Array
+
+
+def _below_peak(centred: Centred) -> jax.Array:
+    """Returns x - m, the lowest finite number at dropped classes."""
+    lowest = jnp.finfo(centred.logits.dtype).min
+    return jnp.maximum(centred.logits - centred.peak, lowest)
+
+
+def _pair(student, teacher, tau, where, axis) -> _Pair:
+    """Compares the tempered softmaxes of a student and a teacher."""
     s, t = centre(student, tau, where, axis), centre(teacher, tau, where, axis)
-    kept = s.kept | t.kept
-    (ws, total_s), (wt, total_t) = exponentials(s, axis), exponentials(t, axis)
-    q, p = ws / total_s, wt / total_t
-    both = s.kept & t.kept
-    prepared = Temperature.prepare(tau, student.dtype)
-    # τ·(c_s - c_t), exact for close logits; clipped, so that sums stay finite.
-    gap = finite(student - s.peak) - finite(teacher - t.peak)
-    gap = jnp.where(both, finite(gap), 0)
-    # XLA may contract the difference of the quotients: equal logits keep 0.
-    delta = jnp.where(both & (gap != 0), s.values - t.values, 0)
-    delta = jnp.where(jnp.isnan(delta), 0, delta)
-    # A class that one side alone keeps is as far as can be.
-    distance = jnp.where(both, jnp.abs(delta), jnp.where(kept, jnp.inf, 0))
-    near = jnp.max(distance, axis, keepdims=True) <= SMALL
-    # log(Z_s / Z_t): the ratio of close sums has its own, relatively exact, form.
-    mean = jnp.sum(p * jnp.expm1(jnp.where(near, delta, 0)), axis, keepdims=True)
-    shift = jnp.where(near, jnp.log1p(mean), jnp.log(total_s) - jnp.log(total_t))
-    infinite = jnp.isinf(prepared.value)
-    flat = jnp.sum(jnp.where(kept, p * gap, 0), axis, keepdims=True)
-    finite_tau = jnp.where(infinite, 1, prepared.value)
-    # Above 2^100 the quotients underflow, and the limit is exact.
-    limit = finite_tau > 2.0**100
-    scaled_shift = jnp.where(infinite | limit, flat, finite_tau * shift)
-    d = jnp.where(both, delta - shift, jnp.where(s.kept, jnp.inf, -jnp.inf))
-    d = jnp.where(kept, d, 0)
-    scaled = jnp.where(both & near, gap - scaled_shift, finite(d) * finite_tau)
-    return p, q, d, finite(scaled), finite_tau
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    tau = Temperature.prepare(tau, student.dtype).value
+    tau = jnp.minimum(tau, jnp.finfo(student.dtype).max)
+    over = inverse(tau, student.dtype)
+    e_s, e_t = jnp.exp(s.values), jnp.exp(t.values)
+    z_s, z_t = nonzero(total(e_s)), nonzero(total(e_t))
+    # A class with mass on the teacher's side alone makes the mean infinite.
+    lost = (s.logits == -jnp.inf) & (e_t > 0)
+    gap = jnp.where(lost, -jnp.inf, _below_peak(s) - _below_peak(t))
+    mean = total(e_t * gap) / z_t
+    is_lost = mean == -jnp.inf
+    mean = jnp.where(is_lost, 0, finite(mean))
+    gap = finite(gap - mean)
+    scale = jnp.exp(jnp.clip(-mean * over, -80, 80))
+    # The smaller divergences, from exp(KL) - 1 = Σ p φ.
+    terms = excess(e_t, e_s * scale, gap * over, gap, tau)
+    small = total(terms) / z_t
+    growth = jnp.where(small == jnp.inf, 0, small) * over * over
+    safe = jnp.where(growth == 0, 1, growth)
+    small = small * jnp.where(growth == 0, 1, jnp.log1p(safe) / safe)
+    # The larger ones, from the sums of exponentials.
+    shift = jnp.log(z_s) - jnp.log(z_t)
+    is_large = is_lost | (shift - mean * over > 1)
+    shift = jnp.where(is_large, tau * shift - mean, finite(small) * over)
+    loss = jnp.where(is_large, tau * shift, small)
+    loss = jnp.where(is_lost, jnp.inf, loss)
+    return _Pair(e_t / z_t, e_s / z_s, gap, finite(gap - shift), tau, loss)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -75,26 +109,20 @@ def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
 
 def _value_and_slopes(kind, axis, student, teacher, tau, where):
     """Returns the divergence and its derivatives by student and teacher logits."""
-    p, q, d, scaled, value = _log_ratio(student, teacher, tau, where, axis)
+    pair = _pair(student, teacher, tau, where, axis)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     zero = Temperature.prepare(tau, student.dtype).is_zero
     if kind == "forward_kl":
-        loss = total(excess(p, q, d, scaled, value))
-        by_student = difference(p, q, d, scaled, value)
-        # p (log(p/q) - KL), times τ.
-        ratio = jnp.where(p == 0, 0, finite(scaled))
-        by_teacher = -p * (ratio - total(p * ratio))
-    else:
-        # log(r/p) and log(r/q) for the mixture r, from d = log(q/p).
-        to_p, to_q = half_step(d), half_step(-d)
-        scaled_p, scaled_q = half_scaled(d, scaled), half_scaled(-d, -scaled)
-        r = (p + q) / 2
-        loss = total(
-            excess(p, r, to_p, scaled_p, value) + excess(q, r, to_q, scaled_q, value)
+        loss = pair.loss
+        over = inverse(pair.tau, student.dtype)
+        by_student = difference(
+            pair.p, pair.q, pair.log_ratio * over, pair.log_ratio, pair.tau
         )
-        loss = loss / 2
-        by_student = _centred_product(q, finite(scaled_q), total)
-        by_teacher = _centred_product(p, finite(scaled_p), total)
+        by_teacher = -pair.p * pair.gap
+    else:
+        loss, to_p, to_q = _jensen_shannon(pair, total)
+        by_student = -pair.q / 2 * (to_q - total(pair.q * to_q))
+        by_teacher = -pair.p / 2 * (to_p - total(pair.p * to_p))
     by_student, by_teacher = finite(by_student), finite(by_teacher)
     loss, by_student, by_teacher = (
         jnp.where(zero, 0, a) for a in (loss, by_student, by_teacher)
@@ -102,10 +130,28 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     return jnp.squeeze(loss, axis), by_student, by_teacher
 
 
-def _centred_product(p, log_ratio, total):
-    """Returns -p/2 (log_ratio - Σ p log_ratio)."""
-    log_ratio = jnp.where(p == 0, 0, log_ratio)
-    return -p / 2 * (log_ratio - total(p * log_ratio))
+def _jensen_shannon(pair: _Pair, total):
+    """Returns τ² times the divergence, and τ log(r / p) and τ log(r / q)."""
+    p, q, tau = pair.p, pair.q, pair.tau
+    over = inverse(tau, p.dtype)
+    r = (p + q) / 2
+    # Beyond 1000 the smaller of the two probabilities is 0.
+    d = jnp.minimum(jnp.abs(pair.log_ratio) * over, 1000)
+    # Series in a where it is at most 1/2, and without cancellation beyond.
+    is_near = d <= 1
+    half = jnp.where(is_near, pair.log_ratio / 2, 0)
+    a = half * over
+    of_loss, of_log_cosh = log_cosh_series(a * a)
+    log_mean = jnp.log(1 + jnp.exp(-d)) - math.log(2)
+    far = -r * log_mean - d * jnp.minimum(p, q) / 2
+    loss = total(jnp.where(is_near, r * half * (half * of_loss), tau * (tau * far)))
+
+    def log_mean_over(log_ratio):
+        near = log_ratio / 2 + half * (a * of_log_cosh)
+        above = jnp.maximum(log_ratio, 0) + tau * log_mean
+        return finite(jnp.where(is_near, near, above))
+
+    return loss, log_mean_over(pair.log_ratio), log_mean_over(-pair.log_ratio)
 
 
 def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):
