@@ -225,7 +225,8 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
         def share(part: Operands, rows: _Rows, tile: Tile, *_: Any) -> Share:
             u = self._perturbed(tile, part, rows.words).logits
             tau = part.temperature(self.config)
-            c = divide_by_temperature(u, finite_peak(rows.max)[:, None], tau)
+            # As the forward pass has it, so that XLA computes one tile's weights once.
+            c = divide_by_temperature(u, finite_peak(rows.max[:, None]), tau)
             p = jnp.exp(c) / rows.total[:, None]
             of_tile = lax.dynamic_slice_in_dim(values, tile.start, u.shape[1])
             gain = dot(rows.cotangent, of_tile, (1, 1), self.config.precision, dtype)

@@ -196,7 +196,7 @@ class _Side(NamedTuple):
     def of(cls, largest, total, cotangent, scale: jax.Array) -> "_Side":
         """Returns those of losses; `scale` is 1 / τ, and a cotangent of None is 0."""
         of_label = jnp.zeros_like(total) if cotangent is None else cotangent * scale
-        return cls(finite_peak(largest), of_label / total, of_label)
+        return cls(largest, of_label / total, of_label)
 
     def at(self, axis: int) -> "_Side":
         """Returns the same with an axis of one element."""
@@ -204,7 +204,8 @@ class _Side(NamedTuple):
 
     def slope(self, tile: Tile, tau: float | jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the derivative by a tile's similarities, and c."""
-        c = divide_by_temperature(tile.logits, self.max, tau)
+        # As the forward pass has it, so that XLA computes one tile's weights once.
+        c = divide_by_temperature(tile.logits, finite_peak(self.max), tau)
         return jnp.exp(c) * self.of_weight - tile.place(self.of_label), c
 
 
