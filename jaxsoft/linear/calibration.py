@@ -47,7 +47,7 @@ def linear_fit_temperature(
     """The temperature at which a softmax layer fits labels best, its logits streamed.
 
     `fit_temperature` of `u = softcap(hidden @ kernel + bias)`, which is never stored:
-    each of the 4 to 10 temperatures that the search tries is one stream over the
+    each of the 4 to 13 temperatures that the search tries is one stream over the
     classes (2·N·H·V flops), whose statistics hold both the NLL and its derivative. A
     vocabulary of 256,000 classes needs a tile of memory, where 4096 tokens' logits
     would take 4 GiB.

@@ -15,7 +15,6 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
-from jaxsoft._core.numerics import divide_by_temperature, times
 from jaxsoft._core.temperature_fit import (
     DEFAULT_BOUNDS,
     RowFit,
@@ -27,7 +26,7 @@ from jaxsoft._core.temperature_fit import (
 from jaxsoft._core.tokens import keep_tokens, token_weights
 from jaxsoft.logits.arguments import check_where
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import exponentials
+from jaxsoft.logits.softmax import nonzero
 
 __all__ = [
     "CalibrationBins",
@@ -54,7 +53,7 @@ def fit_temperature(
     `argmin_τ Σ_i w_i (log Σ_v exp((x_iv - m_i) / τ) - (x_i,label - m_i) / τ) / Σ_i w_i`
     within the bounds. The objective is convex in 1/τ, and the search stops where its
     derivative is 0 within rounding: in float32 within some 1e-6 of τ, relative, and
-    after 10 to 20 reads of the logits. Fit it on held-out examples, then pass it to
+    after 4 to 13 reads of the logits. Fit it on held-out examples, then pass it to
     `softmax`: the classes keep their order, only confidences change.
 
     Args:
@@ -121,16 +120,21 @@ def _fit(axis, bounds, logits, labels, where, weights) -> TemperatureFit:
         keeps = jnp.take_along_axis(jnp.broadcast_to(where, x.shape), label, axis)
         picked = jnp.where(keeps, picked, -jnp.inf)
 
+    # Temperatures within the bounds only divide: what is centred is so once for all.
+    centred = centre(x, 1.0, where, axis)
+    gaps, kept = centred.values, jnp.any(centred.kept, axis)
+    own = jnp.where(kept, (picked - centred.peak)[..., 0], 0)
+    own = numerics.nan_where(~valid, own)
+    spread = jnp.min(jnp.where(centred.kept, gaps, 0), axis)
+    lowest = jnp.finfo(dtype).min
+
     def rows(tau):
-        tau = tau.reshape((1,) * x.ndim)
-        centred = centre(x, tau, where, axis)
-        exps, total = exponentials(centred, axis)
-        expected = jnp.sum(times(exps, centred.values), axis) / total[..., 0]
-        own = divide_by_temperature(picked, centred.peak, tau)[..., 0]
-        own = jnp.where(jnp.any(centred.kept, axis), own, 0)
-        own = numerics.nan_where(~valid, own)
-        spread = jnp.min(jnp.where(centred.kept, centred.values, 0), axis)
-        return RowFit(jnp.log(total[..., 0]) - own, own - expected, spread)
+        c = gaps / tau
+        exps = jnp.exp(c)
+        total = nonzero(jnp.sum(exps, axis))
+        # A weight of 0 times the lowest number is 0.
+        expected = jnp.sum(exps * jnp.maximum(c, lowest), axis) / total
+        return RowFit(jnp.log(total) - own / tau, own / tau - expected, spread)
 
     return fit_rows(rows, row_weights(weights), bounds, dtype)
 
