@@ -210,8 +210,8 @@ _LOGITS = (
         "head-teaches-itself",
         kind="off by one",
         file="jaxsoft/logits/codistillation.py",
-        before="np.arange(1, heads)[:, None]",
-        after="np.arange(heads)[:, None]",
+        before="before.append(before[-1] + parts[h - 1])",
+        after="before.append(before[-1] + parts[h])",
         tests=("tests/logits/test_codistillation.py",),
     ),
     Breakage(

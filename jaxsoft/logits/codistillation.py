@@ -7,21 +7,20 @@ import numbers
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
-from jaxsoft._core.divergence import SMALL, difference
-from jaxsoft._core.numerics import Temperature, finite, finite_peak, inverse
+from jaxsoft._core.divergence import difference
+from jaxsoft._core.numerics import Temperature, finite, inverse
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
     has_no_tangent,
     pick_temperature,
 )
-from jaxsoft.logits.centre import Centred, centre
-from jaxsoft.logits.divergence import scaled_divergence
-from jaxsoft.logits.softmax import exponentials
+from jaxsoft.logits.centre import centre
+from jaxsoft.logits.divergence import below_peak, compare, tangent_of_loss
+from jaxsoft.logits.softmax import nonzero, probabilities, visible
 
 __all__ = ["codistillation_loss"]
 
@@ -66,16 +65,14 @@ def codistillation_loss(
         does not fit, or a known temperature is negative or NaN.
 
     Notes:
-      The consensus is a log-mean-exp over the other heads, not the sum of all heads
-      less one, so a head of large probability does not drown the others; its work
-      grows with the square of the number of heads. Each loss has a gradient in the
-      logits of its own head alone, and in `temperature` with the consensus held
-      fixed. A head without any kept class has no vote.
+      The consensus is a sum over the other heads, not the sum of all heads less one,
+      so a head of large probability does not drown the others. Each loss has a
+      gradient in the logits of its own head alone, and in `temperature` with the
+      consensus held fixed. A head without any kept class has no vote.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import numpy as np
-      >>> from jaxsoft import codistillation_loss
+      >>>       >>> from jaxsoft import codistillation_loss
       >>> heads = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
       >>> print(np.asarray(codistillation_loss(heads, 2.0)).round(4))
       [0.1237 0.4898 0.1237]
@@ -125,89 +122,109 @@ def _check_head_axis(head_axis: int, axis: int, logits: jax.Array) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _codistillation(head_axis, axis, static_tau, logits, tau, where):
     x = logits.astype(numerics.compute_dtype(logits))
-    fixed_tau = jax.lax.stop_gradient(pick_temperature(static_tau, tau))
-    teacher = _consensus(head_axis, axis, jax.lax.stop_gradient(x), fixed_tau, where)
-    if tau is not None:
-        teacher = _proportional(teacher, tau)
-    loss = scaled_divergence("forward_kl", axis, static_tau, x, teacher, tau, where)
-    own, other = (jnp.any(centre(a, 1.0, where, axis).kept, axis) for a in (x, teacher))
-    return jnp.where((own & other) | jnp.isnan(loss), loss, 0)
+    return _losses(head_axis, axis, static_tau, x, tau, where)
 
 
-@jax.custom_jvp
-def _proportional(teacher, tau):
-    """Returns logits that grow with τ, so that their tempered softmax stays."""
-    del tau
-    return teacher
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _losses(head_axis, axis, static_tau, x, tau, where):
+    """Returns the loss of every head and example."""
+    tau = pick_temperature(static_tau, tau)
+    return _loss_and_slope(head_axis, axis, x, tau, where)[0]
 
 
-def _proportional_jvp(primals, tangents):
-    teacher, tau = primals
-    _, dtau = tangents
-    tempered = finite(teacher * inverse(tau, teacher.dtype))
-    slope = jnp.where(jnp.isinf(teacher), 0, tempered)
-    change = jnp.zeros_like(teacher) if has_no_tangent(dtau) else slope * dtau
-    return teacher, change
+@functools.partial(_losses.defjvp, symbolic_zeros=True)
+def _losses_jvp(head_axis, axis, static_tau, primals, tangents):
+    x, tau_array, where = primals
+    dx, dtau, _ = tangents
+    tau = pick_temperature(static_tau, tau_array)
+    loss = _losses(head_axis, axis, static_tau, x, tau_array, where)
+    fixed = jax.lax.stop_gradient((x, tau))
+    _, slope, has_loss = _loss_and_slope(head_axis, axis, *fixed, where)
+    slope = _with_own_slope(axis, static_tau, slope, has_loss, x, tau_array, where)
+    return loss, tangent_of_loss(axis, tau, where, loss, ((slope, x, dx),), dtau)
 
 
-_proportional.defjvp(_proportional_jvp, symbolic_zeros=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _with_own_slope(axis, static_tau, slope, has_loss, x, tau, where):
+    """Returns τ (p - q), whose derivative is that of a fixed consensus q."""
+    del axis, static_tau, has_loss, x, tau, where
+    return slope
 
 
-def _consensus(head_axis, axis, x, tau, where):
-    """Returns logits whose tempered softmax is the mean of the other heads'."""
-    centred = centre(x, tau, where, axis)
-    kept_by_all = jnp.all(centred.kept, head_axis, keepdims=True)
-    kept_by_any = jnp.any(centred.kept, head_axis, keepdims=True)
-    lowest = jnp.where(centred.kept, centred.values, 0)
-    near = (lowest >= -SMALL) & (kept_by_all == kept_by_any)
-    near = jnp.all(near, (head_axis, axis), keepdims=True)
-    value = Temperature.prepare(tau, x.dtype).value
-    value = jnp.where(jnp.isinf(value), 1, value)
-    flat = _flat_consensus(head_axis, axis, x, centred, near, value)
-    _, total = exponentials(centred, axis)
-    log_p = centred.values - jnp.log(total)
-    mixed = jax.nn.logsumexp(_others(log_p, head_axis), 0)
-    mixed = jnp.moveaxis(mixed, 0, head_axis)
-    peak = jnp.max(mixed, axis, keepdims=True)
-    gap = jnp.where(mixed == -jnp.inf, 0, mixed - finite_peak(peak))
-    steep = jnp.where(mixed == -jnp.inf, -jnp.inf, finite(gap * value))
-    return jnp.where(near, jnp.where(centred.kept, flat, -jnp.inf), steep)
+@functools.partial(_with_own_slope.defjvp, symbolic_zeros=True)
+def _with_own_slope_jvp(axis, static_tau, primals, tangents):
+    slope, has_loss, x, tau_array, where = primals
+    _, _, dx, dtau, _ = tangents
+    tau = pick_temperature(static_tau, tau_array)
+    p = probabilities(axis, static_tau, x, tau_array, where)
+    change = jnp.zeros_like(x) if has_no_tangent(dx) else dx
+    tangent = jnp.zeros_like(x)
+    if not has_no_tangent(dtau):
+        change = change - visible(centre(x, tau, where, axis).values) * dtau
+        tangent += slope * inverse(tau, x.dtype) * dtau
+    mean = jnp.sum(p * change, axis, keepdims=True)
+    return slope, tangent + jnp.where(has_loss, p * (change - mean), 0)
 
 
-def _flat_consensus(head_axis, axis, x, centred: Centred, near, tau):
-    """Returns τ log(V · mean probability), exact to first order where it is flat.
+def _loss_and_slope(head_axis, axis, x, tau, where):
+    """Returns losses, slopes by the own head's logits, τ (p - q), and which have them.
 
-    At high temperatures the logits of interest are the small digits of
-    log-probabilities near -log V: here they are computed without that constant.
+    Probabilities are compared with those of the heads' mean logits: where a class is
+    close to it, τ (p - q) is exact to the first order, at any temperature.
     """
-    use = near & centred.kept
-    gap = jnp.where(use, x - centred.peak, 0)
-    c = jnp.where(use, centred.values, 0)
-    number = jnp.maximum(jnp.sum(use, axis, keepdims=True), 1).astype(x.dtype)
-    # τ log(mean_v exp(c_v)), and the same without τ.
-    grown = jnp.sum(_grown(c, gap, tau), axis, keepdims=True) / number
-    growth = jnp.sum(jnp.expm1(c), axis, keepdims=True) / number
-    ratio = _log_ratio(growth)
-    a, scaled = c - growth * ratio, gap - grown * ratio
-    a, scaled = jnp.where(use, a, 0), jnp.where(use, scaled, 0)
-    grown = jnp.mean(_others(_grown(a, scaled, tau), head_axis), 0)
-    growth = jnp.mean(_others(jnp.expm1(a), head_axis), 0)
-    return jnp.moveaxis(grown * _log_ratio(growth), 0, head_axis)
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    centred = centre(x, tau, where, axis)
+    votes = jnp.any(centred.kept, axis, keepdims=True)
+    count = votes.astype(x.dtype)
+    voters = jnp.sum(count, head_axis, keepdims=True)
+    others = voters - count
+    weight = count / jnp.maximum(voters, 1)
+    reference = jnp.sum(below_peak(centred) * weight, head_axis, keepdims=True)
+    lacks = jnp.any(votes & ~centred.kept, head_axis, keepdims=True)
+    pair = compare(x, jnp.where(lacks, -jnp.inf, reference), tau, where, axis)
+    tau, over, p = pair.tau, inverse(pair.tau, x.dtype), pair.q
+    # A head without a class has no probability and adds nothing.
+    far_from = difference(pair.p, p, pair.log_ratio * over, pair.log_ratio, tau)
+    far_from = jnp.where(votes, far_from, 0)
+    share = 1 / jnp.maximum(others, 1)
+    q = _sum_of_others(p, head_axis) * share
+    slope = far_from - _sum_of_others(far_from, head_axis) * share
+    # With y = q / p - 1 a class adds p ((1 + y) log(1 + y) - y), never negative.
+    is_near = jnp.abs(slope) <= tau * p / 2
+    scaled = jnp.where(is_near, -slope / jnp.where(p > 0, p, 1), 0)
+    near = p * scaled * (scaled * _relative(scaled * over))
+    log_p = centred.values - jnp.log(nonzero(total(jnp.exp(centred.values))))
+    far = q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.where(q > 0, log_p, 0)) - q + p
+    loss = total(jnp.where(is_near, near, tau * (tau * far)))
+    has_loss = votes & (others > 0) & ~Temperature.prepare(tau, x.dtype).is_zero
+    loss = jnp.where(has_loss | jnp.isnan(loss), loss, 0)
+    return jnp.squeeze(loss, axis), finite(jnp.where(has_loss, slope, 0)), has_loss
 
 
-def _grown(a: jax.Array, scaled: jax.Array, tau: jax.Array) -> jax.Array:
-    """Returns τ (exp(a) - 1), with scaled = τ·a."""
-    return difference(jnp.ones_like(a), jnp.exp(a), a, scaled, tau)
+def _relative(y: jax.Array) -> jax.Array:
+    """Returns ((1 + y) log(1 + y) - y) / y² for |y| <= 1/2, 1/2 at y = 0.
+
+    By log(1 + y) = 2 artanh(u) with u = y / (2 + y).
+    """
+    # What is left out is below 2⁻²⁶ of the sum, in float64 below 2⁻⁵⁵.
+    last = 17 if y.dtype == jnp.float64 else 8
+    u = y / (2 + y)
+    square, rest = u * u, jnp.zeros_like(y)
+    for k in reversed(range(1, last)):
+        rest = rest * square + 1 / (2 * k + 1)
+    return (1 + 2 * (1 + y) * u * rest / (2 + y)) / (2 + y)
 
 
-def _log_ratio(growth: jax.Array) -> jax.Array:
-    """Returns log(1 + y) / y, 1 at y = 0."""
-    safe = jnp.where(growth == 0, 1, growth)
-    return jnp.where(growth == 0, 1, jnp.log1p(safe) / safe)
-
-
-def _others(values: jax.Array, head_axis: int) -> jax.Array:
-    """Returns [M - 1, M, ...]: for each of M heads, the values of all others."""
+def _sum_of_others(values: jax.Array, head_axis: int) -> jax.Array:
+    """Returns for each head the sum of the others' values, without a difference."""
     heads = values.shape[head_axis]
-    other = (np.arange(heads) + np.arange(1, heads)[:, None]) % heads
-    return jnp.moveaxis(values, head_axis, 0)[other]
+    parts = [
+        jax.lax.slice_in_dim(values, h, h + 1, axis=head_axis) for h in range(heads)
+    ]
+    before = [jnp.zeros_like(parts[0])]
+    after = [jnp.zeros_like(parts[0])]
+    for h in range(1, heads):
+        before.append(before[-1] + parts[h - 1])
+        after.append(after[-1] + parts[heads - h])
+    sums = [a + b for a, b in zip(before, reversed(after), strict=True)]
+    return jnp.concatenate(sums, head_axis)

@@ -25,10 +25,10 @@ from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.centre import Centred, centre
 from jaxsoft.logits.softmax import nonzero
 
-__all__ = ["scaled_divergence"]
+__all__ = ["Pair", "below_peak", "compare", "scaled_divergence", "tangent_of_loss"]
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """Two distributions; arrays keep the class axis, with size 1 if reduced.
 
     Attributes:
@@ -48,13 +48,13 @@ class _Pair(NamedTuple):
     loss: jax.Array
 
 
-def _below_peak(centred: Centred) -> jax.Array:
+def below_peak(centred: Centred) -> jax.Array:
     """Returns x - m, the lowest finite number at dropped classes."""
     lowest = jnp.finfo(centred.logits.dtype).min
     return jnp.maximum(centred.logits - centred.peak, lowest)
 
 
-def _pair(student, teacher, tau, where, axis) -> _Pair:
+def compare(student, teacher, tau, where, axis) -> Pair:
     """Compares the tempered softmaxes of a student and a teacher."""
     s, t = centre(student, tau, where, axis), centre(teacher, tau, where, axis)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
@@ -65,7 +65,7 @@ def _pair(student, teacher, tau, where, axis) -> _Pair:
     z_s, z_t = nonzero(total(e_s)), nonzero(total(e_t))
     # A class with mass on the teacher's side alone makes the mean infinite.
     lost = (s.logits == -jnp.inf) & (e_t > 0)
-    gap = jnp.where(lost, -jnp.inf, _below_peak(s) - _below_peak(t))
+    gap = jnp.where(lost, -jnp.inf, below_peak(s) - below_peak(t))
     mean = total(e_t * gap) / z_t
     is_lost = mean == -jnp.inf
     mean = jnp.where(is_lost, 0, finite(mean))
@@ -83,7 +83,7 @@ def _pair(student, teacher, tau, where, axis) -> _Pair:
     shift = jnp.where(is_large, tau * shift - mean, finite(small) * over)
     loss = jnp.where(is_large, tau * shift, small)
     loss = jnp.where(is_lost, jnp.inf, loss)
-    return _Pair(e_t / z_t, e_s / z_s, gap, finite(gap - shift), tau, loss)
+    return Pair(e_t / z_t, e_s / z_s, gap, finite(gap - shift), tau, loss)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -109,7 +109,7 @@ def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
 
 def _value_and_slopes(kind, axis, student, teacher, tau, where):
     """Returns the divergence and its derivatives by student and teacher logits."""
-    pair = _pair(student, teacher, tau, where, axis)
+    pair = compare(student, teacher, tau, where, axis)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     zero = Temperature.prepare(tau, student.dtype).is_zero
     if kind == "forward_kl":
@@ -130,7 +130,7 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     return jnp.squeeze(loss, axis), by_student, by_teacher
 
 
-def _jensen_shannon(pair: _Pair, total):
+def _jensen_shannon(pair: Pair, total):
     """Returns τ² times the divergence, and τ log(r / p) and τ log(r / q)."""
     p, q, tau = pair.p, pair.q, pair.tau
     over = inverse(tau, p.dtype)
@@ -161,25 +161,41 @@ def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):
     loss, by_student, by_teacher = _value_and_slopes(
         kind, axis, student, teacher, tau, where
     )
+    sides = ((by_student, student, ds), (by_teacher, teacher, dt))
+    return loss, tangent_of_loss(axis, tau, where, loss, sides, dtau)
+
+
+def tangent_of_loss(axis, tau, where, loss, sides, dtau):
+    """Returns the tangent of a loss that is homogeneous of degree 2 in (logits, τ).
+
+    Args:
+      axis: the class axis.
+      tau: the temperature.
+      where: the class mask, or None.
+      loss: τ² times a divergence, without the class axis.
+      sides: of each array of logits its slope, itself and its tangent.
+      dtau: the tangent of the temperature.
+
+    Returns:
+      The tangent; that of the temperature is known by Euler's identity.
+    """
     tangent = jnp.zeros_like(loss)
-    if not has_no_tangent(ds):
-        tangent += jnp.sum(by_student * ds, axis)
-    if not has_no_tangent(dt):
-        tangent += jnp.sum(by_teacher * dt, axis)
+    for slope, _, change in sides:
+        if not has_no_tangent(change):
+            tangent += jnp.sum(slope * change, axis)
     if not has_no_tangent(dtau):
-        # The loss is homogeneous of degree 2 in (logits, τ): Euler's identity.
         inner = sum(
             jnp.where(
                 slope == 0, 0, slope * (logits - centre(logits, 1.0, where, axis).peak)
             )
-            for slope, logits in ((by_student, student), (by_teacher, teacher))
+            for slope, logits, _ in sides
         )
         slope = 2 * loss - jnp.sum(inner, axis)
         # Where the loss or its slope overflows there is no gradient in τ.
         slope = jnp.where(jnp.isfinite(slope) | jnp.isnan(loss), slope, 0)
-        inverse_tau = jnp.squeeze(inverse(tau, student.dtype) * dtau, axis)
+        inverse_tau = jnp.squeeze(inverse(tau, loss.dtype) * dtau, axis)
         tangent += slope * inverse_tau
-    return loss, tangent
+    return tangent
 
 
 scaled_divergence.defjvp(_scaled_divergence_jvp, symbolic_zeros=True)
