@@ -279,7 +279,7 @@ class ClassTree:
         ids = jnp.where(known, ids, 0).astype(jnp.int32)
         rank = ids if self.ranks is None else jnp.asarray(self.ranks)[ids]
         slot = self.levels.slot_of_rank(rank)
-        depth = jnp.where(known, self.levels.level_of_slot(slot), 0)
+        depth = jnp.where(known, self.levels.level_of_rank(rank), 0)
         if not self.max_depth:
             empty = jnp.expand_dims(ids, axis)
             return ClassPath(*[jax.lax.slice_in_dim(empty, 0, 0, axis=axis)] * 3)

@@ -210,6 +210,11 @@ def _products_by_sums(
 
     XLA adds up in order on CPU, one number after another, but for a matrix product.
     """
+    if kernel.ndim > 3:
+        rows, *nodes, features = kernel.shape
+        vectors = kernel.reshape(rows, math.prod(nodes), features).astype(dtype)
+        z = jnp.einsum("nh,ndh->nd", hidden.astype(dtype), vectors, precision="highest")
+        return z.reshape(rows, *nodes)
     products = _beside(hidden, kernel).astype(dtype) * kernel.astype(dtype)
     ones = jnp.ones(hidden.shape[-1], dtype)
     return jnp.matmul(products, ones, precision="highest")

@@ -26,6 +26,10 @@ from jaxsoft._core.exporting import Leaf, exportable_dataclass
 
 __all__ = ["Canonical", "Levels", "Tables"]
 
+# As many numbers are compared one by one: the leaves of a balanced tree are on two
+# levels.
+_FEW_BOUNDS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Levels(abc.ABC):
@@ -95,6 +99,10 @@ class Levels(abc.ABC):
         """Returns the levels that slots are on, from 1."""
         return _level(self.first_slots, slot)
 
+    def level_of_rank(self, rank: jax.Array) -> jax.Array:
+        """Returns the levels that leaves are on."""
+        return self.level_of_slot(self.slot_of_rank(rank))
+
     def steps_to(
         self, slot: jax.Array, depth: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -133,10 +141,16 @@ def _starts(counts: tuple[int, ...]) -> np.ndarray:
 
 def _level(bounds: np.ndarray, number: jax.Array) -> jax.Array:
     """Returns the last level that begins at or before a number."""
-    found = jnp.searchsorted(
-        jnp.asarray(bounds[:-1]), number, side="right", method="compare_all"
-    )
-    return found.astype(jnp.int32) - 1
+    begins, counts = np.unique(bounds[:-1], return_counts=True)
+    if len(begins) > _FEW_BOUNDS:
+        found = jnp.searchsorted(
+            jnp.asarray(bounds[:-1]), number, side="right", method="compare_all"
+        )
+        return found.astype(jnp.int32) - 1
+    level = jnp.full_like(number, -1, jnp.int32)
+    for begin, count in zip(begins, counts, strict=True):
+        level += jnp.where(number >= begin, np.int32(count), 0)
+    return level
 
 
 @exportable_dataclass("arity", "leaves", "nodes")
@@ -152,6 +166,10 @@ class Canonical(Levels):
         """Returns the slots of leaves."""
         level = _level(self.first_leaves, rank)
         return rank + jnp.asarray(self.first_slots - self.first_leaves)[level]
+
+    def level_of_rank(self, rank: jax.Array) -> jax.Array:
+        """Returns the levels that leaves are on."""
+        return _level(self.first_leaves, rank)
 
     def slot_of_node(self, node: jax.Array) -> jax.Array:
         """Returns the slots of inner nodes; -1 for the root."""

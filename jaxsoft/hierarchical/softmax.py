@@ -36,6 +36,8 @@ __all__ = [
     "log_choice",
 ]
 
+# Numbers of the kernel, for all tokens and levels, that are gathered at once.
+_PATHS = 2**20
 # XLA for GPUs makes one kernel of levels that nothing lies between, as in a perfect
 # tree, which repeats each for every one below: it compiled 18 of them for minutes.
 _FUSED_LEVELS = 4
@@ -127,50 +129,81 @@ def along_paths(layer: Layer, labels: jax.Array) -> jax.Array:
     # So that the levels' gradients are added up in this dtype.
     layer = dataclasses.replace(layer, hidden=layer.hidden.astype(layer.dtype))
 
+    def chosen(path):
+        rows = rows_of_nodes(layer.tree, path.first_rows, path.num_rows)
+        logits = logits_with(layer, path.num_rows, *parameters_of(layer, rows))
+        return log_choice(layer, path, logits)
+
+    if _whole_paths(layer):
+        return jnp.sum(chosen(layer.tree.paths(labels)), axis=-1)
+
     # Rows of the kernel are gathered level by level, and again for derivatives.
     @jax.checkpoint
     def level(total, path):
-        rows = rows_of_nodes(layer.tree, path.first_rows, path.num_rows)
-        logits = logits_with(layer, path.num_rows, *parameters_of(layer, rows))
-        return total + log_choice(layer, path, logits), None
+        return total + chosen(path), None
 
     # What derivatives need of a level is the sum alone: levels are independent.
     return lax.scan(level, total, layer.tree.paths(labels, axis=0))[0]
 
 
+def _whole_paths(layer: Layer) -> bool:
+    """Whether the rows on all paths are few enough to be gathered at once."""
+    tree = layer.tree
+    return layer.hidden.size * tree.max_depth * (tree.arity - 1) <= _PATHS
+
+
 def log_choice(layer: Layer, path: ClassPath, logits: jax.Array) -> jax.Array:
-    """Returns the log-probability of the choice at one node of each row, [N]."""
-    log_prob = _log_choice(logits, path.choices, layer.tau)
+    """Returns the log-probabilities of the choices at nodes.
+
+    Args:
+      layer: N rows.
+      path: [N, ...], each row's nodes.
+      logits: [N, ..., arity - 1], of the nodes.
+
+    Returns:
+      [N, ...].
+    """
+    tau = layer.constant_tau
+    if layer.row_tau is not None:
+        tau = layer.row_tau.reshape(-1, *(1,) * (path.choices.ndim - 1))
+    log_prob = _log_choice(logits, path.choices, tau)
     return jnp.where(path.num_rows > 0, log_prob, 0)
 
 
 def _log_choice(
     logits: jax.Array, choices: jax.Array, tau: float | jax.Array
 ) -> jax.Array:
-    """Returns log softmax([0, logits] / τ)[choice], [N] from [N, arity - 1].
+    """Returns log softmax([0, logits] / τ)[choice], [...] from [..., arity - 1].
 
     As -log(1 + Σ of the others' odds), whose derivative does not cancel where the
     chosen child has nearly all.
     """
-    children = with_reference(logits)
-    is_chosen = jnp.arange(children.shape[1], dtype=jnp.int32)[None] == choices[:, None]
-    chosen = jnp.sum(jnp.where(is_chosen, children, 0), axis=1, keepdims=True)
-    others = jnp.where(is_chosen, -jnp.inf, children)
-    peak = jnp.max(others, axis=1, keepdims=True)
-    # Below a class, or where a bias leaves no other child: the choice is certain.
-    alone = peak == -jnp.inf
-    peak = jnp.where(alone, chosen, peak)
-    if children.shape[1] == 2:
-        odds = over_temperature(peak - chosen, tau)[:, 0]
+    if logits.shape[-1] == 1:
+        odds = logits[..., 0]
+        odds = jnp.where(choices == 1, -odds, odds)
+        # Below a class, or where a bias leaves no other child: the choice is certain.
+        alone = odds == -jnp.inf
+        odds = over_temperature(jnp.where(alone, 0, odds), tau)
     else:
+        children = with_reference(logits)
+        child = jnp.arange(children.shape[-1], dtype=jnp.int32)
+        is_chosen = child[(None,) * choices.ndim] == choices[..., None]
+        chosen = jnp.sum(jnp.where(is_chosen, children, 0), axis=-1, keepdims=True)
+        others = jnp.where(is_chosen, -jnp.inf, children)
+        peak = jnp.max(others, axis=-1, keepdims=True)
+        alone = peak == -jnp.inf
+        peak = jnp.where(alone, chosen, peak)
+        if isinstance(tau, jax.Array):
+            tau = tau[..., None]
         peak = lax.stop_gradient(peak)
         rest = jnp.exp(centre(others, peak, tau))
-        odds = over_temperature(peak - chosen, tau)[:, 0]
+        odds = over_temperature(peak - chosen, tau)[..., 0]
         # 0 only where the choice is certain.
-        total = jnp.sum(rest, axis=1)
+        total = jnp.sum(rest, axis=-1)
         odds += jnp.log(jnp.where(total == 0, 1, total))
+        alone = alone[..., 0]
     log_prob = -jnp.logaddexp(odds, jnp.zeros_like(odds))
-    return jnp.where(alone[:, 0], 0, log_prob)
+    return jnp.where(alone, 0, log_prob)
 
 
 @mesh_axes.accepts_explicit("hidden")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsoft import hierarchical_log_prob, hierarchical_log_probs
+from jaxsoft.hierarchical import softmax
 from jaxsoft.hierarchical.same_rows import SameRows, take_rows
 from tests.hierarchical import cases
 
@@ -78,8 +79,20 @@ def test_rows_and_their_derivatives(axis, dtype, x64):
     np.testing.assert_array_equal(parts, whole)
 
 
+@pytest.fixture(params=["level by level", "whole paths"])
+def gathered(request, monkeypatch):
+    """How many rows of the kernel are gathered at a time, which its size decides."""
+    if request.param == "level by level":
+        monkeypatch.setattr(softmax, "_PATHS", 0)
+    # What was traced is not known to depend on it.
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("kind", ["balanced", "huffman of 4", "wide"])
 @pytest.mark.many_cases
+@pytest.mark.usefixtures("gathered")
 def test_bfloat16_gradients_of_many_tokens_do_not_stall(kind):
     # A sum in bfloat16 would stop at 256 times its terms, of thousands at the root.
     tree = cases.tree(kind, 40)
