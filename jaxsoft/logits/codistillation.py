@@ -72,7 +72,8 @@ def codistillation_loss(
 
     Example:
       >>> import jax.numpy as jnp
-      >>>       >>> from jaxsoft import codistillation_loss
+      >>> import numpy as np
+      >>> from jaxsoft import codistillation_loss
       >>> heads = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
       >>> print(np.asarray(codistillation_loss(heads, 2.0)).round(4))
       [0.1237 0.4898 0.1237]
