@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
 
 from jaxsoft._core.exporting import Leaf
 
@@ -19,6 +20,7 @@ __all__ = [
     "Temperature",
     "compute_dtype",
     "divide_by_temperature",
+    "divide_stored",
     "finite",
     "finite_peak",
     "inverse",
@@ -96,14 +98,35 @@ def divide_by_temperature(
     The peak is finite, and -inf stays -inf at every temperature. At τ = 0 the quotient
     is 0 where x equals the peak and -inf below it.
     """
-    if isinstance(temperature, float):
-        if temperature == 1.0:
-            return x - peak
-        if jnp.finfo(x.dtype).tiny <= temperature <= 1.0:
-            return (x - peak) / temperature
-        if 1.0 < temperature <= jnp.finfo(x.dtype).max:
-            return (x * 0.25 - peak * 0.25) / (temperature * 0.25)
+    if isinstance(temperature, float) and is_ordinary(temperature, x.dtype):
+        return _divided(x, peak, temperature)
+    tau = Temperature.prepare(temperature, x.dtype)
+    lowest = x == -jnp.inf
+    dropped = lowest | (tau.is_zero & (x < peak))
+    x = jnp.where(lowest, peak, x)
+    quotient = (x * tau.scale - peak * tau.scale) / tau.divisor
+    return jnp.where(dropped, -jnp.inf, quotient)
+
+
+def divide_stored(
+    x: jax.Array, peak: jax.Array, temperature: float | jax.Array
+) -> jax.Array:
+    """Returns what `divide_by_temperature` does, by a rule for its derivative.
+
+    XLA for CPUs stores what a select gives: without those that keep -inf from JAX's own
+    derivative, stored logits are read once less. Pallas does not take such a rule.
+    """
+    if isinstance(temperature, float) and is_ordinary(temperature, x.dtype):
+        return _divided(x, peak, temperature)
     return _quotient(x, peak, jnp.asarray(temperature, x.dtype))
+
+
+def _divided(x: jax.Array, peak: jax.Array, temperature: float) -> jax.Array:
+    if temperature == 1.0:
+        return x - peak
+    if temperature < 1.0:
+        return (x - peak) / temperature
+    return (x * 0.25 - peak * 0.25) / (temperature * 0.25)
 
 
 @jax.custom_jvp
@@ -135,9 +158,9 @@ def _quotient_jvp(
     return c, moved * inverse(temperature, x.dtype)
 
 
-def is_ordinary(temperature: float) -> bool:
-    """Tells whether a static temperature only divides, in float32: no limit, no NaN."""
-    info = jnp.finfo(jnp.float32)
+def is_ordinary(temperature: float, dtype: DTypeLike = jnp.float32) -> bool:
+    """Tells whether a static temperature only divides: it is no limit and no NaN."""
+    info = jnp.finfo(dtype)
     return float(info.tiny) <= temperature <= float(info.max)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoft._core.numerics import divide_by_temperature
+from jaxsoft._core.numerics import divide_stored
 
 __all__ = ["Centred", "centre", "number_of_kept"]
 
@@ -50,7 +50,7 @@ def centre(
     lowest = np.asarray(jnp.finfo(x.dtype).min, x.dtype)
     peak = jax.lax.reduce(jax.lax.stop_gradient(x), lowest, jax.lax.max, (axis,))
     peak = jnp.expand_dims(peak, axis)
-    return Centred(divide_by_temperature(x, peak, temperature), peak, kept, x)
+    return Centred(divide_stored(x, peak, temperature), peak, kept, x)
 
 
 @jax.custom_jvp

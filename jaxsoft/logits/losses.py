@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.divergence import DIVERGENCES, Divergence
 from jaxsoft._core.numerics import (
-    divide_by_temperature,
+    divide_stored,
     finite,
     inverse,
     over_temperature,
@@ -219,7 +219,7 @@ def _row_statistics(axis, static_tau, x, tau, where, labels, targets):
     if targets is None:
         label = jnp.expand_dims(labels, axis)
         logit = _at_label(x, where, label, axis)
-        picked = divide_by_temperature(logit, centred.peak, tau) - log_total
+        picked = divide_stored(logit, centred.peak, tau) - log_total
     else:
         log_p = centred.values - log_total
         picked = jnp.sum(times(targets, log_p), axis, keepdims=True)
@@ -290,7 +290,7 @@ def _row_statistics_jvp(axis, static_tau, primals, tangents):
         peak = over_temperature(centred.peak, tau)
         expected = total(e * visible(c)) * inverse_total
         if targets is None:
-            at_label = finite(divide_by_temperature(logit, centred.peak, tau))
+            at_label = finite(divide_stored(logit, centred.peak, tau))
         else:
             at_label = total(targets * finite(c)) * held
         mean = finite(_mean(centred, axis))
