@@ -48,8 +48,14 @@ def centre(
     # The maximum starts at the lowest finite number: XLA for CPUs fuses maxima with the
     # exponentials and their sum, but neither with a select nor with a second maximum.
     lowest = np.asarray(jnp.finfo(x.dtype).min, x.dtype)
-    peak = jax.lax.reduce(jax.lax.stop_gradient(x), lowest, jax.lax.max, (axis,))
-    peak = jnp.expand_dims(peak, axis)
+    still = jax.lax.stop_gradient(x)
+    if x.shape[axis] == 1:
+        # XLA leaves out where a maximum starts if there is but one number.
+        peak = jnp.maximum(still, lowest)
+    else:
+        peak = jnp.expand_dims(
+            jax.lax.reduce(still, lowest, jax.lax.max, (axis,)), axis
+        )
     return Centred(divide_stored(x, peak, temperature), peak, kept, x)
 
 

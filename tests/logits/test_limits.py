@@ -3,6 +3,7 @@
 None of it is of the machine code, so this is a file that is compiled quickly.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -218,3 +219,31 @@ def test_logsumexp_of_infinity():
         np.testing.assert_array_equal(found, truth)
     kept = jaxsoft.logsumexp(x[:1], where=jnp.array([True, False]))
     np.testing.assert_allclose(kept, 1)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5, np.float32(2), np.float32(np.inf)])
+def test_the_only_class_of_a_row_may_be_dropped(tau):
+    """XLA leaves out where a maximum of one number starts."""
+    x, where = jnp.ones((3, 1)), jnp.array([False])
+    options: Any = {"temperature": tau, "where": where}
+    labels, teacher = jnp.zeros(3, jnp.int32), jnp.zeros((3, 1))
+    np.testing.assert_array_equal(jaxsoft.softmax(x, **options), 0)
+    np.testing.assert_array_equal(jaxsoft.log_softmax(x, **options), -np.inf)
+    np.testing.assert_array_equal(jaxsoft.logsumexp(x, **options), -np.inf)
+    np.testing.assert_array_equal(jaxsoft.entropy(x, **options), 0)
+
+    def losses(x):
+        yield jaxsoft.softmax_cross_entropy(x, labels, z_loss=0.1, **options)
+        for kind in ("forward_kl", "reverse_kl", "jensen_shannon"):
+            loss = functools.partial(jaxsoft.distillation_loss, divergence=kind)
+            yield loss(x, teacher, tau, where=where)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def step(x):
+        each = list(losses(x))
+        return sum(jnp.sum(loss) for loss in each), each
+
+    (_, each), slope = step(x)
+    np.testing.assert_array_equal(np.stack(each), 0)
+    np.testing.assert_array_equal(slope, 0)
