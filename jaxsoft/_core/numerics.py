@@ -18,6 +18,7 @@ from jaxsoft._core.exporting import Leaf
 
 __all__ = [
     "Temperature",
+    "block_maxima",
     "compute_dtype",
     "divide_by_temperature",
     "divide_stored",
@@ -50,6 +51,19 @@ def operand_dtype(a: jax.Array, b: jax.Array) -> jnp.dtype:
     Unlike `jnp.promote_types` it does not depend on JAX's promotion mode.
     """
     return a.dtype if a.dtype == b.dtype else compute_dtype(a, b)
+
+
+def block_maxima(x: jax.Array, block: int) -> jax.Array:
+    """Returns the largest of each block of columns, [R, n]; the last may be shorter."""
+    rows, columns = x.shape
+    if block == 1:
+        return x
+    full = columns // block * block
+    largest = jnp.max(x[:, :full].reshape(rows, -1, block), axis=2)
+    if full == columns:
+        return largest
+    last = jnp.max(x[:, full:], axis=1, keepdims=True)
+    return jnp.concatenate([largest, last], axis=1)
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsoft._core.numerics import compute_dtype
+from jaxsoft._core.numerics import block_maxima, compute_dtype
 from jaxsoft.logits.rows import Rows
 
 __all__ = ["first_groups", "group_size"]
@@ -66,13 +66,7 @@ def _masked(logits: jax.Array, where: jax.Array | None) -> jax.Array:
 
 def _largest(x: jax.Array, size: int) -> jax.Array:
     """Returns the largest logit of each group, [R, n], as `lax.top_k` orders them."""
-    whole = x.shape[1] // size * size
-    groups = x[:, :whole].reshape(x.shape[0], whole // size, size)
-    tops = jnp.max(groups, axis=2)
-    if whole < x.shape[1]:
-        rest = jnp.max(x[:, whole:], axis=1, keepdims=True)
-        tops = jnp.concatenate([tops, rest], axis=1)
-    tops = tops.astype(compute_dtype(x))
+    tops = block_maxima(x, size).astype(compute_dtype(x))
     # `lax.top_k` takes -0.0 to be less than 0.0.
     return jnp.where(tops == 0, 0, tops)
 

@@ -19,7 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core import mesh_axes
-from jaxsoft._core.numerics import compute_dtype, divide_by_temperature, finite_peak
+from jaxsoft._core.numerics import (
+    block_maxima,
+    compute_dtype,
+    divide_by_temperature,
+    finite_peak,
+)
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold, stream
 from jaxsoft.linear.folds.statistics import Statistics
@@ -120,7 +125,7 @@ class Best(Fold[Operands, _Blocks, _Result, _Result]):
     def step(self, carry: _Blocks, tile: Tile, part: Operands) -> _Blocks:
         u, tau = tile.logits, part.temperature(self.config)
         block = self._block(u.shape[1])
-        tops = _largest(u, block)
+        tops = block_maxima(u, block)
         # The only tile has nothing before it.
         is_alone = u.shape[1] == part.num_classes(self.config)
         if is_alone:
@@ -226,19 +231,6 @@ class Best(Fold[Operands, _Blocks, _Result, _Result]):
             return _Result(jnp.where(ids < 0, -jnp.inf, log_probs), ids)
 
         return log_probs_at_best
-
-
-def _largest(u: jax.Array, block: int) -> jax.Array:
-    """Returns the largest logit of each block of a tile; the last may be shorter."""
-    rows, classes = u.shape
-    if block == 1:
-        return u
-    full = classes // block * block
-    tops = jnp.max(u[:, :full].reshape(rows, -1, block), axis=2)
-    if full == classes:
-        return tops
-    last = jnp.max(u[:, full:], axis=1, keepdims=True)
-    return jnp.concatenate([tops, last], axis=1)
 
 
 def _members(
