@@ -338,12 +338,20 @@ class _Counter:
         """Returns how many elements of an instruction in a fusion its users need."""
         found = 0
         for user in where.users[one.name]:
-            if user.opcode in _ONE_BY_ONE and user is not where.root:
+            if self._is_one_by_one(user) and user is not where.root:
                 found += self._needed(where, user)
             else:
                 found += self._read(user, one.name)
         # Several users need the same slice.
         return min(found, one.size)
+
+    def _is_one_by_one(self, one: _Instruction) -> bool:
+        """Tells whether an element of the result is made of one of the operand."""
+        called = _CALLED.search(one.rest) if one.opcode == "fusion" else None
+        if called is None:
+            return one.opcode in _ONE_BY_ONE
+        inner = self._computations[called[1]].instructions.values()
+        return all(i.opcode in (*_ONE_BY_ONE, "parameter") for i in inner)
 
     def _written(self, where: _Computation, one: _Instruction) -> int:
         """Returns the bytes of the result that are written."""

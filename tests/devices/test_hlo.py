@@ -50,6 +50,31 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000",\
 }
 """
 
+# A slice of an array that is laid out anew, as far as it is needed.
+LAID_OUT = """HloModule laid_out
+
+%copied (input: bf16[128,512]) -> bf16[128,512] {
+  %input = bf16[128,512]{1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copy = bf16[128,512]{1,0:T(8,128)(2,1)} copy(%input)
+}
+
+%sliced (table: bf16[128,512], start: s32[]) -> bf16[128,32] {
+  %table = bf16[128,512]{1,0:T(16,128)(2,1)} parameter(0)
+  %whole = bf16[128,512]{1,0:T(8,128)(2,1)} fusion(%table), kind=kLoop, calls=%copied
+  %zero = s32[] constant(0)
+  %start = s32[] parameter(1)
+  ROOT %slice = bf16[128,32]{1,0:T(8,128)(2,1)} dynamic-slice(%whole, %zero, %start), \
+dynamic_slice_sizes={128,32}
+}
+
+ENTRY %main (w: bf16[128,512], at: s32[]) -> bf16[128,32] {
+  %w = bf16[128,512]{1,0:T(16,128)(2,1)} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %part = bf16[128,32]{1,0:T(8,128)(2,1)} fusion(%w, %at), kind=kLoop, \
+calls=%sliced
+}
+"""
+
 
 def work(function, *arrays):
     found = work_of(jax.jit(function).lower(*arrays).compile().as_text() or "")
@@ -102,6 +127,10 @@ def test_what_compilers_for_tpus_write(end):
     assert found.dot_flops == loop + 1000
     # The counter's loop reads two scalars, where they are not on the chip.
     assert 0 <= found.accessed - (step * runs + 100) <= 16 * (runs + 1)
+
+
+def test_of_what_is_laid_out_anew_only_what_is_needed_moves():
+    assert work_of(LAID_OUT) == Work(0, 2 * (2 * 128 * 32) + 4)
 
 
 def test_a_kernel_that_does_not_tell():
