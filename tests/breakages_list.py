@@ -383,6 +383,14 @@ _LINEAR = (
         tests=("tests/linear/test_gradients.py",),
     ),
     Breakage(
+        "joined-tiles-about-the-peak-of-the-next",
+        kind="off-by-one block",
+        file="jaxsoft/linear/kept.py",
+        before="self.peaks[:, 2 : 2 + tiles.class_blocks, None]",
+        after="self.peaks[:, 3 : 3 + tiles.class_blocks, None]",
+        tests=("tests/linear/test_plan_laws.py",),
+    ),
+    Breakage(
         "first-class-of-each-tile",
         kind="off-by-one block",
         file="jaxsoft/linear/gradients.py",

@@ -176,5 +176,5 @@ def _compiled(
     traced = jax.jit(function, donate_argnums=donated).trace(*arrays)
     compiled = traced.lower(lowering_platforms=(device.platform,)).compile()
     temporaries = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
-    plans = list(plans_in(traced.jaxpr.jaxpr))
+    plans = list(plans_in(traced.jaxpr.jaxpr, device.platform))
     return temporaries, work_of(compiled.as_text() or ""), plans

@@ -240,29 +240,50 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         config = dataclasses.replace(self.config, moves_bits=True)
         return dataclasses.replace(self, config=config)
 
+    def for_gpu(self) -> Self:
+        """Returns the same fold with the chunks of GPUs."""
+        config = dataclasses.replace(self.config, for_gpu=True)
+        return dataclasses.replace(self, config=config)
+
     def by(self, implementation: str) -> Self:
         """Returns the same fold by another implementation."""
         config = dataclasses.replace(self.config, implementation=implementation)
         return dataclasses.replace(self, config=config)
 
-    def forward(
-        self, arrays: Arrays, keep: Keep | None = None, shards: int = 1
-    ) -> tuple[Saved, tuple[Kept, ...]]:
-        """Returns what is saved and kept, by the implementation that was asked for.
+    def room(
+        self, arrays: Arrays, keep: Keep | None, shards: int = 1
+    ) -> tuple[Kept, ...]:
+        """Returns room for what the forward pass keeps.
 
         Args:
           arrays: those of the call.
           keep: what to keep of its tiles, or None.
           shards: how many shards of the classes keep that together.
         """
+        if keep is None:
+            return ()
+        operands = self.operands(self.local(arrays))
+        return (keep.room(self.config, operands, shards),)
+
+    def forward(
+        self,
+        arrays: Arrays,
+        keep: Keep | None = None,
+        room: tuple[Kept, ...] = (),
+    ) -> tuple[Saved, tuple[Kept, ...]]:
+        """Returns what is saved and kept, by the implementation that was asked for.
+
+        Args:
+          arrays: those of the call.
+          keep: what to keep of its tiles, or None.
+          room: where to keep it; see `room`.
+        """
         if self.kernel_step:
             kernel = registry.kernel(self.kernel_step, self.config.implementation)
             if kernel is not None:
                 return kernel(self, arrays), ()
         local = self.local(arrays)
-        tiles, room = self.tiles(local), ()
-        if keep is not None:
-            room = (keep.room(self.config, self.operands(local), shards),)
+        tiles = self.tiles(local)
 
         def step(carry: Carry, part: Any, place: Place, _: Any) -> Any:
             tile = self.tile(part, tiles, place.index)
@@ -332,7 +353,8 @@ class _Saved(Program):
     keep: Keep | None = None
 
     def call(self, arrays: Any) -> _Forward:
-        saved, kept = self.fold.forward(arrays, self.keep, self.shards)
+        room = self.fold.room(arrays, self.keep, self.shards)
+        saved, kept = self.fold.forward(arrays, self.keep, room)
         return _Forward(saved, tuple(each.in_floats() for each in kept))
 
 

@@ -18,6 +18,7 @@ from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.kept import (
+    Joined,
     Kept,
     Place,
     loaded,
@@ -153,8 +154,16 @@ def accumulate(
     Returns:
       The gradients but `tau`, and the moments [N, 1], None if not wanted. With `into`
       all are in the dtype of the statistics.
+
+    A chunk's slopes are multiplied as one matrix on GPUs, where they can lie in the
+    place of what was kept: a tile at a time reads and writes the sum for the rows once
+    a tile, and that for the classes in a pass of its own.
     """
     plan = tiles_of(config, operands) if tiles is None else tiles
+    read: tuple[Kept | Joined, ...] = kept
+    if into is not None and _can_join(config, operands, kept, plan):
+        read = (kept[0].in_floats().joined(plan),)
+        plan = Tiling(plan.rows, plan.classes, plan.rows, plan.classes)
     dtype = compute_dtype(operands.hidden, operands.kernel)
     like = Gradients.like(wanted, operands, values) if into is None else into.sums
     before = like
@@ -174,15 +183,31 @@ def accumulate(
     )
 
     adds = into is not None and into.adds
-    step = _Step(config, operands, share, rows, plan, like, adds, kept)
+    step = _Step(config, operands, share, rows, plan, like, adds, read)
     sums = mesh_axes.like(sums, (operands, rows, kept))
-    sums = lax.fori_loop(0, plan.class_blocks, step.over_rows, sums)
+    if plan.class_blocks == 1:
+        sums = step.over_rows(0, sums)
+    else:
+        sums = lax.fori_loop(0, plan.class_blocks, step.over_rows, sums)
     hidden = sums.hidden
     if hidden is not None and into is None:
         hidden = hidden.astype(operands.hidden.dtype)
     of_classes = Gradients(None, sums.kernel, sums.bias, None, sums.values)
     of_classes = jax.tree.map(lambda a, b: loaded(a, b.dtype), of_classes, like)
     return of_classes._replace(hidden=hidden), sums.moments
+
+
+def _can_join(
+    config: Config, operands: Operands, kept: tuple[Kept, ...], tiles: Tiling
+) -> bool:
+    """Tells whether slopes of all tiles can lie where what was kept of them does."""
+    return (
+        config.for_gpu
+        and len(kept) == 1
+        and kept[0].numbers.dtype.itemsize == operands.matmul_dtype().itemsize
+        and tiles.row_blocks == 1
+        and kept[0].kept_tiles(tiles) == tiles.class_blocks
+    )
 
 
 class _Sums(NamedTuple):
@@ -226,9 +251,9 @@ class _Step(NamedTuple):
     tiles: Tiling
     like: Gradients
     adds: bool
-    kept: tuple[Kept, ...]
+    kept: tuple[Kept | Joined, ...]
 
-    def over_rows(self, index: jax.Array, sums: _Sums) -> _Sums:
+    def over_rows(self, index: jax.Array | int, sums: _Sums) -> _Sums:
         """Adds the tile `index` of classes, of every block of rows."""
         operands, tiles = self.operands, self.tiles
         size, axis = tiles.block_classes, self.config.class_axis

@@ -43,6 +43,9 @@ _ROW_MULTIPLE = 8
 # split before.
 _THIN = 512
 
+# Blocks that leave no rest may be smaller than others by so much.
+_NEARLY_FULL, _EVEN = 0.75, 0.375
+
 # The slice of the kernel that a tile needs may take so many tiles: with fewer rows than
 # features it is the larger one, and XLA copies it on GPUs.
 _SLICES = 2
@@ -108,6 +111,7 @@ def choose(
     tile_bytes: int,
     multiple: int = 1,
     column_bytes: int = 1,
+    even: bool = True,
 ) -> Tiling:
     """Chooses the tiles of a [rows, classes] matrix of logits.
 
@@ -124,6 +128,7 @@ def choose(
         one tile of them.
       column_bytes: bytes of the kernel's vector of a class. Slices of it take no more
         than two tiles, unless that would leave them thinner than 512 classes.
+      even: whether tiles that leave no rest are taken even where they are much smaller.
 
     Returns:
       The tiling; its sizes are balanced, so that the last tile is not a sliver.
@@ -137,14 +142,15 @@ def choose(
     if block_classes < classes:
         most = max(_SLICES * tile_bytes // column_bytes, thin)
         block_classes = min(block_classes, most) // multiple * multiple
-    # A last tile that is shifted takes a loop of its own on TPUs.
+    # A last tile that is shifted takes a loop of its own on TPUs; on GPUs narrow tiles
+    # leave multiprocessors idle.
     most = min(classes, block_classes)
-    least = max(0.375, (thin - 1) / most)
+    least = max(_EVEN if even else _NEARLY_FULL, (thin - 1) / most)
     block_classes = balance(classes, most, multiple, least)
     return Tiling(rows, classes, block_rows, block_classes)
 
 
-def balance(size: int, most: int, multiple: int, least: float = 0.75) -> int:
+def balance(size: int, most: int, multiple: int, least: float = _NEARLY_FULL) -> int:
     """Returns the size of blocks that cover `size` and are a multiple, at most `most`.
 
     It is one that leaves no rest, where one of at least that share of `most` does, or
@@ -179,6 +185,7 @@ class Layer:
       kernel_bytes: of one of the kernel.
       layers: how many such layers are streamed at once and share the workspace.
       tile_share: the share of the workspace that a tile may take.
+      even: whether tiles that leave no rest are taken even where they are much smaller.
     """
 
     rows: int
@@ -190,6 +197,7 @@ class Layer:
     kernel_bytes: int = 4
     layers: int = 1
     tile_share: float = 1
+    even: bool = True
 
     def _chunk(self, rows: int) -> "Layer":
         """Returns the sizes of a chunk of rows."""
@@ -231,6 +239,7 @@ class Layer:
             tile_bytes,
             multiple,
             max(self.features, 1) * self.logit_bytes,
+            self.even,
         )
 
     def streamed(self, tiles: Tiling) -> int:

@@ -37,6 +37,8 @@ __all__ = ["Program", "by_moving", "bind", "plans_in"]
 # some of them and of their tiles.
 _OF_CLASSES = "vwp"
 
+_GPUS = ("cuda", "rocm")
+
 
 @dataclasses.dataclass(frozen=True)
 class Program(abc.ABC):
@@ -101,6 +103,10 @@ class Program(abc.ABC):
         del are
         return args
 
+    def on_gpu(self) -> "Program":
+        """Returns the same function for GPUs."""
+        return self
+
     def without(self, used: Sequence[bool]) -> "Program | None":
         """Returns a program of the first results alone; None if there is none cheaper.
 
@@ -124,24 +130,27 @@ def bind(program: Program, *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(result), out)
 
 
-def plans_in(jaxpr: Any) -> Iterator[Plan]:
+def plans_in(jaxpr: Any, platform: str) -> Iterator[Plan]:
     """Yields the plans of the derivatives in a program that JAX has traced.
 
     Args:
       jaxpr: a `Jaxpr`.
+      platform: where it runs, as `jax.lax.platform_dependent` has it.
     """
     for equation in jaxpr.eqns:
         if equation.primitive is _primitive:
             avals = [var.aval for var in equation.invars]
             args = jax.tree.unflatten(equation.params["tree"], avals)
-            plan = equation.params["program"].plan(*args)
+            program = equation.params["program"]
+            program = program.on_gpu() if platform in _GPUS else program
+            plan = program.plan(*args)
             yield from () if plan is None else (plan,)
             continue
         for inner in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
         ):
             if hasattr(inner, "eqns"):
-                yield from plans_in(inner)
+                yield from plans_in(inner, platform)
 
 
 def _prepare(program: Program, flat: Sequence[Any], tree: Any) -> tuple[dict, Any]:
@@ -299,6 +308,20 @@ def _evaluate_by_bits(*args, jaxpr, program, tree, result_axes):
     return _evaluate(*args, **params)
 
 
+def _evaluate_on_gpu(*args, jaxpr, program, tree, result_axes):
+    """Computes the function for GPUs."""
+    params = {
+        "jaxpr": jaxpr,
+        "program": program,
+        "tree": tree,
+        "result_axes": result_axes,
+    }
+    on_gpu = program.on_gpu()
+    if on_gpu is not program:
+        params, _ = _prepare(on_gpu, args, tree)
+    return _evaluate(*args, **params)
+
+
 def _lowering(function):
     """Returns how the function lowers where its kernel, if it has one, can run."""
     lower = mlir.lower_fun(function, multiple_results=True)
@@ -341,6 +364,8 @@ _primitive.def_effectful_abstract_eval(
 mlir.register_lowering(_primitive, _lowering(_evaluate))
 mlir.register_lowering(_primitive, _lowering(_evaluate_whole), platform="tpu")
 mlir.register_lowering(_primitive, _lowering(_evaluate_by_bits), platform="cpu")
+for _gpu in _GPUS:
+    mlir.register_lowering(_primitive, _lowering(_evaluate_on_gpu), platform=_gpu)
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch
 

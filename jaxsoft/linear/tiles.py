@@ -61,8 +61,8 @@ class Tile(NamedTuple):
         labels.
       slope: [R, B] derivative of the soft-cap; None without one.
       product: [R, B] of the states and the kernel alone; None for kept weights.
-      peak: [R, 1] what kept weights are about. `logits` are then those weights,
-        exp((u - peak) / τ); None for logits.
+      peak: [R, 1] or [R, B], what kept weights are about. `logits` are then those
+        weights, exp((u - peak) / τ); None for logits.
       is_of_xla: whether it is no tile of a kernel's.
     """
 
@@ -183,6 +183,7 @@ def layer_of(config: Config, operands: Operands, layers: int = 1) -> Layer:
         hidden_bytes=hidden.dtype.itemsize,
         kernel_bytes=kernel.dtype.itemsize,
         layers=layers,
+        even=not config.for_gpu,
     )
 
 
@@ -209,7 +210,7 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision, dtype):
     )
 
 
-def slice_rows(tree: Tree, start: jax.Array, rows: int) -> Tree:
+def slice_rows(tree: Tree, start: jax.Array | int, rows: int) -> Tree:
     """Returns rows from `start` of every array that has rows.
 
     Args:

@@ -24,7 +24,7 @@ from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Axes, axes_of
 from jaxsoft.linear.fold import Fold, stream, unwrapped
 from jaxsoft.linear.gradients import Into
-from jaxsoft.linear.kept import Keep
+from jaxsoft.linear.kept import Keep, Kept
 from jaxsoft.linear.plans import Plan
 from jaxsoft.linear.program import Program, bind, by_moving
 from jaxsoft.linear.tiles import slice_rows
@@ -220,12 +220,26 @@ class _Chunks(Program):
         keep = self.fold.keep(arrays, self.moving[0], plan)
         start = self._start(arrays, rows)
         if size == count:
-            return self._chunk(arrays, rows, keep, start, None)
+            return self._chunk(arrays, rows, keep, start, ())[0]
+        # Room for all chunks waits for its memory once; but slopes can only lie where
+        # what was kept does if no later chunk needs it.
+        first = slice_rows(arrays, 0, size)
+        shared = () if self.fold.config.for_gpu else self._room(first, keep)
 
-        def chunk(index, sums):
-            return self._chunk(arrays, rows, keep, sums, (index * size, size))
+        def chunk(index, state):
+            sums, room = state
+            place = (index * size, size)
+            sums, kept = self._chunk(arrays, rows, keep, sums, room, place)
+            return sums, kept if room else ()
 
-        return lax.fori_loop(0, -(-count // size), chunk, start)
+        return lax.fori_loop(0, -(-count // size), chunk, (start, shared))[0]
+
+    def on_gpu(self) -> Program:
+        return dataclasses.replace(self, fold=self.fold.for_gpu())
+
+    def _room(self, part: Any, keep: Keep | None) -> tuple[Kept, ...]:
+        """Returns room for what is kept of a chunk."""
+        return self.fold.keeping(keep).room(part, keep)
 
     def _dtype(self, arrays: Any) -> jnp.dtype:
         """Returns the dtype of the statistics."""
@@ -256,8 +270,9 @@ class _Chunks(Program):
         rows: Any,
         keep: Keep | None,
         sums: _Both,
-        place: tuple[jax.Array, int] | None,
-    ) -> _Both:
+        room: tuple[Kept, ...],
+        place: tuple[jax.Array, int] | None = None,
+    ) -> tuple[_Both, tuple[Kept, ...]]:
         """Adds a chunk of rows.
 
         Args:
@@ -265,7 +280,11 @@ class _Chunks(Program):
           rows: the further arrays of all rows.
           keep: what to keep of the chunk's tiles.
           sums: of the chunks before.
+          room: where to keep it; () makes it.
           place: the first row and the number of rows; None for all.
+
+        Returns:
+          The sums, and what was kept.
         """
         part, part_rows, written = arrays, rows, None
         fresh = None
@@ -276,7 +295,7 @@ class _Chunks(Program):
             fresh = first + lax.iota(jnp.int32, size) >= begin
             written = (first, fresh)
         fold, (moving, moving_rows) = self.fold.keeping(keep), self.moving
-        saved, kept = fold.forward(part, keep)
+        saved, kept = fold.forward(part, keep, room or self._room(part, keep))
         result = fold.result(saved)
         flat, tree = jax.tree.flatten(part_rows)
         are = jax.tree.leaves(moving_rows)
@@ -300,7 +319,7 @@ class _Chunks(Program):
         )
         losses = mesh_axes.vary(losses, mesh_axes.varying_axes(sums.losses))
         new = _Both(losses, (found, of_rows))
-        return self._written(arrays, sums, new, written)
+        return self._written(arrays, sums, new, written), kept
 
     def _of_classes(self, sums: Any, arrays: Any) -> Any:
         """Returns the sums by arrays of classes, None in the place of others."""

@@ -56,4 +56,11 @@ def main(target, *names):
         work = work_of(compiled.as_text() or "")
         assert work is not None
         passes = work.dot_flops / (ROWS * FEATURES * CLASSES)
-        report(name, "value_and_grad", compiled, passes=passes, least=work.is_least)
+        report(
+            name,
+            "value_and_grad",
+            compiled,
+            passes=passes,
+            moved=work.accessed,
+            least=work.is_least,
+        )

@@ -17,7 +17,14 @@ from jaxsoft.linear.folds.statistics import Fields, Statistics
 from jaxsoft.linear.kept import Keep, KeptAll
 from tests import truth
 from tests.linear import cases
-from tests.linear.plans import ALL, CHUNKS, PLANS, RECOMPUTE, chosen_plans
+from tests.linear.plans import (
+    ALL,
+    CHUNKS,
+    PLANS,
+    PLANS_OF_GPUS,
+    RECOMPUTE,
+    chosen_plans,
+)
 
 __all__ = ["chosen_plans"]
 
@@ -68,6 +75,18 @@ def _plain(name: str, reduction: str, dtype: str, wide: str):
 @pytest.mark.parametrize("name", cases.OPTIONS)
 @pytest.mark.many_cases
 def test_every_option_by_every_plan(name, reduction, dtype, plan, x64):
+    _compare_with_plain(name, reduction, dtype, plan)
+
+
+@pytest.mark.parametrize("plan", PLANS_OF_GPUS.values(), ids=PLANS_OF_GPUS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", cases.OPTIONS)
+@pytest.mark.many_cases
+def test_every_option_by_the_chunks_of_a_gpu(name, dtype, plan, x64):
+    _compare_with_plain(name, "mean", dtype, plan)
+
+
+def _compare_with_plain(name, reduction, dtype, plan):
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
     options = cases.arrays(cases.OPTIONS[name], ROWS, CLASSES, labels)
     moving = {k: options.pop(k) for k in ("bias", "temperature") if k in options}
@@ -288,7 +307,7 @@ def test_what_was_kept_of_other_classes_is_not_read():
     keep = Keep("weights", None, (16, 128))
     fold = Statistics(call.config, frozenset({"label"})).keeping(keep)
     arrays = call.arrays._replace(labels=labels[:, None].astype("int32"))
-    saved, (kept,) = fold.forward(arrays, keep)
+    saved, (kept,) = fold.forward(arrays, keep, fold.room(arrays, keep))
     moving = jax.tree.map(lambda _: False, arrays)._replace(hidden=True, kernel=True)
     cotangents: Any = Fields(None, jnp.ones(ROWS), -jnp.ones((ROWS, 1)))  # pyright: ignore
     program = _Gradients(fold, moving, is_guarded=True)

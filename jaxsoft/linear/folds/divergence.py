@@ -187,29 +187,44 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
             return None
         return self.layer(arrays).rows_read_twice(self.config.workspace_bytes)
 
+    def room(
+        self, arrays: Layers, keep: Keep | None, shards: int = 1
+    ) -> tuple[Kept, ...]:
+        if keep is None:
+            return ()
+        configs = (self.config, self.teacher)
+        local = zip(configs, self.local(arrays), strict=True)
+        return tuple(keep.room(config, layer, shards) for config, layer in local)
+
     def forward(
-        self, arrays: Layers, keep: Keep | None = None, shards: int = 1
+        self,
+        arrays: Layers,
+        keep: Keep | None = None,
+        room: tuple[Kept, ...] = (),
     ) -> tuple[_Saved, tuple[Kept, ...]]:
         """Runs both streams, on as many rows at once as have room for all logits."""
         stored = self._stored_rows(arrays) if keep is None else None
         if stored is None:
-            return self._streams(arrays, keep, shards)
+            return self._streams(arrays, keep, room)
         rows, tiles = stored
         keep = Keep("products", None, (tiles.block_rows, tiles.block_classes))
         fold = self.keeping(keep)
 
         def saved(part: Layers) -> _Saved:
-            return fold._streams(part, keep, shards)[0]
+            return fold._streams(part, keep, fold.room(part, keep))[0]
 
         return map_rows(saved, arrays, self.layer(arrays).rows, rows), ()
 
     def _streams(
-        self, arrays: Layers, keep: Keep | None, shards: int
+        self, arrays: Layers, keep: Keep | None, room: tuple[Kept, ...]
     ) -> tuple[_Saved, tuple[Kept, ...]]:
         """Runs the first stream, of each layer, and the second, of both."""
         rows, kept = [], ()
-        for config, layer in zip((self.config, self.teacher), arrays, strict=True):
-            saved, of_layer = Statistics(config).forward(layer, keep, shards)
+        rooms = [(each,) for each in room] or [(), ()]
+        for config, layer, own in zip(
+            (self.config, self.teacher), arrays, rooms, strict=True
+        ):
+            saved, of_layer = Statistics(config).forward(layer, keep, own)
             rows += [saved.fields.max, saved.total]
             kept += of_layer
         second = mesh_axes.like(_Second(arrays, _Rows(*rows)), arrays.student)

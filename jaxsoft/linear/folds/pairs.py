@@ -303,17 +303,28 @@ class BothWays(Fold[Pairs, _Carry, _Saved, PairLosses]):
     def residuals(self, saved: _Saved) -> _Saved:
         return saved._replace(losses=None)
 
+    def room(
+        self, arrays: Pairs, keep: Keep | None, shards: int = 1
+    ) -> tuple["_Products", ...]:
+        del shards
+        if keep is None:
+            return ()
+        operands = self.operands(arrays)
+        tiles = tiles_of(self.config, operands)
+        width = min(keep.classes or tiles.classes, tiles.classes)
+        dtype = compute_dtype(operands.hidden, operands.kernel)
+        return (_Products(lax.empty((tiles.rows, width), dtype)),)
+
     def forward(
-        self, arrays: Pairs, keep: Keep | None = None, shards: int = 1
+        self,
+        arrays: Pairs,
+        keep: Keep | None = None,
+        room: tuple["_Products", ...] = (),
     ) -> tuple[_Saved, tuple["_Products", ...]]:
         """Folds all tiles; the statistics of columns outlive a block of rows."""
-        del shards
+        del keep
         operands = self.operands(arrays)
-        tiles, room = tiles_of(self.config, operands), ()
-        if keep is not None:
-            width = min(keep.classes or tiles.classes, tiles.classes)
-            dtype = compute_dtype(operands.hidden, operands.kernel)
-            room = (_Products(lax.empty((tiles.rows, width), dtype)),)
+        tiles = tiles_of(self.config, operands)
         count = tiles_in_all(room, tiles)
         carry = self.start(tiles.rows, operands)
         carry, room = mesh_axes.like((carry, room), arrays)
