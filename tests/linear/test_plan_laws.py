@@ -117,6 +117,32 @@ def _compare_with_plain(name, reduction, dtype, plan):
         truth.assert_as_good(mine, theirs, truly, slack=slack)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("scale", [30, 1000])
+def test_errors_at_large_activations(scale, reduction, dtype, x64):
+    """Without a workspace products are as wide as the plain formula's, and as good."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
+    hidden = scale * hidden
+
+    def both(loss):
+        def total(hidden, kernel):
+            losses = loss(hidden, kernel, labels)
+            if losses.ndim == 0:
+                return losses
+            return losses.mean() if reduction == "mean" else (losses**2).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1)))
+
+    ours = both(functools.partial(linear_cross_entropy, reduction=reduction))
+    plain = both(cases.plain_loss)
+    wide = (hidden.astype("float64"), kernel.astype("float64"))
+    results = (ours(hidden, kernel), plain(hidden, kernel), plain(*wide))
+    for mine, theirs, truly in zip(*map(jax.tree.leaves, results), strict=True):
+        slack = 2e-6 if mine.dtype == jnp.float32 else 4e-3
+        truth.assert_as_good(mine, theirs, truly, slack=slack)
+
+
 def _every_function(key, hidden, kernel, labels, values, teacher, **size: Any):
     """Yields every function that streams a layer and has a derivative, as a number."""
     ids = (labels[:, None] + jnp.arange(3, dtype=jnp.int32)[None]) % CLASSES
