@@ -383,11 +383,11 @@ _LINEAR = (
         tests=("tests/linear/test_gradients.py",),
     ),
     Breakage(
-        "joined-tiles-about-the-peak-of-the-next",
+        "slopes-in-the-place-of-the-tile-before",
         kind="off-by-one block",
         file="jaxsoft/linear/kept.py",
-        before="self.peaks[:, 2 : 2 + tiles.class_blocks, None]",
-        after="self.peaks[:, 3 : 3 + tiles.class_blocks, None]",
+        before="slopes = jnp.where(is_new[:, None] & ours[None], slopes, before)",
+        after="slopes = jnp.where(is_new[:, None], slopes, before)",
         tests=("tests/linear/test_plan_laws.py",),
     ),
     Breakage(

@@ -112,8 +112,8 @@ class Config:
       keeps: whether a forward pass may keep something of tiles.
       moves_bits: whether parts of large arrays of 16-bit floats are read and written as
         bits, through which no derivative flows; see `kept.stored`.
-      for_gpu: whether chunks are those of GPUs: with tiles that may leave a rest, whose
-        slopes are multiplied as one matrix; see `gradients.accumulate`.
+      for_gpu: whether chunks are those of GPUs: with tiles that may leave a rest, and
+        slopes that are multiplied as one matrix where weights are kept.
       blocks: rows and classes of a tile where something is kept of tiles; else None.
     """
 

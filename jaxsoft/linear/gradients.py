@@ -18,7 +18,6 @@ from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.kept import (
-    Joined,
     Kept,
     Place,
     loaded,
@@ -26,7 +25,7 @@ from jaxsoft.linear.kept import (
     stored_dtype,
     tiles_in_all,
 )
-from jaxsoft.linear.plans import Tiling
+from jaxsoft.linear.plans import CLASS_MULTIPLE, Tiling
 from jaxsoft.linear.tiles import (
     compute_tile,
     dot,
@@ -154,16 +153,8 @@ def accumulate(
     Returns:
       The gradients but `tau`, and the moments [N, 1], None if not wanted. With `into`
       all are in the dtype of the statistics.
-
-    A chunk's slopes are multiplied as one matrix on GPUs, where they can lie in the
-    place of what was kept: a tile at a time reads and writes the sum for the rows once
-    a tile, and that for the classes in a pass of its own.
     """
     plan = tiles_of(config, operands) if tiles is None else tiles
-    read: tuple[Kept | Joined, ...] = kept
-    if into is not None and _can_join(config, operands, kept, plan):
-        read = (kept[0].in_floats().joined(plan),)
-        plan = Tiling(plan.rows, plan.classes, plan.rows, plan.classes)
     dtype = compute_dtype(operands.hidden, operands.kernel)
     like = Gradients.like(wanted, operands, values) if into is None else into.sums
     before = like
@@ -183,10 +174,10 @@ def accumulate(
     )
 
     adds = into is not None and into.adds
-    step = _Step(config, operands, share, rows, plan, like, adds, read)
+    step = _Step(config, operands, share, rows, plan, like, adds, kept)
     sums = mesh_axes.like(sums, (operands, rows, kept))
-    if plan.class_blocks == 1:
-        sums = step.over_rows(0, sums)
+    if into is not None and step.can_join():
+        sums = step.joined(sums)
     else:
         sums = lax.fori_loop(0, plan.class_blocks, step.over_rows, sums)
     hidden = sums.hidden
@@ -195,19 +186,6 @@ def accumulate(
     of_classes = Gradients(None, sums.kernel, sums.bias, None, sums.values)
     of_classes = jax.tree.map(lambda a, b: loaded(a, b.dtype), of_classes, like)
     return of_classes._replace(hidden=hidden), sums.moments
-
-
-def _can_join(
-    config: Config, operands: Operands, kept: tuple[Kept, ...], tiles: Tiling
-) -> bool:
-    """Tells whether slopes of all tiles can lie where what was kept of them does."""
-    return (
-        config.for_gpu
-        and len(kept) == 1
-        and kept[0].numbers.dtype.itemsize == operands.matmul_dtype().itemsize
-        and tiles.row_blocks == 1
-        and kept[0].kept_tiles(tiles) == tiles.class_blocks
-    )
 
 
 class _Sums(NamedTuple):
@@ -251,9 +229,9 @@ class _Step(NamedTuple):
     tiles: Tiling
     like: Gradients
     adds: bool
-    kept: tuple[Kept | Joined, ...]
+    kept: tuple[Kept, ...]
 
-    def over_rows(self, index: jax.Array | int, sums: _Sums) -> _Sums:
+    def over_rows(self, index: jax.Array, sums: _Sums) -> _Sums:
         """Adds the tile `index` of classes, of every block of rows."""
         operands, tiles = self.operands, self.tiles
         size, axis = tiles.block_classes, self.config.class_axis
@@ -298,8 +276,71 @@ class _Step(NamedTuple):
             write(sums.values, of_tile.values, self.like.values, 0),
         )
 
-    def _block(self, number, index, of_tile: _Sums) -> _Sums:
-        """Adds a block of rows to the gradients of a tile."""
+    def can_join(self) -> bool:
+        """Tells whether slopes can lie where weights of all classes were kept.
+
+        XLA for GPUs pads whole operands of a product over a number of classes that its
+        tiles do not divide.
+        """
+        kept, tiles = self.kept, self.tiles
+        return (
+            self.config.for_gpu
+            and len(kept) == 1
+            and kept[0].peaks is not None
+            and tiles_in_all(kept, tiles) == tiles.class_blocks
+            and tiles.classes % CLASS_MULTIPLE == 0
+        )
+
+    def joined(self, sums: _Sums) -> _Sums:
+        """Adds the slopes of all tiles as one matrix, in the place of what was kept.
+
+        A tile at a time reads and writes the sum for the rows once a tile, and adds
+        that for the classes in a pass of its own.
+        """
+        tiles = self.tiles
+
+        def tile(index, state):
+            def block(number, state):
+                kept, bias = state
+                part, part_rows, row, row_start = self._part(number)
+                place = Place(row_start, index)
+                found = self._slopes(
+                    part, part_rows, index, row, row_start, (kept.read(place, tiles),)
+                )
+                is_new = row_start + lax.iota(jnp.int32, tiles.block_rows) >= row
+                kept = kept.with_slopes(place, tiles, found.logits, is_new)
+                return kept, None if bias is None else bias + found.bias
+
+            kept, biases = state
+            dtype = compute_dtype(self.operands.hidden, self.operands.kernel)
+            bias = None
+            if biases is not None:
+                bias = jnp.zeros(tiles.block_classes, dtype)
+            state = mesh_axes.like((kept, bias), (self.operands, self.rows, sums))
+            kept, bias = lax.fori_loop(0, tiles.row_blocks, block, state)
+            if biases is not None:
+                first = index * tiles.block_classes
+                start = jnp.minimum(first, tiles.classes - tiles.block_classes)
+                new = start + lax.iota(jnp.int32, tiles.block_classes) >= first
+                biases = self._write(biases, bias, start, 0, new)
+            return kept, biases
+
+        state = (self.kept[0].in_floats(), sums.bias)
+        kept, bias = lax.fori_loop(0, tiles.class_blocks, tile, state)
+        whole = Tiling(tiles.rows, tiles.classes, tiles.rows, tiles.classes)
+        one = self._replace(tiles=whole)
+        slopes = _Slopes(kept.numbers, None, None, None)
+        found = one._add(self.operands, 0, 0, sums._replace(bias=None), slopes)
+        kernel = found.kernel
+        if kernel is not None and sums.kernel is not None and self.adds:
+            kernel = sums.kernel + kernel
+        return found._replace(kernel=kernel, bias=bias)
+
+    def _part(self, number):
+        """Returns a block of rows: operands, further arrays, and where it starts.
+
+        The last block may start earlier, over rows of the one before.
+        """
         tiles = self.tiles
         row = number * tiles.block_rows
         row_start = jnp.minimum(row, tiles.rows - tiles.block_rows)
@@ -307,6 +348,12 @@ class _Step(NamedTuple):
         if tiles.row_blocks > 1:
             part = slice_rows(part, row_start, tiles.block_rows)
             part_rows = slice_rows(part_rows, row_start, tiles.block_rows)
+        return part, part_rows, row, row_start
+
+    def _block(self, number, index, of_tile: _Sums) -> _Sums:
+        """Adds a block of rows to the gradients of a tile."""
+        tiles = self.tiles
+        part, part_rows, row, row_start = self._part(number)
         place = Place(row_start, index)
 
         def slopes(is_kept: bool) -> _Slopes:

@@ -21,7 +21,6 @@ from jaxsoft.linear.arguments import Axes, Config, Operands
 from jaxsoft.linear.plans import Tiling
 
 __all__ = [
-    "Joined",
     "Keep",
     "Keeping",
     "Kept",
@@ -81,7 +80,7 @@ class KeptTile(NamedTuple):
 
     Attributes:
       numbers: [R, B] products of states and kernel, or weights exp((u - peak) / τ).
-      peak: [R, 1] of weights, or [R, B]; None for products.
+      peak: [R, 1] of weights; None for products.
     """
 
     numbers: jax.Array
@@ -131,14 +130,26 @@ class Kept:
             numbers, lax.dynamic_slice(self.peaks, at, (tiles.block_rows, 1))
         )
 
-    def joined(self, tiles: Tiling) -> "Joined":
-        """Returns the same, of all tiles, as one tile."""
-        if self.peaks is None:
-            return Joined(KeptTile(self.numbers))
-        peaks = self.peaks[:, 2 : 2 + tiles.class_blocks, None]
-        peaks = jnp.broadcast_to(peaks, (*peaks.shape[:2], tiles.block_classes))
-        peaks = peaks.reshape(peaks.shape[0], -1)[:, : tiles.classes]
-        return Joined(KeptTile(self.numbers, peaks))
+    def with_slopes(
+        self, place: Place, tiles: Tiling, slopes: jax.Array, is_new: jax.Array
+    ) -> "Kept":
+        """Returns the same with slopes in the place of what was kept of a tile.
+
+        Args:
+          place: of the tile.
+          tiles: all of them.
+          slopes: [R, B].
+          is_new: [R], False for rows of the block before.
+        """
+        first, start = self._starts(place, tiles)
+        slopes = slopes.astype(self.numbers.dtype)
+        if tiles.rows_overlap or tiles.classes_overlap:
+            ours = start + lax.iota(jnp.int32, tiles.block_classes) >= first
+            before = self._read(place, tiles)
+            slopes = jnp.where(is_new[:, None] & ours[None], slopes, before)
+        at = (place.row, start)
+        numbers = lax.dynamic_update_slice(self.numbers, slopes, at)
+        return self._with(numbers, self.peaks)
 
     def write(self, place: Place, tiles: Tiling, tile: KeptTile) -> "Kept":
         """Returns the same with what is kept of a tile."""
@@ -185,21 +196,6 @@ class Kept:
         """Returns the first class of a tile, and where its columns start."""
         first = place.index * tiles.block_classes
         return first, jnp.minimum(first, tiles.classes - tiles.block_classes)
-
-
-class Joined(NamedTuple):
-    """What was kept of all tiles, as one tile."""
-
-    tile: KeptTile
-
-    def read(self, place: Place, tiles: Tiling) -> KeptTile:
-        """Returns it: there is no other place."""
-        del place, tiles
-        return self.tile
-
-    def kept_tiles(self, tiles: Tiling) -> int:
-        """Returns of how many tiles all is here."""
-        return tiles.class_blocks
 
 
 class KeptAll(_OfAll, Kept):

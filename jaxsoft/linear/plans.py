@@ -16,7 +16,7 @@ from typing import Literal
 
 from jaxsoft._core.numerics import round_up
 
-__all__ = ["Layer", "Plan", "Tiling", "choose", "tiling_of"]
+__all__ = ["CLASS_MULTIPLE", "Layer", "Plan", "Tiling", "choose", "tiling_of"]
 
 MIB = 2**20
 # A tile may take this share of the bytes of hidden and kernel, within these bounds:
@@ -36,7 +36,7 @@ _TILES, _TILES_AND_SLICES = 2, 6
 _SHARE_OF_CHUNK = 1 / 32
 
 # Sizes are multiples of what matrix units want.
-_CLASS_MULTIPLE = 128
+CLASS_MULTIPLE = 128
 _ROW_MULTIPLE = 8
 
 # Below this many classes a tile is too thin for an efficient product; rows are
@@ -133,7 +133,7 @@ def choose(
     Returns:
       The tiling; its sizes are balanced, so that the last tile is not a sliver.
     """
-    multiple = math.lcm(multiple, _CLASS_MULTIPLE)
+    multiple = math.lcm(multiple, CLASS_MULTIPLE)
     elements = max(tile_bytes // itemsize, multiple * _ROW_MULTIPLE)
     thin = min(max(_THIN, multiple), round_up(classes, multiple))
     block_rows = max(_ROW_MULTIPLE, elements // thin // _ROW_MULTIPLE * _ROW_MULTIPLE)

@@ -103,7 +103,7 @@ class Program(abc.ABC):
         del are
         return args
 
-    def on_gpu(self) -> "Program":
+    def on_gpu(self) -> Self:
         """Returns the same function for GPUs."""
         return self
 
@@ -310,15 +310,11 @@ def _evaluate_by_bits(*args, jaxpr, program, tree, result_axes):
 
 def _evaluate_on_gpu(*args, jaxpr, program, tree, result_axes):
     """Computes the function for GPUs."""
-    params = {
-        "jaxpr": jaxpr,
-        "program": program,
-        "tree": tree,
-        "result_axes": result_axes,
-    }
+    del result_axes
     on_gpu = program.on_gpu()
-    if on_gpu is not program:
-        params, _ = _prepare(on_gpu, args, tree)
+    if on_gpu is program:
+        return jaxpr_as_fun(jaxpr)(*args)
+    params, _ = _prepare(on_gpu, args, tree)
     return _evaluate(*args, **params)
 
 

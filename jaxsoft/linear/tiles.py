@@ -61,8 +61,8 @@ class Tile(NamedTuple):
         labels.
       slope: [R, B] derivative of the soft-cap; None without one.
       product: [R, B] of the states and the kernel alone; None for kept weights.
-      peak: [R, 1] or [R, B], what kept weights are about. `logits` are then those
-        weights, exp((u - peak) / τ); None for logits.
+      peak: [R, 1] what kept weights are about. `logits` are then those weights,
+        exp((u - peak) / τ); None for logits.
       is_of_xla: whether it is no tile of a kernel's.
     """
 

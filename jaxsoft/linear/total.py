@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -221,8 +221,9 @@ class _Chunks(Program):
         start = self._start(arrays, rows)
         if size == count:
             return self._chunk(arrays, rows, keep, start, ())[0]
-        # Room for all chunks waits for its memory once; but slopes can only lie where
-        # what was kept does if no later chunk needs it.
+        # Room for all chunks waits for its memory once on a CPU; on a GPU it waits for
+        # none, and slopes take the place of what was kept. The plan may keep but a part
+        # of a chunk there: tiles have other sizes.
         first = slice_rows(arrays, 0, size)
         shared = () if self.fold.config.for_gpu else self._room(first, keep)
 
@@ -234,7 +235,7 @@ class _Chunks(Program):
 
         return lax.fori_loop(0, -(-count // size), chunk, (start, shared))[0]
 
-    def on_gpu(self) -> Program:
+    def on_gpu(self) -> Self:
         return dataclasses.replace(self, fold=self.fold.for_gpu())
 
     def _room(self, part: Any, keep: Keep | None) -> tuple[Kept, ...]:

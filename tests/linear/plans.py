@@ -32,6 +32,8 @@ def _plan(layer: Layer, workspace: int, reduced: bool) -> Plan:
         rows = min(_CHUNK, rows)
     tiles = tiling_of(rows, layer.classes, _BLOCKS)
     everything = tiles.class_blocks * tiles.block_classes
+    if workspace == ONE_ON_GPU:
+        tiles = tiling_of(rows, layer.classes, (rows, _BLOCKS[1]))
     if workspace == RECOMPUTE:
         return Plan("recompute", tiles)
     if workspace == SOME:

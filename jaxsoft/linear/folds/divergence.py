@@ -150,6 +150,13 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         )
         return dataclasses.replace(self, config=student, teacher=teacher)
 
+    def for_gpu(self) -> "TwoLayers":
+        student, teacher = (
+            dataclasses.replace(config, for_gpu=True)
+            for config in (self.config, self.teacher)
+        )
+        return dataclasses.replace(self, config=student, teacher=teacher)
+
     def keeping(self, keep: Keep | None) -> "TwoLayers":
         if keep is None:
             return self
