@@ -178,8 +178,8 @@ _LOGITS = (
         "slope-of-entropy-without-its-mean",
         kind="dropped term",
         file="jaxsoft/logits/softmax.py",
-        before="excess = times(p, c) - p * _sum(times(p, c), axis)",
-        after="excess = times(p, c)",
+        before="excess = e * (c - _sum(e * c, axis) / total)",
+        after="excess = e * c",
         tests=("tests/logits/test_gradients.py",),
     ),
     Breakage(
@@ -290,8 +290,8 @@ _LOGITS = (
         "boltzmann-operator-without-the-mean",
         kind="dropped term",
         file="jaxsoft/logits/boltzmann.py",
-        before="p * (1 + excess) * dx",
-        after="p * excess * dx",
+        before="e * (1 + excess) * dx",
+        after="e * excess * dx",
         tests=("tests/logits/test_boltzmann.py",),
     ),
     Breakage(

@@ -14,15 +14,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
-from jaxsoft._core.numerics import times
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
     has_no_tangent,
     pick_temperature,
 )
-from jaxsoft.logits.centre import centre
-from jaxsoft.logits.softmax import probabilities, softmax
+from jaxsoft.logits.centre import centre, scaled_gaps
+from jaxsoft.logits.softmax import nonzero, softmax, visible, weights
 
 __all__ = ["boltzmann_operator", "boltzmann_policy", "soft_argmax"]
 
@@ -150,35 +149,31 @@ def _compiled_operator(axis, static_tau, values, tau, where):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _operator(axis, static_tau, x, tau, where):
     centred = centre(x, pick_temperature(static_tau, tau), where, axis)
-    p = probabilities(axis, static_tau, x, tau, where)
-    # A quarter of both sides keeps their difference finite up to the largest number.
-    scale = jnp.where(jnp.abs(centred.peak) > 1, 0.25, 1.0).astype(x.dtype)
-    gap = jnp.where(centred.kept, x * scale - centred.peak * scale, 0)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    mean = (centred.peak * scale + total(times(p, gap))) / scale
-    return jnp.squeeze(jnp.where(total(p) == 0, 0, mean), axis)
+    e = jnp.exp(centred.values)
+    sums = total(e)
+    gap, scale = scaled_gaps(centred)
+    mean = (centred.peak * scale + total(e * (1 / nonzero(sums)) * gap)) / scale
+    return jnp.squeeze(jnp.where(sums == 0, 0, mean), axis)
 
 
+@functools.partial(_operator.defjvp, symbolic_zeros=True)
 def _operator_jvp(axis, static_tau, primals, tangents):
     """Returns Σ p z and Σ p (1 + c - Σ p c) dz - Var_p(c) dτ."""
     x, tau, where = primals
     dx, dtau, _ = tangents
     out = _operator(axis, static_tau, x, tau, where)
-    p = probabilities(axis, static_tau, x, tau, where)
-    c = centre(x, pick_temperature(static_tau, tau), where, axis).values
-    # Where p is 0 so is every product with it.
-    excess = jnp.where(p == 0, 0, c)
-    excess = excess - jnp.sum(p * excess, axis, keepdims=True)
-    tangent = jnp.zeros_like(out)
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    e = weights(axis, static_tau, x, tau, where)
+    sums = nonzero(total(e))
+    c = visible(centre(x, pick_temperature(static_tau, tau), where, axis).values)
+    excess = c - total(e * c) / sums
+    tangent = jnp.zeros_like(sums)
     if not has_no_tangent(dx):
-        tangent += jnp.sum(jnp.where(p == 0, 0, p * (1 + excess) * dx), axis)
+        tangent += total(e * (1 + excess) * dx) / sums
     if not has_no_tangent(dtau):
-        variance = jnp.sum(jnp.where(p == 0, 0, p * excess**2), axis)
-        tangent -= variance * jnp.squeeze(dtau, axis)
-    return out, tangent
-
-
-_operator.defjvp(_operator_jvp, symbolic_zeros=True)
+        tangent -= total(e * excess**2) / sums * dtau
+    return out, jnp.squeeze(tangent, axis)
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -257,20 +252,19 @@ def soft_argmax(
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _soft_argmax(axis, static_tau, x, tau, where, positions):
     middle = x.shape[axis] // 2
+    e = weights(axis, static_tau, x, tau, where)
+    total = jnp.sum(e, axis)
+    present, total = total != 0, nonzero(total)
     if positions is None:
-        relative = (jnp.arange(x.shape[axis]) - middle).astype(x.dtype)
-        origin = jnp.asarray(middle, x.dtype)
-    else:
-        positions = positions.astype(x.dtype)
-        origin = positions[middle]
-        relative = positions - origin[None]
-    p = softmax(
-        x, temperature=pick_temperature(static_tau, tau), axis=axis, where=where
-    )
+        # A sum, and no product of matrices: it is taken along with the exponentials.
+        index = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) - middle
+        offset = jnp.sum(e * index.astype(x.dtype), axis) / total
+        return jnp.where(present, middle + offset, 0)
+    positions = positions.astype(x.dtype)
+    origin = positions[middle]
+    relative = positions - origin[None]
+    p = e / jnp.expand_dims(total, axis)
     offset = jnp.tensordot(p, relative, (axis, 0), precision="highest")
-    kept = x != -jnp.inf if where is None else (x != -jnp.inf) & where
-    present = jnp.any(kept, axis).reshape(
-        x.shape[:axis] + x.shape[axis + 1 :] + (1,) * origin.ndim
-    )
+    present = present.reshape(present.shape + (1,) * origin.ndim)
     origin = origin.reshape((1,) * (offset.ndim - origin.ndim) + origin.shape)
     return jnp.where(present, origin + offset, 0)

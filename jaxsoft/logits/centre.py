@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsoft._core.numerics import divide_stored
 
-__all__ = ["Centred", "centre", "number_of_kept"]
+__all__ = ["Centred", "centre", "number_of_kept", "scaled_gaps"]
 
 
 class Centred(NamedTuple):
@@ -70,6 +70,19 @@ def _still_below_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     return primals[0], jnp.where(primals[0] == -jnp.inf, 0, tangents[0])
+
+
+def scaled_gaps(centred: Centred) -> tuple[jax.Array, jax.Array]:
+    """Returns (x - m) s, finite, and s of each row, for sums over p of x - m.
+
+    What is dropped counts as the lowest number. s is 1/4 where |m| is above 1, so that
+    differences stay finite. XLA for CPUs computes them anew beside c, which it would
+    store for a second use.
+    """
+    scale = jnp.where(jnp.abs(centred.peak) > 1, 0.25, 1.0)
+    scale = scale.astype(centred.peak.dtype)
+    logits = jnp.maximum(centred.logits, jnp.finfo(centred.logits.dtype).min)
+    return logits * scale - centred.peak * scale, scale
 
 
 def number_of_kept(centred: Centred, axis: int) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics, registry
-from jaxsoft._core.numerics import finite, inverse, over_temperature, times
+from jaxsoft._core.numerics import finite, inverse, over_temperature
 from jaxsoft._core.registry import Implementation
 from jaxsoft.logits.arguments import (
     check_temperature,
@@ -24,7 +24,7 @@ from jaxsoft.logits.arguments import (
     has_no_tangent,
     pick_temperature,
 )
-from jaxsoft.logits.centre import Centred, centre
+from jaxsoft.logits.centre import Centred, centre, scaled_gaps
 
 __all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
 
@@ -420,23 +420,27 @@ _logsumexp.defjvp(_rule(_logsumexp_derivative), symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _entropy(axis, static_tau, x, tau, where):
-    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
-    weights, total = exponentials(centred, axis)
-    expected = _sum(times(weights, centred.values), axis) / total
+    tau = pick_temperature(static_tau, tau)
+    centred = centre(x, tau, where, axis)
+    e, total = exponentials(centred, axis)
+    gap, scale = scaled_gaps(centred)
+    expected = over_temperature(_sum(e * (1 / total) * gap, axis), tau) / scale
     return jnp.squeeze(jnp.log(total) - expected, axis)
 
 
 def _entropy_derivative(axis, static_tau, x, tau, where, dx, slope):
+    """Returns the entropy and -Σ p (c - Σ p c) (dx - c dτ) / τ."""
     out = _entropy(axis, static_tau, x, tau, where)
-    p = probabilities(axis, static_tau, x, tau, where)
-    c = centre(x, pick_temperature(static_tau, tau), where, axis).values
-    excess = times(p, c) - p * _sum(times(p, c), axis)
+    e = weights(axis, static_tau, x, tau, where)
+    total = nonzero(_sum(e, axis))
+    c = visible(centre(x, pick_temperature(static_tau, tau), where, axis).values)
+    excess = e * (c - _sum(e * c, axis) / total)
     terms = []
     if dx is not None:
-        terms.append(-jnp.sum(excess * dx, axis))
+        terms.append(-_sum(excess * dx, axis) / total)
     if slope is not None:
-        terms.append(jnp.squeeze(_sum(times(excess, c), axis) * slope, axis))
-    return out, terms
+        terms.append(_sum(excess * c, axis) / total * slope)
+    return out, [jnp.squeeze(term, axis) for term in terms]
 
 
 _entropy.defjvp(_rule(_entropy_derivative), symbolic_zeros=True)
