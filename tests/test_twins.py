@@ -24,6 +24,7 @@ TEMPERATURES = {
     "broadcast": np.array([[[0.5]], [[2.0]]], "float32"),
 }
 REDUCTIONS = ("none", "sum", "mean")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
 @pytest.mark.parametrize("shape", TEMPERATURES)
@@ -101,6 +102,35 @@ def test_distillation(reduction):
         ),
         rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("tau", [1.0, np.float32(2)])
+def test_a_teacher_without_classes_teaches_nothing(kind, tau):
+    """A row of -inf alone has no distribution: loss and gradient are 0."""
+    student = jnp.asarray(LOGITS.reshape(-1, CLASSES))
+    states = jnp.ones((len(student), 1)).at[1].set(-jnp.inf)
+    rows = jnp.linspace(0.5, 1.5, CLASSES)[None]
+    kept = np.arange(len(student)) != 1
+    options: dict[str, Any] = {"divergence": kind, "reduction": "none"}
+
+    def stored(student, tau):
+        return jaxsoft.distillation_loss(student, states * rows, tau, **options)
+
+    def streamed(student, tau):
+        eye = jnp.eye(CLASSES)
+        return jaxsoft.linear_distillation(
+            student, eye, states, rows, temperature=tau, **options
+        )
+
+    for losses in (stored, streamed):
+        found, pull = jax.vjp(jax.jit(losses), student, jnp.float32(tau))
+        np.testing.assert_array_equal(found[1], 0)
+        assert np.all(found[kept] > 0)
+        np.testing.assert_array_equal(pull(jnp.asarray(~kept, jnp.float32))[0], 0)
+        slope, of_tau = pull(jnp.ones_like(found))
+        assert np.isfinite(slope).all() and np.isfinite(of_tau)
+        assert np.all(np.any(np.asarray(slope) != 0, axis=1) == kept)
 
 
 def test_rows_without_weight_may_hold_anything():

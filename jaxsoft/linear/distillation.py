@@ -109,8 +109,8 @@ def linear_distillation(
 
     Returns:
       A scalar, or [...] with reduction "none", float32 (float64 if an input is), >= 0;
-      0 for a row without any kept class; inf where a class has mass on one side only
-      and the divergence is infinite; NaN at a traced τ = ∞.
+      0, with gradient 0, for a row whose teacher has no kept class; inf where a class
+      has mass on one side only and the divergence is infinite; NaN at a traced τ = ∞.
 
     Raises:
       TypeError: if a dtype is wrong.

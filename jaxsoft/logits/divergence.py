@@ -38,6 +38,8 @@ class Pair(NamedTuple):
       log_ratio: τ log(q / p), finite.
       tau: τ, the largest finite number at τ = ∞.
       loss: τ² KL(p, q).
+      lacks_p: whether the teacher has no class.
+      lacks_q: whether the student has none.
     """
 
     p: jax.Array
@@ -46,6 +48,8 @@ class Pair(NamedTuple):
     log_ratio: jax.Array
     tau: jax.Array
     loss: jax.Array
+    lacks_p: jax.Array
+    lacks_q: jax.Array
 
 
 def below_peak(centred: Centred) -> jax.Array:
@@ -62,7 +66,8 @@ def compare(student, teacher, tau, where, axis) -> Pair:
     tau = jnp.minimum(tau, jnp.finfo(student.dtype).max)
     over = inverse(tau, student.dtype)
     e_s, e_t = jnp.exp(s.values), jnp.exp(t.values)
-    z_s, z_t = nonzero(total(e_s)), nonzero(total(e_t))
+    sum_s, sum_t = total(e_s), total(e_t)
+    z_s, z_t = nonzero(sum_s), nonzero(sum_t)
     # A class with mass on the teacher's side alone makes the mean infinite.
     lost = (s.logits == -jnp.inf) & (e_t > 0)
     gap = jnp.where(lost, -jnp.inf, below_peak(s) - below_peak(t))
@@ -83,7 +88,8 @@ def compare(student, teacher, tau, where, axis) -> Pair:
     shift = jnp.where(is_large, tau * shift - mean, finite(small) * over)
     loss = jnp.where(is_large, tau * shift, small)
     loss = jnp.where(is_lost, jnp.inf, loss)
-    return Pair(e_t / z_t, e_s / z_s, gap, finite(gap - shift), tau, loss)
+    lacks = sum_t == 0, sum_s == 0
+    return Pair(e_t / z_t, e_s / z_s, gap, finite(gap - shift), tau, loss, *lacks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -91,7 +97,7 @@ def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
     """Returns τ² times the divergence `kind` of the student from the teacher.
 
     Args:
-      kind: "forward_kl" (from the teacher) or "jensen_shannon".
+      kind: which one, of `DIVERGENCES`.
       axis: the class axis.
       static_tau: the temperature, if it is a Python float.
       student: logits in the dtype to compute in.
@@ -109,10 +115,15 @@ def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
 
 def _value_and_slopes(kind, axis, student, teacher, tau, where):
     """Returns the divergence and its derivatives by student and teacher logits."""
-    pair = compare(student, teacher, tau, where, axis)
+    is_reverse = kind == "reverse_kl"
+    sides = (teacher, student) if is_reverse else (student, teacher)
+    pair = compare(*sides, tau, where, axis)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    zero = Temperature.prepare(tau, student.dtype).is_zero
-    if kind == "forward_kl":
+    # A row without a distribution teaches nothing.
+    none = Temperature.prepare(tau, student.dtype).is_zero | pair.lacks_p
+    if kind != "forward_kl":
+        none = none | pair.lacks_q
+    if kind != "jensen_shannon":
         loss = pair.loss
         over = inverse(pair.tau, student.dtype)
         by_student = difference(
@@ -125,8 +136,10 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
         by_teacher = -pair.p / 2 * (to_p - total(pair.p * to_p))
     by_student, by_teacher = finite(by_student), finite(by_teacher)
     loss, by_student, by_teacher = (
-        jnp.where(zero, 0, a) for a in (loss, by_student, by_teacher)
+        jnp.where(none, 0, a) for a in (loss, by_student, by_teacher)
     )
+    if is_reverse:
+        by_student, by_teacher = by_teacher, by_student
     return jnp.squeeze(loss, axis), by_student, by_teacher
 
 

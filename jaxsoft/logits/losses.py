@@ -343,9 +343,9 @@ def distillation_loss(
         sum to 0). The streamed twin's default is "mean".
 
     Returns:
-      [...], or a scalar with a reduction, float32 (float64 if either is), >= 0; 0 in a
-      row without any kept class; inf where a class has mass on one side only and the
-      divergence is infinite.
+      [...], or a scalar with a reduction, float32 (float64 if either is), >= 0; 0, with
+      gradient 0, in a row whose teacher has no kept class; inf where a class has mass
+      on one side only and the divergence is infinite.
 
     Raises:
       TypeError: if the logits are not floating, or `where` is not boolean.
@@ -385,7 +385,5 @@ def distillation_loss(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _distillation(divergence, axis, static_tau, student, teacher, tau, where):
-    if divergence == "reverse_kl":
-        student, teacher = teacher, student
-    kind = "jensen_shannon" if divergence == "jensen_shannon" else "forward_kl"
-    return scaled_divergence(kind, axis, static_tau, student, teacher, tau, where)
+    arrays = student, teacher, tau, where
+    return scaled_divergence(divergence, axis, static_tau, *arrays)

@@ -280,12 +280,23 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
 
     def finish(self, carry: _Sums, arrays: _Second) -> _Saved:
         # Before the shards meet: their temperatures are equal, but not known to be.
-        tau = arrays.layers.student.temperature(self.config)
-        zero = is_zero(tau, carry.loss.dtype)
-        sums = jax.tree.map(lambda a: jnp.where(zero, 0, a), carry)
+        none = self._have_none(arrays.layers, arrays.rows)
+        sums = jax.tree.map(lambda a: jnp.where(none, 0, a), carry)
         total = mesh_axes.add(sums._asdict(), self.config.vocab_axes)
         sums = _Sums._make(total[name][:, 0] for name in _Sums._fields)
         return _Saved(sums, arrays.rows)
+
+    def _have_none(self, layers: Layers, rows: _Rows) -> jax.Array:
+        """Tells which rows have neither loss nor gradient, [N, 1].
+
+        They are those of temperature 0, and a row without a distribution teaches
+        nothing.
+        """
+        tau = layers.student.temperature(self.config)
+        lacks = rows.teacher_max == -jnp.inf
+        if self.divergence != "forward_kl":
+            lacks = lacks | (rows.student_max == -jnp.inf)
+        return is_zero(tau, rows.student_total.dtype) | lacks[:, None]
 
     def result(self, saved: _Saved) -> Losses:
         return Losses(saved.sums.loss)
@@ -333,8 +344,8 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         tiles, sums = self.tiles(arrays), saved.sums
         dtype = sums.loss.dtype
         tau = arrays.student.temperature(self.config)
-        # The limit has no gradient.
-        cotangent = jnp.where(is_zero(tau, dtype), 0, cotangent[:, None])[:, 0]
+        none = self._have_none(arrays, saved.rows)[:, 0]
+        cotangent = jnp.where(none, 0, cotangent)
 
         def share(
             part: Operands,
