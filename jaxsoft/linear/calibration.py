@@ -20,10 +20,30 @@ from jaxsoft._core.temperature_fit import (
     row_weights,
 )
 from jaxsoft._core.tokens import labelled_tokens
-from jaxsoft.linear.arguments import Call, KernelLayout, MeshAxes, prepare
-from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
+from jaxsoft.linear import reference
+from jaxsoft.linear.arguments import (
+    Call,
+    Config,
+    KernelLayout,
+    MeshAxes,
+    Operands,
+    fold_rows,
+    prepare,
+)
+from jaxsoft.linear.fold import keep_products, of_products
+from jaxsoft.linear.folds.statistics import (
+    LogitStatistics,
+    Statistics,
+    of_fields,
+    statistics,
+)
+from jaxsoft.linear.tiles import layer_of
+from jaxsoft.logits.calibration import row_fits
 
 __all__ = ["linear_fit_temperature"]
+
+# A fit of stored logits takes them, centred ones, exponentials and one array more.
+_ARRAYS = 4
 
 
 @mesh_axes.accepts_explicit("hidden", kernel="kernel")
@@ -46,11 +66,12 @@ def linear_fit_temperature(
 ) -> TemperatureFit:
     """The temperature at which a softmax layer fits labels best, its logits streamed.
 
-    `fit_temperature` of `u = softcap(hidden @ kernel + bias)`, which is never stored:
-    each of the 4 to 13 temperatures that the search tries is one stream over the
-    classes (2·N·H·V flops), whose statistics hold both the NLL and its derivative. A
-    vocabulary of 256,000 classes needs a tile of memory, where 4096 tokens' logits
-    would take 4 GiB.
+    `fit_temperature` of `u = softcap(hidden @ kernel + bias)`, which need not be
+    stored: each of the 4 to 13 temperatures that the search tries is one stream over
+    the classes (2·N·H·V flops), whose statistics hold both the NLL and its derivative.
+    A vocabulary of 256,000 classes needs a tile of memory, where 4096 tokens' logits
+    would take 4 GiB. Where the workspace has room for the logits they are computed
+    once, and read by every stream.
 
     Args:
       hidden: [..., H] floating.
@@ -122,13 +143,40 @@ def linear_fit_temperature(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _fit(config, token_axes, bounds, arrays, weights) -> TemperatureFit:
-    def rows(tau: jax.Array) -> RowFit:
-        call = Call(config, arrays._replace(tau=tau))
-        of_tokens = statistics(call, ("mean", "expected"))
-        return _row_fit(of_tokens.with_one_label())
-
     dtype = numerics.compute_dtype(arrays.hidden, arrays.kernel)
+    operands = fold_rows(config, arrays._replace(tau=jnp.ones((), dtype)))
+    count = operands.hidden.shape[0]
+    if _have_room(config, operands):
+        x = reference.logits(config, arrays)
+        of_stored = row_fits(x.ndim - 1, x, arrays.labels[..., 0], None)
+        return fit_rows(of_stored, row_weights(weights), bounds, dtype, token_axes)
+    # Where their products alone have room these are computed once.
+    spread = Statistics(config, frozenset(("mean",)))
+    stored = keep_products(spread, operands) if count else None
+
+    def rows(tau: jax.Array) -> RowFit:
+        if stored is None:
+            call = Call(config, arrays._replace(tau=tau))
+            return _row_fit(statistics(call, ("mean", "expected")).with_one_label())
+        of_spread, keep, kept = stored
+        moved = operands._replace(tau=jnp.broadcast_to(tau, (count,)))
+        fold = Statistics(config, frozenset(("label", "expected")))
+        fields = of_products(fold, moved, keep, kept)._replace(mean=of_spread.mean)
+        assert operands.labels is not None
+        found = of_fields(fields, operands.labels >= 0, moved.tau, None)
+        fit = _row_fit(found.with_one_label())
+        return RowFit._make(a.reshape(arrays.hidden.shape[:-1]) for a in fit)
+
     return fit_rows(rows, row_weights(weights), bounds, dtype, token_axes)
+
+
+def _have_room(config: Config, operands: Operands) -> bool:
+    """Tells whether the workspace has room for a fit of stored logits."""
+    if config.implementation != "xla" or config.vocab_axes or config.shards:
+        return False
+    layer = layer_of(config, operands)
+    logits = layer.rows * layer.classes * layer.logit_bytes
+    return _ARRAYS * logits <= layer.workspace(config.workspace_bytes)
 
 
 def _row_fit(of_tokens: LogitStatistics) -> RowFit:

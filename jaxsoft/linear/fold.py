@@ -31,7 +31,7 @@ from jaxsoft.linear.tiles import (
     tiles_of,
 )
 
-__all__ = ["Fold", "stream", "unwrapped"]
+__all__ = ["Fold", "keep_products", "of_products", "stream", "unwrapped"]
 
 Arrays = TypeVar("Arrays")
 Carry = TypeVar("Carry")
@@ -126,9 +126,22 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         """Returns the tiles."""
         return tiles_of(self.config, self.operands(arrays))
 
-    def tile(self, part: Any, tiles: Tiling, index: jax.Array | int) -> Any:
-        """Returns one tile of logits, or what else `step` takes."""
-        return compute_tile(self.config, self.operands(part), tiles, index)
+    def tile(
+        self,
+        part: Any,
+        tiles: Tiling,
+        index: jax.Array | int,
+        kept: KeptTile | None = None,
+    ) -> Any:
+        """Returns one tile of logits, or what else `step` takes.
+
+        Args:
+          part: the arrays of its rows.
+          tiles: the tiles.
+          index: which one of the classes.
+          kept: its products, where an earlier pass kept them.
+        """
+        return compute_tile(self.config, self.operands(part), tiles, index, kept=kept)
 
     def layer(self, arrays: Any) -> Layer:
         """Returns the sizes that plans are made of."""
@@ -282,11 +295,25 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
             kernel = registry.kernel(self.kernel_step, self.config.implementation)
             if kernel is not None:
                 return kernel(self, arrays), ()
+        return self._fold(arrays, keep, room)
+
+    def again(self, arrays: Arrays, kept: tuple[Kept, ...]) -> Result:
+        """Returns the result by products that an earlier pass kept; () for none."""
+        return self.result(self._fold(arrays, kept=kept)[0])
+
+    def _fold(
+        self,
+        arrays: Arrays,
+        keep: Keep | None = None,
+        room: tuple[Kept, ...] = (),
+        kept: tuple[Kept, ...] = (),
+    ) -> tuple[Saved, tuple[Kept, ...]]:
+        """Folds all tiles, by XLA's loops."""
         local = self.local(arrays)
         tiles = self.tiles(local)
 
-        def step(carry: Carry, part: Any, place: Place, _: Any) -> Any:
-            tile = self.tile(part, tiles, place.index)
+        def step(carry: Carry, part: Any, place: Place, read: Any) -> Any:
+            tile = self.tile(part, tiles, place.index, *read)
             carry = self.step(carry, tile, part)
             return carry, () if keep is None else self.kept_of(tile, keep, carry, part)
 
@@ -294,7 +321,7 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
             return self.close(carry, part, tiles)
 
         start = functools.partial(self.start, arrays=local)
-        carry, kept = fold_tiles(local, tiles, start, step, room, close=close)
+        carry, kept = fold_tiles(local, tiles, start, step, room, kept, close)
         return self.finish(carry, local), kept
 
     def compute(self, arrays: Arrays) -> Result:
@@ -304,6 +331,45 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
     def differentiable(self, moving: Arrays) -> Callable[[Arrays], Result]:
         """Returns the function to differentiate, given which arrays move."""
         return functools.partial(_differentiable, self, moving)
+
+
+def keep_products(
+    fold: Fold[Arrays, Carry, Saved, Result], arrays: Arrays
+) -> tuple[Result, Keep, tuple[Kept, ...]] | None:
+    """Returns a fold's result, without a derivative, and the products of its tiles.
+
+    Args:
+      fold: what to compute.
+      arrays: what it is computed from, at least one row.
+
+    Returns:
+      The result, and how which products are kept; None where the workspace has no room
+      for those of all tiles.
+    """
+    still = jax.tree.map(lambda _: False, arrays)
+    keep = fold.keep(arrays, still, fold.plan(arrays, still))
+    if keep is None or keep.what != "products" or keep.classes is not None:
+        return None
+    fold = fold.keeping(keep)
+    saved, kept = bind(_Saved(fold, keep), mesh_axes.like(arrays, arrays))
+    return fold.result(saved), keep, kept
+
+
+def of_products(
+    fold: Fold[Arrays, Carry, Saved, Result],
+    arrays: Arrays,
+    keep: Keep,
+    kept: tuple[Kept, ...],
+) -> Result:
+    """Returns the result of a fold, without a derivative, by products that are kept.
+
+    Args:
+      fold: what to compute.
+      arrays: what it is computed from.
+      keep: how they are kept, by `keep_products`.
+      kept: the products.
+    """
+    return bind(_OfKept(fold.keeping(keep)), *mesh_axes.like((arrays, kept), arrays))
 
 
 def stream(fold: Fold[Arrays, Carry, Saved, Result], arrays: Arrays) -> Result:
@@ -356,6 +422,18 @@ class _Saved(Program):
         room = self.fold.room(arrays, self.keep, self.shards)
         saved, kept = self.fold.forward(arrays, self.keep, room)
         return _Forward(saved, tuple(each.in_floats() for each in kept))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfKept(Program):
+    """The result of the arrays, by products that an earlier pass kept."""
+
+    def call(self, arrays: Any, kept: Any) -> Any:
+        return self.fold.again(arrays, kept)
+
+    def batched(self, args: tuple[Any, ...], are: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Does without what was kept where one of it would serve a whole batch."""
+        return args if all(jax.tree.leaves(are[1])) else (args[0], ())
 
 
 @dataclasses.dataclass(frozen=True)

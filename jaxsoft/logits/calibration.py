@@ -6,6 +6,7 @@ Also for logits that are never stored: `jaxsoft.linear.calibration`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ __all__ = [
     "calibration_bins",
     "expected_calibration_error",
     "fit_temperature",
+    "row_fits",
 ]
 
 # How far from 1 rounding, that of bfloat16 included, may bring a sum of probabilities.
@@ -111,8 +113,26 @@ def fit_temperature(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _fit(axis, bounds, logits, labels, where, weights) -> TemperatureFit:
-    dtype = numerics.compute_dtype(logits)
-    x, classes = logits.astype(dtype), logits.shape[axis]
+    x = logits.astype(numerics.compute_dtype(logits))
+    rows = row_fits(axis, x, labels, where)
+    return fit_rows(rows, row_weights(weights), bounds, x.dtype)
+
+
+def row_fits(
+    axis: int, x: jax.Array, labels: jax.Array, where: jax.Array | None
+) -> Callable[[jax.Array], RowFit]:
+    """Returns what tells of each row how it fits at a temperature.
+
+    Args:
+      axis: the class axis, the last one.
+      x: logits in the dtype to compute in.
+      labels: [...] integers.
+      where: which classes are kept, or None.
+
+    Returns:
+      A function of a temperature that only divides.
+    """
+    classes = x.shape[axis]
     valid = (labels >= 0) & (labels < classes)
     label = jnp.where(valid, labels, 0).astype(jnp.int32)[..., None]
     picked = jnp.take_along_axis(x, label, axis)
@@ -126,17 +146,19 @@ def _fit(axis, bounds, logits, labels, where, weights) -> TemperatureFit:
     own = jnp.where(kept, (picked - centred.peak)[..., 0], 0)
     own = numerics.nan_where(~valid, own)
     spread = jnp.min(jnp.where(centred.kept, gaps, 0), axis)
-    lowest = jnp.finfo(dtype).min
+    lowest = jnp.finfo(x.dtype).min
 
     def rows(tau):
-        c = gaps / tau
-        exps = jnp.exp(c)
+        # XLA for CPUs stores what two sums use: the exponentials, and nothing else.
+        beta = 1 / tau
+        exps = jnp.exp(gaps * beta)
         total = nonzero(jnp.sum(exps, axis))
         # A weight of 0 times the lowest number is 0.
-        expected = jnp.sum(exps * jnp.maximum(c, lowest), axis) / total
-        return RowFit(jnp.log(total) - own / tau, own / tau - expected, spread)
+        expected = jnp.sum(exps * jnp.maximum(gaps, lowest), axis) / total
+        label = own * beta
+        return RowFit(jnp.log(total) - label, label - expected * beta, spread)
 
-    return fit_rows(rows, row_weights(weights), bounds, dtype)
+    return rows
 
 
 @mesh_axes.accepts_explicit("probabilities", axis=-1)

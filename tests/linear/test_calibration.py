@@ -59,6 +59,39 @@ def test_equals_stored_logits(implementation):
     assert expected.at_bound == 0 and expected.temperature != plain.temperature
 
 
+def loops_of(jaxpr):
+    """Yields the bodies of a program's loops, outermost ones that are no fold's."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation.params["body_jaxpr"]
+        elif equation.primitive.name != "jaxsoft_fold":
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+            ):
+                if hasattr(inner, "eqns"):
+                    yield from loops_of(inner)
+
+
+# Room for tiles, for the products of all of them, and for a fit of stored logits.
+@pytest.mark.parametrize(
+    "logits, products", [(0.2, 1), (2.5, 0), (4.5, 0)], ids=["tiles", "kept", "stored"]
+)
+def test_logits_that_have_room_are_computed_once(logits, products):
+    size = int(logits * ROWS * CLASSES * 4)
+    fit = functools.partial(jaxsoft.linear_fit_temperature, workspace_bytes=size)
+    options: Any = {"class_mask": MASK, "bias": BIAS, "logit_softcap": 4.0}
+    capped = 4 * np.tanh((LOGITS + BIAS[None]) / 4)
+    expected = jaxsoft.fit_temperature(capped, LABELS, where=MASK[None])
+    close(fit(HIDDEN, KERNEL, LABELS, **options), expected)
+    (search,) = loops_of(jax.make_jaxpr(fit)(HIDDEN, KERNEL, LABELS))
+    assert str(search).count("dot_general[") == products
+    stacked = np.stack([HIDDEN, -HIDDEN]), np.stack([LABELS, LABELS[::-1]])
+    mapped = jax.vmap(lambda h, y: fit(h, KERNEL, y))(*stacked)
+    for index, (h, y) in enumerate(zip(*stacked, strict=True)):
+        alone = fit(h, KERNEL, y)
+        close(jax.tree.map(lambda a, i=index: a[i], mapped), alone)
+
+
 def test_bfloat16_and_float64(x64):
     hidden, kernel = (a.astype("bfloat16") for a in (HIDDEN, KERNEL))
     ours = jaxsoft.linear_fit_temperature(hidden, kernel, LABELS)

@@ -28,6 +28,7 @@ from jaxsoft._core.numerics import (
 )
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
+from jaxsoft.linear.kept import KeptTile
 from jaxsoft.linear.plans import Tiling
 from jaxsoft.linear.tiles import compute_tile, tiles_of
 
@@ -107,7 +108,13 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         # The first block may have begun on the shard before.
         return dataclasses.replace(tiles, extra=block - 1)
 
-    def tile(self, part: Drawing, tiles: Tiling, index: jax.Array | int) -> _Blocks:
+    def tile(
+        self,
+        part: Drawing,
+        tiles: Tiling,
+        index: jax.Array | int,
+        kept: KeptTile | None = None,
+    ) -> _Blocks:
         """Returns a tile that starts where a block does.
 
         It has whole blocks, but for one of all classes of a vocabulary that is here.
@@ -117,7 +124,7 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         is_alone = tiles.class_blocks == 1
         shift = first % block if is_sharded else 0
         tile = compute_tile(
-            self.config, part.operands, tiles, index, 0 if is_alone else shift
+            self.config, part.operands, tiles, index, 0 if is_alone else shift, kept
         )
         begin = index * tiles.block_classes - shift
         u = tile.logits

@@ -18,7 +18,7 @@ from jaxsoft._core.numerics import (
 from jaxsoft.linear.arguments import Axes, Operands
 from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.gradients import Gradients, Into, Share, Wanted, accumulate
-from jaxsoft.linear.kept import Kept
+from jaxsoft.linear.kept import Kept, KeptTile
 from jaxsoft.linear.plans import Tiling
 from jaxsoft.linear.tiles import Tile, dot
 
@@ -128,8 +128,14 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
             jnp.zeros(rows, jnp.int32) if self.hard else None,
         )
 
-    def tile(self, part: Mixed, tiles: Tiling, index: jax.Array | int) -> Tile:
-        tile = super().tile(part, tiles, index)
+    def tile(
+        self,
+        part: Mixed,
+        tiles: Tiling,
+        index: jax.Array | int,
+        kept: KeptTile | None = None,
+    ) -> Tile:
+        tile = super().tile(part, tiles, index, kept)
         return self._perturbed(tile, part.operands, part.words)
 
     def _perturbed(
