@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsoft._core.numerics import divide_stored
 
-__all__ = ["Centred", "centre", "number_of_kept", "scaled_gaps"]
+__all__ = ["Centred", "centre", "mean_of_kept", "scaled_gaps"]
 
 
 class Centred(NamedTuple):
@@ -79,20 +79,52 @@ def scaled_gaps(centred: Centred) -> tuple[jax.Array, jax.Array]:
     differences stay finite. XLA for CPUs computes them anew beside c, which it would
     store for a second use.
     """
-    scale = jnp.where(jnp.abs(centred.peak) > 1, 0.25, 1.0)
-    scale = scale.astype(centred.peak.dtype)
+    scale = _scale(centred.peak)
     logits = jnp.maximum(centred.logits, jnp.finfo(centred.logits.dtype).min)
     return logits * scale - centred.peak * scale, scale
 
 
-def number_of_kept(centred: Centred, axis: int) -> jax.Array:
-    """Returns how many classes of each row are kept, at least 1, in their dtype.
+def _scale(peak: jax.Array) -> jax.Array:
+    """Returns a power of 2 of each row with which differences stay finite."""
+    return jnp.where(jnp.abs(peak) > 1, 0.25, 1.0).astype(peak.dtype)
 
-    Halves of finite logits lie above the lowest number: less it they are at least 1,
-    and 0 for -inf. XLA for CPUs fuses these operations into the sum; it stores what a
-    select gives first.
+
+def mean_of_kept(
+    centred: Centred,
+    temperature: float | jax.Array,
+    where: jax.Array | None,
+    axis: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean of c over the kept classes of each row, and how many they are.
+
+    The mean is 0 in a row without any, and their number at least 1. XLA for CPUs stores
+    what a select gives before it adds it: there nothing is selected unless a sum over
+    all classes, which is -inf where one is dropped, says so.
     """
-    largest = jnp.finfo(centred.logits.dtype).max
-    above = jnp.maximum(centred.logits * 0.5, -largest) + largest
-    kept = jnp.ceil(jnp.minimum(above, 1))
-    return jnp.maximum(jnp.sum(kept, axis, keepdims=True), 1)
+
+    def of_kept(logits: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kept = logits != -jnp.inf
+        number = jnp.sum(kept, axis, keepdims=True, dtype=jnp.int32)
+        number = jnp.maximum(number, 1).astype(logits.dtype)
+        c = jnp.where(kept, divide_stored(logits, peak, temperature), 0)
+        return jnp.sum(c, axis, keepdims=True) / number, number
+
+    def of_all(logits: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # To XLA it is no number that c is made of: that it would store for all classes.
+        scale = _scale(peak)
+        same = peak * scale / scale
+        classes = logits.shape[axis]
+        total = jnp.sum(logits - same, axis, keepdims=True)
+
+        def mean() -> tuple[jax.Array, jax.Array]:
+            mean = divide_stored(total / classes, jnp.zeros_like(total), temperature)
+            return mean, jnp.full_like(total, classes)
+
+        lacks = jnp.any(total == -jnp.inf)
+        return jax.lax.cond(lacks, lambda: of_kept(logits, peak), mean)
+
+    if where is not None:
+        return of_kept(centred.logits, centred.peak)
+    return jax.lax.platform_dependent(
+        centred.logits, centred.peak, cpu=of_all, default=of_kept
+    )

@@ -30,7 +30,7 @@ from jaxsoft.logits.arguments import (
     has_no_tangent,
     pick_temperature,
 )
-from jaxsoft.logits.centre import centre, number_of_kept
+from jaxsoft.logits.centre import centre, mean_of_kept
 from jaxsoft.logits.divergence import scaled_divergence
 from jaxsoft.logits.softmax import nonzero, visible, weights
 
@@ -179,8 +179,8 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
     axis, static_tau, smoothing, z_weight = options
     x = logits.astype(numerics.compute_dtype(logits))
     targets = None if targets is None else targets.astype(x.dtype)
-    lse, picked, mean = _row_statistics(
-        axis, static_tau, x, tau, where, labels, targets
+    lse, picked, mean, _ = _row_statistics(
+        axis, static_tau, smoothing > 0, x, tau, where, labels, targets
     )
     loss = -numerics.scaled(1 - smoothing, picked)
     if smoothing:
@@ -193,13 +193,14 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
     return loss
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _row_statistics(axis, static_tau, x, tau, where, labels, targets):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _row_statistics(axis, static_tau, has_mean, x, tau, where, labels, targets):
     """Returns what losses are made of, each [...], all 0 in rows without a kept class.
 
     Args:
       axis: the class axis.
       static_tau: the temperature, if it is a Python float.
+      has_mean: whether the mean is wanted; without it that is 0.
       x: logits in the dtype to compute in.
       tau: the temperature, if it is an array.
       where: the class mask, or None.
@@ -207,15 +208,18 @@ def _row_statistics(axis, static_tau, x, tau, where, labels, targets):
       targets: weights of classes, of the shape and dtype of `x`, or None.
 
     Returns:
-      lse; log p of the label, or its sum weighted by the targets; and the mean over
-      kept classes of log p.
+      lse; log p of the label, or its sum weighted by the targets; the mean over kept
+      classes of log p; and how many these are, at least 1.
     """
     tau = pick_temperature(static_tau, tau)
     centred = centre(x, tau, where, axis)
     sums = jnp.sum(jnp.exp(centred.values), axis, keepdims=True)
     log_total = jnp.log(nonzero(sums))
     lse = over_temperature(centred.peak, tau) + log_total
-    mean = _mean(centred, axis) - log_total
+    mean, number = jnp.zeros_like(sums), jnp.ones_like(sums)
+    if has_mean:
+        mean, number = mean_of_kept(centred, tau, where, axis)
+        mean = mean - log_total
     if targets is None:
         label = jnp.expand_dims(labels, axis)
         logit = _at_label(x, where, label, axis)
@@ -224,11 +228,13 @@ def _row_statistics(axis, static_tau, x, tau, where, labels, targets):
         log_p = centred.values - log_total
         picked = jnp.sum(times(targets, log_p), axis, keepdims=True)
     lse, picked, mean = (jnp.where(sums == 0, 0, a) for a in (lse, picked, mean))
-    lse, picked, mean = (jnp.squeeze(a, axis) for a in (lse, picked, mean))
+    lse, picked, mean, number = (
+        jnp.squeeze(a, axis) for a in (lse, picked, mean, number)
+    )
     if targets is None:
         classes = x.shape[axis]
         picked = numerics.nan_where((labels < 0) | (labels >= classes), picked)
-    return lse, picked, mean
+    return lse, picked, mean, number
 
 
 def _at_label(x, where, label, axis):
@@ -241,18 +247,13 @@ def _at_label(x, where, label, axis):
     return jnp.where(keeps, logit, -jnp.inf)
 
 
-def _mean(centred, axis):
-    """Returns the mean over kept classes of centred logits, 0 if there is none."""
-    values = jnp.where(centred.kept, centred.values, 0)
-    return jnp.sum(values, axis, keepdims=True) / number_of_kept(centred, axis)
-
-
 @functools.partial(_row_statistics.defjvp, symbolic_zeros=True)
-def _row_statistics_jvp(axis, static_tau, primals, tangents):
+def _row_statistics_jvp(axis, static_tau, has_mean, primals, tangents):
     x, tau_array, where, labels, targets = primals
     dx, dtau, _, _, dtargets = tangents
     tau = pick_temperature(static_tau, tau_array)
-    out = _row_statistics(axis, static_tau, x, tau_array, where, labels, targets)
+    arrays = x, tau_array, where, labels, targets
+    out = _row_statistics(axis, static_tau, has_mean, *arrays)
     centred = centre(x, tau, where, axis)
     e = weights(axis, static_tau, x, tau_array, where)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
@@ -282,8 +283,10 @@ def _row_statistics_jvp(axis, static_tau, primals, tangents):
             at_label = total(targets * dx) * (held * inverse_tau)
         tangent[0] += mean_p
         tangent[1] += at_label - mass * mean_p
-        of_mean = total(jnp.where(centred.kept, dx, 0)) / number_of_kept(centred, axis)
-        tangent[2] += of_mean * inverse_tau - mean_p
+        if has_mean:
+            number = jnp.expand_dims(out[3], axis)
+            of_mean = total(jnp.where(centred.kept, dx, 0)) / number
+            tangent[2] += of_mean * inverse_tau - mean_p
     if not has_no_tangent(dtau):
         slope = dtau * inverse_tau
         c = centred.values
@@ -293,10 +296,11 @@ def _row_statistics_jvp(axis, static_tau, primals, tangents):
             at_label = finite(divide_stored(logit, centred.peak, tau))
         else:
             at_label = total(targets * finite(c)) * held
-        mean = finite(_mean(centred, axis))
         tangent[0] -= jnp.where(empty, 0, finite(peak + expected)) * slope
         tangent[1] -= jnp.where(empty, 0, finite(at_label - mass * expected)) * slope
-        tangent[2] -= jnp.where(empty, 0, finite(mean - expected)) * slope
+        if has_mean:
+            mean = finite(mean_of_kept(centred, tau, where, axis)[0])
+            tangent[2] -= jnp.where(empty, 0, finite(mean - expected)) * slope
     if not has_no_tangent(dtargets):
         log_p = centred.values - log_total
         lost = (log_p == -jnp.inf) & (targets == 0)
