@@ -482,8 +482,8 @@ _LINEAR = (
         "row-is-its-own-positive",
         kind="off by one",
         file="jaxsoft/linear/contrastive.py",
-        before="count)[groups] - 1",
-        after="count)[groups]",
+        before="dtype=jnp.int32) > 1",
+        after="dtype=jnp.int32) > 0",
         tests=("tests/linear/test_contrastive.py",),
     ),
     Breakage(

@@ -161,6 +161,9 @@ class Operands(NamedTuple):
       labels: [N, K] int32 classes whose logits are wanted, or None. -1 for none.
       class_mask: [V] booleans, True keeps, or None.
       excluded: [N, K] int32 classes that a row drops, or None. -1 for none.
+      group: [N, 1] integers, the group of each row, or None.
+      class_groups: [V] integers, the group of each class; None where `group` is. The
+        mean of a row's logits is that over its own group.
     """
 
     hidden: Annotated[jax.Array, Axes("nh")]
@@ -170,6 +173,8 @@ class Operands(NamedTuple):
     labels: Annotated[jax.Array | None, Axes("nk")]
     class_mask: Annotated[jax.Array | None, Axes("v")]
     excluded: Annotated[jax.Array | None, Axes("ne")] = None
+    group: Annotated[jax.Array | None, Axes("ng")] = None
+    class_groups: Annotated[jax.Array | None, Axes("v")] = None
 
     @classmethod
     def gradients(cls, **arrays: Any) -> "Operands":

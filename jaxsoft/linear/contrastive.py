@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,10 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.numerics import (
     compute_dtype,
-    finite_peak,
     operand_dtype,
-    over_temperature,
 )
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear.arguments import Axes, Config, fold_rows, prepare
+from jaxsoft.linear.arguments import Config, fold_rows, prepare
 from jaxsoft.linear.fold import stream
 from jaxsoft.linear.folds.pairs import BothWays, Pairs
 from jaxsoft.linear.folds.statistics import (
@@ -244,10 +241,9 @@ def supervised_contrastive(
 
     Notes:
       This is the loss that the paper calls L_out. The [N, N] similarities are
-      streamed; the gradient takes blocks of rows of them that the workspace has room
-      for. The mean over positives comes from the sums of each label's embeddings.
-      Differentiable in the embeddings and the temperature. Devices that share a batch
-      gather the embeddings, [N, D], first.
+      streamed, and compared with labels as they are; the gradient takes blocks of rows
+      of them that the workspace has room for. Differentiable in the embeddings and the
+      temperature. Devices that share a batch gather the embeddings, [N, D], first.
 
     Example:
       >>> import jax.numpy as jnp
@@ -279,54 +275,33 @@ def supervised_contrastive(
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
-    # z_i · Σ_{p∈P(i)} z_p is a product with the sum of the label's embeddings.
-    wide = z.astype(dtype)
-    groups = jnp.unique(labels, return_inverse=True, size=count)[1].reshape(count)
-    sums = jax.ops.segment_sum(wide, groups, count)[groups]
-    number = jax.ops.segment_sum(jnp.ones(count, dtype), groups, count)[groups] - 1
-    alone = number == 0
-    total = jnp.sum(wide * (sums - wide), axis=1)
-    mean = total / jnp.where(alone, 1, number)
-    operands = fold_rows(call.config, call.arrays)
+    groups = call.arrays._replace(group=labels[:, None], class_groups=labels)
+    operands = fold_rows(call.config, groups)
     return reduced(
-        Statistics(call.config),
-        _OfPositives(call.config.static_tau),
+        Statistics(call.config, frozenset(("mean",))),
+        _OfPositives(),
         operands,
-        _Positives(mean, operands.tau),
-        (~alone).astype(dtype),
+        (),
+        _have_positives(labels).astype(dtype),
         "mean",
         (),
     )
 
 
-class _Positives(NamedTuple):
-    """What the loss is made of beside the statistics.
-
-    Attributes:
-      mean: [N] of each row's similarities to its positives, not over τ.
-      tau: [N] the temperature; None for a static one.
-    """
-
-    mean: Annotated[jax.Array, Axes("n")]
-    tau: Annotated[jax.Array | None, Axes("n")]
+@jax.jit
+def _have_positives(labels: jax.Array) -> jax.Array:
+    """Tells which rows have the label of another one, [N]."""
+    return jnp.sum(labels[:, None] == labels[None], axis=1, dtype=jnp.int32) > 1
 
 
 @dataclasses.dataclass(frozen=True)
 class _OfPositives(RowLoss):
-    """The loss of each row that has a positive.
+    """The loss of each row: the mean of its group is that of its positives."""
 
-    Attributes:
-      static_tau: the temperature, where it is static.
-    """
-
-    static_tau: float | None
-
-    def of_rows(self, result: Fields, rows: _Positives) -> jax.Array:
-        tau = self.static_tau if rows.tau is None else rows.tau
-        assert tau is not None
-        # A row alone in the batch has no similarity at all: its maximum is -inf.
-        peak = finite_peak(jax.lax.stop_gradient(result.max))
-        return result.log_sum - over_temperature(rows.mean - peak, tau)
+    def of_rows(self, result: Fields, rows: tuple[()]) -> jax.Array:
+        del rows
+        assert result.mean is not None
+        return result.log_sum - result.mean
 
 
 def _groups(labels: ArrayLike) -> jax.Array:

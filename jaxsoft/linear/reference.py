@@ -57,6 +57,8 @@ def statistics(
         is_label = operands.labels[..., None] == classes[None, None]
         fields["label"] = jnp.sum(jnp.where(is_label, c[:, None], 0), axis=2)
     if "mean" in wanted:
+        if operands.group is not None and operands.class_groups is not None:
+            kept = kept & (operands.group == operands.class_groups[None])
         number = jnp.maximum(jnp.sum(kept, axis=1), 1)
         total_c = jnp.sum(jnp.where(kept, c, 0), axis=1)
         fields["mean"] = total_c / number.astype(c.dtype)

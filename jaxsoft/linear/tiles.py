@@ -64,6 +64,7 @@ class Tile(NamedTuple):
       peak: [R, 1] what kept weights are about. `logits` are then those weights,
         exp((u - peak) / τ); None for logits.
       is_of_xla: whether it is no tile of a kernel's.
+      alike: [R, B] whether a class is of the row's group; None without groups.
     """
 
     start: jax.Array
@@ -75,6 +76,7 @@ class Tile(NamedTuple):
     product: jax.Array | None = None
     peak: jax.Array | None = None
     is_of_xla: bool = False
+    alike: jax.Array | None = None
 
     def pick(self) -> jax.Array:
         """Returns the labels' logits, [R, K]; -inf for labels of other tiles."""
@@ -302,7 +304,13 @@ def compute_tile(
         dropped = columns_of(operands.excluded, start, size)
         u = scatter(u, dropped, "set", -jnp.inf)
         masked = True
-    return Tile(start, kernel, u, masked, labels, slope, product, is_of_xla=True)
+    alike = None
+    if operands.group is not None:
+        assert operands.class_groups is not None
+        groups = lax.dynamic_slice_in_dim(operands.class_groups, start, size)
+        alike = operands.group == groups[None]
+    tile = Tile(start, kernel, u, masked, labels, slope, product, is_of_xla=True)
+    return tile._replace(alike=alike)
 
 
 def fold_tiles(

@@ -64,7 +64,8 @@ class Fields(NamedTuple):
       max: m; -inf in a row without any kept class. No gradient flows through it.
       log_sum: ℓ = log Σ exp(c); 0 in a row without any kept class.
       label: the centred logits of the labels, [N, K].
-      mean: the mean of c over kept classes.
+      mean: the mean of c over kept classes, of the row's group if there are groups; 0
+        without any.
       expected: Σ p c.
       argmax: int32, the lowest class that reaches m.
       rest: log Σ exp(c) over the classes that are no labels of the row.
@@ -281,7 +282,10 @@ class _Label(_Statistic):
 
 
 class _Mean(_Statistic):
-    """The mean of c: `gap` is Σ (u - m), not over τ, of `number` kept classes."""
+    """The mean of c: `gap` is Σ (u - m), not over τ, of `number` kept classes.
+
+    Where rows and classes have groups it is that of the classes of the row's group.
+    """
 
     name = "mean"
 
@@ -299,6 +303,8 @@ class _Mean(_Statistic):
     def merge(self, columns, new):
         u = new.tile.logits
         kept = u != -jnp.inf
+        if new.tile.alike is not None:
+            kept = kept & new.tile.alike
         gaps = jnp.where(kept, u - new.move.peak, 0)
         counts = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
         return {
@@ -327,6 +333,9 @@ class _Mean(_Statistic):
     def slope(self, rows, tile, weights):
         if rows.mean is None:
             return None
+        if tile.alike is not None:
+            kept = tile.alike & (tile.logits != -jnp.inf)
+            return jnp.where(kept, rows.mean, 0)
         if not tile.masked:
             return rows.mean
         return jnp.where(tile.logits == -jnp.inf, 0, rows.mean)

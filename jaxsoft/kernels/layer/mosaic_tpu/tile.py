@@ -81,7 +81,7 @@ def problem_and_inputs(
     config: Config, operands: Operands
 ) -> tuple[Problem, TpuInputs[jax.Array]]:
     """Returns what is known of a kernel's work, and what it reads."""
-    hidden, kernel, bias, tau, labels, mask, _ = operands
+    hidden, kernel, bias, tau, labels, mask, *_ = operands
     rows, features = hidden.shape
     assert labels is None or labels.shape[1] == 1
     static = config.static_tau
