@@ -58,6 +58,41 @@ def below_peak(centred: Centred) -> jax.Array:
     return jnp.maximum(centred.logits - centred.peak, lowest)
 
 
+class _Evenly(NamedTuple):
+    """Two distributions, of which neither comes first; see `Pair`."""
+
+    p: jax.Array
+    q: jax.Array
+    log_ratio: jax.Array
+    tau: jax.Array
+    lacks_p: jax.Array
+    lacks_q: jax.Array
+
+
+def _compare_evenly(student, teacher, tau, where, axis) -> _Evenly:
+    """Compares tempered softmaxes by log(q / p), for what is even in it.
+
+    With r = (p + q) / 2, Σ r tanh(log(q / p) / 2) is 0: where the logarithms are small
+    so is Σ r log(q / p), to the third order, and where they are not the logarithms of
+    the sums give them. An error of all classes together moves the divergence by its
+    square alone.
+    """
+    s, t = centre(student, tau, where, axis), centre(teacher, tau, where, axis)
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    tau = Temperature.prepare(tau, student.dtype).value
+    tau = jnp.minimum(tau, jnp.finfo(student.dtype).max)
+    e_s, e_t = jnp.exp(s.values), jnp.exp(t.values)
+    sum_s, sum_t = total(e_s), total(e_t)
+    z_s, z_t = nonzero(sum_s), nonzero(sum_t)
+    gap = below_peak(s) - below_peak(t)
+    mean = total((e_t * (0.5 / z_t) + e_s * (0.5 / z_s)) * gap)
+    shift = jnp.log(z_s) - jnp.log(z_t)
+    rounding = float(jnp.finfo(student.dtype).eps) ** 0.75
+    is_close = jnp.abs(shift - mean * inverse(tau, student.dtype)) <= rounding
+    log_ratio = finite(gap - jnp.where(is_close, mean, tau * shift))
+    return _Evenly(e_t / z_t, e_s / z_s, log_ratio, tau, sum_t == 0, sum_s == 0)
+
+
 def compare(student, teacher, tau, where, axis) -> Pair:
     """Compares the tempered softmaxes of a student and a teacher."""
     s, t = centre(student, tau, where, axis), centre(teacher, tau, where, axis)
@@ -115,25 +150,26 @@ def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
 
 def _value_and_slopes(kind, axis, student, teacher, tau, where):
     """Returns the divergence and its derivatives by student and teacher logits."""
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     is_reverse = kind == "reverse_kl"
     sides = (teacher, student) if is_reverse else (student, teacher)
-    pair = compare(*sides, tau, where, axis)
-    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    # A row without a distribution teaches nothing.
-    none = Temperature.prepare(tau, student.dtype).is_zero | pair.lacks_p
-    if kind != "forward_kl":
-        none = none | pair.lacks_q
-    if kind != "jensen_shannon":
+    if kind == "jensen_shannon":
+        pair = _compare_evenly(*sides, tau, where, axis)
+        loss, to_p, to_q = _jensen_shannon(pair, total)
+        by_student = -pair.q / 2 * (to_q - total(pair.q * to_q))
+        by_teacher = -pair.p / 2 * (to_p - total(pair.p * to_p))
+    else:
+        pair = compare(*sides, tau, where, axis)
         loss = pair.loss
         over = inverse(pair.tau, student.dtype)
         by_student = difference(
             pair.p, pair.q, pair.log_ratio * over, pair.log_ratio, pair.tau
         )
         by_teacher = -pair.p * pair.gap
-    else:
-        loss, to_p, to_q = _jensen_shannon(pair, total)
-        by_student = -pair.q / 2 * (to_q - total(pair.q * to_q))
-        by_teacher = -pair.p / 2 * (to_p - total(pair.p * to_p))
+    # A row without a distribution teaches nothing.
+    none = Temperature.prepare(tau, student.dtype).is_zero | pair.lacks_p
+    if kind != "forward_kl":
+        none = none | pair.lacks_q
     by_student, by_teacher = finite(by_student), finite(by_teacher)
     loss, by_student, by_teacher = (
         jnp.where(none, 0, a) for a in (loss, by_student, by_teacher)
@@ -143,7 +179,7 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     return jnp.squeeze(loss, axis), by_student, by_teacher
 
 
-def _jensen_shannon(pair: Pair, total):
+def _jensen_shannon(pair: _Evenly, total):
     """Returns τ² times the divergence, and τ log(r / p) and τ log(r / q)."""
     p, q, tau = pair.p, pair.q, pair.tau
     over = inverse(tau, p.dtype)
