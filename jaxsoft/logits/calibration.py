@@ -142,19 +142,22 @@ def row_fits(
 
     # Temperatures within the bounds only divide: what is centred is so once for all.
     centred = centre(x, 1.0, where, axis)
-    gaps, kept = centred.values, jnp.any(centred.kept, axis)
-    own = jnp.where(kept, (picked - centred.peak)[..., 0], 0)
+    gaps, lowest = centred.values, float(jnp.finfo(x.dtype).min)
+    # The largest kept logit has none: a row without it has no class.
+    own = jnp.where(jnp.max(gaps, axis) == 0, (picked - centred.peak)[..., 0], 0)
     own = numerics.nan_where(~valid, own)
-    spread = jnp.min(jnp.where(centred.kept, gaps, 0), axis)
-    lowest = jnp.finfo(x.dtype).min
+    # By products, 0 for dropped classes: XLA for CPUs stores what a select gives.
+    are_kept = jnp.minimum(jnp.maximum(gaps * 0.5, lowest) - lowest, 1)
+    spread = jnp.min(jnp.maximum(gaps, lowest / 2) * are_kept, axis)
+    # Within the bounds the lowest number has weight 0 too, and times it that stays 0.
+    gaps = jnp.maximum(gaps, lowest)
 
     def rows(tau):
         # XLA for CPUs stores what two sums use: the exponentials, and nothing else.
         beta = 1 / tau
         exps = jnp.exp(gaps * beta)
         total = nonzero(jnp.sum(exps, axis))
-        # A weight of 0 times the lowest number is 0.
-        expected = jnp.sum(exps * jnp.maximum(gaps, lowest), axis) / total
+        expected = jnp.sum(exps * gaps, axis) / total
         label = own * beta
         return RowFit(jnp.log(total) - label, label - expected * beta, spread)
 
