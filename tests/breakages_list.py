@@ -670,6 +670,14 @@ _TREES = (
         tests=("tests/hierarchical/test_row_gradients.py",),
     ),
     Breakage(
+        "rows-decay-that-nothing-visits",
+        kind="dropped guard",
+        file="jaxsoft/hierarchical/row_optimizers.py",
+        before="visited = jnp.zeros(len(leaves[0]), bool)",
+        after="visited = jnp.ones(len(leaves[0]), bool)",
+        tests=("tests/hierarchical/test_row_gradients.py",),
+    ),
+    Breakage(
         "exact-though-nodes-were-left",
         kind="dropped term",
         file="jaxsoft/hierarchical/top_k.py",

@@ -1,9 +1,13 @@
-"""Optimizers that read and write no rows but those that have a gradient."""
+"""Optimizers that change no rows but those that have a gradient.
+
+They read and write no others either, but where a group of the gradient has as many rows
+as the parameters: then a gradient in all rows is added up first, and no row is sought.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ import optax
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxsoft._core import checks
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.exporting import PyTree, exportable_namedtuple
 from jaxsoft.hierarchical.row_gradients import RowGradient
 from jaxsoft.hierarchical.same_rows import SameRows
@@ -21,6 +25,9 @@ __all__ = ["RowOptimizer", "RowState", "row_adagrad", "row_adam", "row_sgd"]
 Rate = float | optax.Schedule
 # From the gradients of some rows and their state, to what to add, and the new state.
 Step = Callable[[jax.Array, tuple, jax.Array], tuple[jax.Array, tuple]]
+# The same at a rate that is known.
+Move = Callable[[jax.Array, tuple], tuple[jax.Array, tuple]]
+Carry = TypeVar("Carry")
 
 
 @exportable_namedtuple
@@ -261,51 +268,126 @@ def _optimizer(
         slots = form.flatten_up_to(state.slots)
         count = _num_rows(leaves, values, gradient)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        combine = not (adds and all(leaf.dtype == _wide(leaf.dtype) for leaf in leaves))
+        groups = _Groups.of(gradient, values, count)
 
-        def group(carry, rows, scales, values):
-            known = (rows >= 0) & (rows < count)
-            rows = jnp.where(known, rows, count)
-            same = SameRows.of(rows, count) if combine else None
-            if same is not None:
-                rows = same.rows
-            new = []
-            for leaf, slots, own in zip(*carry, values, strict=True):
-                dtype = _wide(leaf.dtype)
-                own = own.astype(dtype)
-                if scales is not None:
-                    own *= scales.astype(dtype).reshape(-1, *(1,) * (own.ndim - 1))
-                own = own if same is None else same.add(own)
-                before = tuple(slot.at[rows].get(mode="clip") for slot in slots)
-                moved, after = step(own, before, jnp.asarray(rate, dtype))
-                sure = {"mode": "drop", "unique_indices": same is not None}
-                leaf = leaf.at[rows].add(moved.astype(leaf.dtype), **sure)
-                after = [
-                    slot.at[rows].set(value, **sure)
-                    for slot, value in zip(slots, after, strict=True)
-                ]
-                new.append((leaf, tuple(after)))
-            return [leaf for leaf, _ in new], [slots for _, slots in new]
+        def move(own, before):
+            return step(own, before, jnp.asarray(rate, own.dtype))
 
-        shared = gradient.scales is not None
-        size = gradient.rows.shape[-1]
-        rows = gradient.rows.reshape(-1, size)
-        scales = gradient.scales.reshape(-1, size) if shared else None
-        by_group = None
-        if not shared:
-            by_group = [
-                v.reshape(-1, size, *v.shape[gradient.rows.ndim :]) for v in values
-            ]
-
-        def body(carry, xs):
-            rows, scales, own_values = xs
-            return group(carry, rows, scales, values if shared else own_values), None
-
-        (leaves, slots), _ = lax.scan(body, (leaves, slots), (rows, scales, by_group))
+        if adds and all(leaf.dtype == _wide(leaf.dtype) for leaf in leaves):
+            leaves = groups.added_to(leaves, lambda own: move(own, ())[0])
+        elif count <= groups.rows.shape[1]:
+            # A gradient in all rows takes no more memory than a group's.
+            leaves, slots = _update_all(move, groups, leaves, slots)
+        else:
+            leaves, slots = _update_visited(move, groups, leaves, slots)
         state = RowState(state.count + 1, form.unflatten(slots))
         return form.unflatten(leaves), state
 
     return RowOptimizer(init, update)
+
+
+class _Groups(NamedTuple):
+    """The groups of a gradient in R rows.
+
+    Attributes:
+      rows: [G, N] int32 in [0, R], R for what is no row.
+      scales: [G, N], or None.
+      values: for each array of the parameters [N, ...] with scales, else [G, N, ...].
+    """
+
+    rows: jax.Array
+    scales: jax.Array | None
+    values: list[jax.Array]
+
+    @classmethod
+    def of(cls, gradient: RowGradient, values: list, count: int) -> _Groups:
+        """Returns the groups of a gradient in `count` rows."""
+        leading, size = gradient.rows.ndim, gradient.rows.shape[-1]
+        known = (gradient.rows >= 0) & (gradient.rows < count)
+        rows = jnp.where(known, gradient.rows, count).reshape(-1, size)
+        if gradient.scales is not None:
+            return cls(rows, gradient.scales.reshape(-1, size), values)
+        values = [own.reshape(*rows.shape, *own.shape[leading:]) for own in values]
+        return cls(rows, None, values)
+
+    def fold(self, step: Callable[..., Carry], start: Carry) -> Carry:
+        """Returns the last carry of `step(carry, rows, values_of)`, group after group.
+
+        `values_of` takes the place of an array of the parameters and a dtype, and
+        returns the gradient's values for it, [N, ...].
+        """
+
+        def body(carry, group):
+            rows, scales, values = group
+
+            def values_of(place, dtype):
+                if scales is None:
+                    return values[place].astype(dtype)
+                own = self.values[place].astype(dtype)
+                return own * scales.astype(dtype).reshape(-1, *(1,) * (own.ndim - 1))
+
+            return step(carry, rows, values_of), None
+
+        own = self.values if self.scales is None else None
+        return lax.scan(body, start, (self.rows, self.scales, own))[0]
+
+    def added_to(
+        self, arrays: list[jax.Array], change: Callable[[jax.Array], jax.Array]
+    ) -> list[jax.Array]:
+        """Adds to arrays [R, ...] what comes to their rows, changed, in their dtype."""
+
+        def add(arrays, rows, values_of):
+            return [
+                array.at[rows].add(change(values_of(place, array.dtype)), mode="drop")
+                for place, array in enumerate(arrays)
+            ]
+
+        return self.fold(add, arrays)
+
+
+def _update_all(
+    move: Move, groups: _Groups, leaves: list[jax.Array], slots: list[tuple]
+) -> tuple[list[jax.Array], list[tuple]]:
+    """Updates the visited rows, from gradients in all rows."""
+    visited = jnp.zeros(len(leaves[0]), bool)
+    visited = visited.at[groups.rows.reshape(-1)].set(True, mode="drop")
+    zeros = [jnp.zeros(leaf.shape, _wide(leaf.dtype)) for leaf in leaves]
+    gradients = groups.added_to(mesh_axes.like(zeros, groups), lambda own: own)
+    new = []
+    for leaf, before, gradient in zip(leaves, slots, gradients, strict=True):
+        moved, after = move(gradient, before)
+        leaf, *after = (
+            jnp.where(visited.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+            for new, old in zip(
+                (leaf + moved.astype(leaf.dtype), *after), (leaf, *before), strict=True
+            )
+        )
+        new.append((leaf, tuple(after)))
+    return [leaf for leaf, _ in new], [after for _, after in new]
+
+
+def _update_visited(
+    move: Move, groups: _Groups, leaves: list[jax.Array], slots: list[tuple]
+) -> tuple[list[jax.Array], list[tuple]]:
+    """Updates the visited rows, and reads and writes no others."""
+
+    def update(carry, rows, values_of):
+        same = SameRows.of(rows, len(leaves[0]))
+        sure = {"mode": "drop", "unique_indices": True}
+        new = []
+        for place, (leaf, slots) in enumerate(zip(*carry, strict=True)):
+            gradient = same.add(values_of(place, _wide(leaf.dtype)))
+            before = tuple(slot.at[same.rows].get(mode="clip") for slot in slots)
+            moved, after = move(gradient, before)
+            leaf = leaf.at[same.rows].add(moved.astype(leaf.dtype), **sure)
+            after = [
+                slot.at[same.rows].set(value, **sure)
+                for slot, value in zip(slots, after, strict=True)
+            ]
+            new.append((leaf, tuple(after)))
+        return [leaf for leaf, _ in new], [slots for _, slots in new]
+
+    return groups.fold(update, (leaves, slots))
 
 
 def _num_rows(leaves: list, values: list, gradient: RowGradient) -> int:

@@ -34,8 +34,7 @@ class SameRows(NamedTuple):
     @classmethod
     def of(cls, rows: jax.Array, count: int) -> "SameRows":
         """Sorts rows, all those out of bounds being `count`."""
-        order = jnp.argsort(rows).astype(jnp.int32)
-        rows = rows[order].astype(jnp.int32)
+        rows, order = _in_order(rows, count)
         begins = jnp.concatenate([jnp.zeros(1, bool), rows[1:] != rows[:-1]])
         begins = begins[: len(rows)]
         place = jnp.cumsum(begins, dtype=jnp.int32)
@@ -54,6 +53,19 @@ class SameRows(NamedTuple):
         """Returns each row's value wherever it comes; the transpose of `add`."""
         back = jnp.zeros_like(self.order).at[self.order].set(self.place)
         return values.at[back].get(mode="promise_in_bounds")
+
+
+def _in_order(rows: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns rows up to `count` in order, and where each of them was, as int32."""
+    bits = max(len(rows) - 1, 0).bit_length()
+    if (count + 1) << bits > 2**32:
+        order = jnp.argsort(rows)
+        return rows[order].astype(jnp.int32), order.astype(jnp.int32)
+    # XLA for CPUs sorts single numbers in a fifth of the time that pairs take.
+    place = jnp.arange(len(rows), dtype=jnp.uint32)
+    both = jnp.sort((rows.astype(jnp.uint32) << bits) | place, stable=False)
+    order = both & jnp.uint32(2**bits - 1)
+    return (both >> bits).astype(jnp.int32), order.astype(jnp.int32)
 
 
 def take_rows(array: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:

@@ -240,36 +240,40 @@ def test_leading_axes_and_vmap():
         np.testing.assert_allclose(total, own, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [20, 400])
 @pytest.mark.parametrize("layout", ["plain", "scaled"])
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
-def test_optimizers_that_equal_the_dense_ones(name, layout, x64):
+def test_optimizers_that_equal_the_dense_ones(name, layout, count, x64):
+    """Where the visits are more than the rows, and where they are fewer."""
     rows_of, dense_of = PAIRS[name]
     schedule = optax.linear_schedule(0.5, 0.1, 4)
     ours, theirs = rows_of(schedule), dense_of(schedule)
     random = np.random.default_rng(4)
-    params = {"kernel": np.ones((20, 3)), "bias": np.zeros(20)}
+    params = {"kernel": np.ones((count, 3)), "bias": np.zeros(count)}
     whole, state, dense_state = params, ours.init(params), None
 
     @jax.jit
     def step(params, gradient, state):
-        return gradient.dense(20), ours.update(params, gradient, state)
+        return gradient.dense(count), ours.update(params, gradient, state)
 
     for _ in range(5):
-        # Rows from -2 to 21: four are no rows, which nothing must wrap or clamp.
+        # Some rows are none, two on either side: nothing must wrap or clamp them.
         values = {
             "kernel": random.standard_normal((30, 3)),
             "bias": random.standard_normal(30),
         }
         if layout == "plain":
-            rows = random.integers(-2, 22, 30)
+            rows = np.resize(random.integers(-2, count + 2, 20), 30)
             gradient = row_gradient(rows.astype("int32"), values)
         else:
-            rows = np.stack([random.integers(-2, 10, 30), random.integers(10, 22, 30)])
+            half = count // 2
+            lower = np.resize(random.integers(-2, half, 20), 30)
+            rows = np.stack([lower, random.integers(half, count + 2, 30)])
             scales = random.standard_normal((2, 30))
             gradient = row_gradient(rows.astype("int32"), values, scales)
-        total = {"kernel": np.zeros((20, 3)), "bias": np.zeros(20)}
+        total = {"kernel": np.zeros((count, 3)), "bias": np.zeros(count)}
         for place in np.ndindex(rows.shape):
-            if 0 <= rows[place] < 20:
+            if 0 <= rows[place] < count:
                 scale = 1 if layout == "plain" else scales[place]
                 for key, sums in total.items():
                     sums[rows[place]] += scale * values[key][place[-1]]
@@ -285,7 +289,9 @@ def test_optimizers_that_equal_the_dense_ones(name, layout, x64):
             np.testing.assert_allclose(own, other, rtol=1e-11, atol=1e-13)
 
 
-def test_lazy_adam_is_adam_of_each_row_alone(x64):
+@pytest.mark.parametrize("left_out", [0, 5])
+def test_lazy_adam_is_adam_of_each_row_alone(left_out, x64):
+    """With more visits than rows, too, where what is no row counts as a visit."""
     random = np.random.default_rng(5)
     ours, theirs = row_adam(0.1), optax.adam(0.1)
     params = np.zeros((6, 2))
@@ -296,7 +302,11 @@ def test_lazy_adam_is_adam_of_each_row_alone(x64):
         # Row 0 in each, rows 1 to 4 in one or two, row 5 in none.
         rows = np.array([0, 1 + update % 4, 0], "int32")
         values = random.standard_normal((3, 2))
-        params, state = update_rows(params, row_gradient(rows, values), state)
+        given = (
+            np.concatenate([rows, np.full(left_out, (-1) ** update * 6, "int32")]),
+            np.concatenate([values, np.full((left_out, 2), np.nan)]),
+        )
+        params, state = update_rows(params, row_gradient(*given), state)
         total = np.zeros((6, 2))
         np.add.at(total, rows, values)
         whole, dense_state = by_optax(theirs, whole, total, dense_state)
@@ -352,17 +362,19 @@ def test_a_step_is_in_place_and_no_temporary_has_all_rows(name):
     assert memory.output_size_in_bytes < held + 2**20
 
 
+@pytest.mark.parametrize("count", [3, 300])
 @pytest.mark.parametrize("name", PAIRS)
-def test_bfloat16_parameters_take_the_sum_of_their_gradients(name):
+def test_bfloat16_parameters_take_the_sum_of_their_gradients(name, count):
     # Each alone would be lost: 1 - 2^-10 rounds to 1.
     optimizer = PAIRS[name][0](2.0**-10 if name == "sgd" else 0.25)
-    params = np.ones((3, 2), jnp.bfloat16)
+    params = np.ones((count, 2), jnp.bfloat16)
     gradient = row_gradient(np.full(64, 1, "int32"), np.ones((64, 2), jnp.bfloat16))
     state = optimizer.init(params)
     params, state = jax.jit(optimizer.update)(params, gradient, state)
     assert params.dtype == "bfloat16"
     moved = 1 - 64 / 1024 if name == "sgd" else 0.75
-    np.testing.assert_array_equal(np.asarray(params[:, 0], float), [1, moved, 1])
+    first = np.asarray(params[:, 0], float)
+    np.testing.assert_array_equal(first, np.where(np.arange(count) == 1, moved, 1))
     assert state.count == 1
 
 

@@ -11,24 +11,27 @@ from jaxsoft.hierarchical.same_rows import SameRows, take_rows
 from tests.hierarchical import cases
 
 
+@pytest.mark.parametrize("count", [7, 2**30])
 @pytest.mark.parametrize("size", [0, 1, 2, 50])
-def test_sums_and_their_transpose(size):
+def test_sums_and_their_transpose(size, count):
+    """Of so many rows, too, that they are not sorted together with their places."""
     random = np.random.default_rng(size)
     rows = random.integers(0, 8, size)
+    rows[rows == 7] = count
     values = random.standard_normal((size, 3)).astype("float32")
 
     @jax.jit
     def sums(rows, values):
-        same = SameRows.of(rows, 7)
+        same = SameRows.of(rows, count)
         return same.rows, same.add(values), same.spread(same.rows)
 
     own, added, spread = map(np.asarray, sums(rows.astype("int32"), values))
-    # Each once, and those that are no row are 7 or more.
-    assert set(own[own < 7]) == set(rows[rows < 7])
+    # Each once, and those that are no row are `count` or more.
+    assert set(own[own < count]) == set(rows[rows < 7])
     assert len(np.unique(own)) == size
     found, total = np.zeros((7, 3)), np.zeros((7, 3))
     np.add.at(total, rows[rows < 7], values[rows < 7])
-    found[own[own < 7]] = added[own < 7]
+    found[own[own < count]] = added[own < count]
     np.testing.assert_allclose(found, total, atol=1e-5)
     np.testing.assert_array_equal(spread[rows < 7], rows[rows < 7])
 
