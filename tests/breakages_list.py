@@ -303,6 +303,14 @@ _LOGITS = (
         tests=("tests/logits/test_concrete.py",),
     ),
     Breakage(
+        "density-of-dropped-classes",
+        kind="ignored mask",
+        file="jaxsoft/logits/concrete.py",
+        before="jnp.sum(jnp.where(kept, terms, 0), axis=1)",
+        after="jnp.sum(terms, axis=1)",
+        tests=("tests/logits/test_concrete.py",),
+    ),
+    Breakage(
         "last-tile-of-rows",
         kind="lost last partial tile",
         file="jaxsoft/logits/rows.py",

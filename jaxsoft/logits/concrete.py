@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.numerics import is_zero
-from jaxsoft.logits.rows import Rows, to_rows
+from jaxsoft.logits.centre import Centred, centre
+from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 from jaxsoft.logits.softmax import logsumexp
 
 __all__ = ["concrete_log_prob"]
@@ -81,29 +83,140 @@ def _log_prob(
     static_tau: float | None, log_space: bool, y: jax.Array, rows: Rows
 ) -> jax.Array:
     dtype = numerics.compute_dtype(y, rows.logits)
-    tau = jnp.asarray(rows.temperature(static_tau), dtype)
-    if tau.ndim == 0:
-        tau = tau.reshape(1, 1)
+    tau = jnp.asarray(rows.temperature(static_tau), dtype).reshape(-1, 1)
     y, x = y.astype(dtype), rows.logits.astype(dtype)
-    kept = x != -jnp.inf
-    if rows.where is not None:
-        kept = kept & rows.where
     limit = is_zero(tau, dtype) | jnp.isinf(tau)
     tau = jnp.where(limit, 1, tau)
-    bad = (kept & (y == (-jnp.inf if log_space else 0))) | limit
-    usable = kept & ~bad
-    log_y = jnp.where(usable, y, 0 if log_space else 1)
-    log_y = log_y if log_space else jnp.log(log_y)
-    peak = jnp.max(jnp.where(kept, x, -jnp.inf), axis=1, keepdims=True)
-    a = jnp.where(usable, x - jax.lax.stop_gradient(peak), 0) - tau * log_y
+    call = _Call(log_space, rows.where is not None)
+    centred = centre(x, 1.0, rows.where, 1)
+    log_y, scores = _scores(call, y, tau, centred)
+    still = jax.lax.stop_gradient((y, tau, centred.logits))
+    count, total = _sums(call, scores, log_y, *still)
+    lse = logsumexp(scores)
     # A row without classes counts one, whose terms are all 0.
-    empty = ~jnp.any(kept, axis=1)
-    count = jnp.maximum(jnp.sum(kept, axis=1), 1).astype(dtype)
-    terms = jnp.where(kept, a if log_space else a - log_y, 0)
-    lse = jnp.where(empty, 0, logsumexp(a, where=kept))
-    total = jnp.sum(terms, axis=1) - count * lse
+    empty = lse == -jnp.inf
+    total -= count * jnp.where(empty, 0, lse)
     log_tau = jnp.broadcast_to(jnp.log(tau), (x.shape[0], 1))[:, 0]
     # XLA's gammaln(1) is not quite 0.
     constant = jnp.where(count <= 2, 0, gammaln(count))
     result = constant + (count - 1) * log_tau + total
-    return numerics.nan_where(jnp.any(bad & kept, axis=1), result)
+    return numerics.nan_where((total == -jnp.inf) | (limit[:, 0] & ~empty), result)
+
+
+class _Call(NamedTuple):
+    """What is known of a call.
+
+    Attributes:
+      log_space: whether the density is that of log y.
+      masked: whether classes are dropped by a mask.
+    """
+
+    log_space: bool
+    masked: bool
+
+
+def _scores(
+    call: _Call, y: jax.Array, tau: jax.Array, centred: Centred
+) -> tuple[jax.Array, jax.Array]:
+    """Returns log y, and a = x - τ log y about the largest x, [R, V].
+
+    log y is 0 at dropped classes, and inf where there is no density: then a is -inf and
+    so is the sum of the terms, and all derivatives are finite.
+    """
+    nowhere, anywhere = (-jnp.inf, 0) if call.log_space else (0, 1)
+    usable = centred.kept & (y != nowhere)
+    y = jnp.where(usable, y, anywhere)
+    log_y = y if call.log_space else jnp.log(y)
+    log_y = jnp.where(usable, log_y, jnp.where(centred.kept, jnp.inf, 0))
+    return log_y, centred.values - _product(tau, log_y)
+
+
+@jax.custom_jvp
+def _product(tau: jax.Array, log_y: jax.Array) -> jax.Array:
+    """Returns τ log y, which does not move where log y is inf."""
+    return tau * log_y
+
+
+@_product.defjvp
+def _product_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (tau, log_y), (dtau, dlog_y) = primals, tangents
+    return _product(tau, log_y), tau * dlog_y + jnp.where(
+        log_y == jnp.inf, 0, log_y
+    ) * dtau
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sums(
+    call: _Call,
+    scores: jax.Array,
+    log_y: jax.Array,
+    y: jax.Array,
+    tau: jax.Array,
+    x: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns how many classes are kept, at least 1, and the sum of their terms, [R].
+
+    A term is `a - log y`, or a in log space. Logits, -inf at dropped classes, say which
+    are kept; y and τ serve to compute the terms anew.
+    """
+    if call.masked:
+        return _sums_of_kept(call, scores, log_y, x)
+    return jax.lax.platform_dependent(
+        scores,
+        log_y,
+        y,
+        tau,
+        x,
+        cpu=functools.partial(_sums_of_all, call),
+        default=lambda scores, log_y, y, tau, x: _sums_of_kept(call, scores, log_y, x),
+    )
+
+
+@_sums.defjvp
+def _sums_jvp(
+    call: _Call, primals: tuple, tangents: tuple
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    count, total = _sums(call, *primals)
+    moved = tangents[0] if call.log_space else tangents[0] - tangents[1]
+    # Neither moves where a class is dropped.
+    return (count, total), (jnp.zeros_like(count), jnp.sum(moved, axis=1))
+
+
+def _sums_of_kept(
+    call: _Call, scores: jax.Array, log_y: jax.Array, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    kept = x != -jnp.inf
+    count = jnp.maximum(jnp.sum(kept, axis=1), 1).astype(scores.dtype)
+    terms = scores if call.log_space else scores - log_y
+    return count, jnp.sum(jnp.where(kept, terms, 0), axis=1)
+
+
+def _sums_of_all(
+    call: _Call,
+    scores: jax.Array,
+    log_y: jax.Array,
+    y: jax.Array,
+    tau: jax.Array,
+    x: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `_sums`, on a CPU: classes are left out where a sum over all is -inf.
+
+    XLA for CPUs stores what a select gives before it sums.
+    """
+    total = jnp.sum(scores if call.log_space else scores - log_y, axis=1)
+    count = jnp.full_like(total, scores.shape[1])
+
+    def some(arrays):
+        y, tau, x = arrays
+        log_y, scores = _scores(call, y, tau, centre(x, 1.0, None, 1))
+        return _sums_of_kept(call, scores, log_y, x)
+
+    # Scores that this took would be held in memory beside their exponentials.
+    return jax.lax.cond(
+        jnp.isfinite(total).all(),
+        lambda arrays: (count, total),
+        lambda arrays: in_tiles(some, arrays, *x.shape),
+        (y, tau, x),
+    )

@@ -137,6 +137,55 @@ def test_limits_offsets_and_single_classes():
     np.testing.assert_array_equal(turned, plain[None])
 
 
+@pytest.mark.parametrize("log_space", [False, True])
+def test_rows_with_dropped_classes_beside_rows_without_density(log_space, x64):
+    """As many as several tiles; all derivatives are finite, and 0 there."""
+    dropped, nowhere = -np.inf, -np.inf if log_space else 0
+    kinds = [
+        ([1, 2, -0.5, 0.3], [0.2, 0.3, 0.4, 0.1]),
+        ([1, dropped, 0.2, 0.1], [0.5, nowhere, 0.3, 0.2]),
+        ([0, 1, dropped, dropped], [0.4, 0.6, np.nan, -1]),
+        ([1, 2, 3, 4], [nowhere, 0.5, 0.25, 0.25]),
+        ([dropped] * 4, [0.1] * 4),
+    ]
+    x, y = (np.array(each) for each in zip(*kinds, strict=True))
+    kept = np.isfinite(x)
+    if log_space:
+        y = np.log(y, where=kept & (y > 0), out=y)
+    x, y = (np.tile(each, (10_000, 1)) for each in (x, y))
+    tau = np.full((len(x), 1), 0.7)
+
+    def ours(*arrays):
+        return concrete_log_prob(*arrays, log_space=log_space)
+
+    @jax.jit
+    def results(*arrays):
+        out, pull = jax.vjp(ours, *arrays)
+        curved = jax.grad(
+            lambda *arrays: sum(
+                jnp.sum(slope)
+                for slope in jax.vjp(ours, *arrays)[1](jnp.ones_like(out))
+            ),
+            (0, 1, 2),
+        )
+        return out, pull(jnp.ones_like(out)), curved(*arrays)
+
+    out, slopes, curved = jax.device_get(results(y, x, tau))
+    for each in (out, *slopes, *curved):
+        tiles = each.reshape(-1, 5, *each.shape[1:])
+        np.testing.assert_array_equal(tiles, np.broadcast_to(tiles[:1], tiles.shape))
+    for row in (0, 1, 2):
+        own = kept[row]
+        alone = concrete_log_prob(y[row, own], x[row, own], 0.7, log_space=log_space)
+        np.testing.assert_allclose(out[row], alone, rtol=1e-12)
+    assert np.isnan(out[3]) and out[4] == 0
+    for each in slopes:
+        assert np.isfinite(each[:5]).all() and (each[3:5] == 0).all()
+    for each in slopes[:2]:
+        assert (each[:5][~kept] == 0).all()
+    assert all(np.isfinite(each).all() for each in curved)
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
