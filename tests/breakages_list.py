@@ -718,6 +718,14 @@ _TREES = (
         tests=("tests/adaptive/test_adaptive.py",),
     ),
     Breakage(
+        "best-classes-of-a-tail-not-looked-for",
+        kind="off by one",
+        file="jaxsoft/adaptive/decoding.py",
+        before="listed = min(k + len(layer.tails), entries)",
+        after="listed = min(k, entries)",
+        tests=("tests/adaptive/test_adaptive.py",),
+    ),
+    Breakage(
         "shortlist-of-rare-classes",
         kind="wrong class order",
         file="jaxsoft/adaptive/class_bands.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core.numerics import nan_where
 from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, prepare
 from jaxsoft.adaptive.log_probs import log_prob_of_ranks
 from jaxsoft.adaptive.row_blocks import RowBlocks, take
-from jaxsoft.linear.log_probs import linear_log_prob_at
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.top_k import linear_top_k
 
@@ -149,7 +150,8 @@ def adaptive_top_k(
 
     Returns:
       A pair: log-probabilities [..., k], descending, float32 (float64 if an input is),
-      and class ids [..., k] int32; equal ones are ordered by rank.
+      and class ids [..., k] int32; equal ones are ordered by band, and in a band by
+      their logits, then by rank.
 
     Raises:
       TypeError: if a type or dtype is wrong.
@@ -223,56 +225,74 @@ def _top_k_bwd(
 _differentiable_top_k.defvjp(_top_k_fwd, _top_k_bwd)
 
 
+class _Ranked(NamedTuple):
+    """Some ranks of each row, and what they are ordered by, [N, K].
+
+    Attributes:
+      keys: log-probabilities, the lowest finite number in place of -inf, so that the
+        ranks there come before the places that have none, whose key is -inf.
+      ranks: int32, -1 where there is none.
+    """
+
+    keys: jax.Array
+    ranks: jax.Array
+
+    @classmethod
+    def of(cls, log_probs: jax.Array, ranks: jax.Array) -> _Ranked:
+        """Returns ranks with their log-probabilities."""
+        keys = jnp.maximum(log_probs, jnp.finfo(log_probs.dtype).min)
+        return cls(jnp.where(ranks < 0, -jnp.inf, keys), ranks)
+
+    def rows(self, rows: jax.Array) -> _Ranked:
+        """Returns those of some rows."""
+        return _Ranked(take(self.keys, rows), take(self.ranks, rows))
+
+    def best(self, k: int, *later: _Ranked) -> _Ranked:
+        """Returns the best k, of which equal ones stay in order."""
+        every = (self, *later)
+        keys, places = lax.top_k(jnp.concatenate([r.keys for r in every], axis=1), k)
+        ranks = jnp.concatenate([r.ranks for r in every], axis=1)
+        return _Ranked(keys, jnp.take_along_axis(ranks, places, axis=1))
+
+    @property
+    def log_probs(self) -> jax.Array:
+        """Log-probabilities, -inf where there is no rank."""
+        lowest = jnp.finfo(self.keys.dtype).min
+        return jnp.where(self.keys == lowest, -jnp.inf, self.keys)
+
+
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _top_k(k: int, layer: Layer) -> tuple[jax.Array, jax.Array]:
     rows, size, entries = layer.hidden.shape[0], layer.shortlist, layer.kernel.shape[1]
     operands, options = layer.call()
-    log_probs, ranks = linear_top_k(
-        *operands, min(k + len(layer.tails), entries), **options
+    # A tail whose entry is not among so many has k classes of the shortlist before it.
+    listed = min(k + len(layer.tails), entries)
+    log_probs, found = linear_top_k(*operands, listed, **options)
+    missing = _Ranked(
+        jnp.full((rows, k), -jnp.inf, layer.dtype), jnp.full((rows, k), -1, jnp.int32)
     )
-    ranks = jnp.where(ranks < size, ranks, -1)
-    empty = jnp.full((rows, k), -1, jnp.int32)
-    best = _best(
-        (jnp.full((rows, k), -jnp.inf, layer.dtype), empty),
-        (jnp.where(ranks < 0, -jnp.inf, log_probs), ranks),
-    )
-    if not layer.tails or not rows:
-        return best
-    tail_entries = jnp.arange(size, entries, dtype=jnp.int32)
-    tail_entries = jnp.broadcast_to(tail_entries, (rows, len(layer.tails)))
-    bounds = linear_log_prob_at(*operands, tail_entries, **options)
+    shortlist = _Ranked.of(log_probs, jnp.where(found < size, found, -1))
+    best = shortlist.best(k, missing)
+    # All log-probabilities of a row are NaN, or none.
+    unknown = jnp.isnan(log_probs[:, 0])
     for index, start in enumerate(layer.starts):
-        tail, bound = layer.tail(index), bounds[:, index]
+        tail = layer.tail(index)
+        own = jnp.where(found == size + index, log_probs, -jnp.inf)
+        bound = nan_where(unknown, jnp.max(own, axis=1))
 
         def step(chosen, best, *, tail=tail, bound=bound, start=start):
             operands, options = tail.rows(chosen).call()
             log_probs, places = linear_top_k(
                 *operands, min(k, tail.num_classes), **options
             )
-            new = (
-                take(bound, chosen)[:, None] + log_probs,
-                jnp.where(places < 0, -1, start + places),
-            )
-            old = (take(best[0], chosen), take(best[1], chosen))
+            log_probs += take(bound, chosen)[:, None]
+            new = _Ranked.of(log_probs, jnp.where(places < 0, -1, start + places))
             return jax.tree.map(
                 lambda whole, part: whole.at[chosen].set(part, mode="drop"),
                 best,
-                _best(old, new),
+                best.rows(chosen).best(k, new),
             )
 
         # Not `bound >= best`, so that a NaN is seen.
-        best = RowBlocks(~(bound < best[0][:, -1])).fold(step, best)
-    return best
-
-
-def _best(
-    old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Merges log-probabilities and ranks of rows into the k best of `old`'s width."""
-    k = old[0].shape[1]
-    log_probs, ranks = (
-        jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)
-    )
-    last = jnp.where(ranks < 0, jnp.iinfo(jnp.int32).max, ranks)
-    keys, _, ranks = lax.sort((-log_probs, last, ranks), num_keys=2)
-    return -keys[:, :k], ranks[:, :k]
+        best = RowBlocks(~(bound < best.keys[:, -1])).fold(step, best)
+    return best.log_probs, best.ranks

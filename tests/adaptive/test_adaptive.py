@@ -318,6 +318,33 @@ def test_equal_classes_are_ordered_by_rank():
     np.testing.assert_allclose(np.exp(log_probs), [[0.25] * 2 + [0.125] * 4])
 
 
+def test_best_classes_of_cold_masked_and_unknown_rows():
+    """Classes of probability 0, by band and logit, come before places of no class."""
+    bands = ClassBands.in_order(7, (2, 5))
+    tails = [
+        AdaptiveTail(np.zeros((1, 1)), np.zeros((1, 3)), np.array([0, -np.inf, 0.5])),
+        AdaptiveTail(np.zeros((1, 1)), np.zeros((1, 2)), np.array([0.2, 0])),
+    ]
+    hidden = np.array([[1.0], [1.0], [np.nan]])
+    head, tau = np.array([[1.0, 2, 0, -1]]), np.array([1.0, 0, 1])
+
+    @jax.jit
+    def results(hidden, head, tails, tau):
+        layer, options = (hidden, head, tails), {"temperature": tau}
+        every = jaxsoft.adaptive_log_probs(*layer, bands, **options)
+        return every, jaxsoft.adaptive_top_k(*layer, 7, bands, **options)
+
+    with jax.enable_x64(True):
+        every, (found, ids) = jax.device_get(results(hidden, head, tails, tau))
+    assert np.isnan(found[2]).all()
+    np.testing.assert_array_equal(ids[1], [1, 0, 4, 2, 5, 6, -1])
+    order = np.argsort(-every[0], kind="stable")
+    np.testing.assert_array_equal(ids[0], [*order[:6], -1])
+    for row in (0, 1):
+        best = np.where(ids[row] < 0, -np.inf, every[row][ids[row]])
+        np.testing.assert_allclose(found[row], best, atol=1e-12)
+
+
 def test_top_k_is_differentiable():
     case = Case(ClassBands.in_order(60, (10, 30)))
 
