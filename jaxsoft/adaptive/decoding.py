@@ -17,12 +17,16 @@ from jaxsoft._core.numerics import nan_where
 from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, prepare
-from jaxsoft.adaptive.log_probs import log_prob_of_ranks
+from jaxsoft.adaptive.log_probs import log_prob_of_ranks, log_probs_by_rank
 from jaxsoft.adaptive.row_blocks import RowBlocks, take
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.top_k import linear_top_k
 
 __all__ = ["adaptive_sample", "adaptive_top_k"]
+
+# Up to so many log-probabilities, 1 MiB in float32, the best are looked for among all:
+# it takes no longer than to look only into the tails that may have some.
+_STORED = 2**18
 
 
 @mesh_axes.accepts_explicit("hidden")
@@ -134,7 +138,8 @@ def adaptive_top_k(
     """The k most probable classes of each token under an adaptive softmax, exactly.
 
     No class of a tail is more probable than the tail's entry in the head, so a token
-    looks only into the tails whose entries reach its k best classes so far.
+    looks only into the tails whose entries reach its k best classes so far, unless
+    there are so few tokens and classes that all log-probabilities are stored.
 
     Args:
       hidden: [..., H] floating.
@@ -150,8 +155,7 @@ def adaptive_top_k(
 
     Returns:
       A pair: log-probabilities [..., k], descending, float32 (float64 if an input is),
-      and class ids [..., k] int32; equal ones are ordered by band, and in a band by
-      their logits, then by rank.
+      and class ids [..., k] int32; equal ones are ordered by band.
 
     Raises:
       TypeError: if a type or dtype is wrong.
@@ -263,6 +267,30 @@ class _Ranked(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _top_k(k: int, layer: Layer) -> tuple[jax.Array, jax.Array]:
+    few = layer.hidden.shape[0] * layer.num_classes <= _STORED
+    best = (_best_of_all if few else _best_of_bands)(k, layer)
+    return best.log_probs, best.ranks
+
+
+def _best_of_all(k: int, layer: Layer) -> _Ranked:
+    """Returns the best of all classes, whose log-probabilities are stored."""
+    biases = layer.bias, *(tail.bias for tail in layer.tails)
+    kernels = layer.kernel[:, : layer.shortlist], *(t.kernel for t in layer.tails)
+    kept = [
+        jnp.full(kernel.shape[1], True)
+        if bias is None
+        else bias[: kernel.shape[1]] != -jnp.inf
+        for bias, kernel in zip(biases, kernels, strict=True)
+    ]
+    ranks = jnp.arange(layer.num_classes, dtype=jnp.int32)
+    ranks = jnp.where(jnp.concatenate(kept), ranks, -1)
+    every = _Ranked.of(log_probs_by_rank(layer), ranks[None])
+    keys, places = lax.top_k(every.keys, k)
+    return _Ranked(keys, ranks[places])
+
+
+def _best_of_bands(k: int, layer: Layer) -> _Ranked:
+    """Returns the best of the shortlist and of those tails that may have others."""
     rows, size, entries = layer.hidden.shape[0], layer.shortlist, layer.kernel.shape[1]
     operands, options = layer.call()
     # A tail whose entry is not among so many has k classes of the shortlist before it.
@@ -295,4 +323,4 @@ def _top_k(k: int, layer: Layer) -> tuple[jax.Array, jax.Array]:
 
         # Not `bound >= best`, so that a NaN is seen.
         best = RowBlocks(~(bound < best.keys[:, -1])).fold(step, best)
-    return best.log_probs, best.ranks
+    return best

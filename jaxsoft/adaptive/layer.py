@@ -153,6 +153,11 @@ class Layer:
         return self.kernel.shape[1] - len(self.tails)
 
     @property
+    def num_classes(self) -> int:
+        """V."""
+        return self.shortlist + sum(tail.kernel.shape[1] for tail in self.tails)
+
+    @property
     def starts(self) -> tuple[int, ...]:
         """The first rank of each tail."""
         sizes = (self.shortlist, *(tail.kernel.shape[1] for tail in self.tails))

@@ -31,7 +31,12 @@ from jaxsoft.adaptive.row_blocks import RowBlocks, take
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.logits.softmax import log_softmax
 
-__all__ = ["adaptive_log_prob", "adaptive_log_probs", "log_prob_of_ranks"]
+__all__ = [
+    "adaptive_log_prob",
+    "adaptive_log_probs",
+    "log_prob_of_ranks",
+    "log_probs_by_rank",
+]
 
 
 @mesh_axes.accepts_explicit("hidden")
@@ -182,14 +187,15 @@ def adaptive_log_probs(
         precision=precision,
         implementation=implementation,
     )
-    log_probs = _log_probs_by_rank(layer)
+    log_probs = log_probs_by_rank(layer)
     if bands.ranks is not None:
         log_probs = jnp.take(log_probs, jnp.asarray(bands.ranks), axis=1)
     return log_probs.reshape(*layer.shape, bands.num_classes)
 
 
 @functools.partial(jax.jit, inline=True)
-def _log_probs_by_rank(layer: Layer) -> jax.Array:
+def log_probs_by_rank(layer: Layer) -> jax.Array:
+    """Returns the log-probabilities of all classes in order of rank, [N, V]."""
     head = _all_log_probs(layer)
     size = layer.shortlist
     of_tails = [

@@ -12,6 +12,7 @@ from jax import export
 import jaxsoft
 from jaxsoft import AdaptiveTail, ClassBands
 from jaxsoft._core import registry
+from jaxsoft.adaptive import decoding
 
 KEY = jax.random.key(3)
 
@@ -123,7 +124,19 @@ def _sample(layer, bands, temperature=None):
     )
 
 
+@pytest.fixture(params=["among all", "by bands"])
+def searched(request, monkeypatch):
+    """How the best classes are looked for, which the number of logits decides."""
+    if request.param == "by bands":
+        monkeypatch.setattr(decoding, "_STORED", 0)
+    # What was traced is not known to depend on it.
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.usefixtures("searched")
 def test_scores_by_definition(bands):
     counts = tuple(sorted({1, min(5, bands.num_classes), bands.num_classes}))
     for scale in (0.3, 1.0, 3.0):
@@ -307,6 +320,7 @@ def test_a_nan_is_not_a_class():
     assert (found[1:] >= 0).all()
 
 
+@pytest.mark.usefixtures("searched")
 def test_equal_classes_are_ordered_by_rank():
     bands = ClassBands.in_order(6, (2, 4))
     tails = [AdaptiveTail(np.zeros((2, 1)), np.zeros((1, 2)))] * 2
@@ -318,8 +332,9 @@ def test_equal_classes_are_ordered_by_rank():
     np.testing.assert_allclose(np.exp(log_probs), [[0.25] * 2 + [0.125] * 4])
 
 
+@pytest.mark.usefixtures("searched")
 def test_best_classes_of_cold_masked_and_unknown_rows():
-    """Classes of probability 0, by band and logit, come before places of no class."""
+    """Classes of probability 0 come by band before places of no class."""
     bands = ClassBands.in_order(7, (2, 5))
     tails = [
         AdaptiveTail(np.zeros((1, 1)), np.zeros((1, 3)), np.array([0, -np.inf, 0.5])),
@@ -336,8 +351,8 @@ def test_best_classes_of_cold_masked_and_unknown_rows():
 
     with jax.enable_x64(True):
         every, (found, ids) = jax.device_get(results(hidden, head, tails, tau))
-    assert np.isnan(found[2]).all()
-    np.testing.assert_array_equal(ids[1], [1, 0, 4, 2, 5, 6, -1])
+    assert np.isnan(found[2][:6]).all()
+    assert ids[1].tolist() in ([1, 0, 2, 4, 5, 6, -1], [1, 0, 4, 2, 5, 6, -1])
     order = np.argsort(-every[0], kind="stable")
     np.testing.assert_array_equal(ids[0], [*order[:6], -1])
     for row in (0, 1):
@@ -345,6 +360,7 @@ def test_best_classes_of_cold_masked_and_unknown_rows():
         np.testing.assert_allclose(found[row], best, atol=1e-12)
 
 
+@pytest.mark.usefixtures("searched")
 def test_top_k_is_differentiable():
     case = Case(ClassBands.in_order(60, (10, 30)))
 
@@ -364,6 +380,7 @@ def test_top_k_is_differentiable():
     np.testing.assert_allclose(found, truth, atol=1e-12)
 
 
+@pytest.mark.usefixtures("searched")
 def test_shapes_vmap_and_no_rows():
     case = Case(ClassBands.in_order(60, (10, 30)), rows=24)
     hidden = case.hidden.reshape(2, 3, 4, 6)
@@ -399,6 +416,7 @@ def test_shapes_vmap_and_no_rows():
     assert [a.shape for a in empty] == [(0,), (0, 60), (0, 3), (0,)]
 
 
+@pytest.mark.usefixtures("searched")
 def test_inside_shard_map():
     case = Case(ClassBands.in_order(60, (10, 30)), rows=24)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
