@@ -29,7 +29,7 @@ from jaxsoft.adaptive.class_bands import ClassBands
 from jaxsoft.adaptive.layer import AdaptiveTail, Layer, TailLayer, prepare
 from jaxsoft.adaptive.row_blocks import RowBlocks, take
 from jaxsoft.linear.losses import linear_cross_entropy
-from jaxsoft.logits.softmax import log_softmax
+from jaxsoft.logits.softmax import log_softmax, log_softmax_of_finite
 
 __all__ = [
     "adaptive_log_prob",
@@ -211,14 +211,13 @@ def _all_log_probs(layer: Layer | TailLayer) -> jax.Array:
     logits = matmul(
         hidden.astype(operand), kernel.astype(operand), layer.precision, layer.dtype
     )
-    if options["bias"] is not None:
-        logits += jnp.asarray(options["bias"])[None].astype(layer.dtype)
     tau = options["temperature"]
-    return log_softmax(
-        logits,
-        temperature=tau[:, None] if isinstance(tau, jax.Array) else tau,
-        implementation=layer.implementation,
-    )
+    tau = tau[:, None] if isinstance(tau, jax.Array) else tau
+    if options["bias"] is None:
+        # A logit of -inf would be that of an infinite parameter.
+        return log_softmax_of_finite(logits, tau)
+    logits += jnp.asarray(options["bias"])[None].astype(layer.dtype)
+    return log_softmax(logits, temperature=tau, implementation=layer.implementation)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -38,13 +38,18 @@ def centre(
     temperature: float | jax.Array,
     where: jax.Array | None,
     axis: int,
+    *,
+    finite: bool = False,
 ) -> Centred:
-    """Centres the logits `x`, which already have the dtype to compute in."""
+    """Centres the logits `x`, which already have the dtype to compute in.
+
+    Derivatives ask which logits are -inf, and keep them, unless all are `finite`.
+    """
     kept = x != -jnp.inf
     if where is not None:
         kept = kept & where
         x = jnp.where(where, x, -jnp.inf)
-    x = _still_below(x)
+    x = x if finite else _still_below(x)
     # The maximum starts at the lowest finite number: XLA for CPUs fuses maxima with the
     # exponentials and their sum, but neither with a select nor with a second maximum.
     lowest = np.asarray(jnp.finfo(x.dtype).min, x.dtype)

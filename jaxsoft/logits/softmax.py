@@ -26,7 +26,7 @@ from jaxsoft.logits.arguments import (
 )
 from jaxsoft.logits.centre import Centred, centre, scaled_gaps
 
-__all__ = ["entropy", "log_softmax", "logsumexp", "softmax"]
+__all__ = ["entropy", "log_softmax", "log_softmax_of_finite", "logsumexp", "softmax"]
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -380,6 +380,21 @@ def _weights_jvp(axis, static_tau, primals, tangents):
 def _log_softmax(axis, static_tau, x, tau, where):
     """Returns log p, with JAX's own derivative about that of the centred logits."""
     c = centre(x, pick_temperature(static_tau, tau), where, axis).values
+    return _less_log_total(c, axis)
+
+
+def log_softmax_of_finite(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """Returns log p [N, V], whose derivative does not keep the logits x.
+
+    Args:
+      x: [N, V], in the dtype to compute in; none of them is -inf.
+      temperature: a number, or [N, 1].
+    """
+    return _less_log_total(centre(x, temperature, None, 1, finite=True).values, 1)
+
+
+def _less_log_total(c: jax.Array, axis: int) -> jax.Array:
+    """Returns centred logits less log Σ exp(c)."""
     # Without the class axis: with one of size 1 XLA for CPUs writes the value before it
     # needs the exponentials for the last time, into an array that is not theirs.
     log_total = jnp.log(nonzero(jnp.sum(jnp.exp(c), axis)))
