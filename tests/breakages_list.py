@@ -633,8 +633,8 @@ _TREES = (
         "all-classes-by-order-not-by-rank",
         kind="wrong class order",
         file="jaxsoft/hierarchical/softmax.py",
-        before="by_rank = by_rank[jnp.asarray(tree.ranks)]",
-        after="by_rank = by_rank[jnp.asarray(tree.order)]",
+        before="by_rank[:, jnp.asarray(tree.ranks)]",
+        after="by_rank[:, jnp.asarray(tree.order)]",
         tests=("tests/hierarchical/test_softmax.py",),
     ),
     Breakage(

@@ -14,6 +14,7 @@ from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import matmul, nan_where, over_temperature
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import weigh_tokens
+from jaxsoft.hierarchical import binary
 from jaxsoft.hierarchical.class_tree import ClassPath, ClassTree
 from jaxsoft.hierarchical.layer import (
     Layer,
@@ -268,21 +269,29 @@ def hierarchical_log_probs(
 @functools.partial(jax.jit, inline=True)
 def all_log_probs(layer: Layer) -> jax.Array:
     """Returns the log-probabilities of all classes, [N, V]."""
-    levels, tree = layer.tree.levels, layer.tree
-    rows = layer.hidden.shape[0]
-    if not levels.depth:
-        return jnp.zeros((rows, 1), layer.dtype)
+    if not layer.tree.max_depth:
+        return jnp.zeros((layer.hidden.shape[0], 1), layer.dtype)
+    tree, levels = layer.tree, layer.tree.levels
+    if isinstance(levels, Canonical) and levels.arity == 2:
+        logits = matmul(layer.hidden, layer.kernel.T, layer.precision, layer.dtype)
+        if layer.bias is not None:
+            logits += layer.bias[None]
+        by_rank = binary.by_rank(levels, logits, layer.tau)
+    else:
+        by_rank = _of_nodes(layer)
+    return by_rank if tree.ranks is None else by_rank[:, jnp.asarray(tree.ranks)]
+
+
+def _of_nodes(layer: Layer) -> jax.Array:
+    """Returns log-probabilities by rank, [N, V], of a tree of any arity."""
+    levels = layer.tree.levels
     logits = matmul(layer.kernel, layer.hidden.T, layer.precision, layer.dtype)
     if layer.bias is not None:
         logits += layer.bias[:, None]
     tau = layer.constant_tau if layer.row_tau is None else layer.row_tau[None]
     if isinstance(levels, Canonical):
-        by_rank = _by_level(levels, logits, tau)
-    else:
-        by_rank = _by_table(levels, logits, tau)
-    if tree.ranks is not None:
-        by_rank = by_rank[jnp.asarray(tree.ranks)]
-    return by_rank.T
+        return _by_level(levels, logits, tau).T
+    return _by_table(levels, logits, tau).T
 
 
 def _by_level(

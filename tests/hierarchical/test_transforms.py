@@ -119,3 +119,35 @@ def test_transforms_and_leading_axes(name):
         np.testing.assert_allclose(other, plain, rtol=1e-6, atol=1e-6)
     assert empty.shape[0] == 0
     assert scalar.shape == plain.shape[1:]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_second_derivatives_of_all_classes(scale, x64):
+    # At 0 both children of a node are alike; at 30 nodes are saturated.
+    tree = cases.tree("huffman", 6)
+    hidden, kernel, _ = cases.layer(tree, rows=2, features=2, scale=scale)
+    weights = np.random.default_rng(6).uniform(0.5, 1.5, (2, 6))
+
+    def logistics(hidden, kernel):
+        """Returns log-probabilities by the logistic function, path by path."""
+        z = hidden @ kernel.T
+        rows, numbers, choices = cases.paths(tree)
+        z = jnp.where(choices[None] == 1, z[:, rows], -z[:, rows])
+        return jnp.sum(jnp.where(numbers[None] > 0, jax.nn.log_sigmoid(z), 0), axis=2)
+
+    @jax.jit
+    def derivatives(*layer):
+        found = []
+        for function in (lambda *layer: of_all(tree, *layer), logistics):
+
+            def total(*layer, function=function):
+                return jnp.sum(jnp.square(function(*layer)) * weights)
+
+            moved = jax.jvp(jax.grad(total), layer, layer)[1]
+            found.append((jax.hessian(total, (0, 1))(*layer), moved))
+        return found
+
+    found, expected = map(jax.tree.leaves, jax.device_get(derivatives(hidden, kernel)))
+    assert any(np.abs(truth).max() > 1e-3 for truth in expected)
+    for own, truth in zip(found, expected, strict=True):
+        np.testing.assert_allclose(own, truth, rtol=1e-9, atol=1e-11)
