@@ -32,7 +32,7 @@ _WIDTH = 4
 _LEAST_WIDTH = 32
 _WIDEN = 16
 # A visit gathers a row; computing every class streams them, so much faster a row.
-_GATHER_COST = 16
+_GATHER_COST = 32
 # Numbers that one round over some rows may store at a time.
 _BUDGET = 2**23
 
@@ -187,13 +187,16 @@ def _search(layer: Layer, k: int, max_visits: int | None) -> _TopK:
         while _GATHER_COST * width * max(tree.max_depth, 1) * tree.arity <= classes:
             widths.append(width)
             width *= _WIDEN
+    chunk = _BUDGET // classes
+    if not widths and rows <= chunk:
+        return _best_of_all(layer, k=k)
     for width in widths:
         numbers = width * (tree.arity - 1) * features
         search = functools.partial(_beam, k=k, width=width)
         top = _where_not_exact(search, _BUDGET // numbers, layer, top)
     if max_visits is None or max_visits >= inner:
         search = functools.partial(_best_of_all, k=k)
-        top = _where_not_exact(search, _BUDGET // classes, layer, top)
+        top = _where_not_exact(search, chunk, layer, top)
     return top
 
 

@@ -99,7 +99,7 @@ def test_equal_classes_by_id(kind):
 
 
 # A beam is worth while for so many classes; with five children it has few levels.
-MANY = ClassTree.balanced(20_000, 5)
+MANY = ClassTree.balanced(40_000, 5)
 
 
 @jax.jit
@@ -122,7 +122,7 @@ def test_equal_classes_at_the_border_of_a_beam():
 
 
 def test_temperatures_of_zero_and_infinity():
-    tree = ClassTree.huffman(np.arange(1, 40_001) ** -1.0, 5)
+    tree = ClassTree.huffman(np.arange(1, 60_001) ** -1.0, 5)
     hidden, kernel, _ = cases.layer(tree, rows=4, dtype="float32")
     tau = np.array([0.0, 0.0, np.inf, 1.0], "float32")
     every, [(log_probs, ids, exact)] = jax.device_get(
