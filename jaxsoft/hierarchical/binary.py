@@ -1,4 +1,4 @@
-"""Log-probabilities of all classes of a tree whose nodes have two children each."""
+"""Nodes with two children: log(1 + exp(x)), and all classes of a tree of them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax import lax
 from jaxsoft._core.numerics import over_temperature
 from jaxsoft.hierarchical.levels import Canonical
 
-__all__ = ["by_rank"]
+__all__ = ["by_rank", "softplus"]
 
 # XLA makes one loop of levels that nothing lies between, which repeats each for every
 # one below: for GPUs it compiled 18 of them for minutes.
@@ -53,6 +53,22 @@ def _odds(logits: jax.Array, tau: float | jax.Array) -> jax.Array:
     alone = logits == -jnp.inf
     odds = over_temperature(jnp.where(alone, 0, logits), tau)
     return jnp.where(alone, -jnp.inf, odds)
+
+
+@jax.custom_jvp
+def softplus(x: jax.Array) -> jax.Array:
+    """Returns log(1 + exp(x)), whose derivative does not cancel where it is near 0."""
+    return jnp.maximum(x, 0) + _log1p(jnp.exp(_minus_abs(x)))
+
+
+@softplus.defjvp
+def _softplus_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (moved,) = primals, tangents
+    least = jnp.exp(_minus_abs(x))
+    share = jnp.where(x >= 0, 1, least) / (1 + least)
+    return softplus(x), share * moved
 
 
 def _minus_abs(z: jax.Array) -> jax.Array:

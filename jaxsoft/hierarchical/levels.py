@@ -165,7 +165,7 @@ class Canonical(Levels):
     def slot_of_rank(self, rank: jax.Array) -> jax.Array:
         """Returns the slots of leaves."""
         level = _level(self.first_leaves, rank)
-        return rank + jnp.asarray(self.first_slots - self.first_leaves)[level]
+        return rank + self._at_leaves(self.first_slots - self.first_leaves, level)
 
     def level_of_rank(self, rank: jax.Array) -> jax.Array:
         """Returns the levels that leaves are on."""
@@ -199,8 +199,8 @@ class Canonical(Levels):
         levels = np.arange(1, self.depth + 1, dtype=np.int32).reshape(shape)
         powers = np.array([self.arity**n for n in range(self.depth + 1)], np.int32)
         offsets = np.array(missing, np.int32)
-        place = slot + jnp.asarray(offsets - self.first_slots[:-1])[depth]
-        last = place * jnp.asarray(powers[::-1].copy())[depth]
+        place = slot + self._at_leaves(offsets - self.first_slots[:-1], depth)
+        last = place * self._at_leaves(powers[::-1], depth)
         place = self._quotient(last[None], self.depth - levels)
         parent = self._quotient(place, np.ones_like(levels))
         choice = place - self.arity * parent
@@ -214,6 +214,16 @@ class Canonical(Levels):
         steps = (row, number - 1, choice)
         row, number, choice = (jnp.where(inside, a, 0) for a in steps)
         return row, number, choice
+
+    def _at_leaves(self, table: np.ndarray, depth: jax.Array) -> jax.Array:
+        """Returns numbers of levels with leaves, and any number of other levels."""
+        found = [level for level, count in enumerate(self.leaves) if count]
+        if len(found) > _FEW_BOUNDS:
+            return jnp.asarray(table)[depth]
+        number = jnp.full_like(depth, table[found[0]])
+        for level in found[1:]:
+            number = jnp.where(depth == level, table[level], number)
+        return number
 
     def _quotient(self, number: jax.Array, power: np.ndarray) -> jax.Array:
         """Returns numbers >= 0 over powers of the arity, rounded down."""

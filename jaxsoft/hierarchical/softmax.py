@@ -203,8 +203,7 @@ def _log_choice(
         total = jnp.sum(rest, axis=-1)
         odds += jnp.log(jnp.where(total == 0, 1, total))
         alone = alone[..., 0]
-    log_prob = -jnp.logaddexp(odds, jnp.zeros_like(odds))
-    return jnp.where(alone, 0, log_prob)
+    return jnp.where(alone, 0, -binary.softplus(odds))
 
 
 @mesh_axes.accepts_explicit("hidden")
