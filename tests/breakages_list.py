@@ -100,8 +100,8 @@ _CORE = (
         "inversion-stops-at-an-empty-class",
         kind="off by one",
         file="jaxsoft/_core/block_sampling.py",
-        before="inside = jnp.sum(until <= target[:, None], axis=1)",
-        after="inside = jnp.sum(until < target[:, None], axis=1)",
+        before="inside = jnp.sum(until <= target[:, None], axis=1, dtype=jnp.int32)",
+        after="inside = jnp.sum(until < target[:, None], axis=1, dtype=jnp.int32)",
         tests=("tests/logits/test_draws.py",),
     ),
     Breakage(

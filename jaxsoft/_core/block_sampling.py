@@ -38,8 +38,6 @@ __all__ = [
 ]
 
 _LEAST = 128
-# The inversion finds a group of a block's classes before the class.
-_GROUPS = 16
 
 
 class Drawn(NamedTuple):
@@ -147,24 +145,34 @@ def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
       [R] int32; the last class of positive weight where rounding puts the target
       beyond the sum.
     """
-    groups = math.gcd(weights.shape[1], _GROUPS)
-    parts = weights.reshape(weights.shape[0], groups, -1)
-    sums = jnp.sum(parts, axis=2)
-    group, before = invert_once(sums, target)
-    chosen = jnp.take_along_axis(parts, group[:, None, None], axis=1)[:, 0]
+    rows, columns = weights.shape
+    groups = 2 ** (columns.bit_length() // 2)
+    size = -(-columns // groups)
+    weights = jnp.pad(weights, ((0, 0), (0, groups * size - columns)))
+    parts = weights.reshape(rows, groups, size)
+    group, before = invert_once(jnp.sum(parts, axis=2), target)
+    is_chosen = lax.broadcasted_iota(jnp.int32, parts.shape, 1) == group[:, None, None]
+    chosen = jnp.sum(jnp.where(is_chosen, parts, 0), axis=1)
     inside, _ = invert_once(chosen, target - before)
-    return group * parts.shape[2] + inside
+    return group * size + inside
 
 
 def invert_once(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the same by one cumulative sum, and the sum before what it found."""
-    until = jnp.cumsum(weights, axis=1)
-    inside = jnp.sum(until <= target[:, None], axis=1)
-    positive = weights > 0
-    last = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
-    found = jnp.minimum(inside, last).astype(jnp.int32)
-    before = jnp.take_along_axis(until, jnp.maximum(found - 1, 0)[:, None], axis=1)
-    return found, jnp.where(found == 0, 0, before[:, 0])
+    """Returns the same by comparing all columns, and the sum before what it found.
+
+    Every sum adds up the same columns in the same order, those beyond it as 0: it is no
+    smaller than the one before, and not larger where a weight is 0.
+    """
+    rows, columns = weights.shape
+    of_sum, added = (
+        lax.broadcasted_iota(jnp.int32, (1, columns, columns), i) for i in (1, 2)
+    )
+    until = jnp.sum(jnp.where(added <= of_sum, weights[:, None], 0), axis=2)
+    inside = jnp.sum(until <= target[:, None], axis=1, dtype=jnp.int32)
+    numbers = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+    last = jnp.max(jnp.where(weights > 0, numbers, 0), axis=1)
+    found = jnp.minimum(inside, last)
+    return found, jnp.max(jnp.where(numbers < found[:, None], until, 0), axis=1)
 
 
 def draw(
