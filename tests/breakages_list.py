@@ -73,6 +73,14 @@ _CORE = (
         tests=("tests/core/test_noise.py",),
     ),
     Breakage(
+        "rows-of-neighbouring-keys-alike",
+        kind="noise bits reused",
+        file="jaxsoft/_core/noise.py",
+        before="numbers * jnp.uint32(_STRIDE)",
+        after="numbers",
+        tests=("tests/core/test_noise.py",),
+    ),
+    Breakage(
         "row-number-from-the-first-block",
         kind="noise bits reused",
         file="jaxsoft/_core/noise.py",
@@ -258,8 +266,8 @@ _LOGITS = (
         "attempts-by-the-same-noise",
         kind="noise bits reused",
         file="jaxsoft/_core/noise.py",
-        before="stream_of_attempt = stream + _ATTEMPT * attempt",
-        after="stream_of_attempt = stream",
+        before="jnp.full_like(flat, BLOCKS + _ATTEMPT * attempt)",
+        after="jnp.full_like(flat, BLOCKS)",
         tests=("tests/logits/test_filters.py",),
     ),
     Breakage(

@@ -26,6 +26,7 @@ from jaxsoft._core.numerics import (
 __all__ = [
     "Drawn",
     "Place",
+    "bits",
     "block_size",
     "draw",
     "draw_row",
@@ -59,45 +60,17 @@ def block_size(num_classes: int) -> int:
     return max(_LEAST, 2 ** math.ceil(math.log2(max(num_classes, 1)) / 2))
 
 
-def scores(
-    sums: jax.Array,
-    words: jax.Array,
-    first: jax.Array | int,
-    zero: jax.Array,
-    attempt: jax.Array | int = 0,
-) -> jax.Array:
-    """Returns log-sums of blocks plus noise; without either where τ is 0.
+def scores(sums: jax.Array, drawn: jax.Array, zero: jax.Array) -> jax.Array:
+    """Returns log-sums of blocks plus their noise; without either where τ is 0.
 
     Args:
       sums: [R, n] sums of exponentials.
-      words: [R, 2], see `noise.row_words`.
-      first: the number of the first block.
+      drawn: [R, n], the noise of `bits`.
       zero: where τ is 0, broadcastable to [R, 1].
-      attempt: how often these rows were drawn from before; if not 0, `first` is.
 
     Returns:
       [R, n]; -inf for an empty block.
     """
-    drawn = _block_noise(words, first, sums.shape[1], sums.dtype, attempt)
-    return _perturbed(sums, drawn, zero)
-
-
-def _block_noise(
-    words: jax.Array,
-    first: jax.Array | int,
-    count: int,
-    dtype: jnp.dtype,
-    attempt: jax.Array | int = 0,
-) -> jax.Array:
-    """Returns the noise of consecutive blocks, [R, n]."""
-    if isinstance(first, int) and first == 0:
-        return noise.first_gumbel(words, noise.BLOCKS, count, dtype, attempt=attempt)
-    ids = first + lax.iota(jnp.int32, count)
-    return noise.paired_gumbel(words, noise.BLOCKS, ids, dtype)
-
-
-def _perturbed(sums: jax.Array, drawn: jax.Array, zero: jax.Array) -> jax.Array:
-    """Returns log-sums of blocks plus their noise; without either where τ is 0."""
     alone = jnp.where(sums > 0, 0.0, -jnp.inf).astype(sums.dtype)
     return jnp.where(zero, alone, jnp.log(sums) + drawn)
 
@@ -129,9 +102,38 @@ def place(
     words: jax.Array, zero: jax.Array, dtype: jnp.dtype, attempt: jax.Array | int = 0
 ) -> Place:
     """Returns where in its block's sum each row's class lies, at some attempt."""
-    share, reverse = noise.uniform(words, dtype, attempt)
-    still = jnp.broadcast_to(zero, (words.shape[0], 1))[:, 0]
+    return _place(noise.uniform(words, dtype, attempt), zero)
+
+
+def _place(uniform: tuple[jax.Array, jax.Array], zero: jax.Array) -> Place:
+    share, reverse = uniform
+    still = jnp.broadcast_to(zero, (share.shape[0], 1))[:, 0]
     return Place(jnp.where(still, 0, share), reverse & ~still)
+
+
+def bits(
+    words: jax.Array,
+    blocks: jax.Array | int,
+    zero: jax.Array,
+    dtype: jnp.dtype,
+    attempt: jax.Array | int = 0,
+) -> tuple[jax.Array, Place]:
+    """Returns all that is random about a draw from blocks of classes.
+
+    One cipher gives both: most of the time to compile a draw is that of its ciphers.
+
+    Args:
+      words: [R, 2], see `noise.row_words`.
+      blocks: the numbers of n blocks, or how many of the first ones.
+      zero: where τ is 0, broadcastable to [R, 1].
+      dtype: float32 or float64.
+      attempt: how often these rows were drawn from before.
+
+    Returns:
+      The blocks' noise, [R, n]; and what `place` returns.
+    """
+    drawn, uniform = noise.block_gumbel(words, blocks, dtype, attempt)
+    return drawn, _place(uniform, zero)
 
 
 def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
@@ -200,9 +202,11 @@ def draw(
     dtype = compute_dtype(logits)
     zero = is_zero(tau, dtype)
     blocks = -(-logits.shape[1] // block)
-    drawn = _block_noise(words, first_block, blocks, dtype)
+    if not isinstance(first_block, int) or first_block:
+        blocks = first_block + lax.iota(jnp.int32, blocks)
+    drawn, at = bits(words, blocks, zero, dtype)
     best = _best_block(_parts(logits, block, where, dtype), tau, drawn, zero)
-    inside = _inside(logits, where, tau, words, block, best)
+    inside = _inside(logits, where, tau, at, block, best)
     class_id = (first_block + best.number[:, 0]) * block + inside
     return Drawn(
         best.max[:, 0], best.score, jnp.where(best.score == -jnp.inf, -1, class_id)
@@ -236,14 +240,14 @@ def _best_block(
     # A block's maximum may have left NaN out; its sum never does.
     tops = jnp.where(jnp.isnan(sums), sums, tops)
     largest = jnp.max(tops, axis=1, keepdims=True)
-    perturbed = _perturbed(sums, drawn, zero)
+    perturbed = scores(sums, drawn, zero)
     perturbed += divide_by_temperature(tops, finite_peak(largest), tau)
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
     top, total = (jnp.take_along_axis(a, best, axis=1) for a in (tops, sums))
     return _Best(best, top, total, largest, maximum_or_nan(perturbed, axis=1))
 
 
-def _inside(logits, where, tau, words, block, best: _Best) -> jax.Array:
+def _inside(logits, where, tau, at: Place, block, best: _Best) -> jax.Array:
     """Returns which class of its block each row draws, [R]."""
     columns = best.number * block + lax.iota(jnp.int32, block)[None]
 
@@ -255,7 +259,6 @@ def _inside(logits, where, tau, words, block, best: _Best) -> jax.Array:
     if where is not None:
         kept = take(jnp.broadcast_to(where, logits.shape), False)
         chosen = jnp.where(kept, chosen, -jnp.inf)
-    at = place(words, is_zero(tau, dtype), dtype)
     weights = at.order(exponentials(chosen, best.peak, tau))
     return at.column(invert(weights, at.share * best.sum[:, 0]), block)
 
@@ -294,10 +297,10 @@ def draw_row(
     usable = jnp.all(jnp.isfinite(sums)) & jnp.all(jnp.isfinite(peak)) & ~jnp.any(zero)
 
     # Both ways draw the block by the same noise, and the class in it alike.
-    drawn = _block_noise(words, 0, sums.shape[1], dtype)
+    drawn, at = bits(words, sums.shape[1], zero, dtype)
 
     def quickly():
-        perturbed = _perturbed(sums, drawn, zero)
+        perturbed = scores(sums, drawn, zero)
         best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
         total = jnp.take_along_axis(sums, best, axis=1)
         return best, peak, total, jnp.zeros_like(peak, bool)
@@ -309,7 +312,7 @@ def draw_row(
 
     number, peak, total, lost = lax.cond(usable, quickly, safely)
     best = _Best(number, peak, total, peak, total[:, 0])
-    class_id = number[:, 0] * block + _inside(logits, where, tau, words, block, best)
+    class_id = number[:, 0] * block + _inside(logits, where, tau, at, block, best)
     return jnp.where(lost[:, 0], -1, class_id)
 
 

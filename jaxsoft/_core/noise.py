@@ -7,16 +7,21 @@ with the 20 rounds of `jax.random`, or with 13, the fewest for which its authors
 no statistical flaw (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011,
 and the notes of their Random123 library).
 
+Random123 is made for keys and counters that are plain numbers. So the key of a row is
+that of the caller with the row's number added, and a program has one cipher, which
+takes a compiler longer than all else of a draw.
+
 An encryption gives two words, and classes and blocks use both: number 256 q + 128 h + r
 has word h of counter 128 q + r, so that whole lanes of 128 stay together.
 
 | function | gives | called by |
 |---|---|---|
 | `row_words` | the key of each row | all samplers |
-| `uniform` | two uniform numbers a row | draws by blocks of classes |
+| `uniform` | a uniform number a row | draws from few classes |
+| `block_gumbel` | noise of some blocks, and `uniform` | draws by blocks of classes |
 | `gumbel` | noise, a whole cipher a number | nodes of trees |
-| `paired_gumbel` | noise of some classes or blocks | draws by blocks, mixtures |
-| `first_gumbel` | noise of the first classes or blocks | perturbed rows, blocks |
+| `paired_gumbel` | noise of some classes | mixtures |
+| `first_gumbel` | noise of the first classes | perturbed rows |
 | `span_bits`, `pair_bits` | bits, in a kernel | kernels of rows, for TPU and for GPU |
 | `gumbel_of_bits`, `unit_of_bits` | numbers of bits, in a kernel | the same |
 """
@@ -36,6 +41,7 @@ __all__ = [
     "NODES",
     "ROWS",
     "Generator",
+    "block_gumbel",
     "first_gumbel",
     "gumbel",
     "gumbel_of_bits",
@@ -64,9 +70,19 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 _LANES = 128
 
+# Digits of pi: what tells our keys from those that JAX itself encrypts with.
+_OURS = (0x243F6A88, 0x85A308D3)
+# The golden ratio's 32 bits: its multiples lie far from each other.
+_STRIDE = 0x9E3779B9
+# After so many rounds a CPU stores the words of classes: fewer are slower to compile,
+# more are computed more than once.
+_STAGE = 4
+
 
 def row_words(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Array:
     """Returns one Threefry key for each row.
+
+    All rows of a key differ, and those of keys from seeds below 2³² from each other.
 
     Args:
       key: a JAX random key of any kind.
@@ -76,10 +92,21 @@ def row_words(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Arra
     Returns:
       [N, 2] uint32.
     """
-    root = jax.random.bits(key, (2,), jnp.uint32)
+    root = _root(key)
     numbers = lax.iota(jnp.uint32, rows) + jnp.asarray(first).astype(jnp.uint32)
-    words = _encrypt(root[None], jnp.zeros_like(numbers), numbers)
-    return jnp.stack(words, axis=2)[0]
+    of_row = root[0] + numbers * jnp.uint32(_STRIDE)
+    return jnp.stack([of_row, jnp.broadcast_to(root[1], (rows,))], axis=1)
+
+
+def _root(key: jax.Array) -> jax.Array:
+    """Returns two words of a key, uint32: its own if it has two."""
+    data = jax.random.key_data(key)
+    has_two = data.shape == (2,)
+    if has_two and not jax.debug_key_reuse.value:
+        return data ^ jnp.asarray(_OURS, jnp.uint32)
+    # JAX refuses an array of keys here, and takes note of the key that is used.
+    drawn = jax.random.bits(key, (2,), jnp.uint32)
+    return data ^ jnp.asarray(_OURS, jnp.uint32) if has_two else drawn
 
 
 def _encrypt(
@@ -88,37 +115,40 @@ def _encrypt(
     """Encrypts counters, two words [n] each, under keys [R, 2]; gives two [R, n]."""
     shape = (keys.shape[0], first.shape[0])
     counters = [jnp.broadcast_to(word[None], shape) for word in (first, second)]
+    rounds = _ROUNDS["threefry"]
 
-    def encrypted(fused: bool, keys: jax.Array, *counters: jax.Array):
-        words = [keys[:, i, None] for i in range(2)]
-        return _threefry(words, counters, _ROUNDS["threefry"], fused)
+    def encrypted(stage: int | None, keys: jax.Array, *counters: jax.Array):
+        return _threefry([keys[:, i, None] for i in range(2)], counters, rounds, stage)
 
-    apart, whole = (functools.partial(encrypted, fused) for fused in (False, True))
+    apart, whole = (functools.partial(encrypted, stage) for stage in (rounds, None))
     return lax.platform_dependent(keys, *counters, cpu=apart, default=whole)
 
 
 def _threefry(
-    keys: Sequence[jax.Array], counters: Sequence[jax.Array], rounds: int, fused: bool
+    keys: Sequence[jax.Array],
+    counters: Sequence[jax.Array],
+    rounds: int,
+    stage: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Encrypts counters of any shape under keys that broadcast to it.
 
-    Without `fused`, every four rounds are computed before the next: XLA's CPU compiler
-    does not end, or not soon, when it is given twenty rounds as one piece.
+    Every `stage` rounds are computed before what follows, if that is not None.
     """
     key0, key1 = keys
     schedule = (key0, key1, key0 ^ key1 ^ jnp.uint32(_PARITY))
     a, b = (c + k for c, k in zip(counters, keys, strict=True))
-    for first in range(0, rounds, 4):
-        step = first // 4
-        for rotation in _ROTATIONS[step % 2][: rounds - first]:
-            a = a + b
-            left = lax.shift_left(b, jnp.full_like(b, rotation))
-            right = lax.shift_right_logical(b, jnp.full_like(b, 32 - rotation))
-            b = a ^ (left | right)
-        if first + 4 <= rounds:
+    for number in range(rounds):
+        step, place = divmod(number, 4)
+        rotation = _ROTATIONS[step % 2][place]
+        a = a + b
+        left = lax.shift_left(b, jnp.full_like(b, rotation))
+        right = lax.shift_right_logical(b, jnp.full_like(b, 32 - rotation))
+        b = a ^ (left | right)
+        if place == 3:
             a = a + schedule[(step + 1) % 3]
             b = b + schedule[(step + 2) % 3] + jnp.uint32(step + 1)
-        if not fused:
+        is_last = number + 1 == rounds
+        if stage is not None and (is_last or (number + 1) % stage == 0):
             a, b = lax.optimization_barrier((a, b))
     return a, b
 
@@ -130,26 +160,34 @@ def _paired_counters(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return counters, ids // _LANES % 2
 
 
+def _first_counters(count: int) -> jax.Array:
+    """Returns the counters of the first n numbers, [groups, lanes]."""
+    shape = (-(-count // (2 * _LANES)), min(count, _LANES))
+    group, lane = (lax.broadcasted_iota(jnp.uint32, shape, i) for i in range(2))
+    return group * jnp.uint32(_LANES) + lane
+
+
+def _first_of_pairs(first: jax.Array, second: jax.Array, count: int) -> jax.Array:
+    """Returns the first n numbers [R, n] from both words [R, groups, lanes]."""
+    if count <= _LANES:
+        return first[:, 0]
+    rows, groups, lanes = first.shape
+    # Selected, not joined: XLA for CPUs leaves one in a loop that it vectorises.
+    word = lax.broadcasted_iota(jnp.int32, (rows, groups, 2, lanes), 2)
+    bits = jnp.where(word == 0, first[:, :, None], second[:, :, None])
+    return bits.reshape(rows, groups * 2 * lanes)[:, :count]
+
+
 def _first_bits(
-    words: jax.Array,
-    stream: jax.Array | int,
-    count: int,
-    rounds: int,
-    fused: bool,
+    words: jax.Array, stream: int, count: int, rounds: int, stage: int | None
 ) -> jax.Array:
     """Returns uint32 bits [R, n] of rows [R, 2] and the first n numbers of a stream."""
-    rows = words.shape[0]
-    groups = -(-count // (2 * _LANES))
-    lanes = min(count, _LANES)
-    shape = (rows, groups, lanes)
-    counters = lax.broadcasted_iota(jnp.uint32, shape, 1) * jnp.uint32(_LANES)
-    counters += lax.broadcasted_iota(jnp.uint32, shape, 2)
+    counters = _first_counters(count)
+    counters = jnp.broadcast_to(counters, (words.shape[0], *counters.shape))
     keys = [words[:, i, None, None] for i in range(2)]
-    a, b = _threefry(keys, (jnp.full_like(counters, stream), counters), rounds, fused)
-    if count <= _LANES:
-        return a[:, 0]
-    bits = jnp.stack([a, b], axis=2).reshape(rows, groups * 2 * _LANES)
-    return bits[:, :count]
+    streams = jnp.full_like(counters, stream)
+    pair = _threefry(keys, (streams, counters), rounds, stage)
+    return _first_of_pairs(*pair, count)
 
 
 def _unit(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -187,11 +225,58 @@ def uniform(
     Returns:
       The distances, [R], in (0, 1/2]; and whether they are from 1, [R].
     """
+    bits, _ = _encrypt(words, *_of_row(attempt))
+    return _from_an_end(bits[:, 0], jnp.dtype(dtype))
+
+
+def _of_row(attempt: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Returns the stream and the counter of a row's own number, [1] each."""
     number = jnp.zeros(1, jnp.uint32)
-    bits, _ = _encrypt(words, jnp.full_like(number, ROWS + _ATTEMPT * attempt), number)
+    return jnp.full_like(number, ROWS + _ATTEMPT * attempt), number
+
+
+def _from_an_end(bits: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns what `uniform` does, of the bits of each row."""
     from_one = bits >= jnp.uint32(2**31)
-    distance = _unit(jnp.where(from_one, ~bits, bits), jnp.dtype(dtype))
-    return distance[:, 0], from_one[:, 0]
+    return _unit(jnp.where(from_one, ~bits, bits), dtype), from_one
+
+
+def block_gumbel(
+    words: jax.Array,
+    blocks: jax.Array | int,
+    dtype: jnp.dtype,
+    attempt: jax.Array | int = 0,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns standard Gumbel noise of rows and some blocks, and `uniform`.
+
+    Args:
+      words: [R, 2] from `row_words`.
+      blocks: n integers, or how many of the first ones.
+      dtype: float32 or float64.
+      attempt: how often these rows were drawn from before.
+
+    Returns:
+      [R, n] noise; and what `uniform` returns.
+    """
+    dtype = jnp.dtype(dtype)
+    if isinstance(blocks, int):
+        counters = _first_counters(blocks)
+    else:
+        counters, word = _paired_counters(blocks)
+    flat = counters.reshape(-1)
+    row_stream, row_counter = _of_row(attempt)
+    pair = _encrypt(
+        words,
+        jnp.concatenate([jnp.full_like(flat, BLOCKS + _ATTEMPT * attempt), row_stream]),
+        jnp.concatenate([flat, row_counter]),
+    )
+    place = _from_an_end(pair[0][:, -1], dtype)
+    first, second = (a[:, :-1].reshape(-1, *counters.shape) for a in pair)
+    if isinstance(blocks, int):
+        bits = _first_of_pairs(first, second, blocks)
+    else:
+        bits = jnp.where(word[None] == 0, first, second)
+    return _to_gumbel(bits, dtype), place
 
 
 def gumbel(
@@ -239,7 +324,6 @@ def first_gumbel(
     dtype: jnp.dtype,
     generator: Generator = "threefry",
     *,
-    attempt: jax.Array | int = 0,
     fused: bool | None = None,
 ) -> jax.Array:
     """Returns standard Gumbel noise of rows and the first classes or blocks.
@@ -250,17 +334,16 @@ def first_gumbel(
       count: n.
       dtype: float32 or float64.
       generator: "threefry" or "threefry13".
-      attempt: how often these rows were drawn from before.
       fused: whether the cipher may be compiled into one piece with what comes after it;
-        must be False on a CPU, whose compiler fails at that. None chooses by platform.
+        a CPU would compute it more than once. None chooses by platform.
 
     Returns:
       [R, n] noise.
     """
-    stream_of_attempt = stream + _ATTEMPT * attempt
 
     def noise(fused: bool, words: jax.Array) -> jax.Array:
-        bits = _first_bits(words, stream_of_attempt, count, _ROUNDS[generator], fused)
+        stage = None if fused else _STAGE
+        bits = _first_bits(words, stream, count, _ROUNDS[generator], stage)
         return _to_gumbel(bits, jnp.dtype(dtype))
 
     if fused is None:
@@ -318,7 +401,7 @@ def pair_bits(
       uint32 of both numbers, in the shape of the counters.
     """
     streams = jnp.full_like(counters, stream)
-    return _threefry(words, (streams, counters), _ROUNDS[generator], True)
+    return _threefry(words, (streams, counters), _ROUNDS[generator])
 
 
 def gumbel_of_bits(bits: jax.Array) -> jax.Array:

@@ -210,7 +210,10 @@ def _draw_before(
     """Draws from the classes before those drawn last, [R, 1]."""
     block = block_sampling.block_size(rows.logits.shape[1])
     zero = is_zero(tau, rows.logits.dtype)
-    scores = block_sampling.scores(state.sums, words, 0, zero, state.number)
+    drawn, at = block_sampling.bits(
+        words, state.sums.shape[1], zero, state.sums.dtype, state.number
+    )
+    scores = block_sampling.scores(state.sums, drawn, zero)
     best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
     columns = best * block + lax.iota(jnp.int32, block)[None]
 
@@ -222,7 +225,6 @@ def _draw_before(
     if filters.min_p is not None:
         c = divide_by_temperature(x, finite_peak(rows.top), tau)
         kept &= is_heavy(x, c, rows.top, filters.min_p)
-    at = block_sampling.place(words, zero, x.dtype, state.number)
     weights = at.order(jnp.where(kept, weights, 0))
     found = block_sampling.invert(weights, at.share * jnp.sum(weights, axis=1))
     return best * block + at.column(found, block)[:, None]

@@ -69,7 +69,6 @@ def test_the_cipher_is_that_of_random123(generator, ones, cipher):
 @pytest.mark.parametrize("count", [1, 128, 129, 700])
 @pytest.mark.many_cases
 def test_the_first_numbers_get_the_bits_of_each(count):
-    """Those of `paired_gumbel` are encrypted by JAX's own Threefry."""
     dtype, half = jnp.dtype("float32"), count // 2
     words = noise.row_words(jax.random.key(2), 3)
 
@@ -80,6 +79,8 @@ def test_the_first_numbers_get_the_bits_of_each(count):
             noise.first_gumbel(words, noise.BLOCKS, count, dtype, fused=fused)
             for fused in (None, False)
         ]
+        first.append(noise.block_gumbel(words, count, dtype)[0])
+        first.append(noise.block_gumbel(words, ids, dtype)[0])
         few = noise.paired_gumbel(words[1:2], noise.BLOCKS, ids[half:], dtype)
         return noise.paired_gumbel(words, noise.BLOCKS, ids, dtype), first, few
 
@@ -127,11 +128,55 @@ def test_bits_belong_to_a_row_and_an_id():
     np.testing.assert_array_equal(drawn[0][3:5, 7:9], part)
 
 
+def test_a_row_has_its_place_beside_the_noise_of_any_blocks():
+    dtype = jnp.dtype("float32")
+
+    @jax.jit
+    def draw(key, attempt):
+        words = noise.row_words(key, 5)
+        place = noise.uniform(words, dtype, attempt)
+        blocks = (3, jnp.asarray([2, 700]))
+        drawn = [noise.block_gumbel(words, n, dtype, attempt) for n in blocks]
+        return place, drawn
+
+    known = []
+    for attempt in (0, 2):
+        place, drawn = draw(jax.random.key(5), attempt)
+        for gumbel, beside in drawn:
+            np.testing.assert_array_equal(beside[0], place[0])
+            np.testing.assert_array_equal(beside[1], place[1])
+            known.append(gumbel)
+    np.testing.assert_array_equal(known[0][:, 2], known[1][:, 0])
+    every = np.concatenate([known[0], known[1][:, 1:], known[2], known[3][:, 1:]], 1)
+    assert len(np.unique(every)) == every.size
+
+
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_keys_of_any_kind(impl):
     key = jax.random.key(0, impl=impl)
     words = [noise.row_words(k, 3) for k in jax.random.split(key)]
     assert (np.asarray(words[0]) != np.asarray(words[1])).any()
+    with pytest.raises(ValueError, match="a single key"):
+        noise.row_words(jax.random.split(key, 3), 3)
+
+
+def test_no_two_rows_of_neighbouring_seeds_are_alike():
+    """Seeds that count in either half of their 64 bits."""
+    halves = [(high, low) for high in range(30) for low in range(30)]
+    keys = jax.random.wrap_key_data(jnp.asarray(halves, jnp.uint32))
+    words = jax.vmap(lambda key: noise.row_words(key, 1000))(keys)
+    np.testing.assert_array_equal(words[7], noise.row_words(keys[7], 1000))
+    words = np.asarray(words).reshape(-1, 2)
+    assert len(np.unique(words, axis=0)) == len(words)
+
+
+def test_a_key_that_was_used_is_told_from_a_new_one():
+    with jax.debug_key_reuse(True):
+        key = jax.random.key(3)
+        words = noise.row_words(key, 3)
+        with pytest.raises(jax.errors.KeyReuseError):
+            noise.row_words(key, 3)
+    np.testing.assert_array_equal(words, noise.row_words(jax.random.key(3), 3))
 
 
 def test_every_bit_is_fair(bits):

@@ -210,12 +210,13 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         # Temperatures of the rows lie along the second axis.
         row_tau = tau.T if isinstance(tau, jax.Array) else tau
         zero = is_zero(tau, carry.max.dtype)
-        at = block_sampling.place(words, zero, carry.max.dtype)
         first = self._vocabulary(arrays.operands).first
         edges = self._edges(arrays)
+        numbers = jnp.stack([edge.number for edge in edges])
+        of_edges, at = block_sampling.bits(words, numbers, zero, carry.max.dtype)
         all_edges = 2 * mesh_axes.size(axes)
         # The edges of all shards, [edges, N], in the order of the classes.
-        all_numbers = lax.all_gather(jnp.stack([e.number for e in edges]), axes)
+        all_numbers = lax.all_gather(numbers, axes)
         all_numbers = all_numbers.reshape(all_edges)
         all_tops, all_sums = (
             lax.all_gather(jnp.stack(a), axes).reshape(all_edges, -1)
@@ -230,7 +231,8 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
             rescale = jnp.exp(divide_by_temperature(all_tops, peak[None], row_tau))
             parts = jnp.where(same, all_sums * rescale, 0)
             total = jnp.sum(parts, axis=0)
-            score = block_sampling.scores(total[:, None], words, edge.number, zero)
+            noise = of_edges[:, place : place + 1]
+            score = block_sampling.scores(total[:, None], noise, zero)
             target = at.share * total
             ordered = at.order(parts.T)
             holder = at.column(block_sampling.invert(ordered, target), all_edges)

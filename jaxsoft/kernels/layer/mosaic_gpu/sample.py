@@ -62,7 +62,8 @@ def sample(fold: Draw, drawing: Drawing) -> Drawn:
     zero = is_zero(tau, totals.dtype)
     largest = jnp.max(of_block, axis=1, keepdims=True)
     peak = finite_peak(largest)
-    scores = block_sampling.scores(totals, words, 0, zero)
+    noise, at = block_sampling.bits(words, totals.shape[1], zero, totals.dtype)
+    scores = block_sampling.scores(totals, noise, zero)
     scores += divide_by_temperature(of_block, peak, tau)
     best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
     score = jnp.max(scores, axis=1)
@@ -71,7 +72,6 @@ def sample(fold: Draw, drawing: Drawing) -> Drawn:
         index = best.reshape(best.shape + (1,) * (array.ndim - 2))
         return jnp.take_along_axis(array, index, axis=1)[:, 0]
 
-    at = block_sampling.place(words, zero, totals.dtype)
     target = at.share * of_best(totals)
     ordered = at.order(of_best(parts))
     found, before = block_sampling.invert_once(ordered, target)
