@@ -7,6 +7,7 @@ the row and the block, and the size of a block on V alone: every tile size,
 implementation and sharding draws the same classes, up to ties within rounding.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -274,7 +275,8 @@ def draw_row(
 
     As `draw`, but the exponentials of a row are centred on the largest logit of its
     first block, which the compiler need not look for in all of them before: one pass
-    less. Where that overflows in some row, or is no number, it is `draw` that counts.
+    less. Where that overflows in some row, or is no number, it is the largest of all.
+    Blocks that vanish beside it are further from the best than noise reaches.
 
     Args:
       logits: [R, V] of any floating dtype: what is computed from them is wider, and
@@ -290,30 +292,28 @@ def draw_row(
     dtype = compute_dtype(logits)
     zero = is_zero(tau, dtype)
     parts = _parts(logits, block, where, dtype)
-    peak = jnp.max(parts[0][:, 0], axis=1, keepdims=True)
-    sums = _sums(parts, [peak[:, :, None]] * len(parts), tau)
-    sums = lax.optimization_barrier(sums)
+
+    def about(peak: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sums = _sums(parts, [peak[:, :, None]] * len(parts), tau)
+        return peak, lax.optimization_barrier(sums)
+
+    def about_largest() -> tuple[jax.Array, jax.Array]:
+        tops = [jnp.max(part, axis=(1, 2)) for part in parts]
+        return about(functools.reduce(jnp.maximum, tops)[:, None])
+
+    quick = about(jnp.max(parts[0][:, 0], axis=1, keepdims=True))
     # The first block of a row may have no kept class.
-    usable = jnp.all(jnp.isfinite(sums)) & jnp.all(jnp.isfinite(peak)) & ~jnp.any(zero)
-
-    # Both ways draw the block by the same noise, and the class in it alike.
+    is_usable = jnp.isfinite(sum(map(jnp.sum, quick))) & ~jnp.any(zero)
+    peak, sums = lax.cond(is_usable, lambda: quick, about_largest)
+    total = jnp.sum(sums, axis=1)
+    lost = ~jnp.isfinite(total) | ~jnp.isfinite(peak[:, 0])
     drawn, at = bits(words, sums.shape[1], zero, dtype)
-
-    def quickly():
-        perturbed = scores(sums, drawn, zero)
-        best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
-        total = jnp.take_along_axis(sums, best, axis=1)
-        return best, peak, total, jnp.zeros_like(peak, bool)
-
-    def safely():
-        best = _best_block(parts, tau, drawn, zero)
-        lost = jnp.isnan(best.score)[:, None] | ~(jnp.abs(best.max) < jnp.inf)
-        return best.number, best.peak, best.sum, lost
-
-    number, peak, total, lost = lax.cond(usable, quickly, safely)
+    number = jnp.argmax(scores(sums, drawn, zero), axis=1, keepdims=True)
+    number = number.astype(jnp.int32)
+    total = jnp.take_along_axis(sums, number, axis=1)
     best = _Best(number, peak, total, peak, total[:, 0])
     class_id = number[:, 0] * block + _inside(logits, where, tau, at, block, best)
-    return jnp.where(lost[:, 0], -1, class_id)
+    return jnp.where(lost, -1, class_id)
 
 
 def exponentials(u: jax.Array, top: jax.Array, tau: float | jax.Array) -> jax.Array:
