@@ -19,7 +19,7 @@ from jaxsoft.logits.rows import Rows, in_tiles, to_rows
 __all__ = ["draw_rows", "sample"]
 
 _KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0}
-# So many classes of a row are filtered by comparing each with each other.
+# So many classes of a row are one block: filters compare each with each other.
 _FEW = 128
 # So many first classes of a row are looked for in groups of classes.
 _MOST = 128
@@ -194,11 +194,12 @@ def draw_rows(
     count, classes = rows.logits.shape
     if not count:
         return jnp.zeros(0, jnp.int32)
-    if all(value is None for value in chosen):
+    few = classes <= _FEW
+    keeps_all = all(value is None for value in chosen)
+    if keeps_all and not few:
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
         return block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
-    few = classes <= _FEW
     size = None if few or first is None else groups.group_size(classes, first)
     if first is not None and size is not None:
         some, ids = groups.first_groups(rows, first, size)
@@ -208,7 +209,7 @@ def draw_rows(
         return jnp.where(place < 0, -1, found)
     draw = functools.partial(_draw_of_few if few else _draw_of_many, static_tau)
     arrays = (words, rows, chosen)
-    row_size = classes * classes if few else classes
+    row_size = classes * classes if few and not keeps_all else classes
 
     def tiled(arrays):
         # Of few classes all pairs are looked at, of many several passes over a row are
@@ -227,7 +228,7 @@ def _draw_of_few(
     weights = filters.keep(x, tau, chosen)
     total = jnp.sum(weights, axis=1)
     at = block_sampling.place(words, numerics.is_zero(tau, x.dtype), x.dtype)
-    found, _ = block_sampling.invert_once(at.order(weights), at.share * total)
+    found = block_sampling.invert(at.order(weights), at.share * total)
     lost = ~(total > 0) | filters.out_of_range(chosen)[:, 0]
     return jnp.where(lost, -1, at.column(found, x.shape[1]))
 
