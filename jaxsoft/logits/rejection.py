@@ -27,21 +27,26 @@ __all__ = ["draw", "heavy_weights", "judge", "prepare", "start_bracket"]
 
 # How often a lower bound of the k-th class is improved: to some three digits.
 _HALVINGS = 20
-# The most groups of classes whose maxima give that bound.
+# The groups of classes whose maxima give that bound: so many, or where top_k is known
+# so many times as many as it keeps, of no fewer classes.
 _GROUPS = 512
+_GROUPS_EACH = 4
+_LEAST_GROUP = 8
 
 
 class Prepared(NamedTuple):
     """Rows of logits and of their weights.
 
     Attributes:
-      logits: [R, V], -inf at classes that are surely dropped by top_k.
-      weights: [R, V] exp((logit - largest) / τ).
+      logits: [R, V].
+      least: [R, 1] or [1, 1], what no class that top_k keeps is smaller than.
+      weights: [R, V] exp((logit - largest) / τ), 0 where the logit is smaller.
       top: [R, 1] the largest logits.
       total: [R, 1] the sum of the weights.
     """
 
     logits: jax.Array
+    least: jax.Array
     weights: jax.Array
     top: jax.Array
     total: jax.Array
@@ -88,27 +93,35 @@ class _Attempt(NamedTuple):
     bracket: Bracket | None
 
 
-def prepare(x: jax.Array, tau: float | jax.Array, filters: Filters) -> Prepared:
+def prepare(
+    x: jax.Array, tau: float | jax.Array, filters: Filters, most: int | None = None
+) -> Prepared:
     """Returns what draws are made of.
 
     Args:
-      x: [R, V] logits, -inf at classes that are dropped already, without NaN.
+      x: [R, V] logits, -inf at classes that are dropped already.
       tau: the temperature, a float or [R, 1] or [1, 1].
       filters: what to keep.
+      most: what no row's top_k is larger than, if that is known.
     """
     top = jnp.max(x, axis=1, keepdims=True)
-    if filters.top_k is not None:
-        x = jnp.where(x >= _least_of_first(x, filters.top_k), x, -jnp.inf)
     weights = jnp.exp(divide_by_temperature(x, finite_peak(top), tau))
-    x, weights = lax.optimization_barrier((x, weights))
+    least = jnp.full((1, 1), -jnp.inf, x.dtype)
+    if filters.top_k is not None:
+        least = _least_of_first(x, filters.top_k, most)
+        # What is no number stays, and tells that its row has no sample.
+        weights = jnp.where(x < least, 0, weights)
+    weights = lax.optimization_barrier(weights)
     total = jnp.sum(_block_sums(weights), axis=1, keepdims=True)
-    return Prepared(x, weights, top, total)
+    return Prepared(x, least, weights, top, total)
 
 
-def _least_of_first(x: jax.Array, top_k: jax.Array) -> jax.Array:
+def _least_of_first(x: jax.Array, top_k: jax.Array, most: int | None) -> jax.Array:
     """Returns a number that no class which top_k keeps is smaller than, [R, 1]."""
     rows, classes = x.shape
     number = min(max(classes // 4, 1), _GROUPS)
+    if most is not None and most * _GROUPS_EACH * _LEAST_GROUP <= classes:
+        number = max(number, most * _GROUPS_EACH)
     size = classes // number
     # A bound for some of the classes is one for all of them.
     groups = x[:, : size * number].reshape(rows, size, number)
@@ -129,20 +142,25 @@ def _least_of_first(x: jax.Array, top_k: jax.Array) -> jax.Array:
 
 
 def draw(
-    words: jax.Array, x: jax.Array, tau: float | jax.Array, filters: Filters
+    words: jax.Array,
+    x: jax.Array,
+    tau: float | jax.Array,
+    filters: Filters,
+    most: int | None = None,
 ) -> jax.Array:
     """Draws a class of each row.
 
     Args:
       words: [R, 2], see `noise.row_words`.
-      x: [R, V] logits, -inf at classes that are dropped already, +inf for a NaN.
+      x: [R, V] logits, -inf at classes that are dropped already.
       tau: the temperature, a float or [R, 1] or [1, 1].
       filters: what to keep; the first class of the order always is.
+      most: what no row's top_k is larger than, if that is known.
 
     Returns:
-      [R] int32; -1 where there is no class, or a +inf, or a filter out of its range.
+      [R] int32; -1 where there is no class, a NaN or +inf, or a filter out of range.
     """
-    rows = prepare(x, tau, filters)
+    rows = prepare(x, tau, filters, most)
     lost = ~(jnp.abs(rows.top) < jnp.inf) | jnp.isnan(rows.total)
     lost |= out_of_range(filters)
     start = _Attempt(
@@ -285,7 +303,7 @@ def start_bracket(rows: Prepared, filters: Filters) -> Bracket | None:
     if filters.top_k is None or filters.top_p is None:
         return None
     x = rows.logits
-    kept = x > -jnp.inf
+    kept = (x >= rows.least) & (x > -jnp.inf)
     lowest = jnp.min(jnp.where(kept, x, jnp.inf), axis=1, keepdims=True)
     number = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
     return Bracket(

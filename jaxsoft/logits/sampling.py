@@ -77,9 +77,9 @@ def sample(
       of classes on its number as well: the same as in `linear_sample`, which draws the
       same classes but for ties within rounding. With filters a row of many classes is
       drawn from until they keep its class, each time from the classes before the last:
-      a few passes over a row, and no sort. Where `top_k` is known and at most 128, most
-      groups of classes are left out first, and a key draws other classes than with the
-      same `top_k` traced. Without a derivative; see `gumbel_softmax` and `reinmax` for
+      a few passes over a row, and no sort. Where `top_k` is known, more of the classes
+      that it drops are left out first, and a key draws other classes than with the same
+      `top_k` traced. Without a derivative; see `gumbel_softmax` and `reinmax` for
       one.
 
     Example:
@@ -155,7 +155,7 @@ def _most_of(top_k: ArrayLike | None) -> int | None:
     if isinstance(top_k, jax.Array) and not top_k.is_fully_addressable:
         return None
     known = np.asarray(top_k)
-    if known.size == 0 or known.min() < 1 or known.max() > _MOST:
+    if known.size == 0 or known.min() < 1:
         return None
     return 2 ** (int(known.max()) - 1).bit_length()
 
@@ -200,14 +200,18 @@ def draw_rows(
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
         return block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
-    size = None if few or first is None else groups.group_size(classes, first)
+    size = None
+    if not few and first is not None and first <= _MOST:
+        size = groups.group_size(classes, first)
     if first is not None and size is not None:
         some, ids = groups.first_groups(rows, first, size)
         rows = Rows(some, rows.tau, None)
         place = draw_rows(static_tau, words, rows, chosen)
         found = jnp.take_along_axis(ids, jnp.maximum(place, 0)[:, None], axis=1)[:, 0]
         return jnp.where(place < 0, -1, found)
-    draw = functools.partial(_draw_of_few if few else _draw_of_many, static_tau)
+    draw = functools.partial(_draw_of_few, static_tau)
+    if not few:
+        draw = functools.partial(_draw_of_many, static_tau, first)
     arrays = (words, rows, chosen)
     row_size = classes * classes if few and not keeps_all else classes
 
@@ -225,6 +229,7 @@ def _draw_of_few(
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
     x = _numbers(rows)
+    x = jnp.where(jnp.isnan(x), jnp.inf, x)
     weights = filters.keep(x, tau, chosen)
     total = jnp.sum(weights, axis=1)
     at = block_sampling.place(words, numerics.is_zero(tau, x.dtype), x.dtype)
@@ -234,16 +239,16 @@ def _draw_of_few(
 
 
 def _draw_of_many(
-    static_tau: float | None, arrays: tuple[jax.Array, Rows, filters.Filters]
+    static_tau: float | None,
+    first: int | None,
+    arrays: tuple[jax.Array, Rows, filters.Filters],
 ) -> jax.Array:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
-    return rejection.draw(words, _numbers(rows), tau, chosen)
+    return rejection.draw(words, _numbers(rows), tau, chosen, first)
 
 
 def _numbers(rows: Rows) -> jax.Array:
-    """Returns logits [R, V] as they are computed with, +inf in place of NaN."""
+    """Returns logits [R, V] as they are computed with, -inf at dropped classes."""
     x = rows.logits.astype(numerics.compute_dtype(rows.logits))
-    if rows.where is not None:
-        x = jnp.where(rows.where, x, -jnp.inf)
-    return jnp.where(jnp.isnan(x), jnp.inf, x)
+    return x if rows.where is None else jnp.where(rows.where, x, -jnp.inf)

@@ -383,6 +383,47 @@ def test_rows_without_a_class_or_with_what_is_no_number():
     np.testing.assert_array_equal(drawn[[0, 5]], clean[[0, 5]])
 
 
+@pytest.mark.parametrize("given", FILTERS, ids=lambda given: "-".join(given))
+def test_many_classes_with_what_is_no_number(given):
+    """Of known filters and of traced ones; no row with a sample has another one."""
+    x = truth.logits("unit", (40, 1500))
+    bad = x.copy()
+    # Beside the row's largest logits and among those that filters drop.
+    order = np.argsort(-x, axis=1)
+    for row, place in enumerate((0, 3, 70, 700, 1499)):
+        bad[row, order[row, place]] = np.nan
+        bad[row + 5, order[row + 5, place]] = np.inf
+    bad[10] = -np.inf
+    bad[11, order[11, 0]] = -np.inf
+    draw = jax.jit(lambda x, given: jaxsoft.sample(KEY, x, 1.3, **given))
+    traced = {name: np.asarray(value) for name, value in given.items()}
+    traced = {
+        name: a.astype("int32" if name == "top_k" else "float32")
+        for name, a in traced.items()
+    }
+    for plain, drawn in (
+        (draw(x, traced), draw(bad, traced)),
+        (jaxsoft.sample(KEY, x, 1.3, **given), jaxsoft.sample(KEY, bad, 1.3, **given)),
+    ):
+        np.testing.assert_array_equal(drawn[:11], -1)
+        assert drawn[11] >= 0 and drawn[11] != order[11, 0]
+        np.testing.assert_array_equal(drawn[12:], plain[12:])
+
+
+KNOWN = [{"top_k": 200}, {"top_k": 200, "top_p": 0.7}]
+
+
+@pytest.mark.parametrize("given", KNOWN, ids=lambda given: "-".join(given))
+def test_rates_of_a_known_count_of_many(given):
+    """Of more classes than are looked for in groups."""
+    x = (2 * np.random.default_rng(4).standard_normal(9001)).astype("float32")
+    logits = np.broadcast_to(np.round(x, 1), (500, 9001))
+    draw = jax.jit(lambda key, x: jaxsoft.sample(key, x, 1.3, **given))
+    keys = jax.random.split(KEY, 6)
+    drawn = np.concatenate([draw(key, logits) for key in keys])
+    check_rates(np.asarray(logits[0], float), drawn, given)
+
+
 def test_traced_filters_out_of_their_range():
     x = np.zeros((7, 5), "float32")
     top_k = np.array([0, -1, 1, 2, 3, 4, 5])[:, None]
