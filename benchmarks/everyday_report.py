@@ -197,7 +197,7 @@ def _draw_room(axes: Any, cells: list[dict[str, Any]]) -> None:
     found = np.full((len(names), len(sizes)), np.nan)
     for cell in cells:
         row, column = names.index(_name(cell)), sizes.index(_size(cell))
-        found[row, column] = math.log2(cell["ratio"])
+        found[row, column] = shade = math.log2(cell["ratio"])
         axes.text(
             column,
             row,
@@ -205,6 +205,7 @@ def _draw_room(axes: Any, cells: list[dict[str, Any]]) -> None:
             ha="center",
             va="center",
             fontsize=6,
+            color="white" if abs(shade) > 0.75 * math.log2(_END) else "black",
             weight="bold" if cell["ratio_excess"] > 1 else "normal",
         )
     end = math.log2(_END)
