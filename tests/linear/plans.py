@@ -11,6 +11,7 @@ from jaxsoft.linear.total import _Chunks
 # Tiles of 16 rows and 128 classes; they overlap in both axes where a test's sizes do
 # not divide, and so do chunks of 8 rows.
 _BLOCKS, _CHUNK = (16, 128), 8
+_BLOCKS_ON_GPU = (16, 256)
 # What each plan is asked for by: nothing else would take such numbers.
 RECOMPUTE, SOME, ALL, CHUNKS, ONE_CHUNK, ON_GPU, ONE_ON_GPU = range(900_001, 900_008)
 PLANS = {
@@ -20,7 +21,7 @@ PLANS = {
     "chunks": CHUNKS,
     "one chunk": ONE_CHUNK,
 }
-# The chunks of a GPU, on any device.
+# The chunks of a GPU, on any device; tiles that leave a rest of a multiple of 128.
 PLANS_OF_GPUS = {"chunks on a GPU": ON_GPU, "one chunk on a GPU": ONE_ON_GPU}
 _MANY, _ONE = (CHUNKS, ON_GPU), (ONE_CHUNK, ONE_ON_GPU)
 
@@ -32,8 +33,8 @@ def _plan(layer: Layer, workspace: int, reduced: bool) -> Plan:
         rows = min(_CHUNK, rows)
     tiles = tiling_of(rows, layer.classes, _BLOCKS)
     everything = tiles.class_blocks * tiles.block_classes
-    if workspace == ONE_ON_GPU:
-        tiles = tiling_of(rows, layer.classes, (rows, _BLOCKS[1]))
+    if workspace in PLANS_OF_GPUS.values():
+        tiles = tiling_of(rows, layer.classes, _BLOCKS_ON_GPU)
     if workspace == RECOMPUTE:
         return Plan("recompute", tiles)
     if workspace == SOME:

@@ -14,6 +14,7 @@ from jaxsoft import linear_cross_entropy
 from jaxsoft.linear.arguments import prepare
 from jaxsoft.linear.fold import _Gradients
 from jaxsoft.linear.folds.statistics import Fields, Statistics
+from jaxsoft.linear.gradients import _Step
 from jaxsoft.linear.kept import Keep, KeptAll
 from tests import truth
 from tests.linear import cases
@@ -29,6 +30,8 @@ from tests.linear.plans import (
 __all__ = ["chosen_plans"]
 
 ROWS, FEATURES, CLASSES = 20, 8, 300
+# Slopes are multiplied as one matrix where classes are a multiple of 128.
+CLASSES_ON_GPU = 384
 BY_NAME = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
 
@@ -40,10 +43,10 @@ def close(a: Any, b: Any, rtol: float = 2e-5, atol: float = 1e-6) -> None:
 
 
 @functools.cache
-def _plain(name: str, reduction: str, dtype: str, wide: str):
+def _plain(name: str, reduction: str, dtype: str, classes: int, wide: str):
     """Returns value and gradients of the plain formula, computed in `wide`."""
-    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
-    options = cases.arrays(cases.OPTIONS[name], ROWS, CLASSES, labels)
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, classes, dtype=dtype)
+    options = cases.arrays(cases.OPTIONS[name], ROWS, classes, labels)
     moving = {k: options.pop(k) for k in ("bias", "temperature") if k in options}
 
     def cast(tree):
@@ -83,12 +86,27 @@ def test_every_option_by_every_plan(name, reduction, dtype, plan, x64):
 @pytest.mark.parametrize("name", cases.OPTIONS)
 @pytest.mark.many_cases
 def test_every_option_by_the_chunks_of_a_gpu(name, dtype, plan, x64):
-    _compare_with_plain(name, "mean", dtype, plan)
+    _compare_with_plain(name, "mean", dtype, plan, CLASSES_ON_GPU)
 
 
-def _compare_with_plain(name, reduction, dtype, plan):
-    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
-    options = cases.arrays(cases.OPTIONS[name], ROWS, CLASSES, labels)
+@pytest.mark.parametrize("plan", PLANS_OF_GPUS.values(), ids=PLANS_OF_GPUS)
+def test_chunks_of_a_gpu_join_their_tiles(plan, monkeypatch):
+    joined, original = [], _Step.joined
+
+    def spy(self, sums):
+        joined.append(self.tiles)
+        return original(self, sums)
+
+    monkeypatch.setattr(_Step, "joined", spy)
+    arrays = cases.layer(ROWS, FEATURES, CLASSES_ON_GPU, dtype="bfloat16")
+    loss = functools.partial(linear_cross_entropy, workspace_bytes=plan)
+    jax.jit(jax.grad(loss, (0, 1))).lower(*arrays)
+    assert joined and all(tiles.classes_overlap for tiles in joined)
+
+
+def _compare_with_plain(name, reduction, dtype, plan, classes=CLASSES):
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, classes, dtype=dtype)
+    options = cases.arrays(cases.OPTIONS[name], ROWS, classes, labels)
     moving = {k: options.pop(k) for k in ("bias", "temperature") if k in options}
     layout = "vh" if (len(name) + plan) % 2 else "hv"
 
@@ -108,8 +126,8 @@ def _compare_with_plain(name, reduction, dtype, plan):
         return (losses * jnp.cos(jnp.arange(ROWS, dtype=losses.dtype))).sum()
 
     got = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(hidden, kernel, moving)
-    exact = _plain(name, reduction, dtype, "float64")
-    plain = _plain(name, reduction, dtype, dtype)
+    exact = _plain(name, reduction, dtype, classes, "float64")
+    plain = _plain(name, reduction, dtype, classes, dtype)
     leaves = zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True)
     for mine, theirs, truly in leaves:
         # Both round their gradients once to bfloat16, of 8 bits.
