@@ -93,9 +93,10 @@ def row_words(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Arra
       [N, 2] uint32.
     """
     root = _root(key)
-    numbers = lax.iota(jnp.uint32, rows) + jnp.asarray(first).astype(jnp.uint32)
-    of_row = root[0] + numbers * jnp.uint32(_STRIDE)
-    return jnp.stack([of_row, jnp.broadcast_to(root[1], (rows,))], axis=1)
+    numbers, word = (lax.broadcasted_iota(jnp.uint32, (rows, 2), i) for i in range(2))
+    numbers += jnp.asarray(first).astype(jnp.uint32)
+    # Selected, not joined: a TPU pads each array of a column.
+    return jnp.where(word == 0, root[0] + numbers * jnp.uint32(_STRIDE), root[1])
 
 
 def _root(key: jax.Array) -> jax.Array:
@@ -172,9 +173,16 @@ def _first_of_pairs(first: jax.Array, second: jax.Array, count: int) -> jax.Arra
     if count <= _LANES:
         return first[:, 0]
     rows, groups, lanes = first.shape
-    # Selected, not joined: XLA for CPUs leaves one in a loop that it vectorises.
-    word = lax.broadcasted_iota(jnp.int32, (rows, groups, 2, lanes), 2)
-    bits = jnp.where(word == 0, first[:, :, None], second[:, :, None])
+
+    def selected(first, second):
+        # XLA for CPUs leaves it in a loop that it vectorises.
+        word = lax.broadcasted_iota(jnp.int32, (rows, groups, 2, lanes), 2)
+        return jnp.where(word == 0, first[:, :, None], second[:, :, None])
+
+    def joined(first, second):
+        return jnp.stack([first, second], axis=2)
+
+    bits = lax.platform_dependent(first, second, cpu=selected, default=joined)
     return bits.reshape(rows, groups * 2 * lanes)[:, :count]
 
 

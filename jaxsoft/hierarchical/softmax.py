@@ -272,13 +272,21 @@ def all_log_probs(layer: Layer) -> jax.Array:
         return jnp.zeros((layer.hidden.shape[0], 1), layer.dtype)
     tree, levels = layer.tree, layer.tree.levels
     if isinstance(levels, Canonical) and levels.arity == 2:
-        logits = matmul(layer.hidden, layer.kernel.T, layer.precision, layer.dtype)
-        if layer.bias is not None:
-            logits += layer.bias[None]
-        by_rank = binary.by_rank(levels, logits, layer.tau)
+        # A TPU pads pairs of children, which lie beside each other in a row.
+        by_rank = lax.platform_dependent(layer, tpu=_of_nodes, default=_of_pairs)
     else:
         by_rank = _of_nodes(layer)
     return by_rank if tree.ranks is None else by_rank[:, jnp.asarray(tree.ranks)]
+
+
+def _of_pairs(layer: Layer) -> jax.Array:
+    """Returns log-probabilities by rank, [N, V], of a tree of arity 2."""
+    levels = layer.tree.levels
+    assert isinstance(levels, Canonical)
+    logits = matmul(layer.hidden, layer.kernel.T, layer.precision, layer.dtype)
+    if layer.bias is not None:
+        logits += layer.bias[None]
+    return binary.by_rank(levels, logits, layer.tau)
 
 
 def _of_nodes(layer: Layer) -> jax.Array:
