@@ -25,9 +25,9 @@ def apart():
     """Computes ciphers in parts: XLA's CPU compiler takes long for one piece."""
     whole = noise._threefry
 
-    def threefry(keys, counters, rounds, fused):
-        del fused
-        return whole(keys, counters, rounds, False)
+    def threefry(keys, counters, rounds, stage=None):
+        del stage
+        return whole(keys, counters, rounds, 4)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise, "_threefry", threefry)
@@ -63,7 +63,7 @@ def draw(implementation, x, tau, hard=False, **options):
 def test_spans_and_pairs_have_the_bits_of_each_class():
     words = noise.row_words(jax.random.key(3), 5)
     of_all = jax.jit(noise._first_bits, static_argnums=(1, 2, 3, 4))
-    bits = of_all(words, noise.CLASSES, 900, 13, False)
+    bits = of_all(words, noise.CLASSES, 900, 13, 4)
     span = jax.jit(noise.span_bits, static_argnums=(1, 3, 4))(
         (words[:, :1], words[:, 1:]), noise.CLASSES, 512, 388, "threefry13"
     )
