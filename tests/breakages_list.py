@@ -641,8 +641,8 @@ _TREES = (
         "all-classes-by-order-not-by-rank",
         kind="wrong class order",
         file="jaxsoft/hierarchical/softmax.py",
-        before="by_rank[:, jnp.asarray(tree.ranks)]",
-        after="by_rank[:, jnp.asarray(tree.order)]",
+        before="by_rank.T[jnp.asarray(ranks)].T",
+        after="by_rank.T[jnp.asarray(layer.tree.order)].T",
         tests=("tests/hierarchical/test_softmax.py",),
     ),
     Breakage(

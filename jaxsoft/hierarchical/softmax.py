@@ -270,35 +270,39 @@ def all_log_probs(layer: Layer) -> jax.Array:
     """Returns the log-probabilities of all classes, [N, V]."""
     if not layer.tree.max_depth:
         return jnp.zeros((layer.hidden.shape[0], 1), layer.dtype)
-    tree, levels = layer.tree, layer.tree.levels
+    levels = layer.tree.levels
     if isinstance(levels, Canonical) and levels.arity == 2:
         # A TPU pads pairs of children, which lie beside each other in a row.
-        by_rank = lax.platform_dependent(layer, tpu=_of_nodes, default=_of_pairs)
-    else:
-        by_rank = _of_nodes(layer)
-    return by_rank if tree.ranks is None else by_rank[:, jnp.asarray(tree.ranks)]
+        return lax.platform_dependent(layer, tpu=_of_nodes, default=_of_pairs)
+    return _of_nodes(layer)
 
 
 def _of_pairs(layer: Layer) -> jax.Array:
-    """Returns log-probabilities by rank, [N, V], of a tree of arity 2."""
+    """Returns the log-probabilities of all classes, [N, V], of a tree of arity 2."""
     levels = layer.tree.levels
     assert isinstance(levels, Canonical)
     logits = matmul(layer.hidden, layer.kernel.T, layer.precision, layer.dtype)
     if layer.bias is not None:
         logits += layer.bias[None]
-    return binary.by_rank(levels, logits, layer.tau)
+    by_rank = binary.by_rank(levels, logits, layer.tau)
+    ranks = layer.tree.ranks
+    # Rows are gathered: the derivative adds up rows much faster than columns.
+    return by_rank if ranks is None else by_rank.T[jnp.asarray(ranks)].T
 
 
 def _of_nodes(layer: Layer) -> jax.Array:
-    """Returns log-probabilities by rank, [N, V], of a tree of any arity."""
+    """Returns the log-probabilities of all classes, [N, V], of a tree of any arity."""
     levels = layer.tree.levels
     logits = matmul(layer.kernel, layer.hidden.T, layer.precision, layer.dtype)
     if layer.bias is not None:
         logits += layer.bias[:, None]
     tau = layer.constant_tau if layer.row_tau is None else layer.row_tau[None]
     if isinstance(levels, Canonical):
-        return _by_level(levels, logits, tau).T
-    return _by_table(levels, logits, tau).T
+        by_rank = _by_level(levels, logits, tau)
+    else:
+        by_rank = _by_table(levels, logits, tau)
+    ranks = layer.tree.ranks
+    return (by_rank if ranks is None else by_rank[jnp.asarray(ranks)]).T
 
 
 def _by_level(
