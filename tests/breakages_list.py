@@ -314,8 +314,8 @@ _LOGITS = (
         "density-of-dropped-classes",
         kind="ignored mask",
         file="jaxsoft/logits/concrete.py",
-        before="jnp.sum(jnp.where(kept, terms, 0), axis=1)",
-        after="jnp.sum(terms, axis=1)",
+        before="jnp.sum(jnp.where(kept, terms.of(call), 0), axis=1)",
+        after="jnp.sum(terms.of(call), axis=1)",
         tests=("tests/logits/test_concrete.py",),
     ),
     Breakage(
@@ -410,8 +410,8 @@ _LINEAR = (
         "first-class-of-each-tile",
         kind="off-by-one block",
         file="jaxsoft/linear/gradients.py",
-        before="fresh = start + lax.iota(jnp.int32, size) >= first",
-        after="fresh = start + lax.iota(jnp.int32, size) > first",
+        before="return start, start + lax.iota(jnp.int32, size) >= first",
+        after="return start, start + lax.iota(jnp.int32, size) > first",
         tests=("tests/linear/test_gradients.py",),
     ),
     Breakage(

@@ -229,7 +229,7 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         """Returns the same fold with tiles of which something is kept."""
         if keep is None:
             return self
-        return dataclasses.replace(self, config=self.config.tiled(keep.blocks))
+        return self.configured(lambda config: config.tiled(keep.blocks))
 
     def local(self, arrays: Arrays) -> Any:
         """Returns the arrays, class ids counted from this shard's first class."""
@@ -239,9 +239,13 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         """Returns the axes of each array in its place."""
         return axes_of(arrays, self.config.kernel_layout)
 
+    def configured(self, change: Callable[[Config], Config]) -> Self:
+        """Returns the same fold with the configuration that a function makes of its."""
+        return dataclasses.replace(self, config=change(self.config))
+
     def over(self, vocab_axes: tuple[str, ...]) -> Self:
         """Returns the same fold with its classes sharded over mesh axes."""
-        return dataclasses.replace(self, config=self.config.over(vocab_axes))
+        return self.configured(lambda config: config.over(vocab_axes))
 
     def plain(self) -> Self:
         """Returns the same fold by what JAX differentiates: loops that keep nothing."""
@@ -250,13 +254,11 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
 
     def moving_bits(self) -> Self:
         """Returns the same fold that moves 16-bit floats as bits."""
-        config = dataclasses.replace(self.config, moves_bits=True)
-        return dataclasses.replace(self, config=config)
+        return self.configured(functools.partial(dataclasses.replace, moves_bits=True))
 
     def for_gpu(self) -> Self:
         """Returns the same fold with the chunks of GPUs."""
-        config = dataclasses.replace(self.config, for_gpu=True)
-        return dataclasses.replace(self, config=config)
+        return self.configured(functools.partial(dataclasses.replace, for_gpu=True))
 
     def by(self, implementation: str) -> Self:
         """Returns the same fold by another implementation."""

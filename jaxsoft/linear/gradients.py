@@ -235,8 +235,7 @@ class _Step(NamedTuple):
         """Adds the tile `index` of classes, of every block of rows."""
         operands, tiles = self.operands, self.tiles
         size, axis = tiles.block_classes, self.config.class_axis
-        first = index * size
-        start = jnp.minimum(first, tiles.classes - size)
+        start, fresh = self._classes(index)
         dtype = compute_dtype(operands.hidden, operands.kernel)
         features = operands.hidden.shape[1]
         shape = (features, size) if axis == 1 else (size, features)
@@ -258,7 +257,6 @@ class _Step(NamedTuple):
         else:
             of_tile = mesh_axes.like(of_tile, (operands, self.rows, sums))
             of_tile = lax.fori_loop(0, tiles.row_blocks, block, of_tile)
-        fresh = start + lax.iota(jnp.int32, size) >= first
 
         def write(total, tile, like, axis):
             if total is None:
@@ -319,10 +317,8 @@ class _Step(NamedTuple):
             state = mesh_axes.like((kept, bias), (self.operands, self.rows, sums))
             kept, bias = lax.fori_loop(0, tiles.row_blocks, block, state)
             if biases is not None:
-                first = index * tiles.block_classes
-                start = jnp.minimum(first, tiles.classes - tiles.block_classes)
-                new = start + lax.iota(jnp.int32, tiles.block_classes) >= first
-                biases = self._write(biases, bias, start, 0, new)
+                start, fresh = self._classes(index)
+                biases = self._write(biases, bias, start, 0, fresh)
             return kept, biases
 
         state = (self.kept[0].in_floats(), sums.bias)
@@ -335,6 +331,13 @@ class _Step(NamedTuple):
         if kernel is not None and sums.kernel is not None and self.adds:
             kernel = sums.kernel + kernel
         return found._replace(kernel=kernel, bias=bias)
+
+    def _classes(self, index):
+        """Returns where a tile's classes start, and which are no other tile's, [B]."""
+        size = self.tiles.block_classes
+        first = index * size
+        start = jnp.minimum(first, self.tiles.classes - size)
+        return start, start + lax.iota(jnp.int32, size) >= first
 
     def _part(self, number):
         """Returns a block of rows: operands, further arrays, and where it starts.
@@ -395,8 +398,7 @@ class _Step(NamedTuple):
         if bias is not None and slopes.bias is not None:
             bias = bias + slopes.bias
         if hidden is not None:
-            size = tiles.block_classes
-            start = jnp.minimum(index * size, tiles.classes - size)
+            start, _ = self._classes(index)
             of_tile = kernel_slice(config, part, tiles, start)
             new = dot(d, of_tile, (1, axis), config.precision, dtype)
             hidden = _add_rows(hidden, new, row_start, tiles)

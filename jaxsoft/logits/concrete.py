@@ -91,7 +91,7 @@ def _log_prob(
     centred = centre(x, 1.0, rows.where, 1)
     log_y, scores = _scores(call, y, tau, centred)
     still = jax.lax.stop_gradient((y, tau, centred.logits))
-    count, total = _sums(call, scores, log_y, *still)
+    count, total = _sums(call, _Terms(scores, log_y, *still))
     lse = logsumexp(scores)
     # A row without classes counts one, whose terms are all 0.
     empty = lse == -jnp.inf
@@ -113,6 +113,28 @@ class _Call(NamedTuple):
 
     log_space: bool
     masked: bool
+
+
+class _Terms(NamedTuple):
+    """What the terms of a row are made of.
+
+    Attributes:
+      scores: [R, V] a, see `_scores`.
+      log_y: [R, V].
+      y: [R, V], which serves with τ to compute the terms anew.
+      tau: [R, 1] or [1, 1].
+      x: [R, V] logits, -inf at dropped classes.
+    """
+
+    scores: jax.Array
+    log_y: jax.Array
+    y: jax.Array
+    tau: jax.Array
+    x: jax.Array
+
+    def of(self, call: _Call) -> jax.Array:
+        """Returns the terms: `a - log y`, or a in log space."""
+        return self.scores if call.log_space else self.scores - self.log_y
 
 
 def _scores(
@@ -148,75 +170,48 @@ def _product_jvp(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sums(
-    call: _Call,
-    scores: jax.Array,
-    log_y: jax.Array,
-    y: jax.Array,
-    tau: jax.Array,
-    x: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns how many classes are kept, at least 1, and the sum of their terms, [R].
-
-    A term is `a - log y`, or a in log space. Logits, -inf at dropped classes, say which
-    are kept; y and τ serve to compute the terms anew.
-    """
+def _sums(call: _Call, terms: _Terms) -> tuple[jax.Array, jax.Array]:
+    """Returns how many classes are kept, at least 1, and the sum of terms, [R]."""
+    of_kept = functools.partial(_sums_of_kept, call)
     if call.masked:
-        return _sums_of_kept(call, scores, log_y, x)
-    return jax.lax.platform_dependent(
-        scores,
-        log_y,
-        y,
-        tau,
-        x,
-        cpu=functools.partial(_sums_of_all, call),
-        default=lambda scores, log_y, y, tau, x: _sums_of_kept(call, scores, log_y, x),
-    )
+        return of_kept(terms)
+    of_all = functools.partial(_sums_of_all, call)
+    return jax.lax.platform_dependent(terms, cpu=of_all, default=of_kept)
 
 
 @_sums.defjvp
 def _sums_jvp(
-    call: _Call, primals: tuple, tangents: tuple
+    call: _Call, primals: tuple[_Terms], tangents: tuple[_Terms]
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     count, total = _sums(call, *primals)
-    moved = tangents[0] if call.log_space else tangents[0] - tangents[1]
-    # Neither moves where a class is dropped.
+    # Neither term moves where a class is dropped.
+    moved = tangents[0].of(call)
     return (count, total), (jnp.zeros_like(count), jnp.sum(moved, axis=1))
 
 
-def _sums_of_kept(
-    call: _Call, scores: jax.Array, log_y: jax.Array, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    kept = x != -jnp.inf
-    count = jnp.maximum(jnp.sum(kept, axis=1), 1).astype(scores.dtype)
-    terms = scores if call.log_space else scores - log_y
-    return count, jnp.sum(jnp.where(kept, terms, 0), axis=1)
+def _sums_of_kept(call: _Call, terms: _Terms) -> tuple[jax.Array, jax.Array]:
+    kept = terms.x != -jnp.inf
+    count = jnp.maximum(jnp.sum(kept, axis=1), 1).astype(terms.scores.dtype)
+    return count, jnp.sum(jnp.where(kept, terms.of(call), 0), axis=1)
 
 
-def _sums_of_all(
-    call: _Call,
-    scores: jax.Array,
-    log_y: jax.Array,
-    y: jax.Array,
-    tau: jax.Array,
-    x: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _sums_of_all(call: _Call, terms: _Terms) -> tuple[jax.Array, jax.Array]:
     """Returns `_sums`, on a CPU: classes are left out where a sum over all is -inf.
 
     XLA for CPUs stores what a select gives before it sums.
     """
-    total = jnp.sum(scores if call.log_space else scores - log_y, axis=1)
-    count = jnp.full_like(total, scores.shape[1])
+    total = jnp.sum(terms.of(call), axis=1)
+    count = jnp.full_like(total, terms.x.shape[1])
 
     def some(arrays):
         y, tau, x = arrays
         log_y, scores = _scores(call, y, tau, centre(x, 1.0, None, 1))
-        return _sums_of_kept(call, scores, log_y, x)
+        return _sums_of_kept(call, _Terms(scores, log_y, *arrays))
 
     # Scores that this took would be held in memory beside their exponentials.
     return jax.lax.cond(
         jnp.isfinite(total).all(),
         lambda arrays: (count, total),
-        lambda arrays: in_tiles(some, arrays, *x.shape),
-        (y, tau, x),
+        lambda arrays: in_tiles(some, arrays, *terms.x.shape),
+        (terms.y, terms.tau, terms.x),
     )

@@ -58,6 +58,35 @@ def below_peak(centred: Centred) -> jax.Array:
     return jnp.maximum(centred.logits - centred.peak, lowest)
 
 
+class _Side(NamedTuple):
+    """One of two distributions; arrays keep the class axis, with size 1 if reduced.
+
+    Attributes:
+      centred: the logits.
+      weights: exp(c).
+      sum: Σ exp(c), 0 in a row without any class.
+    """
+
+    centred: Centred
+    weights: jax.Array
+    sum: jax.Array
+
+    @classmethod
+    def of(cls, logits, tau, where, axis) -> "_Side":
+        centred = centre(logits, tau, where, axis)
+        weights = jnp.exp(centred.values)
+        return cls(centred, weights, jnp.sum(weights, axis, keepdims=True))
+
+    @property
+    def probabilities(self) -> jax.Array:
+        return self.weights / nonzero(self.sum)
+
+
+def _largest_finite(tau, dtype) -> jax.Array:
+    """Returns τ, the largest finite number at τ = ∞."""
+    return jnp.minimum(Temperature.prepare(tau, dtype).value, jnp.finfo(dtype).max)
+
+
 class _Evenly(NamedTuple):
     """Two distributions, of which neither comes first; see `Pair`."""
 
@@ -77,42 +106,38 @@ def _compare_evenly(student, teacher, tau, where, axis) -> _Evenly:
     the sums give them. An error of all classes together moves the divergence by its
     square alone.
     """
-    s, t = centre(student, tau, where, axis), centre(teacher, tau, where, axis)
-    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    tau = Temperature.prepare(tau, student.dtype).value
-    tau = jnp.minimum(tau, jnp.finfo(student.dtype).max)
-    e_s, e_t = jnp.exp(s.values), jnp.exp(t.values)
-    sum_s, sum_t = total(e_s), total(e_t)
-    z_s, z_t = nonzero(sum_s), nonzero(sum_t)
-    gap = below_peak(s) - below_peak(t)
-    mean = total((e_t * (0.5 / z_t) + e_s * (0.5 / z_s)) * gap)
+    s, t = (_Side.of(logits, tau, where, axis) for logits in (student, teacher))
+    tau = _largest_finite(tau, student.dtype)
+    z_s, z_t = nonzero(s.sum), nonzero(t.sum)
+    gap = below_peak(s.centred) - below_peak(t.centred)
+    halves = t.weights * (0.5 / z_t) + s.weights * (0.5 / z_s)
+    mean = jnp.sum(halves * gap, axis, keepdims=True)
     shift = jnp.log(z_s) - jnp.log(z_t)
     rounding = float(jnp.finfo(student.dtype).eps) ** 0.75
     is_close = jnp.abs(shift - mean * inverse(tau, student.dtype)) <= rounding
     log_ratio = finite(gap - jnp.where(is_close, mean, tau * shift))
-    return _Evenly(e_t / z_t, e_s / z_s, log_ratio, tau, sum_t == 0, sum_s == 0)
+    p, q = t.probabilities, s.probabilities
+    return _Evenly(p, q, log_ratio, tau, t.sum == 0, s.sum == 0)
 
 
 def compare(student, teacher, tau, where, axis) -> Pair:
     """Compares the tempered softmaxes of a student and a teacher."""
-    s, t = centre(student, tau, where, axis), centre(teacher, tau, where, axis)
+    s, t = (_Side.of(logits, tau, where, axis) for logits in (student, teacher))
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    tau = Temperature.prepare(tau, student.dtype).value
-    tau = jnp.minimum(tau, jnp.finfo(student.dtype).max)
+    tau = _largest_finite(tau, student.dtype)
     over = inverse(tau, student.dtype)
-    e_s, e_t = jnp.exp(s.values), jnp.exp(t.values)
-    sum_s, sum_t = total(e_s), total(e_t)
-    z_s, z_t = nonzero(sum_s), nonzero(sum_t)
+    z_s, z_t = nonzero(s.sum), nonzero(t.sum)
     # A class with mass on the teacher's side alone makes the mean infinite.
-    lost = (s.logits == -jnp.inf) & (e_t > 0)
-    gap = jnp.where(lost, -jnp.inf, below_peak(s) - below_peak(t))
-    mean = total(e_t * gap) / z_t
+    lost = (s.centred.logits == -jnp.inf) & (t.weights > 0)
+    gap = below_peak(s.centred) - below_peak(t.centred)
+    gap = jnp.where(lost, -jnp.inf, gap)
+    mean = total(t.weights * gap) / z_t
     is_lost = mean == -jnp.inf
     mean = jnp.where(is_lost, 0, finite(mean))
     gap = finite(gap - mean)
     scale = jnp.exp(jnp.clip(-mean * over, -80, 80))
     # The smaller divergences, from exp(KL) - 1 = Σ p φ.
-    terms = excess(e_t, e_s * scale, gap * over, gap, tau)
+    terms = excess(t.weights, s.weights * scale, gap * over, gap, tau)
     small = total(terms) / z_t
     growth = jnp.where(small == jnp.inf, 0, small) * over * over
     safe = jnp.where(growth == 0, 1, growth)
@@ -123,8 +148,8 @@ def compare(student, teacher, tau, where, axis) -> Pair:
     shift = jnp.where(is_large, tau * shift - mean, finite(small) * over)
     loss = jnp.where(is_large, tau * shift, small)
     loss = jnp.where(is_lost, jnp.inf, loss)
-    lacks = sum_t == 0, sum_s == 0
-    return Pair(e_t / z_t, e_s / z_s, gap, finite(gap - shift), tau, loss, *lacks)
+    p, q, lacks = t.probabilities, s.probabilities, (t.sum == 0, s.sum == 0)
+    return Pair(p, q, gap, finite(gap - shift), tau, loss, *lacks)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

@@ -9,7 +9,8 @@ import numpy as np
 from jaxsoft import ClassTree
 from jaxsoft.hierarchical.levels import Tables
 
-KINDS = ("balanced", "ternary", "huffman", "huffman of 4", "clustered", "paths", "wide")
+# The first and the last are in the default tier where cases are many.
+KINDS = ("wide", "balanced", "ternary", "clustered", "paths", "huffman of 4", "huffman")
 
 
 @functools.cache

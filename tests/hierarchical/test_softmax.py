@@ -28,7 +28,7 @@ def all_and_own(hidden, kernel, bias, labels, tree, tau):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("num_classes", [1, 2, 3, 5, 16, 17, 40])
+@pytest.mark.parametrize("num_classes", [17, 1, 2, 3, 5, 16, 40])
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.many_cases
 def test_every_class_by_definition(kind, num_classes, dtype, x64):

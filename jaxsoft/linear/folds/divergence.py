@@ -7,7 +7,8 @@ cancel (`_core/divergence.py`).
 
 import dataclasses
 import functools
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -127,12 +128,9 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
     teacher: Config
     divergence: Divergence
 
-    def over(self, vocab_axes: tuple[str, ...]) -> "TwoLayers":
-        return dataclasses.replace(
-            self,
-            config=self.config.over(vocab_axes),
-            teacher=self.teacher.over(vocab_axes),
-        )
+    def configured(self, change: Callable[[Config], Config]) -> Self:
+        config, teacher = change(self.config), change(self.teacher)
+        return dataclasses.replace(self, config=config, teacher=teacher)
 
     def axes(self, arrays: Layers) -> Layers:
         """Returns the axes; the two layers' features are not the same."""
@@ -142,29 +140,6 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
 
     def operands(self, arrays: Layers) -> Operands:
         return arrays.student
-
-    def moving_bits(self) -> "TwoLayers":
-        student, teacher = (
-            dataclasses.replace(config, moves_bits=True)
-            for config in (self.config, self.teacher)
-        )
-        return dataclasses.replace(self, config=student, teacher=teacher)
-
-    def for_gpu(self) -> "TwoLayers":
-        student, teacher = (
-            dataclasses.replace(config, for_gpu=True)
-            for config in (self.config, self.teacher)
-        )
-        return dataclasses.replace(self, config=student, teacher=teacher)
-
-    def keeping(self, keep: Keep | None) -> "TwoLayers":
-        if keep is None:
-            return self
-        return dataclasses.replace(
-            self,
-            config=self.config.tiled(keep.blocks),
-            teacher=self.teacher.tiled(keep.blocks),
-        )
 
     def layer(self, arrays: Layers | _Second) -> Layer:
         """Returns the larger layer's sizes: two of them share the workspace."""
