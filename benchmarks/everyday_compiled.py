@@ -1,8 +1,8 @@
 """`python -m benchmarks everyday --compiled v6e,h100`: devices that are not here.
 
-Their compilers say what a program takes of memory and, those of TPUs, how many bytes it
-reads and writes, a loop's body once. Nothing is run, so that no cell has a time. A step
-that carries its state has no cell: `programs` has such a step.
+Their compilers say what a program takes of memory, and how many bytes its instructions
+read and write, those of a loop as often as it runs. Nothing is run, so that no cell has
+a time. A step that carries its state has no cell: `programs` has such a step.
 """
 
 import json
@@ -35,7 +35,7 @@ _COLUMNS = (
     "what",
     "size",
     "target",
-    "accessed MiB",
+    "moved MiB",
     "plain",
     "ratio",
     "temp MiB",
@@ -113,7 +113,7 @@ def _cell(
     except Exception as error:  # A failure is a result, not ours to raise.
         return cell | {"error": f"{type(error).__name__}: {error}"[:300]}
     for field, figure in (
-        ("accessed_bytes", "accessed"),
+        ("moved_bytes", "moved"),
         ("temporary_bytes", "temporaries"),
     ):
         cell[field] = {name: found.get(figure, 0) for name, found in figures.items()}
@@ -133,21 +133,21 @@ def print_table(cells: Sequence[dict[str, Any]]) -> None:
 
 def _ratio(cell: dict[str, Any]) -> float:
     """Returns the worse ratio of both figures, in which a mebibyte makes little."""
-    pairs = (cell["accessed_bytes"], cell["temporary_bytes"])
+    pairs = (cell["moved_bytes"], cell["temporary_bytes"])
     return max((pair[OURS] + _MIB) / (pair[PLAIN] + _MIB) for pair in pairs)
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
-    accessed, temporaries = cell["accessed_bytes"], cell["temporary_bytes"]
-    known = bool(accessed[PLAIN])
+    moved, temporaries = cell["moved_bytes"], cell["temporary_bytes"]
+    known = bool(moved[PLAIN])
     return [
         ", ".join(part for part in (cell["function"], cell["title"]) if part),
         cell["what"],
         cell["size"] + (" bf16" if cell["dtype"] == "bfloat16" else ""),
         cell["target"],
-        f"{accessed[OURS] / _MIB:.4g}" if known else "",
-        f"{accessed[PLAIN] / _MIB:.4g}" if known else "",
-        f"{accessed[OURS] / accessed[PLAIN]:.2f}" if known else "",
+        f"{moved[OURS] / _MIB:.4g}" if known else "",
+        f"{moved[PLAIN] / _MIB:.4g}" if known else "",
+        f"{moved[OURS] / moved[PLAIN]:.2f}" if known else "",
         f"{temporaries[OURS] / _MIB:.4g}",
         f"{temporaries[PLAIN] / _MIB:.4g}",
     ]

@@ -15,6 +15,8 @@ The figures of a program; one that is absent is 0:
 - `machine dots`: `dot`, `convolution`, which is what TPUs make of products, and calls
   of libraries' products in the optimized HLO, each once. `all-reduce` and its like,
   and their `bytes` of results: collectives of the optimized HLO, each once.
+- `moved`: bytes that instructions of the optimized HLO read and write in the device's
+  memory, those of a loop as often as it runs; `jaxsoft devices` counts the same.
 - `flops`, `accessed`: operations and bytes by the compiler's `cost_analysis()`, which
   takes a loop's body once; compilers for GPUs that are not here do not tell.
 
@@ -36,6 +38,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from benchmarks import programs_cases as cases
+from jaxsoft.devices.hlo import work_of
 
 __all__ = ["COLLECTIVES", "measure"]
 
@@ -85,7 +88,10 @@ def measure(program: cases.Program, mesh: Mesh, platform: str) -> dict[str, int]
         accessed=int(costs.get("bytes accessed", 0)),
     )
     figures += _of_stablehlo(lowered.compiler_ir("stablehlo"))
-    figures += _of_machine(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    work = work_of(text)
+    figures += collections.Counter(moved=work.accessed if work else 0)
+    figures += _of_machine(text)
     return dict(figures)
 
 

@@ -215,7 +215,7 @@ class TestCompiled:
         for cell in cells:
             least = 4 * 64 * 10 if cell["function"] == "softmax" else 2 * 2 * 64 * 10
             assert cell["target"] == "cpu"
-            assert min(cell["accessed_bytes"].values()) >= least
+            assert min(cell["moved_bytes"].values()) >= least
             assert min(cell["temporary_bytes"].values()) >= 0
         said = capsys.readouterr().out
         assert "softmax, T = 0.7" in said and "64x64x10 bf16" in said
@@ -240,10 +240,10 @@ class TestCompiled:
                 "what": VALUE,
                 "size": "64x10",
                 "dtype": "float32",
-                "accessed_bytes": {PLAIN: 2**24, OURS: accessed},
+                "moved_bytes": {PLAIN: 2**24, OURS: moved},
                 "temporary_bytes": {PLAIN: 2**24, OURS: temporaries},
             }
-            for name, accessed, temporaries in (
+            for name, moved, temporaries in (
                 ("softmax", 2**23, 2**23),
                 ("entropy", 2**25, 0),
                 ("reinmax", 0, 2**26),
