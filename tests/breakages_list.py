@@ -407,6 +407,14 @@ _LINEAR = (
         tests=("tests/linear/test_plan_laws.py",),
     ),
     Breakage(
+        "tile-of-a-scaled-gradient-not-its-last",
+        kind="off-by-one block",
+        file="jaxsoft/linear/total.py",
+        before="start = jnp.minimum(index * size, classes - size)",
+        after="start = jnp.minimum(index * size, classes - size - 1)",
+        tests=("tests/linear/test_plan_laws.py",),
+    ),
+    Breakage(
         "first-class-of-each-tile",
         kind="off-by-one block",
         file="jaxsoft/linear/gradients.py",

@@ -18,6 +18,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import compute_dtype
@@ -30,6 +31,9 @@ from jaxsoft.linear.program import Program, bind, by_moving
 from jaxsoft.linear.tiles import slice_rows
 
 __all__ = ["RowLoss", "total"]
+
+# Numbers of a tile of a gradient that is scaled, and the last axis of a TPU's tiles.
+_SCALED, _LANES = 2**22, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,19 +136,62 @@ def _by_chunks_forward(fold: Fold, loss: RowLoss, moving: Any, arrays: Any, rows
 
 def _by_chunks_backward(fold: Fold, loss: RowLoss, moving: Any, residuals, cotangent):
     """Scales the gradients, and rounds them once."""
-    del fold, loss
+    del loss
     gradients, like = residuals
     if isinstance(cotangent, SymbolicZero):
         return jax.tree.map(lambda _: None, like)
     remaining = iter(jax.tree.leaves(gradients))
+    of_arrays, of_rows = like
+    letters = iter(jax.tree.leaves((fold.axes(of_arrays), axes_of(of_rows))))
 
     def scaled(moves, like):
+        axes = next(letters)
         if not moves:
             return None
         gradient = next(remaining)
-        return (cotangent.astype(gradient.dtype) * gradient).astype(like.dtype)
+        factor = cotangent.astype(gradient.dtype)
+        if axes[1:] == "v" and fold.knows_its_devices(gradient):
+            return _scaled_columns(gradient, factor, like.dtype)
+        return _scaled(gradient, factor, like.dtype)
 
     return jax.tree.map(scaled, moving, like)
+
+
+def _scaled_columns(sums: jax.Array, factor: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns sums [H, V] times a factor, rounded once."""
+    return lax.platform_dependent(
+        sums,
+        factor,
+        tpu=functools.partial(_scaled_by_tiles, dtype=dtype),
+        default=functools.partial(_scaled, dtype=dtype),
+    )
+
+
+def _scaled(sums: jax.Array, factor: jax.Array, dtype: DTypeLike) -> jax.Array:
+    return (factor * sums).astype(dtype)
+
+
+def _scaled_by_tiles(sums: jax.Array, factor: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns `_scaled`, of one tile of classes after another.
+
+    The sums lie class by class on a TPU, and XLA would lay out all of them as the
+    result is before it rounds them, in two more arrays of float32.
+    """
+    features, classes = sums.shape
+    size = max(_SCALED // (features * _LANES), 1) * _LANES
+    if size >= classes:
+        return _scaled(sums, factor, dtype)
+    # If XLA knew that the factor is 1, it would round all sums before the loop.
+    factor = lax.optimization_barrier(factor)
+
+    def tile(index, found):
+        start = jnp.minimum(index * size, classes - size)
+        part = lax.dynamic_slice_in_dim(sums, start, size, 1)
+        part = _scaled(part, factor, dtype)
+        return lax.dynamic_update_slice_in_dim(found, part, start, 1)
+
+    found = mesh_axes.like(jnp.zeros(sums.shape, dtype), (sums, factor))
+    return lax.fori_loop(0, -(-classes // size), tile, found)
 
 
 _by_chunks.defvjp(_by_chunks_forward, _by_chunks_backward, symbolic_zeros=True)

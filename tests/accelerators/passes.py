@@ -10,12 +10,13 @@ import jaxsoft
 from jaxsoft.devices.hlo import work_of
 from tests.accelerators.compiling import compile_for, report, topology
 
-__all__ = ["CLASSES", "FEATURES", "MEANS", "ROWS", "main"]
+__all__ = ["CLASSES", "FEATURES", "MEANS", "ROWS", "SCALED", "main"]
 
 # Llama 3's head.
 ROWS, FEATURES, CLASSES = 8192, 4096, 128256
 # What the reduced losses are called here, by their workspace.
-MEANS = {"mean": None, "mean within 128 MiB": 2**27}
+SCALED = "mean, scaled"
+MEANS = {"mean": None, "mean within 128 MiB": 2**27, SCALED: None}
 # Room for everything that the loss of each token may keep: bfloat16 logits.
 ROOMY = 2_200_000_000
 OF_TOKENS = {"none": None, "none with room": ROOMY}
@@ -48,9 +49,13 @@ def main(target, *names):
             value, pull = jax.vjp(call, hidden, kernel)
             return value, pull(cotangent)
 
+        def scaled(hidden, kernel, labels, cotangents, loss=loss):
+            return cotangents[0] * loss(hidden, kernel, labels)
+
         if name in MEANS:
-            both = jax.value_and_grad(loss, (0, 1))
-            _, compiled = compile_for(platform, both, arrays)
+            both = jax.value_and_grad(scaled if name == SCALED else loss, (0, 1))
+            given = (*arrays, weights) if name == SCALED else arrays
+            _, compiled = compile_for(platform, both, given)
         else:
             _, compiled = compile_for(platform, of_tokens, (*arrays, weights))
         work = work_of(compiled.as_text() or "")

@@ -11,6 +11,7 @@ from jax.interpreters import partial_eval as pe
 
 import jaxsoft
 from jaxsoft import linear_cross_entropy
+from jaxsoft.linear import total as reduced_losses
 from jaxsoft.linear.arguments import prepare
 from jaxsoft.linear.fold import _Gradients
 from jaxsoft.linear.folds.statistics import Fields, Statistics
@@ -522,6 +523,36 @@ def test_cotangents_of_a_reduced_loss(plan, cotangent, dtype):
     for mine, theirs in zip(got, exact, strict=True):
         tolerance = 1e-5 if dtype == "float32" else 1e-2
         assert truth.error(mine, theirs) < tolerance
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_scaled_tile_by_tile(dtype, monkeypatch):
+    """So are they on a TPU; the last tile overlaps the one before."""
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype=dtype)
+    scale = jnp.float32(-3.0)
+
+    def scaled(scale, hidden, kernel):
+        return scale * _loss(CHUNKS)(hidden, kernel, labels)
+
+    def gradients():
+        return jax.jit(jax.grad(scaled, (1, 2)))(scale, hidden, kernel)
+
+    as_here = gradients()
+    shapes = []
+
+    def by_tiles(sums, *others):
+        shapes.append(sums.shape)
+        return reduced_losses._scaled_by_tiles(sums, *others)
+
+    # Several devices may share the classes, and a slice of them gathers.
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(reduced_losses, "_SCALED", 1)
+    monkeypatch.setattr(reduced_losses, "_scaled_columns", by_tiles)
+    jax.clear_caches()
+    as_there = gradients()
+    assert shapes == [(FEATURES, CLASSES)]
+    for mine, theirs in zip(as_there, as_here, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @BY_NAME
