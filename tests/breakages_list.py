@@ -218,8 +218,8 @@ _LOGITS = (
         "head-teaches-itself",
         kind="off by one",
         file="jaxsoft/logits/codistillation.py",
-        before="before.append(before[-1] + parts[h - 1])",
-        after="before.append(before[-1] + parts[h])",
+        before="result += jnp.where(own == h, 0, head)",
+        after="result += jnp.where(own == h + 1, 0, head)",
         tests=("tests/logits/test_codistillation.py",),
     ),
     Breakage(

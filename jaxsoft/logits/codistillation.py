@@ -19,7 +19,7 @@ from jaxsoft.logits.arguments import (
     pick_temperature,
 )
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.divergence import below_peak, compare, tangent_of_loss
+from jaxsoft.logits.divergence import below_peak, largest_finite, tangent_of_loss
 from jaxsoft.logits.softmax import nonzero, probabilities, visible
 
 __all__ = ["codistillation_loss"]
@@ -139,8 +139,11 @@ def _losses_jvp(head_axis, axis, static_tau, primals, tangents):
     dx, dtau, _ = tangents
     tau = pick_temperature(static_tau, tau_array)
     loss = _losses(head_axis, axis, static_tau, x, tau_array, where)
-    fixed = jax.lax.stop_gradient((x, tau))
-    _, slope, has_loss = _loss_and_slope(head_axis, axis, *fixed, where)
+    # A temperature that is known stays a number, so that what the loss has computed is
+    # not computed again for an array.
+    fixed = pick_temperature(static_tau, jax.lax.stop_gradient(tau_array))
+    still = jax.lax.stop_gradient(x)
+    _, slope, has_loss = _loss_and_slope(head_axis, axis, still, fixed, where)
     slope = _with_own_slope(axis, static_tau, slope, has_loss, x, tau_array, where)
     return loss, tangent_of_loss(axis, tau, where, loss, ((slope, x, dx),), dtau)
 
@@ -170,62 +173,84 @@ def _with_own_slope_jvp(axis, static_tau, primals, tangents):
 def _loss_and_slope(head_axis, axis, x, tau, where):
     """Returns losses, slopes by the own head's logits, τ (p - q), and which have them.
 
-    Probabilities are compared with those of the heads' mean logits: where a class is
-    close to it, τ (p - q) is exact to the first order, at any temperature.
+    Probabilities are compared with those of the first head that has a class, p_0: with
+    e the exponentials and Z their sums, `p - p_0 = ((e - e_0) - p_0 (Z - Z_0)) / Z`.
+    Where a class is close to p_0, τ (e - e_0) is exact to the first order, and so is
+    τ (p - q), at any temperature.
     """
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     centred = centre(x, tau, where, axis)
-    votes = jnp.any(centred.kept, axis, keepdims=True)
+    weights = jnp.exp(centred.values)
+    z = total(weights)
+    votes = z != 0
     count = votes.astype(x.dtype)
-    voters = jnp.sum(count, head_axis, keepdims=True)
-    others = voters - count
-    weight = count / jnp.maximum(voters, 1)
-    reference = jnp.sum(below_peak(centred) * weight, head_axis, keepdims=True)
-    lacks = jnp.any(votes & ~centred.kept, head_axis, keepdims=True)
-    pair = compare(x, jnp.where(lacks, -jnp.inf, reference), tau, where, axis)
-    tau, over, p = pair.tau, inverse(pair.tau, x.dtype), pair.q
-    # A head without a class has no probability and adds nothing.
-    far_from = difference(pair.p, p, pair.log_ratio * over, pair.log_ratio, tau)
-    far_from = jnp.where(votes, far_from, 0)
-    share = 1 / jnp.maximum(others, 1)
-    q = _sum_of_others(p, head_axis) * share
-    slope = far_from - _sum_of_others(far_from, head_axis) * share
-    # With y = q / p - 1 a class adds p ((1 + y) log(1 + y) - y), never negative.
-    is_near = jnp.abs(slope) <= tau * p / 2
-    scaled = jnp.where(is_near, -slope / jnp.where(p > 0, p, 1), 0)
-    near = p * scaled * (scaled * _relative(scaled * over))
-    log_p = centred.values - jnp.log(nonzero(total(jnp.exp(centred.values))))
-    far = q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.where(q > 0, log_p, 0)) - q + p
-    loss = total(jnp.where(is_near, near, tau * (tau * far)))
+    others = jnp.sum(count, head_axis, keepdims=True) - count
     has_loss = votes & (others > 0) & ~Temperature.prepare(tau, x.dtype).is_zero
+    share = 1 / jnp.maximum(others, 1)
+    tau = largest_finite(tau, x.dtype)
+    over = inverse(tau, x.dtype)
+    inverse_z = 1 / nonzero(z)
+    p, below = weights * inverse_z, below_peak(centred)
+    first = functools.partial(_of_first, votes, head_axis)
+    inverse_z_0 = first(inverse_z)
+    p_0, gap = first(weights) * inverse_z_0, below - first(below)
+    change = difference(p_0, weights * inverse_z_0, gap * over, gap, tau)
+    growth = total(change)
+    # Elsewhere the difference of the probabilities loses nothing.
+    is_close = (jnp.abs(growth) <= tau / 2) & (jnp.abs(change) <= tau * (p_0 / 3))
+    close = (change - p_0 * growth) * (inverse_z / inverse_z_0)
+    apart = jnp.where(votes, jnp.where(is_close, close, tau * (p - p_0)), 0)
+    # Less its own part the sum of all heads is that of the others: it drowns none of
+    # these differences, as each has the error of p_0. XLA for CPUs would store it for
+    # every head unless a select came next.
+    together = jnp.sum(apart, head_axis, keepdims=True)
+    own, together = (jnp.where(has_loss, a, 0) for a in (apart, together))
+    slope = finite(own - (together - own) * share)
+    q = _sum_of_others(p, head_axis) * share
+    log_p = centred.values - jnp.log(nonzero(z))
+    loss = total(_terms(p, q, log_p, slope, tau))
     loss = jnp.where(has_loss | jnp.isnan(loss), loss, 0)
-    return jnp.squeeze(loss, axis), finite(jnp.where(has_loss, slope, 0)), has_loss
+    return jnp.squeeze(loss, axis), slope, has_loss
 
 
-def _relative(y: jax.Array) -> jax.Array:
-    """Returns ((1 + y) log(1 + y) - y) / y² for |y| <= 1/2, 1/2 at y = 0.
+def _terms(p, q, log_p, slope, tau):
+    """Returns τ² (q log(q / p) - q + p) of each class, never negative.
 
-    By log(1 + y) = 2 artanh(u) with u = y / (2 + y).
+    With u = (q - p) / (q + p), log(q / p) is 2 artanh(u): where |u| <= 1/3 the term is
+    `(q - p) u (1 + (1 + u) (artanh(u) - u) / u²)`, and τ (q - p) is the slope.
     """
+    both = jnp.maximum(p + q, jnp.finfo(p.dtype).tiny)
+    scaled = slope / both
+    u = -scaled * inverse(tau, p.dtype)
     # What is left out is below 2⁻²⁶ of the sum, in float64 below 2⁻⁵⁵.
-    last = 17 if y.dtype == jnp.float64 else 8
-    u = y / (2 + y)
-    square, rest = u * u, jnp.zeros_like(y)
+    last = 17 if p.dtype == jnp.float64 else 8
+    square, rest = u * u, jnp.zeros_like(u)
     for k in reversed(range(1, last)):
         rest = rest * square + 1 / (2 * k + 1)
-    return (1 + 2 * (1 + y) * u * rest / (2 + y)) / (2 + y)
+    near = slope * (scaled * (1 + (1 + u) * (u * rest)))
+    far = q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.where(q > 0, log_p, 0)) - q + p
+    is_near = jnp.abs(slope) <= tau * (both / 3)
+    return jnp.where(is_near, near, tau * (tau * far))
+
+
+def _of_first(votes: jax.Array, head_axis: int, values: jax.Array) -> jax.Array:
+    """Returns the values of the first head that votes in each row, if one does."""
+    heads = values.shape[head_axis]
+
+    def head(a: jax.Array, h: int) -> jax.Array:
+        return jax.lax.slice_in_dim(a, h, h + 1, axis=head_axis)
+
+    found = head(values, heads - 1)
+    for h in reversed(range(heads - 1)):
+        found = jnp.where(head(votes, h), head(values, h), found)
+    return found
 
 
 def _sum_of_others(values: jax.Array, head_axis: int) -> jax.Array:
     """Returns for each head the sum of the others' values, without a difference."""
-    heads = values.shape[head_axis]
-    parts = [
-        jax.lax.slice_in_dim(values, h, h + 1, axis=head_axis) for h in range(heads)
-    ]
-    before = [jnp.zeros_like(parts[0])]
-    after = [jnp.zeros_like(parts[0])]
-    for h in range(1, heads):
-        before.append(before[-1] + parts[h - 1])
-        after.append(after[-1] + parts[heads - h])
-    sums = [a + b for a, b in zip(before, reversed(after), strict=True)]
-    return jnp.concatenate(sums, head_axis)
+    own = jax.lax.broadcasted_iota(jnp.int32, values.shape, head_axis)
+    result = jnp.zeros_like(values)
+    for h in range(values.shape[head_axis]):
+        head = jax.lax.slice_in_dim(values, h, h + 1, axis=head_axis)
+        result += jnp.where(own == h, 0, head)
+    return result

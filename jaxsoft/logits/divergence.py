@@ -82,7 +82,7 @@ class _Side(NamedTuple):
         return self.weights / nonzero(self.sum)
 
 
-def _largest_finite(tau, dtype) -> jax.Array:
+def largest_finite(tau, dtype) -> jax.Array:
     """Returns τ, the largest finite number at τ = ∞."""
     return jnp.minimum(Temperature.prepare(tau, dtype).value, jnp.finfo(dtype).max)
 
@@ -107,7 +107,7 @@ def _compare_evenly(student, teacher, tau, where, axis) -> _Evenly:
     square alone.
     """
     s, t = (_Side.of(logits, tau, where, axis) for logits in (student, teacher))
-    tau = _largest_finite(tau, student.dtype)
+    tau = largest_finite(tau, student.dtype)
     z_s, z_t = nonzero(s.sum), nonzero(t.sum)
     gap = below_peak(s.centred) - below_peak(t.centred)
     halves = t.weights * (0.5 / z_t) + s.weights * (0.5 / z_s)
@@ -124,7 +124,7 @@ def compare(student, teacher, tau, where, axis) -> Pair:
     """Compares the tempered softmaxes of a student and a teacher."""
     s, t = (_Side.of(logits, tau, where, axis) for logits in (student, teacher))
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    tau = _largest_finite(tau, student.dtype)
+    tau = largest_finite(tau, student.dtype)
     over = inverse(tau, student.dtype)
     z_s, z_t = nonzero(s.sum), nonzero(t.sum)
     # A class with mass on the teacher's side alone makes the mean infinite.

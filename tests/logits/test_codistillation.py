@@ -88,6 +88,20 @@ def test_high_temperatures_lose_no_digits():
             assert truth.error(grad, slope) < 3e-6
 
 
+def test_high_temperatures_where_the_first_head_and_a_class_are_dropped():
+    x = truth.logits("unit", (4, 2, 50))
+    x[..., 7] = -np.inf
+    kept = np.delete(x, 7, -1)
+    x[0, 1] = -np.inf
+    for tau in (1e3, 1e8):
+        loss = jaxsoft.codistillation_loss(x, tau)
+        all_heads = jaxsoft.codistillation_loss(kept[:, 0], tau)
+        others = jaxsoft.codistillation_loss(kept[1:, 1], tau)
+        assert truth.error(loss[:, 0], np.asarray(all_heads, np.float64)) < 3e-6
+        assert loss[0, 1] == 0
+        assert truth.error(loss[1:, 1], np.asarray(others, np.float64)) < 3e-6
+
+
 def test_a_dominant_head_drowns_no_other():
     """The sum of all heads less a peaked one would leave the others no digit."""
     x = np.zeros((3, 1, 3), "float32")
