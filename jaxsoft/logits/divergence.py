@@ -181,8 +181,8 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     if kind == "jensen_shannon":
         pair = _compare_evenly(*sides, tau, where, axis)
         loss, to_p, to_q = _jensen_shannon(pair, total)
-        by_student = -pair.q / 2 * (to_q - total(pair.q * to_q))
-        by_teacher = -pair.p / 2 * (to_p - total(pair.p * to_p))
+        by_student = _half_less_mean(pair.q, to_q, pair.lacks_q, total)
+        by_teacher = _half_less_mean(pair.p, to_p, pair.lacks_p, total)
     else:
         pair = compare(*sides, tau, where, axis)
         loss = pair.loss
@@ -202,6 +202,14 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     if is_reverse:
         by_student, by_teacher = by_teacher, by_student
     return jnp.squeeze(loss, axis), by_student, by_teacher
+
+
+def _half_less_mean(p, values, lacks, total):
+    """Returns -p (v - Σ p v) / 2 of values v, 0 where a row lacks p."""
+    # After a select XLA for CPUs stores p v, and takes the mean from it in place. It
+    # would store the values and an array of halves beside it.
+    weighted = jnp.where(lacks, 0, p * (values * -0.5))
+    return weighted - p * total(weighted)
 
 
 def _jensen_shannon(pair: _Evenly, total):
