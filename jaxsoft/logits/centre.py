@@ -4,15 +4,22 @@
 `c = 0`.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsoft._core.numerics import divide_stored
+from jaxsoft._core.numerics import divide_stored, inverse
+from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
+from jaxsoft.logits.rows import in_tiles
 
 __all__ = ["Centred", "centre", "mean_of_kept", "scaled_gaps"]
+
+# What a CPU sums up at once: a loop over more parts takes longer, and memory for much
+# more than this is new each time.
+_PART = 2**20
 
 
 class Centred(NamedTuple):
@@ -102,34 +109,90 @@ def mean_of_kept(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mean of c over the kept classes of each row, and how many they are.
 
-    The mean is 0 in a row without any, and their number at least 1. XLA for CPUs stores
-    what a select gives before it adds it: there nothing is selected unless a sum over
-    all classes, which is -inf where one is dropped, says so.
+    The mean is 0 in a row without any, and their number at least 1.
     """
+    is_static = isinstance(temperature, float)
+    static_tau, tau = (temperature, None) if is_static else (None, temperature)
+    return _mean(axis, static_tau, where is not None, centred.logits, centred.peak, tau)
 
-    def of_kept(logits: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kept = logits != -jnp.inf
-        number = jnp.sum(kept, axis, keepdims=True, dtype=jnp.int32)
-        number = jnp.maximum(number, 1).astype(logits.dtype)
-        c = jnp.where(kept, divide_stored(logits, peak, temperature), 0)
-        return jnp.sum(c, axis, keepdims=True) / number, number
 
-    def of_all(logits: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # To XLA it is no number that c is made of: that it would store for all classes.
-        scale = _scale(peak)
-        same = peak * scale / scale
-        classes = logits.shape[axis]
-        total = jnp.sum(logits - same, axis, keepdims=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _mean(
+    axis: int,
+    static_tau: float | None,
+    masked: bool,
+    logits: jax.Array,
+    peak: jax.Array,
+    tau: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `mean_of_kept`; what is dropped is -inf, by a mask or not."""
+    of_kept = functools.partial(_mean_of_kept, axis, static_tau)
+    if masked:
+        return of_kept(logits, peak, tau)
+    of_all = functools.partial(_mean_of_all, axis, static_tau)
+    return jax.lax.platform_dependent(logits, peak, tau, cpu=of_all, default=of_kept)
 
-        def mean() -> tuple[jax.Array, jax.Array]:
-            mean = divide_stored(total / classes, jnp.zeros_like(total), temperature)
-            return mean, jnp.full_like(total, classes)
 
-        lacks = jnp.any(total == -jnp.inf)
-        return jax.lax.cond(lacks, lambda: of_kept(logits, peak), mean)
+@functools.partial(_mean.defjvp, symbolic_zeros=True)
+def _mean_jvp(axis, static_tau, masked, primals, tangents):
+    """Returns the mean of (dx - c dτ) / τ: logits that are -inf do not move."""
+    logits, _, tau = primals
+    dx, _, dtau = tangents
+    mean, number = _mean(axis, static_tau, masked, *primals)
+    moved = jnp.zeros_like(mean)
+    if not has_no_tangent(dx):
+        moved += jnp.sum(dx, axis, keepdims=True) / number
+    if not has_no_tangent(dtau):
+        moved -= jnp.where(mean == -jnp.inf, 0, mean) * dtau
+    moved *= inverse(pick_temperature(static_tau, tau), logits.dtype)
+    return (mean, number), (moved, jnp.zeros_like(number))
 
-    if where is not None:
-        return of_kept(centred.logits, centred.peak)
-    return jax.lax.platform_dependent(
-        centred.logits, centred.peak, cpu=of_all, default=of_kept
-    )
+
+def _mean_of_kept(axis, static_tau, logits, peak, tau):
+    kept = logits != -jnp.inf
+    number = jnp.sum(kept, axis, keepdims=True, dtype=jnp.int32)
+    number = jnp.maximum(number, 1).astype(logits.dtype)
+    c = divide_stored(logits, peak, pick_temperature(static_tau, tau))
+    return jnp.sum(jnp.where(kept, c, 0), axis, keepdims=True) / number, number
+
+
+def _mean_of_all(axis, static_tau, logits, peak, tau):
+    """Returns the mean, on a CPU: nothing is selected where no class is dropped.
+
+    XLA for CPUs stores what a select gives before it adds it, and of many rows what a
+    difference gives too: these are taken in parts, into memory that is there already.
+    """
+    if axis != logits.ndim - 1:
+        return _unless_dropped(axis, static_tau, (logits, peak, tau))
+    classes = logits.shape[axis]
+
+    def rows(array):
+        if array is None or array.size == 1:
+            return array if array is None else array.reshape(1, 1)
+        return jnp.broadcast_to(array, peak.shape).reshape(-1, 1)
+
+    arrays = logits.reshape(-1, classes), rows(peak), rows(tau)
+    of_rows = functools.partial(_unless_dropped, 1, static_tau)
+    parts = in_tiles(of_rows, arrays, peak.size, classes, tile=_PART)
+    return tuple(part.reshape(peak.shape) for part in parts)
+
+
+def _unless_dropped(axis, static_tau, arrays):
+    """Returns the mean by a sum over all classes, unless that is -inf."""
+    logits, peak, tau = arrays
+    # To XLA it is no number that c is made of: that it would store for all classes.
+    scale = _scale(peak)
+    same = peak * scale / scale
+    classes = logits.shape[axis]
+    total = jnp.sum(logits - same, axis, keepdims=True)
+
+    def mean():
+        temperature = pick_temperature(static_tau, tau)
+        mean = divide_stored(total / classes, jnp.zeros_like(total), temperature)
+        return mean, jnp.full_like(total, classes)
+
+    def of_kept():
+        return _mean_of_kept(axis, static_tau, *arrays)
+
+    # A minimum may leave NaN out.
+    return jax.lax.cond(jnp.min(total) > -jnp.inf, mean, of_kept)

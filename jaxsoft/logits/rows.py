@@ -95,6 +95,7 @@ def in_tiles(
     num_rows: int,
     num_classes: int,
     least_rows: int = 1,
+    tile: int = _TILE,
 ) -> Result:
     """Computes a function of rows, a tile of rows at a time that fits into cache.
 
@@ -108,11 +109,12 @@ def in_tiles(
       num_rows: R.
       num_classes: V.
       least_rows: the least rows of a tile, however many classes there are.
+      tile: how many numbers of an array it has at most, where its rows are not fewer.
 
     Returns:
       What the function gives for all rows.
     """
-    size = max(least_rows, _TILE // max(num_classes, 1))
+    size = max(least_rows, tile // max(num_classes, 1))
     if num_rows <= size:
         return function(arrays)
 

@@ -12,3 +12,16 @@ def test_the_gradient_of_logsumexp_stores_no_second_matrix():
     gradient = jax.jit(jax.value_and_grad(lambda x: jaxsoft.logsumexp(x).sum()))
     memory = gradient.lower(logits).compile().memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < logits.size
+
+
+def test_the_gradient_of_smoothed_labels_stores_no_second_matrix():
+    """The mean of the logits is taken in parts, whether or not a class is dropped."""
+    logits = jax.ShapeDtypeStruct((64, 65536), jnp.float32)
+    labels = jax.ShapeDtypeStruct((64,), jnp.int32)
+
+    def loss(x, labels):
+        return jaxsoft.softmax_cross_entropy(x, labels, label_smoothing=0.1).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    memory = gradient.lower(logits, labels).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 4 * logits.size

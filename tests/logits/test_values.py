@@ -120,6 +120,31 @@ def test_cross_entropy_of_labels_smoothing_and_z_loss():
     )
 
 
+def test_the_mean_over_many_rows_counts_the_kept_classes_of_each():
+    """More rows than a CPU sums up at once; some lack a class, one has but one."""
+    x = truth.logits("offset", (37, 32768))
+    x[5, 7:9] = x[11] = x[36, 1:] = -np.inf
+    x[11, 3] = 2.0
+    kept, labels = x != -np.inf, np.zeros(37, int)
+
+    @jax.jit
+    def smoothed(x, tau):
+        def total(x, tau):
+            loss = jaxsoft.softmax_cross_entropy(x, labels, tau, label_smoothing=1.0)
+            return loss.sum(), loss
+
+        return jax.grad(total, (0, 1), has_aux=True)(x, tau)
+
+    (dx, dtau), loss = smoothed(jnp.asarray(x), jnp.float32(0.7))
+    log_p = truth.log_softmax(x, 0.7)
+    finite = np.where(kept, log_p, 0)
+    expected = -finite.sum(-1) / kept.sum(-1)
+    assert truth.error(loss, expected) < 1e-6
+    p, uniform = np.exp(log_p), kept / kept.sum(-1, keepdims=True)
+    assert truth.error(dx, (p - uniform) / 0.7) < 1e-5
+    assert truth.error(dtau, ((uniform - p) * finite).sum() / 0.7) < 1e-5
+
+
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
