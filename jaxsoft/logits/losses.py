@@ -123,48 +123,60 @@ def softmax_cross_entropy(
         checks.shape("labels", ids, rows, "logits.shape without the class axis")
     elif ignore_label is not None:
         raise ValueError("`ignore_label` must be None without `labels`, got both None.")
-    weight, (logits,), tau = _weigh(
-        weights, axis, logits, tau=tau, labels=labels, ignore_label=ignore_label
-    )
+    weight = _row_weights(weights, logits, axis, labels, ignore_label)
     if ids is not None:
         ids = keep_tokens(weight, ids)
-    if targets is not None:
-        targets = _keep_rows(weight, targets, axis)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     options = _Options(axis, static_tau, smoothing, z_weight)
-    loss = _cross_entropy(options, logits, tau, where, ids, targets)
+    keep = None if weight is None else weight != 0
+    loss = _cross_entropy(options, logits, tau, where, ids, targets, keep)
     return reduce_losses(loss, weight, reduction)
 
 
-def _weigh(
+def _row_weights(
     weights: ArrayLike | None,
+    logits: jax.Array,
     axis: int,
-    *arrays: jax.Array,
-    tau: float | jax.Array = 1.0,
     labels: ArrayLike | None = None,
     ignore_label: int | None = None,
-) -> tuple[jax.Array | None, tuple[jax.Array, ...], float | jax.Array]:
-    """Returns the weights of rows, and what rows without weight do not spoil.
-
-    There logits are 0, and a temperature of each row is 1.
-    """
-    shape = arrays[0].shape
-    rows = shape[:axis] + shape[axis + 1 :]
+) -> jax.Array | None:
+    """Returns one weight a row, or None if all are 1; see `token_weights`."""
+    rows = logits.shape[:axis] + logits.shape[axis + 1 :]
     legend = "logits.shape without the class axis"
-    weight = token_weights(rows, weights, labels, ignore_label, legend)
-    if isinstance(tau, jax.Array) and tau.size > 1:
-        tau = _keep_rows(weight, tau, axis, 1)
-    return weight, tuple(_keep_rows(weight, array, axis) for array in arrays), tau
+    return token_weights(rows, weights, labels, ignore_label, legend)
 
 
 def _keep_rows(
-    weight: jax.Array | None, array: jax.Array, axis: int, other: float = 0
+    keep: jax.Array | None, array: jax.Array, axis: int, other: float = 0
 ) -> jax.Array:
-    """Returns an array with `other` in all rows without weight, classes on `axis`."""
-    if weight is None:
+    """Returns an array with `other` in all rows that do not count, classes on `axis`.
+
+    Args:
+      keep: [...] which rows count, or None for all.
+      array: [..., V].
+      axis: the class axis.
+      other: what stands in the place of a row's numbers.
+    """
+    if keep is None:
         return array
-    return jnp.where(jnp.expand_dims(weight != 0, axis), array, other)
+    return jnp.where(jnp.expand_dims(keep, axis), array, other)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _hold_rows(keep: jax.Array, array: jax.Array, axis: int) -> jax.Array:
+    """Returns an array whose rows that do not count keep what they hold, but no slope.
+
+    Then whatever follows from these rows alone has no slope either, be it NaN, and is
+    to be left out where they meet others. XLA for CPUs would store what a select gives.
+    """
+    return array
+
+
+@_hold_rows.defjvp
+def _hold_rows_jvp(axis, primals, tangents):
+    keep, array = primals
+    return _hold_rows(keep, array, axis), _keep_rows(keep, tangents[1], axis)
 
 
 class _Options(NamedTuple):
@@ -175,10 +187,18 @@ class _Options(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _cross_entropy(options, logits, tau, where, labels, targets):
+def _cross_entropy(options, logits, tau, where, labels, targets, keep):
     axis, static_tau, smoothing, z_weight = options
     x = logits.astype(numerics.compute_dtype(logits))
     targets = None if targets is None else targets.astype(x.dtype)
+    if keep is not None:
+        # At one temperature of all rows they meet: its slope is the sum of theirs.
+        several = tau is None or tau.size > 1
+        settle = _hold_rows if several else _keep_rows
+        x = settle(keep, x, axis)
+        targets = None if targets is None else settle(keep, targets, axis)
+        if tau is not None and several:
+            tau = _keep_rows(keep, tau, axis, 1)
     lse, picked, mean, _ = _row_statistics(
         axis, static_tau, smoothing > 0, x, tau, where, labels, targets
     )
@@ -190,7 +210,7 @@ def _cross_entropy(options, logits, tau, where, labels, targets):
         overflow = jnp.isinf(lse)
         square = jnp.where(overflow, 0, lse) ** 2
         loss = loss + z_weight * jnp.where(overflow, jnp.inf, square)
-    return loss
+    return loss if keep is None else jnp.where(keep, loss, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -381,7 +401,11 @@ def distillation_loss(
     student, teacher = student.astype(dtype), teacher.astype(dtype)
     tau = check_temperature(temperature, student, axis)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    weight, (student, teacher), tau = _weigh(weights, axis, student, teacher, tau=tau)
+    weight = _row_weights(weights, student, axis)
+    keep = None if weight is None else weight != 0
+    student, teacher = (_keep_rows(keep, x, axis) for x in (student, teacher))
+    if isinstance(tau, jax.Array) and tau.size > 1:
+        tau = _keep_rows(keep, tau, axis, 1)
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     loss = _distillation(divergence, axis, static_tau, student, teacher, tau, where)
     return reduce_losses(loss, weight, reduction)

@@ -210,6 +210,41 @@ def test_full_smoothing_leaves_the_label_out():
     assert np.isnan(wrong).all()
 
 
+@pytest.mark.parametrize("tau", [0.7, np.float32(0.7), np.full(3, 0.7, "f")])
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_rows_without_weight_hold_reaches_no_derivative(tau, soft):
+    """NaN there changes nothing, in both modes and twice, by any temperature."""
+    x = np.random.default_rng(2).standard_normal((3, 5)).astype("f")
+    targets = np.full((3, 5), 0.3, "f")
+    labels = np.array([4, 0, 2])
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "weights": labels > 0}
+    static = isinstance(tau, float)
+
+    def total(args):
+        x, targets, traced = args
+        known = {"targets": targets} if soft else {"labels": labels}
+        loss = jaxsoft.softmax_cross_entropy(
+            x, temperature=tau if static else traced, **known, **options
+        )
+        return (loss**2).sum()
+
+    @jax.jit
+    def derivatives(args):
+        def along(args):
+            return jax.jvp(total, (args,), (jax.tree.map(jnp.ones_like, args),))[1]
+
+        return jax.value_and_grad(total)(args), jax.value_and_grad(along)(args)
+
+    arrays = [x, targets, np.asarray(tau, "f")]
+    expected = derivatives(jax.tree.map(jnp.asarray, arrays))
+    for array in arrays[: 2 if soft else 1] + [a for a in arrays[2:] if a.ndim]:
+        array[1] = np.nan
+    found = derivatives(jax.tree.map(jnp.asarray, arrays))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected
+    )
+
+
 def test_logsumexp_of_infinity():
     """A logit of +inf gives +inf, as in SciPy; NaN stays NaN."""
     x = jnp.array([[1.0, jnp.inf], [jnp.inf, jnp.inf], [jnp.nan, jnp.inf]])
