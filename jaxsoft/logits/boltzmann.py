@@ -20,7 +20,7 @@ from jaxsoft.logits.arguments import (
     has_no_tangent,
     pick_temperature,
 )
-from jaxsoft.logits.centre import centre, scaled_gaps
+from jaxsoft.logits.centre import centre, mean_gap
 from jaxsoft.logits.softmax import nonzero, softmax, visible, weights
 
 __all__ = ["boltzmann_operator", "boltzmann_policy", "soft_argmax"]
@@ -152,8 +152,8 @@ def _operator(axis, static_tau, x, tau, where):
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     e = jnp.exp(centred.values)
     sums = total(e)
-    gap, scale = scaled_gaps(centred)
-    mean = (centred.peak * scale + total(e * (1 / nonzero(sums)) * gap)) / scale
+    gap, scale = mean_gap(centred, e, nonzero(sums), axis)
+    mean = (centred.peak * scale + gap) / scale
     return jnp.squeeze(jnp.where(sums == 0, 0, mean), axis)
 
 

@@ -15,11 +15,12 @@ from jaxsoft._core.numerics import divide_stored, inverse
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.rows import in_tiles
 
-__all__ = ["Centred", "centre", "mean_of_kept", "scaled_gaps"]
+__all__ = ["Centred", "centre", "mean_gap", "mean_of_kept"]
 
-# What a CPU sums up at once: a loop over more parts takes longer, and memory for much
-# more than this is new each time.
+# What a CPU sums up at once: a loop over more parts takes longer.
 _PART = 2**20
+# Memory for more numbers than this is new to a process each time that it asks for it.
+_MANY = 2**23
 
 
 class Centred(NamedTuple):
@@ -84,21 +85,44 @@ def _still_below_jvp(
     return primals[0], jnp.where(primals[0] == -jnp.inf, 0, tangents[0])
 
 
-def scaled_gaps(centred: Centred) -> tuple[jax.Array, jax.Array]:
-    """Returns (x - m) s, finite, and s of each row, for sums over p of x - m.
-
-    What is dropped counts as the lowest number. s is 1/4 where |m| is above 1, so that
-    differences stay finite. XLA for CPUs computes them anew beside c, which it would
-    store for a second use.
-    """
-    scale = _scale(centred.peak)
-    logits = jnp.maximum(centred.logits, jnp.finfo(centred.logits.dtype).min)
-    return logits * scale - centred.peak * scale, scale
-
-
 def _scale(peak: jax.Array) -> jax.Array:
     """Returns a power of 2 of each row with which differences stay finite."""
     return jnp.where(jnp.abs(peak) > 1, 0.25, 1.0).astype(peak.dtype)
+
+
+def mean_gap(
+    centred: Centred, e: jax.Array, total: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns Σ p (x - m) s of each row, finite, and s.
+
+    What is dropped counts as the lowest number. s is 1/4 where |m| is above 1, so that
+    differences stay finite. XLA for CPUs computes them anew beside c, which it would
+    store for a second use, and stores each factor of such a sum: of very many logits
+    it is taken in parts, into memory that is there already.
+
+    Args:
+      centred: the logits.
+      e: exp(c), of their shape.
+      total: their sums over classes, 1 where there is no class.
+      axis: the class axis, which the results keep.
+    """
+    scale = _scale(centred.peak)
+    arrays = e, 1 / total, centred.logits, centred.peak * scale, scale
+
+    def sums(axis, arrays):
+        e, share, logits, peak, scale = arrays
+        gap = jnp.maximum(logits, jnp.finfo(logits.dtype).min) * scale - peak
+        return jnp.sum(e * share * gap, axis, keepdims=True)
+
+    def in_parts(arrays):
+        rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), arrays)
+        of_rows = functools.partial(sums, 1)
+        return in_tiles(of_rows, rows, total.size, e.shape[axis]).reshape(total.shape)
+
+    at_once = functools.partial(sums, axis)
+    if axis != e.ndim - 1 or e.size <= _MANY:
+        return at_once(arrays), scale
+    return jax.lax.platform_dependent(arrays, cpu=in_parts, default=at_once), scale
 
 
 def mean_of_kept(

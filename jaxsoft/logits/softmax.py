@@ -24,7 +24,7 @@ from jaxsoft.logits.arguments import (
     has_no_tangent,
     pick_temperature,
 )
-from jaxsoft.logits.centre import Centred, centre, scaled_gaps
+from jaxsoft.logits.centre import Centred, centre, mean_gap
 
 __all__ = ["entropy", "log_softmax", "log_softmax_of_finite", "logsumexp", "softmax"]
 
@@ -438,8 +438,8 @@ def _entropy(axis, static_tau, x, tau, where):
     tau = pick_temperature(static_tau, tau)
     centred = centre(x, tau, where, axis)
     e, total = exponentials(centred, axis)
-    gap, scale = scaled_gaps(centred)
-    expected = over_temperature(_sum(e * (1 / total) * gap, axis), tau) / scale
+    gap, scale = mean_gap(centred, e, total, axis)
+    expected = over_temperature(gap, tau) / scale
     return jnp.squeeze(jnp.log(total) - expected, axis)
 
 

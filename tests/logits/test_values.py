@@ -145,6 +145,25 @@ def test_the_mean_over_many_rows_counts_the_kept_classes_of_each():
     assert truth.error(dtau, ((uniform - p) * finite).sum() / 0.7) < 1e-5
 
 
+def test_expectations_of_very_many_logits_are_those_of_their_halves():
+    """A CPU takes them in parts; some rows lack a class, one has none."""
+    x = truth.logits("offset", (2, 65, 65536))
+    x[0, 5, 7:9] = x[0, 11] = x[1, 64, 1:] = -np.inf
+    assert x.size > 2**23 > x[0].size
+    tau = jnp.linspace(0.5, 2, 65)[:, None]
+
+    @jax.jit
+    def both(x):
+        return (
+            jaxsoft.entropy(x, temperature=tau),
+            jaxsoft.boltzmann_operator(x, 0.7) - 1e6,
+        )
+
+    halves = [both(x[0]), both(x[1])]
+    for found, *parts in zip(both(x), *halves, strict=True):
+        np.testing.assert_allclose(found, np.stack(parts), rtol=1e-5)
+
+
 DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
