@@ -108,8 +108,8 @@ _CORE = (
         "inversion-stops-at-an-empty-class",
         kind="off by one",
         file="jaxsoft/_core/block_sampling.py",
-        before="inside = jnp.sum(until <= target[:, None], axis=1, dtype=jnp.int32)",
-        after="inside = jnp.sum(until < target[:, None], axis=1, dtype=jnp.int32)",
+        before="passed = (until <= target[:, None])",
+        after="passed = (until < target[:, None])",
         tests=("tests/logits/test_draws.py",),
     ),
     Breakage(
@@ -250,8 +250,8 @@ _LOGITS = (
         "probability-of-the-k-first-without-ties",
         kind="dropped term",
         file="jaxsoft/logits/rejection.py",
-        before="bracket.mass_high + part)",
-        after="bracket.mass_high)",
+        before="mass_high + part)",
+        after="mass_high)",
         tests=("tests/logits/test_filters.py",),
     ),
     Breakage(

@@ -9,6 +9,7 @@ implementation and sharding draws the same classes, up to ties within rounding.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ __all__ = [
     "Place",
     "bits",
     "block_size",
+    "columns",
     "draw",
     "draw_row",
     "exponentials",
@@ -137,6 +139,44 @@ def bits(
     return drawn, _place(uniform, zero)
 
 
+def columns(
+    number: jax.Array, block: int, classes: int
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns where a block of each row is.
+
+    Args:
+      number: [R, 1] int32, of the block.
+      block: B, the classes of a block.
+      classes: V.
+
+    Returns:
+      [R, b] consecutive classes with those of the block among them, of min(B, V); which
+      of them are of the block; and what takes them from an array [R, V].
+    """
+    size = min(block, classes)
+    first = number * block
+    start = jnp.minimum(first, classes - size)
+    ids = start + lax.iota(jnp.int32, size)[None]
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(1,),
+        collapsed_slice_dims=(),
+        start_index_map=(1,),
+        operand_batching_dims=(0,),
+        start_indices_batching_dims=(0,),
+    )
+
+    def take(array: jax.Array) -> jax.Array:
+        return lax.gather(
+            array,
+            start,
+            numbers,
+            (1, size),
+            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
+
+    return ids, ids >= first, take
+
+
 def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
     """Returns the class whose part of the cumulative sum contains the target.
 
@@ -145,8 +185,8 @@ def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
       target: [R].
 
     Returns:
-      [R] int32; the last class of positive weight where rounding puts the target
-      beyond the sum.
+      [R] int32; where rounding puts the target beyond the sum, the class that makes
+      it whole.
     """
     rows, columns = weights.shape
     groups = 2 ** (columns.bit_length() // 2)
@@ -166,16 +206,12 @@ def invert_once(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.A
     Every sum adds up the same columns in the same order, those beyond it as 0: it is no
     smaller than the one before, and not larger where a weight is 0.
     """
-    rows, columns = weights.shape
-    of_sum, added = (
-        lax.broadcasted_iota(jnp.int32, (1, columns, columns), i) for i in (1, 2)
-    )
+    shape = (1, weights.shape[1], weights.shape[1])
+    of_sum, added = (lax.broadcasted_iota(jnp.int32, shape, i) for i in (1, 2))
     until = jnp.sum(jnp.where(added <= of_sum, weights[:, None], 0), axis=2)
-    inside = jnp.sum(until <= target[:, None], axis=1, dtype=jnp.int32)
-    numbers = lax.broadcasted_iota(jnp.int32, weights.shape, 1)
-    last = jnp.max(jnp.where(weights > 0, numbers, 0), axis=1)
-    found = jnp.minimum(inside, last)
-    return found, jnp.max(jnp.where(numbers < found[:, None], until, 0), axis=1)
+    passed = (until <= target[:, None]) & (until < until[:, -1:])
+    found = jnp.sum(passed, axis=1, dtype=jnp.int32)
+    return found, jnp.max(jnp.where(passed, until, 0), axis=1)
 
 
 def draw(
@@ -207,8 +243,8 @@ def draw(
         blocks = first_block + lax.iota(jnp.int32, blocks)
     drawn, at = bits(words, blocks, zero, dtype)
     best = _best_block(_parts(logits, block, where, dtype), tau, drawn, zero)
-    inside = _inside(logits, where, tau, at, block, best)
-    class_id = (first_block + best.number[:, 0]) * block + inside
+    inside = _inside(logits, where, tau, at, block, best.number, best.peak)
+    class_id = first_block * block + inside
     return Drawn(
         best.max[:, 0], best.score, jnp.where(best.score == -jnp.inf, -1, class_id)
     )
@@ -219,15 +255,13 @@ class _Best(NamedTuple):
 
     Attributes:
       number: [R, 1] int32, counted from the first block.
-      peak: [R, 1] what its exponentials are centred on.
-      sum: [R, 1] of them.
+      peak: [R, 1] its largest logit.
       max: [R, 1] the largest logit of all blocks.
       score: [R] of the block.
     """
 
     number: jax.Array
     peak: jax.Array
-    sum: jax.Array
     max: jax.Array
     score: jax.Array
 
@@ -244,24 +278,20 @@ def _best_block(
     perturbed = scores(sums, drawn, zero)
     perturbed += divide_by_temperature(tops, finite_peak(largest), tau)
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
-    top, total = (jnp.take_along_axis(a, best, axis=1) for a in (tops, sums))
-    return _Best(best, top, total, largest, maximum_or_nan(perturbed, axis=1))
+    *_, take = columns(best, 1, tops.shape[1])
+    return _Best(best, take(tops), largest, maximum_or_nan(perturbed, axis=1))
 
 
-def _inside(logits, where, tau, at: Place, block, best: _Best) -> jax.Array:
+def _inside(logits, where, tau, at: Place, block, number, peak) -> jax.Array:
     """Returns which class of its block each row draws, [R]."""
-    columns = best.number * block + lax.iota(jnp.int32, block)[None]
-
-    def take(array, fill):
-        return jnp.take_along_axis(array, columns, axis=1, mode="fill", fill_value=fill)
-
-    dtype = best.sum.dtype
-    chosen = take(logits, -jnp.inf).astype(dtype)
+    ids, kept, take = columns(number, block, logits.shape[1])
+    chosen = take(logits).astype(peak.dtype)
     if where is not None:
-        kept = take(jnp.broadcast_to(where, logits.shape), False)
-        chosen = jnp.where(kept, chosen, -jnp.inf)
-    weights = at.order(exponentials(chosen, best.peak, tau))
-    return at.column(invert(weights, at.share * best.sum[:, 0]), block)
+        kept &= take(jnp.broadcast_to(where, logits.shape))
+    chosen = jnp.where(kept, chosen, -jnp.inf)
+    weights = at.order(exponentials(chosen, peak, tau))
+    found = invert(weights, at.share * jnp.sum(weights, axis=1))
+    return ids[:, 0] + at.column(found, ids.shape[1])
 
 
 def draw_row(
@@ -303,16 +333,16 @@ def draw_row(
 
     quick = about(jnp.max(parts[0][:, 0], axis=1, keepdims=True))
     # The first block of a row may have no kept class.
-    is_usable = jnp.isfinite(sum(map(jnp.sum, quick))) & ~jnp.any(zero)
+    is_unfit = zero | ~jnp.isfinite(quick[0])
+    total = jnp.sum(quick[1], axis=1, keepdims=True)
+    is_usable = jnp.isfinite(jnp.sum(jnp.where(is_unfit, jnp.nan, total)))
     peak, sums = lax.cond(is_usable, lambda: quick, about_largest)
     total = jnp.sum(sums, axis=1)
     lost = ~jnp.isfinite(total) | ~jnp.isfinite(peak[:, 0])
     drawn, at = bits(words, sums.shape[1], zero, dtype)
     number = jnp.argmax(scores(sums, drawn, zero), axis=1, keepdims=True)
     number = number.astype(jnp.int32)
-    total = jnp.take_along_axis(sums, number, axis=1)
-    best = _Best(number, peak, total, peak, total[:, 0])
-    class_id = number[:, 0] * block + _inside(logits, where, tau, at, block, best)
+    class_id = _inside(logits, where, tau, at, block, number, peak)
     return jnp.where(lost, -1, class_id)
 
 

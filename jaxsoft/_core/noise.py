@@ -118,11 +118,21 @@ def _encrypt(
     counters = [jnp.broadcast_to(word[None], shape) for word in (first, second)]
     rounds = _ROUNDS["threefry"]
 
-    def encrypted(stage: int | None, keys: jax.Array, *counters: jax.Array):
-        return _threefry([keys[:, i, None] for i in range(2)], counters, rounds, stage)
+    pair = _threefry([keys[:, i, None] for i in range(2)], counters, rounds)
+    return lax.platform_dependent(*pair, cpu=_stored, default=lambda *pair: pair)
 
-    apart, whole = (functools.partial(encrypted, stage) for stage in (rounds, None))
-    return lax.platform_dependent(keys, *counters, cpu=apart, default=whole)
+
+def _stored(*words: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the same words, each computed once.
+
+    XLA for CPUs would compute a cipher again wherever a part of it is used, and JAX
+    0.10 leaves barriers out there. It never repeats a reduction.
+    """
+    is_word = lax.iota(jnp.int32, 2) == 0
+    return tuple(
+        lax.reduce_or(jnp.where(is_word, word[..., None], 0), [word.ndim])
+        for word in words
+    )
 
 
 def _threefry(

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsoft._core.numerics import divide_stored, inverse
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
-from jaxsoft.logits.rows import in_tiles
+from jaxsoft.logits.rows import in_tiles, tile_rows
 
 __all__ = ["Centred", "centre", "mean_gap", "mean_of_kept"]
 
@@ -117,7 +117,9 @@ def mean_gap(
     def in_parts(arrays):
         rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), arrays)
         of_rows = functools.partial(sums, 1)
-        return in_tiles(of_rows, rows, total.size, e.shape[axis]).reshape(total.shape)
+        return in_tiles(
+            of_rows, rows, total.size, tile_rows(e.shape[axis])
+        ).reshape(total.shape)
 
     at_once = functools.partial(sums, axis)
     if axis != e.ndim - 1 or e.size <= _MANY:
@@ -197,7 +199,8 @@ def _mean_of_all(axis, static_tau, logits, peak, tau):
 
     arrays = logits.reshape(-1, classes), rows(peak), rows(tau)
     of_rows = functools.partial(_unless_dropped, 1, static_tau)
-    parts = in_tiles(of_rows, arrays, peak.size, classes, tile=_PART)
+    size = tile_rows(classes, numbers=_PART)
+    parts = in_tiles(of_rows, arrays, peak.size, size)
     return tuple(part.reshape(peak.shape) for part in parts)
 
 

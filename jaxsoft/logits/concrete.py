@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.numerics import is_zero
 from jaxsoft.logits.centre import Centred, centre
-from jaxsoft.logits.rows import Rows, in_tiles, to_rows
+from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 from jaxsoft.logits.softmax import logsumexp
 
 __all__ = ["concrete_log_prob"]
@@ -201,7 +201,8 @@ def _sums_of_all(call: _Call, terms: _Terms) -> tuple[jax.Array, jax.Array]:
     XLA for CPUs stores what a select gives before it sums.
     """
     total = jnp.sum(terms.of(call), axis=1)
-    count = jnp.full_like(total, terms.x.shape[1])
+    rows, classes = terms.x.shape
+    count = jnp.full_like(total, classes)
 
     def some(arrays):
         y, tau, x = arrays
@@ -212,6 +213,6 @@ def _sums_of_all(call: _Call, terms: _Terms) -> tuple[jax.Array, jax.Array]:
     return jax.lax.cond(
         jnp.isfinite(total).all(),
         lambda arrays: (count, total),
-        lambda arrays: in_tiles(some, arrays, *terms.x.shape),
+        lambda arrays: in_tiles(some, arrays, rows, tile_rows(classes)),
         (terms.y, terms.tau, terms.x),
     )

@@ -17,8 +17,10 @@ from jaxsoft.logits.rows import Rows
 
 __all__ = ["first_groups", "group_size"]
 
-# The least share of the classes that is worth leaving out.
+# Groups are looked for where they leave one in so many classes, or fewer. The more
+# groups there are, the longer the selection takes beside passes over all classes.
 _LEAST_GAIN = 4
+_MOST_GAIN = 16
 
 
 def group_size(classes: int, count: int) -> int | None:
@@ -28,7 +30,8 @@ def group_size(classes: int, count: int) -> int | None:
     too large a part of all classes.
     """
     size = 2 ** round(math.log2(max(classes / count, 1)) / 2)
-    return size if size * count * _LEAST_GAIN <= classes else None
+    gain = min(max(count // _LEAST_GAIN, _LEAST_GAIN), _MOST_GAIN)
+    return size if size * count * gain <= classes else None
 
 
 def first_groups(rows: Rows, count: int, size: int) -> tuple[jax.Array, jax.Array]:

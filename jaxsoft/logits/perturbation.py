@@ -11,7 +11,7 @@ from jax import lax
 from jaxsoft._core import noise, numerics
 from jaxsoft._core.numerics import is_zero
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.rows import Rows, in_tiles
+from jaxsoft.logits.rows import Rows, in_tiles, tile_rows
 from jaxsoft.logits.softmax import exponentials
 
 __all__ = ["argmax_one_hot", "gumbel", "perturbed", "relaxed", "relaxed_and_one_hot"]
@@ -35,9 +35,8 @@ def _by_platform(
     """
 
     def tiled(arrays):
-        return in_tiles(
-            functools.partial(function, False), arrays, num_rows, num_classes
-        )
+        apart = functools.partial(function, False)
+        return in_tiles(apart, arrays, num_rows, tile_rows(num_classes))
 
     whole = functools.partial(function, True)
     return lax.platform_dependent(arrays, cpu=tiled, default=whole)

@@ -18,20 +18,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, mesh_axes
-from jaxsoft._core.numerics import divide_by_temperature, finite_peak, is_zero
+from jaxsoft._core.numerics import divide_by_temperature, finite_peak, is_zero, round_up
 from jaxsoft.logits.filters import Filters, amount, bound, is_heavy, out_of_range
 
-__all__ = ["draw", "heavy_weights", "judge", "prepare", "start_bracket"]
+__all__ = [
+    "draw",
+    "heavy_weights",
+    "judge",
+    "prepare",
+    "start_bracket",
+    "whole_blocks",
+]
 
-# How often a lower bound of the k-th class is improved: to some three digits.
-_HALVINGS = 20
+# So many bits of a lower bound of the k-th class are found: some three digits.
+_BITS = 20
 # The groups of classes whose maxima give that bound: so many, or where top_k is known
 # so many times as many as it keeps, of no fewer classes.
 _GROUPS = 512
 _GROUPS_EACH = 4
 _LEAST_GROUP = 8
+# A row has so many times the classes that it may be filled up with.
+_LEAST_SHARE = 8
 
 
 class Prepared(NamedTuple):
@@ -40,7 +50,8 @@ class Prepared(NamedTuple):
     Attributes:
       logits: [R, V].
       least: [R, 1] or [1, 1], what no class that top_k keeps is smaller than.
-      weights: [R, V] exp((logit - largest) / τ), 0 where the logit is smaller.
+      weights: [R, V] exp((logit - largest) / τ), 0 where the logit is smaller than
+        `least`, or where min_p drops it and there is no top_p, a share of all.
       top: [R, 1] the largest logits.
       total: [R, 1] the sum of the weights.
     """
@@ -53,24 +64,18 @@ class Prepared(NamedTuple):
 
 
 class Bracket(NamedTuple):
-    """Two numbers between which the k-th logit lies, [R, 1] each.
+    """Two numbers between which the k-th logit lies, in the two columns of [R, 2].
 
     Attributes:
-      low: the `_ordered` integer of one with at least k classes from it on, if a row
-        has as many.
-      high: that of one with at most k.
-      number_low: how many classes there are from the low one on.
-      number_high: and from the high one on.
-      mass_low: the sum of their weights from the low one on.
-      mass_high: and from the high one on.
+      ends: the `_ordered` integers of one with at least k classes from it on, if a row
+        has as many, and of one with at most k.
+      numbers: how many classes there are from each on.
+      masses: the sums of their weights.
     """
 
-    low: jax.Array
-    high: jax.Array
-    number_low: jax.Array
-    number_high: jax.Array
-    mass_low: jax.Array
-    mass_high: jax.Array
+    ends: jax.Array
+    numbers: jax.Array
+    masses: jax.Array
 
 
 class _Attempt(NamedTuple):
@@ -93,6 +98,18 @@ class _Attempt(NamedTuple):
     bracket: Bracket | None
 
 
+def whole_blocks(x: jax.Array) -> jax.Array:
+    """Returns logits [R, V] with as many more classes, -inf, as fill the last block.
+
+    Sums of blocks are one reduction then. Not where it were much more to compute.
+    """
+    rows, classes = x.shape
+    rest = -classes % block_sampling.block_size(classes)
+    if rest * _LEAST_SHARE > classes:
+        return x
+    return jnp.concatenate([x, jnp.full((rows, rest), -jnp.inf, x.dtype)], axis=1)
+
+
 def prepare(
     x: jax.Array, tau: float | jax.Array, filters: Filters, most: int | None = None
 ) -> Prepared:
@@ -105,12 +122,16 @@ def prepare(
       most: what no row's top_k is larger than, if that is known.
     """
     top = jnp.max(x, axis=1, keepdims=True)
-    weights = jnp.exp(divide_by_temperature(x, finite_peak(top), tau))
+    c = divide_by_temperature(x, finite_peak(top), tau)
+    weights = jnp.exp(c)
     least = jnp.full((1, 1), -jnp.inf, x.dtype)
     if filters.top_k is not None:
         least = _least_of_first(x, filters.top_k, most)
         # What is no number stays, and tells that its row has no sample.
         weights = jnp.where(x < least, 0, weights)
+    if filters.min_p is not None and filters.top_p is None:
+        light = ~is_heavy(x, c, top, filters.min_p) & (x < top)
+        weights = jnp.where(light, 0, weights)
     weights = lax.optimization_barrier(weights)
     total = jnp.sum(_block_sums(weights), axis=1, keepdims=True)
     return Prepared(x, least, weights, top, total)
@@ -118,27 +139,39 @@ def prepare(
 
 def _least_of_first(x: jax.Array, top_k: jax.Array, most: int | None) -> jax.Array:
     """Returns a number that no class which top_k keeps is smaller than, [R, 1]."""
-    rows, classes = x.shape
-    number = min(max(classes // 4, 1), _GROUPS)
-    if most is not None and most * _GROUPS_EACH * _LEAST_GROUP <= classes:
+    classes = x.shape[1]
+    # The groups, and so the classes drawn, are the same with the last block filled up.
+    filled = round_up(classes, block_sampling.block_size(classes))
+    number = min(filled // 4, _GROUPS, classes)
+    if most is not None and most * _GROUPS_EACH * _LEAST_GROUP <= filled:
         number = max(number, most * _GROUPS_EACH)
-    size = classes // number
-    # A bound for some of the classes is one for all of them.
-    groups = x[:, : size * number].reshape(rows, size, number)
-    keys = _ordered(jnp.max(groups, axis=1))
-    low, high = (f(keys, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+    keys = _ordered(_largest_of_groups(x, number))
+    dtype, bits = keys.dtype, jnp.iinfo(keys.dtype).bits
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = _middle(low, high)
-        number_reached = jnp.sum(keys >= middle, axis=1, keepdims=True, dtype=jnp.int32)
-        reached = number_reached >= top_k
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+    # The first bits of the bound are set, one by one, where k groups still reach it.
+    def set_bit(place, low):
+        bit = lax.shift_left(dtype.type(1), (bits - 1 - place).astype(dtype))
+        reached = jnp.sum((keys >= low + bit).astype(x.dtype), axis=1, keepdims=True)
+        return jnp.where(reached.astype(jnp.int32) >= top_k, low + bit, low)
 
-    start = mesh_axes.like((low, high + 1), (keys, top_k))
-    low, _ = lax.fori_loop(0, _HALVINGS, halve, start)
+    low = jnp.full((x.shape[0], 1), jnp.iinfo(dtype).min, dtype)
+    low = lax.fori_loop(0, _BITS, set_bit, mesh_axes.like(low, (keys, top_k)))
+    # Below -inf are no numbers.
+    low = jnp.maximum(low, _ordered(jnp.full((), -jnp.inf, x.dtype)))
     known = (top_k > 0) & (top_k <= number)
     return jnp.where(known, _number(low, x.dtype), -jnp.inf)
+
+
+def _largest_of_groups(x: jax.Array, number: int) -> jax.Array:
+    """Returns the largest logits of n groups, each of every n-th class, [R, n]."""
+    rows, classes = x.shape
+    whole = classes // number * number
+    largest = jnp.max(x[:, :whole].reshape(rows, -1, number), axis=1)
+    if whole == classes:
+        return largest
+    missing = ((0, 0), (0, whole + number - classes))
+    rest = jnp.pad(x[:, whole:], missing, constant_values=-jnp.inf)
+    return jnp.maximum(largest, rest)
 
 
 def draw(
@@ -184,7 +217,7 @@ def heavy_weights(
     rows: Prepared, tau: float | jax.Array, filters: Filters
 ) -> jax.Array:
     """Returns the weights, [R, V], 0 where min_p drops a class."""
-    if filters.min_p is None:
+    if filters.min_p is None or filters.top_p is None:
         return rows.weights
     c = divide_by_temperature(rows.logits, finite_peak(rows.top), tau)
     heavy = is_heavy(rows.logits, c, rows.top, filters.min_p)
@@ -200,7 +233,8 @@ def _attempt(
 ) -> _Attempt:
     """Draws from rows that are not done, and judges what it draws."""
     class_id = _draw_before(words, rows, tau, filters, state)
-    logit = jnp.take_along_axis(rows.logits, class_id, axis=1)
+    *_, take = block_sampling.columns(class_id, 1, rows.logits.shape[1])
+    logit = take(rows.logits)
     kept, sums, bracket = judge(
         rows, tau, filters, logit, class_id, state.bracket, state.done
     )
@@ -233,19 +267,15 @@ def _draw_before(
     )
     scores = block_sampling.scores(state.sums, drawn, zero)
     best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
-    columns = best * block + lax.iota(jnp.int32, block)[None]
-
-    def take(array: jax.Array, fill: float) -> jax.Array:
-        return jnp.take_along_axis(array, columns, axis=1, mode="fill", fill_value=fill)
-
-    x, weights = take(rows.logits, -jnp.inf), take(rows.weights, 0)
-    kept = _before(x, columns, state.logit, state.class_id)
-    if filters.min_p is not None:
+    ids, kept, take = block_sampling.columns(best, block, rows.logits.shape[1])
+    x, weights = take(rows.logits), take(rows.weights)
+    kept &= _before(x, ids, state.logit, state.class_id)
+    if filters.min_p is not None and filters.top_p is not None:
         c = divide_by_temperature(x, finite_peak(rows.top), tau)
         kept &= is_heavy(x, c, rows.top, filters.min_p)
     weights = at.order(jnp.where(kept, weights, 0))
     found = block_sampling.invert(weights, at.share * jnp.sum(weights, axis=1))
-    return best * block + at.column(found, block)[:, None]
+    return ids[:, :1] + at.column(found, ids.shape[1])[:, None]
 
 
 def judge(
@@ -277,7 +307,7 @@ def judge(
     sums = _block_sums(jnp.where(before, rows.weights, 0))
     kept = jnp.ones_like(done)
     if filters.top_k is not None:
-        number = jnp.sum(before, axis=1, keepdims=True, dtype=jnp.int32)
+        number = _count(before, sums.dtype)
         kept &= number < bound(filters.top_k)
     if filters.top_p is None:
         return kept, sums, bracket
@@ -291,10 +321,12 @@ def judge(
         least, most = (amount(share, limit) for limit in limits(bracket))
         return ~done & kept & (mass >= least) & (mass < most)
 
-    def narrow(bracket: Bracket) -> Bracket:
-        return _narrower(rows, top_k, unclear(bracket), bracket)
+    def narrow(state: tuple[jax.Array, Bracket]) -> tuple[jax.Array, Bracket]:
+        bracket = _narrower(rows, top_k, *state)
+        return unclear(bracket), bracket
 
-    bracket = lax.while_loop(lambda b: jnp.any(unclear(b)), narrow, bracket)
+    start = (unclear(bracket), bracket)
+    _, bracket = lax.while_loop(lambda state: jnp.any(state[0]), narrow, start)
     return kept & (mass < amount(share, limits(bracket)[0])), sums, bracket
 
 
@@ -305,14 +337,11 @@ def start_bracket(rows: Prepared, filters: Filters) -> Bracket | None:
     x = rows.logits
     kept = (x >= rows.least) & (x > -jnp.inf)
     lowest = jnp.min(jnp.where(kept, x, jnp.inf), axis=1, keepdims=True)
-    number = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
+    number = _count(kept, rows.total.dtype)
     return Bracket(
-        _ordered(lowest),
-        _ordered(rows.top) + 1,
-        number,
-        jnp.zeros_like(number),
-        rows.total,
-        jnp.zeros_like(rows.total),
+        _pair(_ordered(lowest), _ordered(rows.top) + 1),
+        _pair(number, 0),
+        _pair(rows.total, 0),
     )
 
 
@@ -322,18 +351,12 @@ def _narrower(
     """Halves the bracket of some rows."""
     middle = _near_kth(top_k, old)
     above = rows.logits >= _number(middle, rows.logits.dtype)
-    number = jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
+    number = _count(above, rows.total.dtype)
     sums = _block_sums(jnp.where(above, rows.weights, 0))
     mass = jnp.sum(sums, axis=1, keepdims=True)
-    up, down = wanted & (number >= top_k), wanted & (number <= top_k)
-    return Bracket(
-        jnp.where(up, middle, old.low),
-        jnp.where(down, middle, old.high),
-        jnp.where(up, number, old.number_low),
-        jnp.where(down, number, old.number_high),
-        jnp.where(up, mass, old.mass_low),
-        jnp.where(down, mass, old.mass_high),
-    )
+    is_new = wanted & _pair(number >= top_k, number <= top_k)
+    new = Bracket(middle, number, mass)
+    return Bracket(*(jnp.where(is_new, *pair) for pair in zip(new, old, strict=True)))
 
 
 def _near_kth(top_k: jax.Array, bracket: Bracket) -> jax.Array:
@@ -341,14 +364,14 @@ def _near_kth(top_k: jax.Array, bracket: Bracket) -> jax.Array:
 
     Most classes of a bracket lie near its low end.
     """
-    surplus = bracket.number_low - top_k
-    between = bracket.number_low - bracket.number_high
+    low, high = _columns(bracket.ends)
+    number_low, number_high = _columns(bracket.numbers)
+    surplus, between = number_low - top_k, number_low - number_high
     shift = jnp.where(
         surplus < between // 16, 4, jnp.where(surplus < between // 4, 2, 1)
     )
-    shift = shift.astype(bracket.low.dtype)
-    step = (bracket.high >> shift) - (bracket.low >> shift)
-    return bracket.low + jnp.maximum(step, 1)
+    shift = shift.astype(low.dtype)
+    return low + jnp.maximum((high >> shift) - (low >> shift), 1)
 
 
 def _limits(
@@ -358,25 +381,36 @@ def _limits(
 
     They are equal where only equal classes are left between the ends of the bracket.
     """
-    lowest = _number(bracket.low, rows.logits.dtype)
+    (low, high), (number_low, number_high), (mass_low, mass_high) = map(
+        _columns, bracket
+    )
+    lowest = _number(low, rows.logits.dtype)
     weight = jnp.exp(divide_by_temperature(lowest, finite_peak(rows.top), tau))
-    few = bracket.number_low <= top_k
+    few = number_low <= top_k
     # Of the classes between the ends the first weigh no less than their part of them,
     # and each of the last no less than the lowest.
-    between = jnp.maximum(bracket.number_low - bracket.number_high, 1)
     missing, between, surplus = (
         number.astype(weight.dtype)
         for number in (
-            top_k - bracket.number_high,
-            between,
-            bracket.number_low - top_k,
+            top_k - number_high,
+            jnp.maximum(number_low - number_high, 1),
+            number_low - top_k,
         )
     )
-    part = (bracket.mass_low - bracket.mass_high) * missing / between
-    least = jnp.where(few, bracket.mass_low, bracket.mass_high + part)
-    most = bracket.mass_low - surplus * weight
-    closed = few | (bracket.high <= bracket.low + 1)
-    return least, jnp.where(closed, least, most)
+    part = (mass_low - mass_high) * missing / between
+    least = jnp.where(few, mass_low, mass_high + part)
+    closed = few | (high <= low + 1)
+    return least, jnp.where(closed, least, mass_low - surplus * weight)
+
+
+def _pair(low: jax.Array, high: ArrayLike) -> jax.Array:
+    """Returns two columns [R, 1] beside each other, [R, 2]."""
+    return jnp.where(lax.broadcasted_iota(jnp.int32, (1, 2), 1) == 0, low, high)
+
+
+def _columns(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the two columns of an array [R, 2], [R, 1] each."""
+    return pair[:, :1], pair[:, 1:]
 
 
 def _before(
@@ -399,6 +433,16 @@ def _block_sums(weights: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
+def _count(kept: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns how many classes there are, [R, 1] int32.
+
+    Blocks are counted in the dtype of their sums, as a CPU reduces both without a
+    program of its own; integers, which it adds in two, are exact for all of them.
+    """
+    number = _block_sums(kept.astype(dtype)).astype(jnp.int32)
+    return jnp.sum(number, axis=1, keepdims=True, dtype=jnp.int32)
+
+
 def _ordered(x: jax.Array) -> jax.Array:
     """Returns integers in the order of floating-point numbers, without NaN."""
     kind = jnp.dtype(jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
@@ -412,8 +456,3 @@ def _number(key: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the floating-point numbers of such integers."""
     largest = key.dtype.type(jnp.iinfo(key.dtype).max)
     return lax.bitcast_convert_type(jnp.where(key < 0, key ^ largest, key), dtype)
-
-
-def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Returns the mean of integers, rounded down, without an overflow."""
-    return (low & high) + ((low ^ high) >> 1)

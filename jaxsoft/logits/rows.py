@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft.logits.arguments import check_temperature, check_where
 
-__all__ = ["Rows", "in_tiles", "to_rows"]
+__all__ = ["Rows", "in_tiles", "tile_rows", "to_rows"]
 
 Arrays = TypeVar("Arrays")
 Result = TypeVar("Result")
@@ -89,15 +89,21 @@ def to_rows(
     )
 
 
+def tile_rows(num_classes: int, least_rows: int = 1, numbers: int = _TILE) -> int:
+    """Returns the rows of a tile.
+
+    Args:
+      num_classes: V, or how many numbers there are of a row.
+      least_rows: the least rows of a tile, however many classes there are.
+      numbers: how many the others have at most; those of the default fit into cache.
+    """
+    return max(least_rows, numbers // max(num_classes, 1))
+
+
 def in_tiles(
-    function: Callable[[Arrays], Result],
-    arrays: Arrays,
-    num_rows: int,
-    num_classes: int,
-    least_rows: int = 1,
-    tile: int = _TILE,
+    function: Callable[[Arrays], Result], arrays: Arrays, num_rows: int, size: int
 ) -> Result:
-    """Computes a function of rows, a tile of rows at a time that fits into cache.
+    """Computes a function of rows, a tile of rows at a time.
 
     The last tile starts earlier where it would stick out: its first rows are computed
     twice.
@@ -107,14 +113,11 @@ def in_tiles(
         with as many.
       arrays: a pytree of arrays with R rows, or with one that serves all.
       num_rows: R.
-      num_classes: V.
-      least_rows: the least rows of a tile, however many classes there are.
-      tile: how many numbers of an array it has at most, where its rows are not fewer.
+      size: the rows of a tile, see `tile_rows`.
 
     Returns:
       What the function gives for all rows.
     """
-    size = max(least_rows, tile // max(num_classes, 1))
     if num_rows <= size:
         return function(arrays)
 
@@ -124,6 +127,8 @@ def in_tiles(
             arrays,
         )
 
+    # Compiled by itself it is traced once, for its shapes and for the loop.
+    function = jax.jit(function, inline=True)
     shapes = jax.eval_shape(function, jax.eval_shape(part, 0))
     empty = jax.tree.map(lambda s: jnp.zeros((num_rows, *s.shape[1:]), s.dtype), shapes)
 

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
 from jaxsoft.logits import filters, groups, rejection
-from jaxsoft.logits.rows import Rows, in_tiles, to_rows
+from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 
 __all__ = ["draw_rows", "sample"]
 
@@ -207,20 +207,25 @@ def draw_rows(
         some, ids = groups.first_groups(rows, first, size)
         rows = Rows(some, rows.tau, None)
         place = draw_rows(static_tau, words, rows, chosen)
-        found = jnp.take_along_axis(ids, jnp.maximum(place, 0)[:, None], axis=1)[:, 0]
-        return jnp.where(place < 0, -1, found)
-    draw = functools.partial(_draw_of_few, static_tau)
-    if not few:
-        draw = functools.partial(_draw_of_many, static_tau, first)
+        at = jnp.maximum(place, 0)[:, None]
+        *_, take = block_sampling.columns(at, 1, ids.shape[1])
+        return jnp.where(place < 0, -1, take(ids)[:, 0])
     arrays = (words, rows, chosen)
-    row_size = classes * classes if few and not keeps_all else classes
-
-    def tiled(arrays):
-        # Of few classes all pairs are looked at, of many several passes over a row are
-        # made: in cache, and a row for each of a few cores.
-        return in_tiles(draw, arrays, count, row_size, least_rows=4)
-
-    return lax.platform_dependent(arrays, cpu=tiled, default=draw)
+    if few:
+        draw = tiled = functools.partial(_draw_of_few, static_tau)
+    else:
+        draw, tiled = (
+            functools.partial(_draw_of_many, static_tau, first, fill)
+            for fill in (False, True)
+        )
+    # Of few classes all pairs are looked at, of many several passes over a row are
+    # made: in cache, and a row for each of a few cores.
+    size = tile_rows(classes * classes if few and not keeps_all else classes, 4)
+    if count <= size:
+        return draw(arrays)
+    return lax.platform_dependent(
+        arrays, cpu=lambda arrays: in_tiles(tiled, arrays, count, size), default=draw
+    )
 
 
 def _draw_of_few(
@@ -241,11 +246,15 @@ def _draw_of_few(
 def _draw_of_many(
     static_tau: float | None,
     first: int | None,
+    fill: bool,
     arrays: tuple[jax.Array, Rows, filters.Filters],
 ) -> jax.Array:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
-    return rejection.draw(words, _numbers(rows), tau, chosen, first)
+    x = _numbers(rows)
+    # A tile is copied anyway: its last block may as well be whole.
+    x = rejection.whole_blocks(x) if fill else x
+    return rejection.draw(words, x, tau, chosen, first)
 
 
 def _numbers(rows: Rows) -> jax.Array:
