@@ -243,7 +243,7 @@ def draw(
         blocks = first_block + lax.iota(jnp.int32, blocks)
     drawn, at = bits(words, blocks, zero, dtype)
     best = _best_block(_parts(logits, block, where, dtype), tau, drawn, zero)
-    inside = _inside(logits, where, tau, at, block, best.number, best.peak)
+    inside = _inside(logits, where, tau, at, block, best)
     class_id = first_block * block + inside
     return Drawn(
         best.max[:, 0], best.score, jnp.where(best.score == -jnp.inf, -1, class_id)
@@ -255,13 +255,15 @@ class _Best(NamedTuple):
 
     Attributes:
       number: [R, 1] int32, counted from the first block.
-      peak: [R, 1] its largest logit.
+      peak: [R, 1] what its exponentials are centred on.
+      sum: [R, 1] of them.
       max: [R, 1] the largest logit of all blocks.
       score: [R] of the block.
     """
 
     number: jax.Array
     peak: jax.Array
+    sum: jax.Array
     max: jax.Array
     score: jax.Array
 
@@ -279,18 +281,19 @@ def _best_block(
     perturbed += divide_by_temperature(tops, finite_peak(largest), tau)
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
     *_, take = columns(best, 1, tops.shape[1])
-    return _Best(best, take(tops), largest, maximum_or_nan(perturbed, axis=1))
+    best_score = maximum_or_nan(perturbed, axis=1)
+    return _Best(best, take(tops), take(sums), largest, best_score)
 
 
-def _inside(logits, where, tau, at: Place, block, number, peak) -> jax.Array:
-    """Returns which class of its block each row draws, [R]."""
-    ids, kept, take = columns(number, block, logits.shape[1])
-    chosen = take(logits).astype(peak.dtype)
+def _inside(logits, where, tau, at: Place, block, best: _Best) -> jax.Array:
+    """Returns which class of its best block each row draws, [R]."""
+    ids, kept, take = columns(best.number, block, logits.shape[1])
+    chosen = take(logits).astype(best.sum.dtype)
     if where is not None:
         kept &= take(jnp.broadcast_to(where, logits.shape))
     chosen = jnp.where(kept, chosen, -jnp.inf)
-    weights = at.order(exponentials(chosen, peak, tau))
-    found = invert(weights, at.share * jnp.sum(weights, axis=1))
+    weights = at.order(exponentials(chosen, best.peak, tau))
+    found = invert(weights, at.share * best.sum[:, 0])
     return ids[:, 0] + at.column(found, ids.shape[1])
 
 
@@ -342,7 +345,9 @@ def draw_row(
     drawn, at = bits(words, sums.shape[1], zero, dtype)
     number = jnp.argmax(scores(sums, drawn, zero), axis=1, keepdims=True)
     number = number.astype(jnp.int32)
-    class_id = _inside(logits, where, tau, at, block, number, peak)
+    *_, take = columns(number, 1, sums.shape[1])
+    best = _Best(number, peak, take(sums), peak, total)
+    class_id = _inside(logits, where, tau, at, block, best)
     return jnp.where(lost, -1, class_id)
 
 
