@@ -117,9 +117,9 @@ def mean_gap(
     def in_parts(arrays):
         rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), arrays)
         of_rows = functools.partial(sums, 1)
-        return in_tiles(
-            of_rows, rows, total.size, tile_rows(e.shape[axis])
-        ).reshape(total.shape)
+        return in_tiles(of_rows, rows, total.size, tile_rows(e.shape[axis])).reshape(
+            total.shape
+        )
 
     at_once = functools.partial(sums, axis)
     if axis != e.ndim - 1 or e.size <= _MANY:
