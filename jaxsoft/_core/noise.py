@@ -119,20 +119,29 @@ def _encrypt(
     rounds = _ROUNDS["threefry"]
 
     pair = _threefry([keys[:, i, None] for i in range(2)], counters, rounds)
-    return lax.platform_dependent(*pair, cpu=_stored, default=lambda *pair: pair)
+    return lax.platform_dependent(
+        *pair,
+        cpu=lambda *pair: lax.optimization_barrier(pair),
+        default=lambda *pair: pair,
+    )
 
 
 def _stored(*words: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the same words, each computed once.
+    """Returns the same few words, computed once however often they are used.
 
     XLA for CPUs would compute a cipher again wherever a part of it is used, and JAX
-    0.10 leaves barriers out there. It never repeats a reduction.
+    0.10 leaves barriers out there. It never repeats a reduction, but computes what it
+    reduces twice here.
     """
-    is_word = lax.iota(jnp.int32, 2) == 0
-    return tuple(
-        lax.reduce_or(jnp.where(is_word, word[..., None], 0), [word.ndim])
-        for word in words
-    )
+
+    def reduced(*words):
+        is_word = lax.iota(jnp.int32, 2) == 0
+        return tuple(
+            lax.reduce_or(jnp.where(is_word, word[..., None], 0), [word.ndim])
+            for word in words
+        )
+
+    return lax.platform_dependent(*words, cpu=reduced, default=lambda *words: words)
 
 
 def _threefry(
@@ -243,7 +252,7 @@ def uniform(
     Returns:
       The distances, [R], in (0, 1/2]; and whether they are from 1, [R].
     """
-    bits, _ = _encrypt(words, *_of_row(attempt))
+    bits, _ = _stored(*_encrypt(words, *_of_row(attempt)))
     return _from_an_end(bits[:, 0], jnp.dtype(dtype))
 
 
@@ -283,10 +292,13 @@ def block_gumbel(
         counters, word = _paired_counters(blocks)
     flat = counters.reshape(-1)
     row_stream, row_counter = _of_row(attempt)
-    pair = _encrypt(
-        words,
-        jnp.concatenate([jnp.full_like(flat, BLOCKS + _ATTEMPT * attempt), row_stream]),
-        jnp.concatenate([flat, row_counter]),
+    stream = jnp.full_like(flat, BLOCKS + _ATTEMPT * attempt)
+    pair = _stored(
+        *_encrypt(
+            words,
+            jnp.concatenate([stream, row_stream]),
+            jnp.concatenate([flat, row_counter]),
+        )
     )
     place = _from_an_end(pair[0][:, -1], dtype)
     first, second = (a[:, :-1].reshape(-1, *counters.shape) for a in pair)
