@@ -77,6 +77,12 @@ def _log_prob_at(hidden: Any, kernel: Any, ids: Any) -> jax.Array:
     return jnp.take_along_axis(log_p, ids, axis=-1)
 
 
+def _kept_log_prob_at(hidden: Any, kernel: Any, ids: Any) -> tuple[Any, Any]:
+    picked = jnp.take_along_axis(_logits(hidden, kernel), ids, axis=-1)
+    log_p = jax.nn.log_softmax(picked)
+    return log_p, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
 def _top_k(hidden: Any, kernel: Any) -> tuple[jax.Array, jax.Array]:
     x = _logits(hidden, kernel)
     best, ids = jax.lax.top_k(x, _BEST)
@@ -194,6 +200,17 @@ _CASES = (
         f"{_CANDIDATES} classes",
         jaxsoft.linear_log_prob_at,
         _log_prob_at,
+        "hidden kernel candidates",
+        "hidden kernel",
+        at=_FEWER,
+    ),
+    Case(
+        "linear_log_prob_at",
+        f"among {_CANDIDATES} classes",
+        lambda hidden, kernel, ids: jaxsoft.linear_log_prob_at(
+            hidden, kernel, ids, normalize=True
+        ),
+        _kept_log_prob_at,
         "hidden kernel candidates",
         "hidden kernel",
         at=_FEWER,

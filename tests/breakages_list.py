@@ -407,6 +407,22 @@ _LINEAR = (
         tests=("tests/linear/test_plan_laws.py",),
     ),
     Breakage(
+        "kept-classes-tempered-by-the-best-of-all",
+        kind="temperature applied twice",
+        file="jaxsoft/linear/log_probs.py",
+        before="temperature=1.0 if normalize else tau,",
+        after="temperature=tau,",
+        tests=("tests/linear/test_log_probs.py",),
+    ),
+    Breakage(
+        "padding-among-kept-classes",
+        kind="ignored mask",
+        file="jaxsoft/linear/log_probs.py",
+        before="where = None if id_weight is None else id_weight != 0",
+        after="where = None",
+        tests=("tests/linear/test_log_probs.py",),
+    ),
+    Breakage(
         "tile-of-a-scaled-gradient-not-its-last",
         kind="off-by-one block",
         file="jaxsoft/linear/total.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -17,6 +19,7 @@ from jaxsoft._core.tokens import (
 )
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, check_ids, prepare
 from jaxsoft.linear.folds.statistics import statistics
+from jaxsoft.logits.softmax import entropy, log_softmax
 
 __all__ = ["linear_log_prob", "linear_log_prob_at"]
 
@@ -151,17 +154,22 @@ def linear_log_prob_at(
     class_mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     ignore_label: int | None = None,
+    normalize: bool = False,
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Any:
     """Log-probabilities of K classes for each token of a softmax layer.
 
     As `linear_log_prob`, for K classes a token in one stream: the candidates of a
     speculative decoder, the answers of a multiple choice, a teacher's best classes.
+
+    With `normalize` they are those of the softmax over these classes alone,
+    `log p_k = u_k / τ - log Σ_j exp(u_j / τ)`, the sum over the K classes: the policy
+    under the filters that its sampler drew by, which sampling replay needs.
 
     Args:
       hidden: [..., H] floating.
@@ -175,7 +183,10 @@ def linear_log_prob_at(
         are multiplied by; a token of weight 0 has log-probabilities 0, and gradients
         of 0, whatever its ids and hidden state, NaN included.
       ignore_label: an id whose log-probability is 0, such as -100 where a token has
-        fewer than K classes; a token that has no other has weight 0. None ignores none.
+        fewer than K classes; a token that has no other has weight 0. None ignores none,
+        or -1 with `normalize`.
+      normalize: whether the K classes of a token share all of its probability. A class
+        that is listed twice counts twice.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
@@ -187,7 +198,8 @@ def linear_log_prob_at(
 
     Returns:
       [..., K] float32 (float64 if an input is), at most 0; NaN for an id outside
-      [0, V), -inf for a dropped class.
+      [0, V), -inf for a dropped class. With `normalize` a pair of these and the entropy
+      of the K classes, [...] in [0, log K]; an id outside [0, V) makes a token's NaN.
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -207,11 +219,21 @@ def linear_log_prob_at(
       >>> print(np.asarray(log_probs).round(4))
       [[-0.4076 -2.4076]]
 
+      The ratio of GRPO where the sampler kept some classes of each token: the drawn one
+      comes first, and -1 fills up.
+
+      >>> kept = jnp.array([[2, 1, -1]])
+      >>> log_probs, entropy = linear_log_prob_at(hidden, kernel, kept, normalize=True)
+      >>> print(np.asarray(log_probs).round(4), np.asarray(entropy).round(4))
+      [[-0.3133 -1.3133  0.    ]] [0.5822]
+
     References:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
       arXiv:2411.09009.
     """
     mesh_axes.check_token_axes(token_axes, vocab_axis)
+    if normalize and ignore_label is None:
+        ignore_label = -1
     hidden = checks.floating("hidden", hidden)
     ids = check_ids("class_ids", class_ids, hidden.shape[:-1])
     token_weight = token_weights(hidden.shape[:-1], weights)
@@ -223,13 +245,15 @@ def linear_log_prob_at(
         )
     hidden = keep_tokens(token_weight, hidden)
     ids = keep_tokens(id_weight, keep_tokens(token_weight, ids))
+    tau = keep_temperature(token_weight, temperature)
     call = prepare(
         "linear_log_prob_at",
         hidden,
         kernel,
         class_ids=ids,
         bias=bias,
-        temperature=keep_temperature(token_weight, temperature),
+        # A class far below the best one of all may be the best of its K at any τ.
+        temperature=1.0 if normalize else tau,
         logit_softcap=logit_softcap,
         class_mask=class_mask,
         kernel_layout=kernel_layout,
@@ -240,5 +264,11 @@ def linear_log_prob_at(
     )
     of_tokens = statistics(call)
     assert of_tokens.label is not None
+    if normalize:
+        where = None if id_weight is None else id_weight != 0
+        among = {"temperature": tau, "where": where}
+        log_probs = weigh_tokens(id_weight, log_softmax(of_tokens.label, **among))
+        entropies = entropy(of_tokens.label, **among)
+        return tuple(weigh_tokens(token_weight, x) for x in (log_probs, entropies))
     log_probs = of_tokens.label - jnp.expand_dims(of_tokens.log_sum, -1)
     return weigh_tokens(token_weight, weigh_tokens(id_weight, log_probs))

@@ -158,7 +158,8 @@ class LinearMethods(nnx.Module):
         class_mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         ignore_label: int | None = None,
-    ) -> jax.Array:
+        normalize: bool = False,
+    ) -> Any:
         """Log-probabilities of K classes for each token, without stored logits.
 
         Args:
@@ -168,9 +169,11 @@ class LinearMethods(nnx.Module):
           class_mask: [V] booleans; False drops a class.
           weights: [...] booleans or reals, one weight a token, as in `log_prob`.
           ignore_label: an id whose log-probability is 0.
+          normalize: whether the K classes of a token share all of its probability.
 
         Returns:
-          [..., K] float32 (float64 if an input is), as `jaxsoft.linear_log_prob_at`.
+          [..., K] float32 (float64 if an input is), and with `normalize` the entropy
+          [...] beside it, as `jaxsoft.linear_log_prob_at`.
         """
         return self.call(
             linear_log_prob_at,
@@ -180,6 +183,7 @@ class LinearMethods(nnx.Module):
             class_mask=class_mask,
             weights=weights,
             ignore_label=ignore_label,
+            normalize=normalize,
         )
 
     def statistics(

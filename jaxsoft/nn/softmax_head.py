@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxsoft._core import checks
 from jaxsoft._core.registry import Implementation
 from jaxsoft.linear import reference
-from jaxsoft.linear.arguments import MeshAxes, prepare
+from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.nn import arguments, calling
 from jaxsoft.nn.linear_methods import LinearMethods
 
@@ -39,11 +39,13 @@ class SoftmaxHead(LinearMethods):
     one shard's, `vocab_axis` and `token_axes` name the axes in place of that.
 
     Attributes:
-      kernel: the parameter [H, V], or None with a tied embedding.
+      kernel: the parameter [H, V], [V, H] with `kernel_layout="vh"`, or None with a
+        tied embedding.
       bias: the parameter [V], or None.
       embedding: the tied embedding, whose table [V, H] serves as the kernel in place;
         or None.
       tied: whether the kernel is that of an embedding.
+      kernel_layout: "hv" or "vh", always "vh" with a tied embedding.
       temperature: τ, where a method is not given another.
 
     Args:
@@ -56,16 +58,20 @@ class SoftmaxHead(LinearMethods):
         refuses; see `tied`.
       tied: True makes a head without a kernel or an embedding, which `tied_to` gives
         it for a call: models in Flax's tree mode are tied so.
+      kernel_layout: "vh" keeps the kernel as [V, H], so that the weight of a Hugging
+        Face `lm_head` or of an `equinox.nn.Linear` is the parameter as it is: see the
+        example. An embedding has that layout whatever is said.
       temperature: τ in [0, ∞], a Python float or an array, both constants and no
         parameters; or a module that gives it, such as `LearnableTemperature`.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None.
       dtype: dtype of hidden states and kernel in matrix products; None takes theirs.
       param_dtype: dtype of new parameters.
       precision: of the matrix products, as in `jnp.matmul`.
-      kernel_init: initialiser of the kernel, of shape (H, V).
+      kernel_init: initialiser of the kernel, of shape (H, V), which "vh" transposes.
       bias_init: initialiser of the bias.
       kernel_metadata: metadata of the kernel's `nnx.Param`, as in `nnx.Linear`:
-        `{"out_sharding": (None, "vocab")}` shards the classes over that mesh axis.
+        `{"out_sharding": (None, "vocab")}` shards the classes over that mesh axis, in
+        the layout "vh" ("vocab", None).
         Flax places the new parameter at once, and needs `jax.set_mesh` for it, unless
         `"eager_sharding": False` is there too.
       bias_metadata: metadata of the bias's `nnx.Param`.
@@ -129,6 +135,14 @@ class SoftmaxHead(LinearMethods):
       >>> print(gradients["kernel"].shape)
       (16, 1000)
 
+      The weight [V, H] of a model that was made elsewhere, in place:
+
+      >>> weight = jnp.zeros((1000, 16))
+      >>> head = SoftmaxHead(16, 1000, kernel_layout="vh", rngs=nnx.Rngs(0))
+      >>> head.kernel[...] = weight
+      >>> print(f"{head.loss(hidden, labels):.4f}")
+      6.9078
+
       A tied head in Flax's tree mode, where no part of a model may be in two places:
 
       >>> class Model(nnx.Module):
@@ -177,6 +191,7 @@ class SoftmaxHead(LinearMethods):
         use_bias: bool = False,
         embedding: nnx.Embed | None = None,
         tied: bool = False,
+        kernel_layout: KernelLayout = "hv",
         temperature: arguments.Temperature = 1.0,
         logit_softcap: float | None = None,
         dtype: DTypeLike | None = None,
@@ -201,6 +216,8 @@ class SoftmaxHead(LinearMethods):
                 "`embedding` must be None with tied=True, and be given to `tied_to`."
             )
         self.tied = tied or embedding is not None
+        checks.one_of("kernel_layout", kernel_layout, ("hv", "vh"))
+        self.kernel_layout: KernelLayout = "vh" if self.tied else kernel_layout
         if self.tied and kernel_metadata:
             raise ValueError(
                 "`kernel_metadata` must be empty with a tied embedding, got "
@@ -211,9 +228,13 @@ class SoftmaxHead(LinearMethods):
             key = arguments.stream(rngs).params()
             return nnx.Param(init(key, shape, param_dtype), **metadata)
 
+        def kernel(key, shape, dtype):
+            made = kernel_init(key, shape, dtype)
+            return made.T if self.kernel_layout == "vh" else made
+
         # One assignment each: Flax fixes an attribute's kind by its first value.
         self.kernel = (
-            None if self.tied else parameter(kernel_init, shape[::-1], kernel_metadata)
+            None if self.tied else parameter(kernel, shape[::-1], kernel_metadata)
         )
         self.embedding: nnx.Embed | None = embedding if not tied else nnx.data(None)
         if embedding is not None:
@@ -310,7 +331,7 @@ class SoftmaxHead(LinearMethods):
             "bias": None if self.bias is None else self.bias[...],
             "temperature": arguments.current(self.temperature, None),
             "logit_softcap": self.logit_softcap,
-            "kernel_layout": "vh" if self.tied else "hv",
+            "kernel_layout": self.kernel_layout,
             "precision": self.precision,
             "vocab_axis": self.vocab_axis,
             "token_axes": self.token_axes,
@@ -337,6 +358,7 @@ _PARTS = (
     "in_features",
     "num_classes",
     "tied",
+    "kernel_layout",
     "kernel",
     "bias",
     "temperature",

@@ -1,5 +1,7 @@
 """Log-probabilities of given classes and entropies, against float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +94,131 @@ def test_classes_and_gradients_against_autodiff(layout, x64):
     np.testing.assert_allclose(value, exact, rtol=1e-12)
     for a, b in zip(grads, exact_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def of_kept(u, ids, tau):
+    """Returns log-probabilities among the listed classes, and the entropy, in float64.
+
+    They are 0 where an id is -1.
+    """
+    picked = np.take_along_axis(np.asarray(u, np.float64), np.maximum(ids, 0), 1)
+    log_probs = truth.log_softmax(picked, tau, ids >= 0)
+    return np.where(ids < 0, 0, log_probs), truth.entropy(picked, tau, ids >= 0)
+
+
+@jax.jit
+def plain_kept(hidden, kernel, ids, tau):
+    """Returns the same by the plain formula."""
+    logits = hidden.astype("float32") @ kernel.astype("float32")
+    picked = jnp.take_along_axis(logits, jnp.maximum(ids, 0), 1)
+    log_p = jax.nn.log_softmax(jnp.where(ids < 0, -jnp.inf, picked) / tau)
+    return jnp.where(ids < 0, 0, log_p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.many_cases
+def test_values_among_kept_classes(kind, dtype):
+    """They are far below the best class of all, which is none of them."""
+    hidden, kernel, _ = cases.layer(ROWS, FEATURES, CLASSES, kind, dtype)
+    u = logits_of(hidden, kernel)
+    ids = np.argsort(u, axis=1)[:, [0, 7, 3, 7, 11]].astype("int32")
+    ids[0, 2:], ids[1, 0], ids[2, :4] = -1, -1, -1
+    for tau in (0.0, 1e-3, 0.7, 30.0, float("inf")):
+        log_probs, entropy = linear_log_prob_at(
+            hidden, kernel, ids, temperature=tau, normalize=True, workspace_bytes=TILE
+        )
+        exact, exact_entropy = of_kept(u, ids, min(max(tau, 1e-30), 1e30))
+        if 0 < tau < float("inf"):
+            plain = plain_kept(hidden, kernel, ids, tau)
+            # At an offset the rounding of the products themselves is all there is.
+            slack = 1e-3 if kind == "offset" else 2e-6
+            truth.assert_as_good(log_probs, plain, exact, slack=slack)
+        np.testing.assert_array_equal(np.asarray(log_probs)[ids < 0], 0)
+        assert (np.asarray(log_probs) <= 0).all() and (np.asarray(entropy) >= 0).all()
+        sums = np.where(ids < 0, 0, np.exp(log_probs)).sum(1)
+        np.testing.assert_allclose(sums, 1, rtol=3e-6)
+        if tau in (0, float("inf")):
+            np.testing.assert_allclose(np.exp(log_probs), np.exp(exact), rtol=1e-6)
+            np.testing.assert_allclose(entropy, exact_entropy, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["hv", "vh"])
+def test_gradients_among_kept_classes(layout, x64):
+    hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype="float64")
+    labels = np.asarray(labels)
+    ids = np.stack([labels, (labels * 3 + 1) % CLASSES, labels // 2], -1)
+    ids[:, 1] = np.where(np.arange(ROWS) % 3 == 0, -1, ids[:, 1])
+    bias = np.linspace(-1, 1, CLASSES)
+    tau = np.linspace(0.4, 2, ROWS)
+    weights = 1 + np.cos(np.arange(1.0 * ROWS))
+    factors = np.cos(np.arange(3.0 * ROWS)).reshape(ROWS, 3)
+
+    def ours(hidden, kernel, bias, tau):
+        log_probs, entropy = linear_log_prob_at(
+            hidden,
+            kernel if layout == "hv" else kernel.T,
+            ids,
+            bias=bias,
+            temperature=tau,
+            logit_softcap=0.9,
+            weights=weights,
+            normalize=True,
+            kernel_layout=layout,
+            workspace_bytes=TILE,
+        )
+        return (log_probs * factors).sum() + (entropy**2).sum()
+
+    def plain(hidden, kernel, bias, tau):
+        u = 0.9 * jnp.tanh((hidden @ kernel + bias[None]) / 0.9)
+        picked = jnp.take_along_axis(u, np.maximum(ids, 0), 1) / tau[:, None]
+        log_p = jax.nn.log_softmax(jnp.where(ids < 0, -1e30, picked))
+        log_p = jnp.where(ids < 0, 0, log_p)
+        entropy = -jnp.where(ids < 0, 0, jnp.exp(log_p) * log_p).sum(1)
+        log_p, entropy = log_p * weights[:, None], entropy * weights
+        return (log_p * factors).sum() + (entropy**2).sum()
+
+    @jax.jit
+    def both(*args):
+        return [jax.value_and_grad(f, range(4))(*args) for f in (ours, plain)]
+
+    (value, grads), (exact, exact_grads) = both(hidden, kernel, bias, tau)
+    np.testing.assert_allclose(value, exact, rtol=1e-12)
+    for a, b in zip(grads, exact_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_kept_classes_that_are_dropped_bad_or_none():
+    hidden, kernel, _ = cases.layer(4, FEATURES, 300)
+    hidden = np.array(hidden)
+    hidden[3] = np.nan
+    ids = np.asarray([[7, 8, -1], [5, 300, 6], [-1, -1, -1], [1, 2, 3]], "int32")
+    options: Any = {"class_mask": np.arange(300) != 7, "weights": [1.0, 1.0, 1.0, 0.0]}
+
+    @jax.jit
+    def values_and_gradient(hidden):
+        def total(hidden):
+            out = linear_log_prob_at(hidden, kernel, ids, normalize=True, **options)
+            return sum(jnp.where(jnp.isfinite(x), x, 0).sum() for x in out), out
+
+        gradient, out = jax.grad(total, has_aux=True)(hidden)
+        return *out, gradient
+
+    log_probs, entropy, gradient = values_and_gradient(hidden)
+    none = [0.0, 0.0, 0.0]
+    np.testing.assert_array_equal(
+        log_probs, [[-np.inf, 0, 0], [np.nan] * 3, none, none]
+    )
+    np.testing.assert_array_equal(entropy, [0, np.nan, 0, 0])
+    np.testing.assert_array_equal(np.asarray(gradient)[2:], 0)
+    as_given = linear_log_prob_at(
+        hidden[:1],
+        kernel,
+        np.asarray([[7, 8, -100]]),
+        normalize=True,
+        ignore_label=-100,
+    )
+    np.testing.assert_array_equal(np.isnan(as_given[0]), False)
 
 
 def test_per_token_temperature_of_log_prob_and_entropy(x64):

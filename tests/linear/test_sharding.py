@@ -92,6 +92,14 @@ def log_prob_at(a, wrap=plain, **mesh):
     return f(a["hidden"], a["kernel"], ids, **options, **mesh)
 
 
+def kept_log_prob_at(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_log_prob_at)
+    ids = jnp.stack([a["labels"], -jnp.ones_like(a["labels"]), a["labels"] // 2], -1)
+    options = shared(a, "weights")
+    del options["class_mask"]
+    return f(a["hidden"], a["kernel"], ids, normalize=True, **options, **mesh)
+
+
 def statistics(a, wrap=plain, **mesh):
     f = wrap(jaxsoft.linear_statistics)
     out = f(
@@ -155,6 +163,7 @@ CALLS = {
         softcap,
         log_prob,
         log_prob_at,
+        kept_log_prob_at,
         statistics,
         sample,
         top_k,

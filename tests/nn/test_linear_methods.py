@@ -41,20 +41,37 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
+KINDS = ("hv", "vh", "tied")
+
+
 def _head(**options):
     options = {"rngs": nnx.Rngs(0), "use_bias": True} | options
     options.setdefault("bias_init", nnx.initializers.normal(1.0))
     return SoftmaxHead(H, V, **options)
 
 
-def _tied(tied, **options):
-    embedding = nnx.Embed(V, H, rngs=nnx.Rngs(1)) if tied else None
-    return _head(embedding=embedding, **options)
+def _of_kind(kind, **options):
+    """Returns a head whose kernel is [H, V], [V, H], or that of an embedding."""
+    if kind == "tied":
+        return _head(embedding=nnx.Embed(V, H, rngs=nnx.Rngs(1)), **options)
+    return _head(kernel_layout=kind, **options)
 
 
 def _equal(found, expected):
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_kernel_of_either_layout_starts_alike():
+    by_features, by_classes = heads = [_head(kernel_layout=x) for x in KINDS[:2]]
+    assert by_features.kernel is not None and by_classes.kernel is not None
+    assert by_classes.kernel[...].shape == (V, H)
+    _equal(by_classes.kernel[...].T, by_features.kernel[...])
+    losses = [head.loss(HIDDEN, LABELS) for head in heads]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    np.testing.assert_allclose(*(head(HIDDEN) for head in heads), rtol=1e-5)
+    with pytest.raises(ValueError, match="`kernel_layout` must be"):
+        _head(kernel_layout="v")
 
 
 def test_every_function_of_a_layer_is_called():
@@ -63,11 +80,11 @@ def test_every_function_of_a_layer_is_called():
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.many_cases
-def test_call_gives_a_function_all_of_the_head(name, tied):
-    head = _tied(
-        tied,
+def test_call_gives_a_function_all_of_the_head(name, kind):
+    head = _of_kind(
+        kind,
         logit_softcap=0.7,
         temperature=0.6,
         dtype=jnp.bfloat16,
@@ -80,7 +97,7 @@ def test_call_gives_a_function_all_of_the_head(name, tied):
 
     @nnx.jit
     def results(head):
-        param = head.embedding.embedding if tied else head.kernel
+        param = head.embedding.embedding if kind == "tied" else head.kernel
         kernel = param[...].astype("bfloat16")
         place = names.index(f"{prefix}hidden")
         plain = list(arguments)
@@ -89,7 +106,7 @@ def test_call_gives_a_function_all_of_the_head(name, tied):
         own = {
             f"{prefix}bias": head.bias[...],
             f"{prefix}logit_softcap": 0.7,
-            f"{prefix}kernel_layout": "vh" if tied else "hv",
+            f"{prefix}kernel_layout": "hv" if kind == "hv" else "vh",
             "workspace_bytes": 1024,
         }
         if "temperature" in names:
@@ -107,9 +124,9 @@ def test_call_gives_a_function_all_of_the_head(name, tied):
     _equal(hot, hot_expected)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_methods_are_calls_with_names(tied):
-    head = _tied(tied, logit_softcap=0.7, temperature=0.6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_are_calls_with_names(kind):
+    head = _of_kind(kind, logit_softcap=0.7, temperature=0.6)
     teacher = SoftmaxHead(5, V, logit_softcap=2.0, use_bias=True, rngs=nnx.Rngs(2))
     masked: Any = {"class_mask": MASK, "temperature": 0.8}
     weights = np.linspace(0, 1, N, dtype=np.float32)
@@ -124,6 +141,12 @@ def test_methods_are_calls_with_names(tied):
                 head.log_prob_at(HIDDEN, IDS, weights=weights, **masked),
                 head.call(
                     jaxsoft.linear_log_prob_at, HIDDEN, IDS, weights=weights, **masked
+                ),
+            ),
+            (
+                head.log_prob_at(HIDDEN, IDS, normalize=True, **masked),
+                head.call(
+                    jaxsoft.linear_log_prob_at, HIDDEN, IDS, normalize=True, **masked
                 ),
             ),
             (
@@ -198,7 +221,7 @@ def test_a_function_over_a_mesh_and_one_of_ones_own():
     ):
         head.call(no_bias, HIDDEN)
     with pytest.raises(ValueError, match="`kernel_layout` must be 'hv' in a head for"):
-        _tied(True, use_bias=False).call(no_bias, HIDDEN)
+        _of_kind("tied", use_bias=False).call(no_bias, HIDDEN)
     with pytest.raises(ValueError, match="`logit_softcap` must be None in a head for "):
         _head(logit_softcap=2.0).call(
             jaxsoft.sampled_softmax_loss,
@@ -222,7 +245,7 @@ def test_a_function_over_a_mesh_and_one_of_ones_own():
 
 
 def test_logits_of_leading_axes_and_of_the_wrong_width():
-    head = _tied(True, logit_softcap=0.7)
+    head = _of_kind("tied", logit_softcap=0.7)
     logits = nnx.jit(lambda head: head(HIDDEN.reshape(2, 3, H)))(head)
     assert head.embedding is not None and head.bias is not None
     table = np.asarray(head.embedding.embedding[...], np.float64)
