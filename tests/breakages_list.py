@@ -407,6 +407,14 @@ _LINEAR = (
         tests=("tests/linear/test_plan_laws.py",),
     ),
     Breakage(
+        "live-targets-counted-not-weighted",
+        kind="dropped factor",
+        file="jaxsoft/compat.py",
+        before="number = jnp.maximum(jnp.sum(live), 1)",
+        after="number = jnp.maximum(jnp.sum(live != 0), 1)",
+        tests=("tests/test_compat.py",),
+    ),
+    Breakage(
         "kept-classes-tempered-by-the-best-of-all",
         kind="temperature applied twice",
         file="jaxsoft/linear/log_probs.py",

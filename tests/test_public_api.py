@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import jaxsoft
+import jaxsoft.compat
 import jaxsoft.nn
 import jaxsoft.schedules
 
@@ -19,7 +20,7 @@ OPTIONAL = (
     "safetensors",
     "sklearn",
 )  # Flax brings the others
-MODULES = (jaxsoft, jaxsoft.nn, jaxsoft.schedules)
+MODULES = (jaxsoft, jaxsoft.compat, jaxsoft.nn, jaxsoft.schedules)
 PUBLIC = [
     (module.__name__, name)
     for module in MODULES
