@@ -205,10 +205,10 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
             # In the range of float16 a slope is lost before its cotangent scales it.
             reduced=reduced and not has_float16,
             kernel=by_classes,
-            some=self.knows_its_devices(arrays),
+            some=self._knows_its_devices(arrays),
         )
 
-    def knows_its_devices(self, arrays: Any) -> bool:
+    def _knows_its_devices(self, arrays: Arrays) -> bool:
         """Tells whether devices cannot share the classes in a way unknown so far."""
         varies = any(map(mesh_axes.varying_axes, jax.tree.leaves(arrays)))
         known = self.config.shards is not None or bool(self.config.vocab_axes)

@@ -150,11 +150,22 @@ def _by_chunks_backward(fold: Fold, loss: RowLoss, moving: Any, residuals, cotan
             return None
         gradient = next(remaining)
         factor = cotangent.astype(gradient.dtype)
-        if axes[1:] == "v" and fold.knows_its_devices(gradient):
+        if axes[1:] == "v" and not _may_be_shared(fold, gradient):
             return _scaled_columns(gradient, factor, like.dtype)
         return _scaled(gradient, factor, like.dtype)
 
     return jax.tree.map(scaled, moving, like)
+
+
+def _may_be_shared(fold: Fold, gradient: jax.Array) -> bool:
+    """Tells whether devices may share an array outside `jax.shard_map`.
+
+    XLA gathers whatever a loop slices along an axis that they share.
+    """
+    config = fold.config
+    if mesh_axes.varying_axes(gradient) or config.vocab_axes:
+        return False
+    return config.shards is not None or jax.device_count() > 1
 
 
 def _scaled_columns(sums: jax.Array, factor: jax.Array, dtype: DTypeLike) -> jax.Array:
