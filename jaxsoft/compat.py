@@ -9,6 +9,7 @@ jaxsoft imports this module.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, Literal
 
 import jax
@@ -70,10 +71,10 @@ def cross_entropy_with_logits(
     References:
       Roberts et al., Scaling Up Models and Data with t5x and seqio, arXiv:2203.17189.
     """
-    logits, targets = checks.floating("logits", logits), jnp.asarray(targets)
+    logits, targets = checks.floating("logits", logits), _wide(jnp.asarray(targets))
     scale = checks.scalar_in("z_loss", z_loss, 0, float("inf"))
     loss = of_logits.softmax_cross_entropy(logits, targets=targets)
-    z = scale * _wide_logsumexp(logits) ** 2 if scale else jnp.zeros_like(loss)
+    z = _z_loss(scale, logsumexp(_wide(logits)))
     return loss + z, z
 
 
@@ -92,7 +93,7 @@ def axlearn_cross_entropy(
 
     Args:
       logits: [..., V] floating.
-      target_labels: [...] integers; those outside [0, V) do not count.
+      target_labels: [...] integers; those outside [0, V) have no loss.
       live_targets: booleans or numbers that broadcast to the labels, the weight of
         each; None: 1 for labels in [0, V).
       z_loss_scale: weight >= 0 of the squared log-sum-exp.
@@ -144,10 +145,12 @@ def axlearn_cross_entropy(
             weights=counts,
         )
     else:
-        soft = jnp.asarray(soft_target_labels)
+        soft = _wide(jnp.asarray(soft_target_labels))
         ce = of_logits.softmax_cross_entropy(logits, targets=soft, weights=counts)
-    squared = jnp.where(counts, _wide_logsumexp(logits) ** 2, 0)
-    each = ce + checks.scalar_in("z_loss_scale", z_loss_scale, 0, math.inf) * squared
+    scale = checks.scalar_in("z_loss_scale", z_loss_scale, 0, math.inf)
+    kept = jnp.where(counts[..., None], logits, 0)
+    squared = jnp.where(counts, _z_loss(1.0, logsumexp(_wide(kept))), 0)
+    each = ce + scale * squared if scale else ce
     number = jnp.maximum(jnp.sum(live), 1)
 
     def mean(x: jax.Array) -> jax.Array:
@@ -303,8 +306,8 @@ def softmax_cross_entropy(
       logits: the classes on `axis`, floating.
       labels: of the shape of `logits`, non-negative; they need not sum to 1.
       axis: the class axis, or several.
-      where: booleans that broadcast to `logits`, or lack the class axis; False drops a
-        class, or a row. None keeps all.
+      where: booleans of as many axes as `logits`, or without the class axis; False
+        drops a class, or a row. None keeps all.
 
     Returns:
       The losses, without the class axes, float32 (float64 for such logits).
@@ -328,7 +331,7 @@ def softmax_cross_entropy(
     """
     logits = checks.floating("logits", logits)
     targets = jnp.broadcast_to(jnp.asarray(labels), logits.shape)
-    targets = targets.astype(jnp.promote_types(targets.dtype, jnp.float32))
+    targets = _wide(targets)
     (logits, targets), where = _classes_last((logits, targets), where, axis)
     if where is not None:
         targets = jnp.where(where, targets, 0)
@@ -349,8 +352,8 @@ def softmax_cross_entropy_with_integer_labels(
       logits: the classes on `axis`, floating.
       labels: integers in [0, V), of the shape of `logits` without the class axes.
       axis: the class axis; or several, whose classes count along all of them.
-      where: booleans that broadcast to `logits`, or lack the class axis; False drops a
-        class, or a row, whose loss is 0. None keeps all.
+      where: booleans of as many axes as `logits`, or without the class axis; False
+        drops a class, or a row, whose loss is 0. None keeps all.
 
     Returns:
       The losses, of the shape of the labels, float32 (float64 for such logits).
@@ -386,6 +389,7 @@ def torch_cross_entropy(
     input: ArrayLike,
     target: ArrayLike,
     weight: ArrayLike | None = None,
+    *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
@@ -434,7 +438,10 @@ def torch_cross_entropy(
     if weight is not None:
         per_class = checks.floating("weight", weight)
         checks.shape("weight", per_class, logits.shape[-1:], "(V,)")
+        per_class = _wide(per_class)
     if jnp.issubdtype(target.dtype, jnp.floating):
+        checks.shape("target", target, jnp.shape(input), "input.shape")
+        target = _wide(target)
         q = _smoothed(jnp.moveaxis(target, axis, -1), smoothing)
         q = q if per_class is None else q * jnp.broadcast_to(per_class, q.shape)
         losses = of_logits.softmax_cross_entropy(logits, targets=q)
@@ -448,6 +455,7 @@ def torch_cross_entropy(
             reduction=reduction,
         )
     ids = checks.integer("target", target)
+    checks.shape("target", ids, logits.shape[:-1], "input.shape without axis 1")
     counts = ids != ignore_index
     valid = (ids >= 0) & (ids < logits.shape[-1])
     of_label = jnp.where(counts & valid, per_class[jnp.where(valid, ids, 0)], 0)
@@ -461,7 +469,7 @@ def torch_cross_entropy(
     total, divisor = jnp.sum(losses), jnp.sum(of_label)
     if reduction == "sum":
         return total
-    return jnp.where(divisor == 0, 0, total / jnp.where(divisor == 0, 1, divisor))
+    return total / jnp.where(divisor == 0, 1, divisor)
 
 
 def liger_fused_linear_cross_entropy(
@@ -469,6 +477,7 @@ def liger_fused_linear_cross_entropy(
     weight: ArrayLike,
     target: ArrayLike,
     bias: ArrayLike | None = None,
+    *,
     ignore_index: int = -100,
     lse_square_scale: float = 0.0,
     label_smoothing: float = 0.0,
@@ -531,14 +540,21 @@ def liger_fused_linear_cross_entropy(
         input, weight, target, return_statistics=True, **options
     )
     counts = jnp.asarray(target) != ignore_index
-    z = jnp.where(counts, scale * found.lse**2, 0)
+    z = jnp.where(counts, _z_loss(scale, found.lse), 0)
     return loss, reduce_losses(z, counts.astype(z.dtype), reduction)
 
 
-def _wide_logsumexp(logits: jax.Array) -> jax.Array:
-    """Returns the log-sum-exp over the last axis, in the dtype of a loss."""
-    wide = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
-    return logsumexp(logits.astype(wide))
+def _wide(array: jax.Array) -> jax.Array:
+    """Returns an array in the dtype of a loss."""
+    return array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
+
+
+def _z_loss(scale: float, lse: jax.Array) -> jax.Array:
+    """Returns the squared log-sum-exp times a scale; 0 in a row without any class."""
+    if not scale:
+        return jnp.zeros_like(lse)
+    square = jnp.where(jnp.isinf(lse), 0, lse) ** 2
+    return jnp.where(lse == -jnp.inf, 0, jnp.where(lse == jnp.inf, lse, scale * square))
 
 
 def _smoothed(targets: jax.Array, smoothing: float) -> jax.Array:
@@ -554,7 +570,7 @@ def _classes_last(
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """Returns arrays, and a mask or None, with one class axis, the last."""
     number = arrays[0].ndim
-    several = (axis,) if isinstance(axis, int) else tuple(axis)
+    several = axis if isinstance(axis, tuple) else (operator.index(axis),)
     if not all(-number <= each < number for each in several):
         raise ValueError(f"`axis` must be in [-{number}, {number}), got {axis}.")
     several = tuple(each % number for each in several)

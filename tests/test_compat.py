@@ -75,6 +75,9 @@ def test_t5x(z_loss):
     # Targets that sum to something else: a derivative that the host has wrong.
     both(ours, theirs, LOGITS, 2 * TARGETS)
     assert ours(LOGITS.astype("bfloat16"), TARGETS)[0].dtype == jnp.float32
+    # A row without any class has no loss.
+    none = jnp.full((1, V), -jnp.inf)
+    close(ours(none, TARGETS[:1]), (np.zeros(1), np.zeros(1)))
 
 
 @pytest.mark.parametrize("kind", ["labels", "live", "soft"])
@@ -111,6 +114,11 @@ def test_axlearn(kind):
         return compat.axlearn_cross_entropy(logits, labels, **options)
 
     both(ours, theirs, LOGITS)
+    # A row that does not count may hold anything.
+    holds = np.where(np.arange(N)[:, None] == 2, np.nan, LOGITS)
+    close(ours(holds), ours(LOGITS))
+    gradient = jax.grad(lambda x: ours(x)[0])(holds)
+    np.testing.assert_array_equal(gradient[2], 0)
     with pytest.raises(ValueError, match="`label_smoothing` must be 0 with"):
         compat.axlearn_cross_entropy(
             LOGITS, labels, label_smoothing=0.1, soft_target_labels=TARGETS
@@ -268,8 +276,19 @@ def test_labels_that_torch_refuses(weight):
     bad = np.where(np.arange(N) == 2, V, LABELS)
     found = compat.torch_cross_entropy(LOGITS, bad, weight, reduction="none")
     np.testing.assert_array_equal(np.isnan(found), np.arange(N) == 2)
+    assert np.isnan(compat.torch_cross_entropy(LOGITS, bad, weight))
+    assert np.isnan(compat.torch_cross_entropy(LOGITS[2:3], bad[2:3], weight))
     one = compat.torch_cross_entropy(LOGITS[0], LABELS[0], weight)
     close(one, of_torch(LOGITS[:1], LABELS[:1], weight, 0.0, "mean"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_weights_add_up_in_float32(dtype):
+    rows = 70_000
+    found = compat.torch_cross_entropy(
+        np.zeros((rows, 2), "float32"), np.zeros(rows, "int32"), np.ones(2, dtype)
+    )
+    np.testing.assert_allclose(found, np.log(2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

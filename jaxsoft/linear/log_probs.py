@@ -252,7 +252,7 @@ def linear_log_prob_at(
         kernel,
         class_ids=ids,
         bias=bias,
-        # A class far below the best one of all may be the best of its K at any τ.
+        # The K classes are centred on their own best one, and tempered, afterwards.
         temperature=1.0 if normalize else tau,
         logit_softcap=logit_softcap,
         class_mask=class_mask,
@@ -262,7 +262,7 @@ def linear_log_prob_at(
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
-    of_tokens = statistics(call)
+    of_tokens = statistics(call, ("raw_label",) if normalize else ())
     assert of_tokens.label is not None
     if normalize:
         where = None if id_weight is None else id_weight != 0

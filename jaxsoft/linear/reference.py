@@ -56,6 +56,8 @@ def statistics(
         classes = jnp.arange(u.shape[1], dtype=jnp.int32)
         is_label = operands.labels[..., None] == classes[None, None]
         fields["label"] = jnp.sum(jnp.where(is_label, c[:, None], 0), axis=2)
+        if "raw_label" in wanted:
+            fields["raw_label"] = jnp.sum(jnp.where(is_label, u[:, None], 0), axis=2)
     if "mean" in wanted:
         if operands.group is not None and operands.class_groups is not None:
             kept = kept & (operands.group == operands.class_groups[None])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import divide_stored, inverse
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.rows import in_tiles, tile_rows
@@ -122,9 +123,17 @@ def mean_gap(
         )
 
     at_once = functools.partial(sums, axis)
-    if axis != e.ndim - 1 or e.size <= _MANY:
+    if axis != e.ndim - 1 or e.size <= _MANY or _may_be_shared(e):
         return at_once(arrays), scale
     return jax.lax.platform_dependent(arrays, cpu=in_parts, default=at_once), scale
+
+
+def _may_be_shared(logits: jax.Array) -> bool:
+    """Tells whether devices may share the rows of an array outside `jax.shard_map`.
+
+    XLA gathers whatever a loop slices along an axis that they share.
+    """
+    return jax.device_count() > 1 and not mesh_axes.varying_axes(logits)
 
 
 def mean_of_kept(
@@ -179,7 +188,9 @@ def _mean_of_kept(axis, static_tau, logits, peak, tau):
     number = jnp.sum(kept, axis, keepdims=True, dtype=jnp.int32)
     number = jnp.maximum(number, 1).astype(logits.dtype)
     c = divide_stored(logits, peak, pick_temperature(static_tau, tau))
-    return jnp.sum(jnp.where(kept, c, 0), axis, keepdims=True) / number, number
+    mean = jnp.sum(jnp.where(kept, c, 0), axis, keepdims=True) / number
+    # A temperature may vary over devices where logits do not.
+    return mean, mesh_axes.like(number, mean)
 
 
 def _mean_of_all(axis, static_tau, logits, peak, tau):
@@ -188,7 +199,7 @@ def _mean_of_all(axis, static_tau, logits, peak, tau):
     XLA for CPUs stores what a select gives before it adds it, and of many rows what a
     difference gives too: these are taken in parts, into memory that is there already.
     """
-    if axis != logits.ndim - 1:
+    if axis != logits.ndim - 1 or _may_be_shared(logits):
         return _unless_dropped(axis, static_tau, (logits, peak, tau))
     classes = logits.shape[axis]
 
@@ -216,10 +227,10 @@ def _unless_dropped(axis, static_tau, arrays):
     def mean():
         temperature = pick_temperature(static_tau, tau)
         mean = divide_stored(total / classes, jnp.zeros_like(total), temperature)
-        return mean, jnp.full_like(total, classes)
+        return mean, mesh_axes.like(jnp.full_like(total, classes), mean)
 
     def of_kept():
         return _mean_of_kept(axis, static_tau, *arrays)
 
     # A minimum may leave NaN out.
-    return jax.lax.cond(jnp.min(total) > -jnp.inf, mean, of_kept)
+    return jax.lax.cond(jnp.min(total, initial=jnp.inf) > -jnp.inf, mean, of_kept)

@@ -167,8 +167,9 @@ def _keep_rows(
 def _hold_rows(keep: jax.Array, array: jax.Array, axis: int) -> jax.Array:
     """Returns an array whose rows that do not count keep what they hold, but no slope.
 
-    Then whatever follows from these rows alone has no slope either, be it NaN, and is
-    to be left out where they meet others. XLA for CPUs would store what a select gives.
+    Then whatever follows from these rows alone has no slope either, be it NaN. The
+    caller leaves out what it computes of them, as NaN may be there. XLA for CPUs would
+    store what a select gives.
     """
     return array
 
@@ -192,9 +193,10 @@ def _cross_entropy(options, logits, tau, where, labels, targets, keep):
     x = logits.astype(numerics.compute_dtype(logits))
     targets = None if targets is None else targets.astype(x.dtype)
     if keep is not None:
-        # At one temperature of all rows they meet: its slope is the sum of theirs.
+        # At one temperature of all rows they meet: its slope is the sum of theirs. What
+        # is smoothed is summed in another way where a class of any row is dropped.
         several = tau is None or tau.size > 1
-        settle = _hold_rows if several else _keep_rows
+        settle = _hold_rows if several and not smoothing else _keep_rows
         x = settle(keep, x, axis)
         targets = None if targets is None else settle(keep, targets, axis)
         if tau is not None and several:

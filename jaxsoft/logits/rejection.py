@@ -208,7 +208,7 @@ def draw(
     if filters.top_k is None and filters.top_p is None:
         drawn = step(start)
     else:
-        start = mesh_axes.like(start, (rows, start, filters, tau))
+        start = mesh_axes.like(start, (words, rows, start, filters, tau))
         drawn = lax.while_loop(lambda state: ~jnp.all(state.done), step, start)
     return jnp.where(lost, -1, drawn.class_id)[:, 0]
 

@@ -87,7 +87,8 @@ class SoftmaxHead(LinearMethods):
         without a bias.
 
     Raises:
-      TypeError: if a parameter needs a key and there is no source.
+      TypeError: if a parameter needs a key and there is no source, or a kernel to be
+        transposed is no array.
       ValueError: if the embedding's shape is not [num_classes, in_features], or an
         argument is out of its range or does nothing with an embedding.
 
@@ -230,7 +231,14 @@ class SoftmaxHead(LinearMethods):
 
         def kernel(key, shape, dtype):
             made = kernel_init(key, shape, dtype)
-            return made.T if self.kernel_layout == "vh" else made
+            if self.kernel_layout == "hv":
+                return made
+            if not hasattr(made, "T"):
+                raise TypeError(
+                    "`kernel_init` must return an array with kernel_layout='vh', got "
+                    f"{type(made).__name__}. Give `kernel_metadata` in its place."
+                )
+            return made.T
 
         # One assignment each: Flax fixes an attribute's kind by its first value.
         self.kernel = (

@@ -143,6 +143,23 @@ def test_values_among_kept_classes(kind, dtype):
             np.testing.assert_allclose(entropy, exact_entropy, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_kept_classes_far_below_the_best_of_all(implementation):
+    """What another class reaches takes no digits from them."""
+    kernel = np.zeros((1, 300), "float32")
+    kernel[0, 7], kernel[0, [1, 2, 3]] = 1e5, [0.1, 0.2, 0.35]
+    log_probs, entropy = linear_log_prob_at(
+        np.ones((1, 1), "float32"),
+        kernel,
+        np.array([[1, 2, 3]]),
+        normalize=True,
+        implementation=implementation,
+    )
+    exact, exact_entropy = of_kept(kernel, np.array([[1, 2, 3]]), 1.0)
+    np.testing.assert_allclose(log_probs, exact, rtol=2e-7)
+    np.testing.assert_allclose(entropy, exact_entropy, rtol=2e-7)
+
+
 @pytest.mark.parametrize("layout", ["hv", "vh"])
 def test_gradients_among_kept_classes(layout, x64):
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype="float64")

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxsoft
+from jaxsoft.logits import centre
 from tests import truth
 
 FUNCTIONS = ("softmax", "log_softmax", "logsumexp", "entropy")
@@ -120,8 +121,47 @@ def test_cross_entropy_of_labels_smoothing_and_z_loss():
     )
 
 
-def test_the_mean_over_many_rows_counts_the_kept_classes_of_each():
+def test_smoothed_labels_of_no_rows():
+    x, labels = np.zeros((0, 5), "float32"), np.zeros(0, "int32")
+    assert jaxsoft.softmax_cross_entropy(x, labels, label_smoothing=0.1).shape == (0,)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("held", [np.nan, -np.inf, np.inf])
+def test_what_a_row_without_weight_holds_changes_no_bit(smoothing, held):
+    x, labels = truth.logits("unit", (64, 1000)), np.zeros(64, int)
+    weights = np.arange(64) != 5
+
+    @jax.jit
+    def loss(x):
+        options = {"label_smoothing": smoothing, "weights": weights}
+        return jaxsoft.softmax_cross_entropy(x, labels, **options)
+
+    holds = np.where(weights[:, None], x, held).astype(x.dtype)
+    np.testing.assert_array_equal(loss(holds), loss(x))
+
+
+@pytest.mark.parametrize("name", ["entropy", "boltzmann_operator", "smoothed"])
+def test_rows_that_devices_share_are_not_gathered(name, monkeypatch):
+    monkeypatch.setattr(centre, "_MANY", 1000)
+    monkeypatch.setattr(centre, "_PART", 1000)
+    call = {
+        "entropy": lambda x: jaxsoft.entropy(x, temperature=0.7),
+        "boltzmann_operator": lambda x: jaxsoft.boltzmann_operator(x, 0.7),
+        "smoothed": lambda x: jaxsoft.softmax_cross_entropy(
+            x, jnp.zeros(64, int), label_smoothing=0.1
+        ),
+    }[name]
+    mesh = jax.make_mesh((4,), ("rows",), (jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, jax.P("rows"))
+    x = jax.ShapeDtypeStruct((64, 311), jnp.float32, sharding=rows)
+    assert "all-gather" not in str(jax.jit(call).lower(x).compile().as_text())
+
+
+def test_the_mean_over_many_rows_counts_the_kept_classes_of_each(monkeypatch):
     """More rows than a CPU sums up at once; some lack a class, one has but one."""
+    # Rows that several devices may share are not sliced.
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     x = truth.logits("offset", (37, 32768))
     x[5, 7:9] = x[11] = x[36, 1:] = -np.inf
     x[11, 3] = 2.0
@@ -145,8 +185,9 @@ def test_the_mean_over_many_rows_counts_the_kept_classes_of_each():
     assert truth.error(dtau, ((uniform - p) * finite).sum() / 0.7) < 1e-5
 
 
-def test_expectations_of_very_many_logits_are_those_of_their_halves():
+def test_expectations_of_very_many_logits_are_those_of_their_halves(monkeypatch):
     """A CPU takes them in parts; some rows lack a class, one has none."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     x = truth.logits("offset", (2, 65, 65536))
     x[0, 5, 7:9] = x[0, 11] = x[1, 64, 1:] = -np.inf
     assert x.size > 2**23 > x[0].size

@@ -72,6 +72,9 @@ def test_a_kernel_of_either_layout_starts_alike():
     np.testing.assert_allclose(*(head(HIDDEN) for head in heads), rtol=1e-5)
     with pytest.raises(ValueError, match="`kernel_layout` must be"):
         _head(kernel_layout="v")
+    partitioned = nnx.with_partitioning(nnx.initializers.zeros, (None, "classes"))
+    with pytest.raises(TypeError, match="`kernel_init` must return an array"):
+        _head(kernel_layout="vh", kernel_init=partitioned)
 
 
 def test_every_function_of_a_layer_is_called():

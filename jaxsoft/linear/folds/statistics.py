@@ -69,6 +69,7 @@ class Fields(NamedTuple):
       expected: Σ p c.
       argmax: int32, the lowest class that reaches m.
       rest: log Σ exp(c) over the classes that are no labels of the row.
+      raw_label: the logits of the labels themselves, [N, K].
     """
 
     max: Annotated[jax.Array, Axes("n")]
@@ -78,6 +79,7 @@ class Fields(NamedTuple):
     expected: Annotated[jax.Array | None, Axes("n")] = None
     argmax: Annotated[jax.Array | None, Axes("n")] = None
     rest: Annotated[jax.Array | None, Axes("n")] = None
+    raw_label: Annotated[jax.Array | None, Axes("nk")] = None
 
 
 class Saved(NamedTuple):
@@ -281,6 +283,21 @@ class _Label(_Statistic):
         return tile.place(rows.label)
 
 
+class _RawLabel(_Label):
+    """The logits of K labels, for a temperature of 1: what centres them comes later."""
+
+    name = "raw_label"
+
+    def sums(self, columns, move, finish):
+        label, labels = columns["label"], finish.operands.labels
+        if finish.axes and labels is not None:
+            label = jnp.where(labels >= 0, label, 0)
+        return {"raw_label": label}
+
+    def field(self, sums, total, finish):
+        return sums["raw_label"]
+
+
 class _Mean(_Statistic):
     """The mean of c: `gap` is Σ (u - m), not over τ, of `number` kept classes.
 
@@ -431,6 +448,7 @@ class _Rest(_Statistic):
 
 _STATISTICS: tuple[_Statistic, ...] = (
     _Label(),
+    _RawLabel(),
     _Mean(),
     _Expected(),
     _Argmax(),
@@ -755,12 +773,14 @@ def statistics(call: Call, wanted: tuple[str, ...] = ()) -> LogitStatistics:
 
     Args:
       call: the checked call.
-      wanted: which of "mean", "expected", "argmax" and "rest" to compute.
+      wanted: which of "mean", "expected", "argmax" and "rest" to compute; "raw_label"
+        for labels that are not centred.
 
     Returns:
       The statistics; `label`, where there are labels, is [..., K].
     """
-    names = wanted if call.arrays.labels is None else ("label", *wanted)
+    has_label = call.arrays.labels is not None and "raw_label" not in wanted
+    names = ("label", *wanted) if has_label else wanted
     return _run(Statistics(call.config, frozenset(names)), call.arrays)
 
 
@@ -775,8 +795,8 @@ def _run(fold: Statistics, arrays: Operands) -> LogitStatistics:
         fields = fold.result(fold.finish(fold.start(0, operands), operands))
     fields = jax.tree.map(lambda a: a.reshape(rows + a.shape[1:]), fields)
     valid = None
-    if fields.label is not None and operands.labels is not None:
-        valid = operands.labels.reshape(fields.label.shape) >= 0
+    if operands.labels is not None:
+        valid = operands.labels.reshape(*rows, operands.labels.shape[1]) >= 0
     return of_fields(fields, valid, arrays.tau, fold.config.static_tau)
 
 
@@ -794,10 +814,10 @@ def of_fields(
       tau: [...] or a scalar; None for a static temperature.
       static_tau: that one.
     """
-    label = fields.label
+    label = fields.label if fields.raw_label is None else fields.raw_label
     if label is not None and valid is not None:
         label = numerics.nan_where(~valid, label)
     temperature = jnp.asarray(static_tau, fields.max.dtype) if tau is None else tau
-    return LogitStatistics(
-        **fields._replace(label=label)._asdict(), temperature=temperature
-    )
+    known = fields._replace(label=label)._asdict()
+    del known["raw_label"]
+    return LogitStatistics(**known, temperature=temperature)
