@@ -36,6 +36,7 @@ __all__ = [
     "lowest",
     "lowest_argmax",
     "maximum",
+    "may_be_shared",
     "names",
     "offset",
     "once",
@@ -58,6 +59,15 @@ def varying_axes(array: Any) -> frozenset[str]:
     """
     aval = array if hasattr(array, "manual_axis_type") else jax.typeof(array)
     return frozenset(aval.manual_axis_type.varying)
+
+
+def may_be_shared(*arrays: Any) -> bool:
+    """Tells whether devices may share arrays in a way that nobody knows while tracing.
+
+    That is plain `jax.jit` in a process of several devices, outside `jax.shard_map`:
+    XLA gathers whatever a loop slices along an axis that they share.
+    """
+    return jax.device_count() > 1 and not any(map(varying_axes, arrays))
 
 
 def like(tree: Tree, reference: object) -> Tree:

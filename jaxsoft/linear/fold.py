@@ -210,9 +210,8 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
 
     def _knows_its_devices(self, arrays: Arrays) -> bool:
         """Tells whether devices cannot share the classes in a way unknown so far."""
-        varies = any(map(mesh_axes.varying_axes, jax.tree.leaves(arrays)))
         known = self.config.shards is not None or bool(self.config.vocab_axes)
-        return varies or known or jax.device_count() == 1
+        return known or not mesh_axes.may_be_shared(*jax.tree.leaves(arrays))
 
     def keep(self, arrays: Arrays, moving: Arrays, plan: Plan) -> Keep | None:
         """Returns what the forward pass keeps by a plan."""

@@ -123,17 +123,9 @@ def mean_gap(
         )
 
     at_once = functools.partial(sums, axis)
-    if axis != e.ndim - 1 or e.size <= _MANY or _may_be_shared(e):
+    if axis != e.ndim - 1 or e.size <= _MANY or mesh_axes.may_be_shared(e):
         return at_once(arrays), scale
     return jax.lax.platform_dependent(arrays, cpu=in_parts, default=at_once), scale
-
-
-def _may_be_shared(logits: jax.Array) -> bool:
-    """Tells whether devices may share the rows of an array outside `jax.shard_map`.
-
-    XLA gathers whatever a loop slices along an axis that they share.
-    """
-    return jax.device_count() > 1 and not mesh_axes.varying_axes(logits)
 
 
 def mean_of_kept(
@@ -199,7 +191,7 @@ def _mean_of_all(axis, static_tau, logits, peak, tau):
     XLA for CPUs stores what a select gives before it adds it, and of many rows what a
     difference gives too: these are taken in parts, into memory that is there already.
     """
-    if axis != logits.ndim - 1 or _may_be_shared(logits):
+    if axis != logits.ndim - 1 or mesh_axes.may_be_shared(logits):
         return _unless_dropped(axis, static_tau, (logits, peak, tau))
     classes = logits.shape[axis]
 

@@ -59,6 +59,20 @@ def test_all_classes_sum_to_one_and_none_is_above_zero(kind):
         np.testing.assert_allclose(np.exp(out).sum(1), 1, rtol=3e-6)
 
 
+def same_derivatives(ours, plain, *arrays):
+    """Compares values and gradients by all arrays, in float64."""
+
+    @jax.jit
+    def both(*arrays):
+        moving = range(len(arrays))
+        return [jax.value_and_grad(f, moving)(*arrays) for f in (ours, plain)]
+
+    (value, grads), (exact, exact_grads) = both(*arrays)
+    np.testing.assert_allclose(value, exact, rtol=1e-12)
+    for a, b in zip(grads, exact_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("layout", ["hv", "vh"])
 def test_classes_and_gradients_against_autodiff(layout, x64):
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, dtype="float64")
@@ -86,14 +100,7 @@ def test_classes_and_gradients_against_autodiff(layout, x64):
         log_p = jax.nn.log_softmax(u / tau[:, None])
         return (jnp.take_along_axis(log_p, ids, 1) * weights).sum()
 
-    @jax.jit
-    def both(*args):
-        return [jax.value_and_grad(f, range(4))(*args) for f in (ours, plain)]
-
-    (value, grads), (exact, exact_grads) = both(hidden, kernel, bias, tau)
-    np.testing.assert_allclose(value, exact, rtol=1e-12)
-    for a, b in zip(grads, exact_grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    same_derivatives(ours, plain, hidden, kernel, bias, tau)
 
 
 def of_kept(u, ids, tau):
@@ -195,14 +202,7 @@ def test_gradients_among_kept_classes(layout, x64):
         log_p, entropy = log_p * weights[:, None], entropy * weights
         return (log_p * factors).sum() + (entropy**2).sum()
 
-    @jax.jit
-    def both(*args):
-        return [jax.value_and_grad(f, range(4))(*args) for f in (ours, plain)]
-
-    (value, grads), (exact, exact_grads) = both(hidden, kernel, bias, tau)
-    np.testing.assert_allclose(value, exact, rtol=1e-12)
-    for a, b in zip(grads, exact_grads, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    same_derivatives(ours, plain, hidden, kernel, bias, tau)
 
 
 def test_kept_classes_that_are_dropped_bad_or_none():

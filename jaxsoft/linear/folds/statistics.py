@@ -246,6 +246,13 @@ class _Finish(NamedTuple):
     axes: tuple[str, ...]
     largest: jax.Array
 
+    def of_shard(self, label: jax.Array) -> jax.Array:
+        """Returns numbers of labels [N, K], 0 where another shard has the class."""
+        labels = self.operands.labels
+        if not self.axes or labels is None:
+            return label
+        return jnp.where(labels >= 0, label, 0)
+
 
 class _Label(_Statistic):
     """The centred logits of K labels; their raw logits until it is finished."""
@@ -266,10 +273,7 @@ class _Label(_Statistic):
 
     def sums(self, columns, move, finish):
         label = divide_by_temperature(columns["label"], move.peak, finish.tau)
-        labels = finish.operands.labels
-        if finish.axes and labels is not None:
-            label = jnp.where(labels >= 0, label, 0)
-        return {"label": label}
+        return {"label": finish.of_shard(label)}
 
     def field(self, sums, total, finish):
         return sums["label"]
@@ -289,10 +293,7 @@ class _RawLabel(_Label):
     name = "raw_label"
 
     def sums(self, columns, move, finish):
-        label, labels = columns["label"], finish.operands.labels
-        if finish.axes and labels is not None:
-            label = jnp.where(labels >= 0, label, 0)
-        return {"raw_label": label}
+        return {"raw_label": finish.of_shard(columns["label"])}
 
     def field(self, sums, total, finish):
         return sums["raw_label"]
