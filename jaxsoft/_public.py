@@ -32,6 +32,7 @@ from jaxsoft.linear.distillation import (
 from jaxsoft.linear.expected import linear_expected
 from jaxsoft.linear.folds.statistics import LogitStatistics
 from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
+from jaxsoft.linear.lora import LoRA
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.mesh import over_mesh
 from jaxsoft.linear.sampling import linear_sample
@@ -58,6 +59,7 @@ __all__ = [
     "ClassPath",
     "ClassSampler",
     "ClassTree",
+    "LoRA",
     "LogitStatistics",
     "RowGradient",
     "RowOptimizer",

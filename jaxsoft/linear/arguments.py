@@ -1,8 +1,8 @@
 """What the functions of the linear room take: checked arguments, arrays with axes.
 
-Shapes: N rows, H features, V classes, K class ids a row. `fold_rows` folds all leading
-axes of the public arguments into N, and a temperature that is not a Python float is one
-number a row.
+Shapes: N rows, H features, V classes, K class ids a row, S scales a class, Q columns of
+adapters. `fold_rows` folds all leading axes of the public arguments into N, and a
+temperature that is not a Python float is one number a row.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics, registry
 from jaxsoft._core.numerics import operand_dtype
 from jaxsoft._core.registry import Implementation
+from jaxsoft.linear.lora import LoRA, adapted
 
 __all__ = [
     "Axes",
@@ -37,6 +39,10 @@ __all__ = [
 KernelLayout = Literal["hv", "vh"]
 
 MeshAxes = str | Sequence[str] | None
+
+
+# So many classes are a word of a packed mask.
+_WORD = 32
 
 
 class Axes(str):
@@ -164,6 +170,14 @@ class Operands(NamedTuple):
       group: [N, 1] integers, the group of each row, or None.
       class_groups: [V] integers, the group of each class; None where `group` is. The
         mean of a row's logits is that over its own group.
+      kernel_scale: [S, V] floating, what the kernel's numbers are multiplied by, those
+        of each H / S features of a class with one; or None. The kernel is then
+        constant.
+      lora_hidden: [N, Q] floating, the states that adapters have made, or None.
+      lora_kernel: [Q, V] floating, what they are multiplied by; None where
+        `lora_hidden` is.
+      class_bits: [N, W] uint32, bit v % 32 of word v // 32 whether a row keeps class v
+        of all shards; or None.
     """
 
     hidden: Annotated[jax.Array, Axes("nh")]
@@ -175,6 +189,10 @@ class Operands(NamedTuple):
     excluded: Annotated[jax.Array | None, Axes("ne")] = None
     group: Annotated[jax.Array | None, Axes("ng")] = None
     class_groups: Annotated[jax.Array | None, Axes("v")] = None
+    kernel_scale: Annotated[jax.Array | None, Axes("sv")] = None
+    lora_hidden: Annotated[jax.Array | None, Axes("nq")] = None
+    lora_kernel: Annotated[jax.Array | None, Axes("qv")] = None
+    class_bits: Annotated[jax.Array | None, Axes("nb")] = None
 
     @classmethod
     def gradients(cls, **arrays: Any) -> "Operands":
@@ -206,11 +224,43 @@ class Operands(NamedTuple):
             return jnp.where(ours, classes - start, -1)
 
         labels, excluded = localize(self.labels), localize(self.excluded)
-        return self._replace(labels=labels, excluded=excluded)
+        bits = self.class_bits
+        if bits is not None:
+            # The last shards may have padding, of which there are no bits.
+            words = -(-number * mesh_axes.size(config.vocab_axes) // _WORD)
+            bits = jnp.pad(bits, ((0, 0), (0, max(words - bits.shape[1], 0))))
+        return self._replace(labels=labels, excluded=excluded, class_bits=bits)
+
+    def kept_bits(
+        self, config: Config, start: jax.Array | int, size: int
+    ) -> jax.Array | None:
+        """Returns which of `size` classes from `start` of this shard rows keep.
+
+        None without a packed mask, else [..., size].
+        """
+        bits = self.class_bits
+        if bits is None:
+            return None
+        first = start + mesh_axes.offset(config.vocab_axes, self.num_classes(config))
+        axis, words = bits.ndim - 1, bits.shape[-1]
+        count = min((size + 2 * _WORD - 2) // _WORD, words)
+        word = jnp.minimum(first // _WORD, words - count)
+        bits = lax.dynamic_slice_in_dim(bits, word, count, axis)
+        places = jnp.expand_dims(lax.iota(jnp.uint32, _WORD), range(bits.ndim))
+        flat = (bits[..., None] >> places).reshape(*bits.shape[:-1], -1)
+        flat = lax.dynamic_slice_in_dim(flat, first - word * _WORD, size, axis)
+        return flat & 1 != 0
 
     def matmul_dtype(self) -> jnp.dtype:
         """The dtype of the operands of the matrix products."""
+        if self.kernel_scale is not None:
+            # A scaled kernel is stored in fewer bits than it is computed with.
+            return self.hidden.dtype
         return operand_dtype(self.hidden, self.kernel)
+
+    def has_scale_of_class(self) -> bool:
+        """Whether one scale a class multiplies its products, not the kernel."""
+        return self.kernel_scale is not None and self.kernel_scale.shape[0] == 1
 
     def temperature(self, config: Config) -> float | jax.Array:
         """The temperature as a float or as [N, 1]."""
@@ -248,6 +298,9 @@ def prepare(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes | mesh_axes.Classes = None,
@@ -268,6 +321,9 @@ def prepare(
       temperature: scalar or [...].
       logit_softcap: the cap.
       class_mask: [V].
+      class_bits: [..., ceil(V / 32)].
+      kernel_scale: scalar, [V], or one a block of the kernel.
+      lora: adapters.
       kernel_layout: "hv" or "vh".
       precision: of the matrix products.
       vocab_axis: the mesh axes of the classes.
@@ -284,7 +340,16 @@ def prepare(
         raise NotImplementedError(
             '`implementation` must be None or "xla" with a vocab_axis, got "reference".'
         )
-    arrays = _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix)
+    special = {"class_bits": class_bits, "kernel_scale": kernel_scale, "lora": lora}
+    given = [name for name, value in special.items() if value is not None]
+    if given and chosen not in ("xla", "reference"):
+        raise NotImplementedError(
+            f'`implementation` must be None, "xla" or "reference" with '
+            f"`{prefix}{given[0]}`, got {chosen!r}."
+        )
+    arrays = _check_arrays(
+        hidden, kernel, bias, class_mask, kernel_scale, kernel_layout, prefix
+    )
     hidden, kernel = arrays.hidden, arrays.kernel
     for argument, array in (("hidden", hidden), ("kernel", kernel)):
         registry.check_dtype("statistics", chosen, argument, array.dtype)
@@ -322,9 +387,18 @@ def prepare(
         class_ids = check_ids("class_ids", class_ids, rows)
     if excluded is not None:
         excluded = check_ids("excluded", excluded, rows)
-    return Call(
-        config, arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
-    )
+    arrays = arrays._replace(tau=array_tau, labels=class_ids, excluded=excluded)
+    if lora is not None:
+        dtype, classes = (
+            numerics.compute_dtype(hidden, kernel),
+            arrays.num_classes(config),
+        )
+        states, columns = adapted(hidden, lora, classes, dtype, precision, prefix)
+        arrays = arrays._replace(lora_hidden=states, lora_kernel=columns)
+    if class_bits is not None:
+        bits = _check_bits(class_bits, rows, arrays.all_classes(config), prefix)
+        arrays = arrays._replace(class_bits=bits)
+    return Call(config, arrays)
 
 
 def check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
@@ -338,10 +412,55 @@ def check_ids(name: str, ids: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
     return ids
 
 
-def _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix) -> Operands:
-    """Returns the floating arrays and the mask of a call, their shapes checked."""
+def _check_bits(
+    bits: ArrayLike, rows: tuple[int, ...], classes: int, prefix: str
+) -> jax.Array:
+    """Returns a packed mask [..., W] as uint32."""
+    bits = jnp.asarray(bits)
+    if bits.dtype not in (jnp.uint32, jnp.int32):
+        raise TypeError(
+            f"`class_bits` must have dtype uint32 or int32, got {bits.dtype}."
+        )
+    words = -(-classes // _WORD)
+    legend = f"{prefix}hidden.shape[:-1] + (ceil(V / {_WORD}),)"
+    checks.shape("class_bits", bits, (*rows, words), legend)
+    return lax.bitcast_convert_type(bits, jnp.uint32)
+
+
+def _check_scale(scale: ArrayLike, kernel: jax.Array, class_axis: int, prefix: str):
+    """Returns scales [S, V] of a kernel."""
+    name = f"{prefix}kernel_scale"
+    scale = checks.floating(name, scale)
+    features, classes = kernel.shape[1 - class_axis], kernel.shape[class_axis]
+    if scale.ndim < 2:
+        checks.broadcasts_to(name, scale, (classes,))
+        return jnp.broadcast_to(scale, (classes,))[None]
+    by_class = scale if class_axis == 1 else scale.T
+    divides = scale.ndim == 2 and scale.size > 0
+    divides = divides and features % by_class.shape[0] == 0
+    if not divides or classes % by_class.shape[1]:
+        raise ValueError(
+            f"`{name}` must be a scalar, [V], or have axes that divide those of the "
+            f"{prefix}kernel, {kernel.shape}, got {scale.shape}."
+        )
+    return jnp.repeat(by_class, classes // by_class.shape[1], axis=1)
+
+
+def _check_arrays(
+    hidden, kernel, bias, class_mask, kernel_scale, kernel_layout, prefix
+) -> Operands:
+    """Returns the arrays of a call, their shapes checked."""
     hidden = checks.floating(f"{prefix}hidden", hidden)
-    kernel = checks.floating(f"{prefix}kernel", kernel)
+    if kernel_scale is None:
+        kernel = checks.floating(f"{prefix}kernel", kernel)
+    else:
+        # No gradient flows to numbers that few bits hold.
+        kernel = lax.stop_gradient(jnp.asarray(kernel))
+        kinds = (jnp.integer, jnp.floating)
+        if not any(jnp.issubdtype(kernel.dtype, kind) for kind in kinds):
+            raise TypeError(
+                f"`{prefix}kernel` must hold integers or floats, got {kernel.dtype}."
+            )
     checks.one_of(f"{prefix}kernel_layout", kernel_layout, ("hv", "vh"))
     if hidden.ndim < 1:
         raise ValueError(f"`{prefix}hidden` must have shape [..., H], got a scalar.")
@@ -364,7 +483,11 @@ def _check_arrays(hidden, kernel, bias, class_mask, kernel_layout, prefix) -> Op
     if class_mask is not None:
         class_mask = checks.boolean("class_mask", class_mask)
         checks.shape("class_mask", class_mask, (num_classes,), "[V]")
-    return Operands(hidden, kernel, bias, None, None, class_mask)
+    arrays = Operands(hidden, kernel, bias, None, None, class_mask)
+    if kernel_scale is None:
+        return arrays
+    scale = _check_scale(kernel_scale, kernel, class_axis, prefix)
+    return arrays._replace(kernel_scale=scale)
 
 
 def fold_rows(config: Config, arrays: Operands) -> Operands:
@@ -380,9 +503,14 @@ def fold_rows(config: Config, arrays: Operands) -> Operands:
         classes = jnp.where(valid, classes, -1).astype(jnp.int32)
         return classes.reshape(count, classes.shape[-1])
 
+    def flat(array):
+        return None if array is None else array.reshape(count, array.shape[-1])
+
     tau = arrays.tau
     return arrays._replace(
-        hidden=arrays.hidden.reshape(count, arrays.hidden.shape[-1]),
+        hidden=flat(arrays.hidden),
+        lora_hidden=flat(arrays.lora_hidden),
+        class_bits=flat(arrays.class_bits),
         labels=ids(arrays.labels),
         tau=None if tau is None else jnp.broadcast_to(tau, rows).reshape(count),
         excluded=ids(arrays.excluded),

@@ -37,6 +37,7 @@ from jaxsoft.linear.folds.statistics import (
     of_fields,
     statistics,
 )
+from jaxsoft.linear.lora import LoRA
 from jaxsoft.linear.tiles import layer_of
 from jaxsoft.logits.calibration import row_fits
 
@@ -55,6 +56,9 @@ def linear_fit_temperature(
     bias: ArrayLike | None = None,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     weights: ArrayLike | None = None,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
     kernel_layout: KernelLayout = "hv",
@@ -80,6 +84,13 @@ def linear_fit_temperature(
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      class_bits: [..., ceil(V / 32)] uint32 or int32, a mask of each token: bit v % 32
+        of word v // 32 is 1 where class v is kept, of all shards' classes. None keeps
+        all.
+      kernel_scale: floating, for a kernel of int8, float8 or other short numbers, which
+        it multiplies: a scalar, [V], or one for each block of the kernel, whose axes
+        its own divide. No gradient flows to such a kernel. None for no scale.
+      lora: a `LoRA`, whose `(hidden @ a) @ b` is added to the products; or None.
       weights: [...] booleans or reals >= 0, one weight a token; a token of weight 0
         counts nothing, whatever its label and hidden state.
       bounds: the lowest and the highest temperature, within [1e-30, 1e30].
@@ -130,6 +141,9 @@ def linear_fit_temperature(
         bias=bias,
         logit_softcap=logit_softcap,
         class_mask=class_mask,
+        class_bits=class_bits,
+        kernel_scale=kernel_scale,
+        lora=lora,
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,

@@ -27,9 +27,12 @@ from jaxsoft.linear.kept import (
 )
 from jaxsoft.linear.plans import CLASS_MULTIPLE, Tiling
 from jaxsoft.linear.tiles import (
+    Tile,
     compute_tile,
     dot,
     kernel_slice,
+    lora_slice,
+    scale_slice,
     slice_rows,
     tiles_of,
 )
@@ -45,12 +48,15 @@ class Wanted(NamedTuple):
     bias: bool
     tau: bool
     values: bool = False
+    kernel_scale: bool = False
+    lora_hidden: bool = False
+    lora_kernel: bool = False
 
     @classmethod
     def of(cls, moving: Operands, values: object = False) -> "Wanted":
         """Returns what is wanted where some operands, and maybe values, move."""
-        floats = (moving.hidden, moving.kernel, moving.bias, moving.tau, values)
-        return cls._make(map(bool, floats))
+        moves = moving._asdict() | {"values": values}
+        return cls._make(bool(moves[name]) for name in cls._fields)
 
 
 class Gradients(NamedTuple):
@@ -62,6 +68,9 @@ class Gradients(NamedTuple):
       bias: [V] in the dtype of `bias`.
       tau: [N].
       values: in the shape and dtype of an array [V, D] that is mixed.
+      kernel_scale: [S, V] in the dtype of the scales.
+      lora_hidden: [N, Q] in the dtype of the adapters' states.
+      lora_kernel: [Q, V] in the dtype of the adapters' kernel.
     """
 
     hidden: jax.Array | None
@@ -69,25 +78,35 @@ class Gradients(NamedTuple):
     bias: jax.Array | None
     tau: jax.Array | None
     values: jax.Array | None = None
+    kernel_scale: jax.Array | None = None
+    lora_hidden: jax.Array | None = None
+    lora_kernel: jax.Array | None = None
 
     @classmethod
-    def like(
-        cls, wanted: Wanted, operands: Operands, values: jax.Array | None
+    def of_classes(
+        cls, operands: Operands, values: jax.Array | None = None
     ) -> "Gradients":
-        """Returns the arrays of classes in the places of gradients that are wanted."""
+        """Returns the arrays of classes in the places of their gradients."""
         return cls(
             None,
-            operands.kernel if wanted.kernel else None,
-            operands.bias if wanted.bias else None,
+            operands.kernel,
+            operands.bias,
             None,
-            values if wanted.values else None,
+            values,
+            kernel_scale=operands.kernel_scale,
+            lora_kernel=operands.lora_kernel,
         )
+
+    def where(self, wanted: Wanted) -> "Gradients":
+        """Returns the same with None where nothing is wanted."""
+        pairs = zip(self, wanted, strict=True)
+        return Gradients._make(array if wants else None for array, wants in pairs)
 
     def of_operands(self) -> Operands:
         """Returns the cotangents in the places of their operands."""
-        return Operands.gradients(
-            hidden=self.hidden, kernel=self.kernel, bias=self.bias, tau=self.tau
-        )
+        found = self._asdict()
+        del found["values"]
+        return Operands.gradients(**found)
 
 
 class Into(NamedTuple):
@@ -103,8 +122,7 @@ class Into(NamedTuple):
 
     def of(self, operands: Operands, values: jax.Array | None = None) -> "Into":
         """Returns the same, `sums` being `Gradients`, from those of some arrays."""
-        kernel, bias = operands.kernel, operands.bias
-        return Into(Gradients(None, kernel, bias, None, values), self.adds)
+        return Into(Gradients.of_classes(operands, values), self.adds)
 
 
 class Share(NamedTuple):
@@ -156,7 +174,10 @@ def accumulate(
     """
     plan = tiles_of(config, operands) if tiles is None else tiles
     dtype = compute_dtype(operands.hidden, operands.kernel)
-    like = Gradients.like(wanted, operands, values) if into is None else into.sums
+    if into is None:
+        like = Gradients.of_classes(operands, values).where(wanted)
+    else:
+        like = into.sums
     before = like
     if into is None or not into.adds:
         # Every class is written once.
@@ -165,12 +186,20 @@ def accumulate(
             lambda a: jnp.zeros(a.shape, stored_dtype(a.dtype) if as_bits else a.dtype),
             like,
         )
+    rows_like = Gradients(
+        operands.hidden, None, None, None, lora_hidden=operands.lora_hidden
+    )
+    of_rows = jax.tree.map(lambda a: jnp.zeros(a.shape, dtype), rows_like.where(wanted))
+    moments = jnp.zeros((operands.hidden.shape[0], 1), dtype) if wanted.tau else None
     sums = _Sums(
-        jnp.zeros(operands.hidden.shape, dtype) if wanted.hidden else None,
+        of_rows.hidden,
         before.kernel,
         before.bias,
-        jnp.zeros((operands.hidden.shape[0], 1), dtype) if wanted.tau else None,
+        moments,
         before.values,
+        before.kernel_scale,
+        of_rows.lora_hidden,
+        before.lora_kernel,
     )
 
     adds = into is not None and into.adds
@@ -180,38 +209,57 @@ def accumulate(
         sums = step.joined(sums)
     else:
         sums = lax.fori_loop(0, plan.class_blocks, step.over_rows, sums)
-    hidden = sums.hidden
-    if hidden is not None and into is None:
-        hidden = hidden.astype(operands.hidden.dtype)
-    of_classes = Gradients(None, sums.kernel, sums.bias, None, sums.values)
+    of_rows = Gradients(sums.hidden, None, None, None, lora_hidden=sums.lora_hidden)
+    if into is None:
+        of_rows = jax.tree.map(
+            lambda a, b: a.astype(b.dtype), of_rows, rows_like.where(wanted)
+        )
+    found = {name: getattr(sums, name) for name in _CLASS_AXES}
+    of_classes = Gradients(None, **found, tau=None)
     of_classes = jax.tree.map(lambda a, b: loaded(a, b.dtype), of_classes, like)
-    return of_classes._replace(hidden=hidden), sums.moments
+    gradients = of_classes._replace(
+        hidden=of_rows.hidden, lora_hidden=of_rows.lora_hidden
+    )
+    return gradients, sums.moments
+
+
+# The axis of the classes in their arrays; a kernel's is that of its layout.
+_CLASS_AXES = {"kernel": None, "bias": 0, "values": 0} | dict.fromkeys(
+    ("kernel_scale", "lora_kernel"), 1
+)
 
 
 class _Sums(NamedTuple):
-    """Gradients as they grow; `hidden` and `moments` in the dtype of the statistics."""
+    """Gradients as they grow; those of rows in the dtype of the statistics."""
 
     hidden: jax.Array | None
     kernel: jax.Array | None
     bias: jax.Array | None
     moments: jax.Array | None
     values: jax.Array | None
+    kernel_scale: jax.Array | None
+    lora_hidden: jax.Array | None
+    lora_kernel: jax.Array | None
 
 
 class _Slopes(NamedTuple):
     """The derivative by a tile's logits, in the dtype of the products' operands.
 
     Attributes:
-      logits: [R, B].
+      logits: [R, B], times the scales of classes that have one each.
       bias: [B] its sum over the rows; None without a bias.
       moments: see `Share`.
       mix: see `Share`, both in the dtype of the rows.
+      lora: [R, B] without the scales, in the dtype of adapters; None without them.
+      kernel_scale: [S, B] by the scales; None where not wanted.
     """
 
     logits: jax.Array
     bias: jax.Array | None
     moments: jax.Array | None
     mix: tuple[jax.Array, jax.Array] | None
+    lora: jax.Array | None = None
+    kernel_scale: jax.Array | None = None
 
 
 class _Step(NamedTuple):
@@ -237,17 +285,17 @@ class _Step(NamedTuple):
         size, axis = tiles.block_classes, self.config.class_axis
         start, fresh = self._classes(index)
         dtype = compute_dtype(operands.hidden, operands.kernel)
-        features = operands.hidden.shape[1]
-        shape = (features, size) if axis == 1 else (size, features)
-        of_tile = _Sums(
-            sums.hidden,
-            None if sums.kernel is None else jnp.zeros(shape, dtype),
-            None if sums.bias is None else jnp.zeros(size, dtype),
-            sums.moments,
-            None
-            if sums.values is None
-            else jnp.zeros((size, *sums.values.shape[1:]), dtype),
-        )
+        axes = _CLASS_AXES | {"kernel": axis}
+
+        def zeros(name: str) -> jax.Array | None:
+            array = getattr(sums, name)
+            if array is None:
+                return None
+            shape = list(array.shape)
+            shape[axes[name]] = size
+            return jnp.zeros(shape, dtype)
+
+        of_tile = sums._replace(**{name: zeros(name) for name in axes})
 
         def block(number, of_tile):
             return self._block(number, index, of_tile)
@@ -258,21 +306,16 @@ class _Step(NamedTuple):
             of_tile = mesh_axes.like(of_tile, (operands, self.rows, sums))
             of_tile = lax.fori_loop(0, tiles.row_blocks, block, of_tile)
 
-        def write(total, tile, like, axis):
+        def write(name: str) -> jax.Array | None:
+            total, like = getattr(sums, name), getattr(self.like, name)
             if total is None:
                 return None
-            tile = tile.astype(like.dtype)
+            tile = getattr(of_tile, name).astype(like.dtype)
             if total.dtype != like.dtype:
                 tile = stored(tile)
-            return self._write(total, tile, start, axis, fresh)
+            return self._write(total, tile, start, axes[name], fresh)
 
-        return _Sums(
-            of_tile.hidden,
-            write(sums.kernel, of_tile.kernel, self.like.kernel, axis),
-            write(sums.bias, of_tile.bias, self.like.bias, 0),
-            of_tile.moments,
-            write(sums.values, of_tile.values, self.like.values, 0),
-        )
+        return of_tile._replace(**{name: write(name) for name in axes})
 
     def can_join(self) -> bool:
         """Tells whether slopes can lie where weights of all classes were kept.
@@ -281,8 +324,11 @@ class _Step(NamedTuple):
         tiles do not divide.
         """
         kept, tiles = self.kept, self.tiles
+        operands = self.operands
         return (
             self.config.for_gpu
+            and operands.kernel_scale is None
+            and operands.lora_kernel is None
             and len(kept) == 1
             and kept[0].peaks is not None
             and tiles_in_all(kept, tiles) == tiles.class_blocks
@@ -387,14 +433,46 @@ class _Step(NamedTuple):
         if mix is not None:
             weights, of_rows = mix
             mix = (weights.astype(of_rows.dtype), of_rows)
-        return _Slopes(d.astype(part.matmul_dtype()), bias, moments, mix)
+        lora = None if part.lora_hidden is None else d.astype(part.lora_hidden.dtype)
+        scale = None
+        if self.like.kernel_scale is not None:
+            scale = self._slopes_of_scale(part, tile, d)
+        if part.has_scale_of_class():
+            d = d * scale_slice(part, tile.start, d.shape[1])
+        return _Slopes(d.astype(part.matmul_dtype()), bias, moments, mix, lora, scale)
+
+    def _slopes_of_scale(self, part: Operands, tile: Tile, d: jax.Array) -> jax.Array:
+        """Returns the derivative by the scales of a tile, [S, B]."""
+        if part.has_scale_of_class():
+            assert tile.product is not None
+            return jnp.sum(d * tile.product, axis=0, keepdims=True)
+        assert part.kernel_scale is not None
+        axis, precision = self.config.class_axis, self.config.precision
+        numbers = kernel_slice(
+            self.config, part._replace(kernel_scale=None), self.tiles, tile.start
+        )
+        rows = part.hidden.astype(numbers.dtype)
+        count = part.kernel_scale.shape[0]
+        size = rows.shape[1] // count
+
+        def of_block(index: jax.Array) -> jax.Array:
+            # Products of a few features, and not a tile of dkernel: XLA for TPUs would
+            # copy the whole kernel to lay it out as that is.
+            states, some = (
+                lax.dynamic_slice_in_dim(array, index * size, size, along)
+                for array, along in ((rows, 1), (numbers, 1 - axis))
+            )
+            product = dot(states, some, (1, 1 - axis), precision, d.dtype)
+            return jnp.sum(d * product, axis=0)
+
+        return lax.map(of_block, jnp.arange(count))
 
     def _add(self, part, row_start, index, sums: _Sums, slopes: _Slopes) -> _Sums:
         """Adds what a tile contributes to its gradients."""
         config, tiles = self.config, self.tiles
         axis, d = config.class_axis, slopes.logits
         dtype = compute_dtype(part.hidden, part.kernel)
-        hidden, kernel, bias, moments, values = sums
+        hidden, kernel, bias, moments, values = sums[:5]
         if bias is not None and slopes.bias is not None:
             bias = bias + slopes.bias
         if hidden is not None:
@@ -411,7 +489,28 @@ class _Step(NamedTuple):
             moments = _add_rows(moments, slopes.moments, row_start, tiles)
         if values is not None and slopes.mix is not None:
             values += dot(*slopes.mix, (0, 0), config.precision, dtype)
-        return _Sums(hidden, kernel, bias, moments, values)
+        sums = _Sums(hidden, kernel, bias, moments, values, *sums[5:])
+        if slopes.kernel_scale is not None:
+            assert sums.kernel_scale is not None
+            scale = sums.kernel_scale + slopes.kernel_scale
+            sums = sums._replace(kernel_scale=scale)
+        if slopes.lora is not None:
+            sums = self._add_lora(part, row_start, index, sums, slopes.lora)
+        return sums
+
+    def _add_lora(self, part, row_start, index, sums: _Sums, d: jax.Array) -> _Sums:
+        """Adds what a tile contributes to the gradients of adapters."""
+        config, tiles = self.config, self.tiles
+        dtype = compute_dtype(part.hidden, part.kernel)
+        hidden, kernel = sums.lora_hidden, sums.lora_kernel
+        if hidden is not None:
+            start, _ = self._classes(index)
+            columns = lora_slice(part, start, tiles.block_classes)
+            new = dot(d, columns, (1, 1), config.precision, dtype)
+            hidden = _add_rows(hidden, new, row_start, tiles)
+        if kernel is not None:
+            kernel += dot(part.lora_hidden, d, (0, 0), config.precision, dtype)
+        return sums._replace(lora_hidden=hidden, lora_kernel=kernel)
 
     def _write(self, total, tile, start, axis: int, fresh):
         """Writes or adds a tile of classes, except where it covers classes again."""

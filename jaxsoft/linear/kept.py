@@ -43,13 +43,14 @@ _MANY_CLASSES = 2**15
 def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Returns the dtype of large arrays of which loops read and write parts.
 
-    XLA for CPUs computes with float32 in the place of 16-bit floats, and takes the
+    XLA for CPUs computes with float32 in the place of shorter floats, and takes the
     update of a slice for a computation: it would convert all of an array for every
     tile. Bits are only moved; but no derivative flows through them.
     """
     dtype = jnp.dtype(dtype)
-    short = dtype.itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
-    return jnp.dtype(jnp.uint16) if short else dtype
+    if dtype.itemsize > 2 or not jnp.issubdtype(dtype, jnp.floating):
+        return dtype
+    return jnp.dtype(jnp.uint16 if dtype.itemsize == 2 else jnp.uint8)
 
 
 def stored(array: jax.Array) -> jax.Array:

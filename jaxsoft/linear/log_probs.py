@@ -19,6 +19,7 @@ from jaxsoft._core.tokens import (
 )
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, check_ids, prepare
 from jaxsoft.linear.folds.statistics import statistics
+from jaxsoft.linear.lora import LoRA
 from jaxsoft.logits.softmax import entropy, log_softmax
 
 __all__ = ["linear_log_prob", "linear_log_prob_at"]
@@ -34,6 +35,9 @@ def linear_log_prob(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     kernel_layout: KernelLayout = "hv",
@@ -58,6 +62,13 @@ def linear_log_prob(
       temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      class_bits: [..., ceil(V / 32)] uint32 or int32, a mask of each token: bit v % 32
+        of word v // 32 is 1 where class v is kept, of all shards' classes. None keeps
+        all.
+      kernel_scale: floating, for a kernel of int8, float8 or other short numbers, which
+        it multiplies: a scalar, [V], or one for each block of the kernel, whose axes
+        its own divide. No gradient flows to such a kernel. None for no scale.
+      lora: a `LoRA`, whose `(hidden @ a) @ b` is added to the products; or None.
       weights: [...] booleans or reals, one weight a token, which its numbers are
         multiplied by; a token of weight 0 has log-probability and entropy 0, and
         gradients of 0, whatever its label and hidden state, NaN included.
@@ -131,6 +142,9 @@ def linear_log_prob(
         temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
+        class_bits=class_bits,
+        kernel_scale=kernel_scale,
+        lora=lora,
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
@@ -152,6 +166,9 @@ def linear_log_prob_at(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     normalize: bool = False,
@@ -179,6 +196,13 @@ def linear_log_prob_at(
       temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      class_bits: [..., ceil(V / 32)] uint32 or int32, a mask of each token: bit v % 32
+        of word v // 32 is 1 where class v is kept, of all shards' classes. None keeps
+        all.
+      kernel_scale: floating, for a kernel of int8, float8 or other short numbers, which
+        it multiplies: a scalar, [V], or one for each block of the kernel, whose axes
+        its own divide. No gradient flows to such a kernel. None for no scale.
+      lora: a `LoRA`, whose `(hidden @ a) @ b` is added to the products; or None.
       weights: [...] booleans or reals, one weight a token, which its log-probabilities
         are multiplied by; a token of weight 0 has log-probabilities 0, and gradients
         of 0, whatever its ids and hidden state, NaN included.
@@ -256,6 +280,9 @@ def linear_log_prob_at(
         temperature=1.0 if normalize else tau,
         logit_softcap=logit_softcap,
         class_mask=class_mask,
+        class_bits=class_bits,
+        kernel_scale=kernel_scale,
+        lora=lora,
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,

@@ -20,6 +20,7 @@ from jaxsoft._core.tokens import (
 )
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
+from jaxsoft.linear.lora import LoRA
 from jaxsoft.linear.token_losses import TokenLoss, statistics_loss
 
 __all__ = ["linear_cross_entropy"]
@@ -35,6 +36,9 @@ def linear_cross_entropy(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     weights: ArrayLike | None = None,
@@ -69,6 +73,13 @@ def linear_cross_entropy(
       temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      class_bits: [..., ceil(V / 32)] uint32 or int32, a mask of each token: bit v % 32
+        of word v // 32 is 1 where class v is kept, of all shards' classes. None keeps
+        all.
+      kernel_scale: floating, for a kernel of int8, float8 or other short numbers, which
+        it multiplies: a scalar, [V], or one for each block of the kernel, whose axes
+        its own divide. No gradient flows to such a kernel. None for no scale.
+      lora: a `LoRA`, whose `(hidden @ a) @ b` is added to the products; or None.
       label_smoothing: ε in [0, 1], spread evenly over the kept classes.
       z_loss: weight >= 0 of the squared log-sum-exp.
       weights: [...] booleans or reals, one weight a token; a token of weight 0
@@ -145,6 +156,9 @@ def linear_cross_entropy(
         temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
+        class_bits=class_bits,
+        kernel_scale=kernel_scale,
+        lora=lora,
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,

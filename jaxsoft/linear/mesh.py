@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft.linear.arguments import MeshAxes
+from jaxsoft.linear.lora import LoRA
 
 __all__ = ["over_mesh"]
 
@@ -22,6 +23,8 @@ _TOKENS = (
     "hidden",
     "labels",
     "class_ids",
+    "class_bits",
+    "lora_ids",
     "weights",
     "student_hidden",
     "teacher_hidden",
@@ -29,7 +32,8 @@ _TOKENS = (
     "teacher_log_probs",
 )
 _CLASSES = ("bias", "student_bias", "teacher_bias", "class_mask", "values")
-_KERNELS = ("kernel", "student_kernel", "teacher_kernel")
+_KERNELS = ("kernel", "student_kernel", "teacher_kernel", "kernel_scale")
+_ADAPTERS = {"lora_a": "a", "lora_b": "b", "lora_ids": "ids"}
 
 
 def over_mesh(
@@ -113,29 +117,49 @@ def over_mesh(
 
 def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     """Pads, shards, calls, and cuts the padding off."""
+    lora = arguments.get("lora")
+    if isinstance(lora, LoRA):
+        parts = {name: getattr(lora, field) for name, field in _ADAPTERS.items()}
+        del arguments["lora"]
+        arguments = arguments | parts
     arrays = {
         name: jnp.asarray(value)
         for name, value in arguments.items()
-        if name in (*_TOKENS, *_CLASSES, *_KERNELS) and value is not None
+        if name in (*_TOKENS, *_CLASSES, *_KERNELS, *_ADAPTERS) and value is not None
     }
     for name in ("key", "temperature"):
         if hasattr(arguments.get(name), "dtype"):
             arrays[name] = jnp.asarray(arguments[name])
     static = {name: v for name, v in arguments.items() if name not in arrays}
-    axes = {name: _axis_of_classes(name, static) for name in arrays}
+    axes = {
+        name: _axis_of_classes(name, array.ndim, static)
+        for name, array in arrays.items()
+    }
+
+    def call(**options: Any) -> Any:
+        adapters = {f: options.pop(n, None) for n, f in _ADAPTERS.items()}
+        if adapters["a"] is not None:
+            options["lora"] = LoRA(**adapters)
+        return function(**options)
+
     hidden = arrays.get("hidden", arrays.get("student_hidden"))
     kernel = "kernel" if "kernel" in arrays else "student_kernel"
     if hidden is None or hidden.ndim < 1 or arrays[kernel].ndim != 2:
-        return function(**arguments)
+        return call(**arguments)
     tau = arrays.get("temperature")
     if tau is not None and tau.ndim:
         rows = checks.row_temperature(tau, tau.dtype, hidden.shape[:-1])
         arrays["temperature"] = jnp.asarray(rows)
     count = hidden.shape[0] if hidden.ndim > 1 else None
     number = arrays[kernel].shape[axes[kernel] or 0]
+    if (scale := arrays.get("kernel_scale")) is not None and scale.ndim == 2:
+        # A block of classes may lie on several shards.
+        axis = axes["kernel_scale"] or 0
+        repeats = number // max(scale.shape[axis], 1)
+        arrays["kernel_scale"] = jnp.repeat(scale, repeats, axis)
     # A ShapeDtypeStruct has no sharding, whatever the array's type says.
     types = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}
-    shapes = jax.eval_shape(lambda a: function(**a, **static), types)
+    shapes = jax.eval_shape(lambda a: call(**a, **static), types)
     more = -number % _shards(mesh, classes)
     if more and "class_mask" not in arrays:
         arrays["class_mask"], axes["class_mask"] = jnp.ones(number, jnp.bool_), 0
@@ -155,7 +179,7 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
         specs[name] = PartitionSpec(*spec)
 
     def local(arrays):
-        return function(
+        return call(
             **arrays,
             **static,
             vocab_axis=mesh_axes.Classes(classes, number) if classes else None,
@@ -177,13 +201,18 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     return jax.tree.map(lambda a, s: a[:count] if s.ndim else a, out, shapes)
 
 
-def _axis_of_classes(name: str, options: dict[str, Any]) -> int | None:
+def _axis_of_classes(name: str, rank: int, options: dict[str, Any]) -> int | None:
     """Returns the axis of an argument that runs over classes, if it has one."""
     if name in _CLASSES:
         return 0
-    if name not in _KERNELS:
+    if name == "lora_b":
+        return rank - 1
+    if name not in _KERNELS or not rank:
         return None
-    return 1 if options.get(f"{name}_layout", "hv") == "hv" else 0
+    if rank == 1:
+        return 0
+    prefix = name.removesuffix("_scale")
+    return 1 if options.get(f"{prefix}_layout", "hv") == "hv" else 0
 
 
 def _explicit(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsoft._core import mesh_axes, registry
 from jaxsoft.linear.arguments import axes_of
+from jaxsoft.linear.kept import stored_dtype
 from jaxsoft.linear.plans import Plan
 
 __all__ = ["Program", "by_moving", "bind", "plans_in"]
@@ -299,7 +300,7 @@ def _evaluate_whole(*args, jaxpr, program, tree, result_axes):
 def _evaluate_by_bits(*args, jaxpr, program, tree, result_axes):
     """Computes the function for CPUs, which convert all of what they slice."""
     is_kernel = program.platform is not None
-    if is_kernel or all(array.dtype.itemsize != 2 for array in args):
+    if is_kernel or all(stored_dtype(a.dtype) == a.dtype for a in args):
         return _evaluate(
             *args, jaxpr=jaxpr, program=program, tree=tree, result_axes=result_axes
         )

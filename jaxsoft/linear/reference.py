@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxsoft._core.numerics import compute_dtype, divide_by_temperature, finite_peak
 from jaxsoft.linear.arguments import Config, Operands
+from jaxsoft.linear.tiles import lora_slice, scale_slice, whole_kernel
 
 __all__ = ["logits", "statistics"]
 
@@ -16,13 +17,22 @@ def logits(config: Config, operands: Operands) -> jax.Array:
     hidden, kernel = operands.hidden, operands.kernel
     dtype, operand_dtype = compute_dtype(hidden, kernel), operands.matmul_dtype()
     leading = range(hidden.ndim - 1)
-    u = jax.lax.dot_general(
-        hidden.astype(operand_dtype),
-        kernel.astype(operand_dtype),
-        (((hidden.ndim - 1,), (1 - config.class_axis,)), ((), ())),
-        precision=config.precision,
-        preferred_element_type=dtype,
-    )
+
+    def product(states, kernel, axis):
+        return jax.lax.dot_general(
+            states,
+            kernel,
+            (((states.ndim - 1,), (axis,)), ((), ())),
+            precision=config.precision,
+            preferred_element_type=dtype,
+        )
+
+    kernel = whole_kernel(config, operands)
+    u = product(hidden.astype(operand_dtype), kernel, 1 - config.class_axis)
+    if operands.has_scale_of_class():
+        u = u * jnp.expand_dims(scale_slice(operands, 0, u.shape[-1])[0], leading)
+    if operands.lora_hidden is not None:
+        u = u + product(operands.lora_hidden, lora_slice(operands, 0, u.shape[-1]), 0)
     if operands.bias is not None:
         u = u + jnp.expand_dims(operands.bias, leading).astype(dtype)
     if config.softcap is not None:
@@ -30,6 +40,9 @@ def logits(config: Config, operands: Operands) -> jax.Array:
         u = jnp.where(u == -jnp.inf, u, capped)
     if operands.class_mask is not None:
         u = jnp.where(jnp.expand_dims(operands.class_mask, leading), u, -jnp.inf)
+    bits = operands.kept_bits(config, 0, u.shape[-1])
+    if bits is not None:
+        u = jnp.where(bits, u, -jnp.inf)
     if operands.excluded is not None:
         classes = jnp.arange(u.shape[-1], dtype=jnp.int32)
         dropped = (

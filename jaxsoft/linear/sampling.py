@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxsoft.linear.arguments import (
 )
 from jaxsoft.linear.fold import stream
 from jaxsoft.linear.folds.draw import Draw, Drawing
+from jaxsoft.linear.lora import LoRA
 
 __all__ = ["linear_sample"]
 
@@ -35,6 +37,9 @@ def linear_sample(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
@@ -57,6 +62,13 @@ def linear_sample(
         argmax.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      class_bits: [..., ceil(V / 32)] uint32 or int32, a mask of each token: bit v % 32
+        of word v // 32 is 1 where class v is kept, of all shards' classes. None keeps
+        all.
+      kernel_scale: floating, for a kernel of int8, float8 or other short numbers, which
+        it multiplies: a scalar, [V], or one for each block of the kernel, whose axes
+        its own divide. No gradient flows to such a kernel. None for no scale.
+      lora: a `LoRA`, whose `(hidden @ a) @ b` is added to the products; or None.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
       vocab_axis: inside `jax.shard_map`, the mesh axes of the classes; see
@@ -101,6 +113,9 @@ def linear_sample(
         temperature=_fixed(temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
+        class_bits=class_bits,
+        kernel_scale=_fixed(kernel_scale),
+        lora=jax.tree.map(_fixed, lora),
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,
@@ -110,11 +125,9 @@ def linear_sample(
     return _sample(Draw(call.config), rows_over, key, call.arrays)
 
 
-def _fixed(temperature: ArrayLike) -> ArrayLike:
-    """Returns a temperature through which no gradient flows."""
-    if isinstance(temperature, jax.Array):
-        return lax.stop_gradient(temperature)
-    return temperature
+def _fixed(value: Any) -> Any:
+    """Returns a value through which no gradient flows."""
+    return lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)

@@ -9,6 +9,7 @@ from jaxsoft._core import mesh_axes
 from jaxsoft._core.registry import Implementation
 from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
+from jaxsoft.linear.lora import LoRA
 
 __all__ = ["linear_statistics"]
 
@@ -23,6 +24,9 @@ def linear_statistics(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
     vocab_axis: MeshAxes = None,
@@ -48,6 +52,13 @@ def linear_statistics(
       temperature: τ in [0, ∞], a scalar, [...] or [..., 1].
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      class_bits: [..., ceil(V / 32)] uint32 or int32, a mask of each token: bit v % 32
+        of word v // 32 is 1 where class v is kept, of all shards' classes. None keeps
+        all.
+      kernel_scale: floating, for a kernel of int8, float8 or other short numbers, which
+        it multiplies: a scalar, [V], or one for each block of the kernel, whose axes
+        its own divide. No gradient flows to such a kernel. None for no scale.
+      lora: a `LoRA`, whose `(hidden @ a) @ b` is added to the products; or None.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
       vocab_axis: inside `jax.shard_map`, the mesh axis (or axes) that the classes are
@@ -112,6 +123,9 @@ def linear_statistics(
         temperature=temperature,
         logit_softcap=logit_softcap,
         class_mask=class_mask,
+        class_bits=class_bits,
+        kernel_scale=kernel_scale,
+        lora=lora,
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,

@@ -38,11 +38,14 @@ __all__ = [
     "fold_tiles",
     "kernel_slice",
     "layer_of",
+    "lora_slice",
     "map_rows",
+    "scale_slice",
     "scatter",
     "slice_rows",
     "tiles_of",
     "tiles_of_layer",
+    "whole_kernel",
 ]
 
 Tree = TypeVar("Tree")
@@ -244,7 +247,41 @@ def kernel_slice(
     if config.moves_bits and tiles.class_blocks > 1:
         kernel = stored(kernel)
     kernel = lax.dynamic_slice_in_dim(kernel, start, size, config.class_axis)
-    return loaded(kernel, operands.kernel.dtype).astype(operands.matmul_dtype())
+    kernel = loaded(kernel, operands.kernel.dtype)
+    if operands.kernel_scale is not None and not operands.has_scale_of_class():
+        kernel = _scaled(config, kernel, scale_slice(operands, start, size))
+    return kernel.astype(operands.matmul_dtype())
+
+
+def whole_kernel(config: Config, operands: Operands) -> jax.Array:
+    """Returns the kernel as `kernel_slice` does, of all classes."""
+    kernel = operands.kernel
+    if operands.kernel_scale is not None and not operands.has_scale_of_class():
+        scale = scale_slice(operands, 0, operands.num_classes(config))
+        kernel = _scaled(config, kernel, scale)
+    return kernel.astype(operands.matmul_dtype())
+
+
+def _scaled(config: Config, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns the numbers of some classes times their scales [S, B]."""
+    features = kernel.shape[1 - config.class_axis]
+    whole = jnp.repeat(scale, features // scale.shape[0], axis=0)
+    whole = whole if config.class_axis == 1 else whole.T
+    return kernel.astype(scale.dtype) * whole
+
+
+def scale_slice(operands: Operands, start: jax.Array | int, size: int) -> jax.Array:
+    """Returns the scales [S, B] of some classes, in the dtype of the statistics."""
+    assert operands.kernel_scale is not None
+    scale = lax.dynamic_slice_in_dim(operands.kernel_scale, start, size, 1)
+    return scale.astype(compute_dtype(operands.hidden, operands.kernel))
+
+
+def lora_slice(operands: Operands, start: jax.Array | int, size: int) -> jax.Array:
+    """Returns some classes of the adapters' kernel, in the dtype of their states."""
+    assert operands.lora_kernel is not None and operands.lora_hidden is not None
+    columns = lax.dynamic_slice_in_dim(operands.lora_kernel, start, size, 1)
+    return columns.astype(operands.lora_hidden.dtype)
 
 
 def compute_tile(
@@ -287,15 +324,26 @@ def compute_tile(
         )
     else:
         product = kept.numbers
+    summed = product
+    if operands.has_scale_of_class():
+        summed = summed * scale_slice(operands, start, size)
+    if operands.lora_hidden is not None and operands.lora_kernel is not None:
+        states = operands.lora_hidden
+        columns = lora_slice(operands, start, size)
+        summed = summed + dot(states, columns, (1, 0), config.precision, dtype)
     bias = None
     if operands.bias is not None:
         bias = lax.dynamic_slice_in_dim(operands.bias, start, size)
         bias = bias.astype(dtype)[None]
-    u, slope = capped(product, bias, config.softcap)
+    u, slope = capped(summed, bias, config.softcap)
     masked = operands.bias is not None
     if operands.class_mask is not None:
         mask = lax.dynamic_slice_in_dim(operands.class_mask, start, size)
         u = jnp.where(mask[None], u, -jnp.inf)
+        masked = True
+    bits = operands.kept_bits(config, start, size)
+    if bits is not None:
+        u = jnp.where(bits, u, -jnp.inf)
         masked = True
     if ours is not None:
         u = jnp.where(ours[None], u, -jnp.inf)

@@ -2,7 +2,8 @@
 
 Modes: `vmap` over 8 on one device, `tokens` (hidden states over 4 devices), `mesh`
 (hidden states and classes over 4), `explicit` (likewise, by types), `table` (the kernel
-of one device laid out by classes, and how many matrix products there are of what). What
+of one device laid out by classes, and how many matrix products there are of what),
+`operands` (short kernels, adapters and packed masks, on one device). What
 `functions.py` has is not here again: one device, and the contrastive losses.
 """
 
@@ -20,6 +21,8 @@ from tests.accelerators.compiling import compile_for, report, topology
 
 # Gemma 2's head, a narrower teacher, and an embedding table to mix.
 ROWS, FEATURES, CLASSES, TEACHER, WIDTH, LISTED = 8192, 2304, 256000, 1024, 512, 16
+# Tokens where a mask of each has a row.
+LOW = 4096
 SHAPES = {
     "hidden": ((ROWS, FEATURES), jnp.bfloat16, P("data")),
     "kernel": ((FEATURES, CLASSES), jnp.bfloat16, P(None, "vocab")),
@@ -94,6 +97,8 @@ def main(target, mode):
     platform, devices = topology(target)
     if mode == "table":
         return table(platform, devices[0])
+    if mode == "operands":
+        return operands(platform, devices[0])
     data = len(devices) if mode in ("vmap", "tokens") else int(len(devices) ** 0.5)
     explicit = mode == "explicit"
     mesh = Mesh(
@@ -151,6 +156,63 @@ def table(platform, device):
         operands = [line.split("->")[0].split(":")[-1] for line in products]
         wide = sum("bf16" not in types for types in operands)
         report("table", what, compiled, products=len(products), wide=wide)
+
+
+def operands(platform, device):
+    """Compiles the loss of short kernels, adapters and masks, and its gradients."""
+    place = SingleDeviceSharding(device)
+    rank, adapters = 16, 8
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+
+    rows, labels = ((LOW, FEATURES), jnp.bfloat16), ((LOW,), jnp.int32)
+    short = ((FEATURES, CLASSES), jnp.int8)
+    of_class = ((CLASSES,), jnp.float32)
+    of_block = ((FEATURES // 128, CLASSES // 128), jnp.float32)
+    lora = (
+        array((adapters, FEATURES, rank), jnp.bfloat16),
+        array((adapters, rank, CLASSES), jnp.bfloat16),
+        array(*labels),
+    )
+    bits = array((LOW, CLASSES // 32), jnp.uint32)
+
+    def scaled(hidden, scale, kernel, labels):
+        return jaxsoft.linear_cross_entropy(
+            hidden, kernel, labels, kernel_scale=scale, workspace_bytes=2**26
+        )
+
+    def adapted(hidden, a, b, ids, kernel, labels):
+        given = jaxsoft.LoRA(a, b, ids)
+        return jaxsoft.linear_cross_entropy(
+            hidden, kernel, labels, lora=given, workspace_bytes=2**26
+        )
+
+    def masked(hidden, bits, kernel, labels):
+        return jaxsoft.linear_cross_entropy(
+            hidden, kernel, labels, class_bits=bits, workspace_bytes=2**26
+        )
+
+    hidden, kernel = array(*rows), array(*SHAPES["kernel"][:2])
+    cases = {
+        "scale of classes": (
+            scaled,
+            (0, 1),
+            (hidden, array(*of_class), array(*short)),
+        ),
+        "scale of blocks": (scaled, (0, 1), (hidden, array(*of_block), array(*short))),
+        "adapters": (adapted, (0, 1, 2), (hidden, *lora, kernel)),
+        "masks": (masked, (0,), (hidden, bits, kernel)),
+    }
+    for name, (function, moving, arrays) in cases.items():
+        arrays = (*arrays, array(*labels))
+        whats = {
+            "value": function,
+            "value_and_grad": jax.value_and_grad(function, moving),
+        }
+        for what, call in whats.items():
+            _, compiled = compile_for(platform, call, arrays)
+            report(name, what, compiled)
 
 
 def collectives(text):

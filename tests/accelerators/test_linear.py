@@ -43,6 +43,16 @@ def test_tied_embeddings_of_gemma2(target):
         assert result["products"] == (1 if what == "value" else 3), result
 
 
+@pytest.mark.parametrize("target", ["h100", "v6e"])
+def test_short_kernels_adapters_and_masks(target):
+    found = results("linear", target, "operands")
+    assert len(found) == 8
+    for result in found:
+        # A kernel of int8 has 562 MiB, and one of bfloat16 1,125. A TPU takes the 125
+        # of a mask once more, laid out by words.
+        assert result["mib"] <= (64 if result["what"] == "value" else 256), result
+
+
 @pytest.mark.parametrize(
     "target, mode",
     [

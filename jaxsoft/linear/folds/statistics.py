@@ -574,6 +574,7 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
         needs_logits = (
             self.config.softcap is not None
             or moving.tau
+            or moving.kernel_scale
             or not self.wanted.isdisjoint({"expected", "mean"})
             or labels > 1
             # The range of float16 is too small, and others are no shorter.
