@@ -148,6 +148,7 @@ LAYERS = {
     "linear_log_prob": layer_of("linear_log_prob", "labels"),
     "linear_log_prob_at": layer_of("linear_log_prob_at", "class_ids"),
     "linear_statistics": layer_of("linear_statistics", "labels"),
+    "ranks": layer_of("linear_statistics", "labels", return_rank=True, return_top_k=3),
     "linear_top_k": layer_of("linear_top_k", k=3),
     "linear_sample": drawn,
     "linear_expected": lambda a, wrap=lambda function: function: wrap(

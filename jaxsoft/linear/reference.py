@@ -1,5 +1,6 @@
 """The definition of the statistics, from stored logits; differentiated by JAX."""
 
+import dataclasses
 from collections.abc import Collection
 
 import jax
@@ -9,7 +10,7 @@ from jaxsoft._core.numerics import compute_dtype, divide_by_temperature, finite_
 from jaxsoft.linear.arguments import Config, Operands
 from jaxsoft.linear.tiles import lora_slice, scale_slice, whole_kernel
 
-__all__ = ["logits", "statistics"]
+__all__ = ["logits", "rank", "statistics", "top_k"]
 
 
 def logits(config: Config, operands: Operands) -> jax.Array:
@@ -88,3 +89,31 @@ def statistics(
         remaining = jnp.sum(jnp.where(listed, 0, weights), axis=1)
         fields["rest"] = jnp.log(remaining)
     return fields
+
+
+def rank(config: Config, operands: Operands) -> jax.Array:
+    """Returns how many kept classes beat the one label of every row, [N] int32."""
+    assert operands.labels is not None
+    # The soft-cap keeps the order of logits.
+    uncapped = dataclasses.replace(config, softcap=None)
+    u, label = logits(uncapped, operands), operands.labels
+    number = u.shape[1]
+    classes = jnp.arange(number, dtype=jnp.int32)[None]
+    own = jnp.take_along_axis(u, jnp.maximum(label, 0), axis=1, mode="clip")
+    beat = jnp.where(classes < label, u >= own, u > own)
+    is_kept = (label >= 0) & (own != -jnp.inf)
+    is_kept &= jnp.all(u < jnp.inf, axis=1, keepdims=True)
+    above = jnp.sum(beat, axis=1, keepdims=True, dtype=jnp.int32)
+    return jnp.where(is_kept, above, number)[:, 0]
+
+
+def top_k(config: Config, operands: Operands, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns log-probabilities and ids of the best classes of every row, [N, K]."""
+    u = logits(config, operands)
+    best, ids = jax.lax.top_k(jax.lax.stop_gradient(u), k)
+    largest = finite_peak(best[:, :1])
+    c = divide_by_temperature(u, largest, operands.temperature(config))
+    log_sum = jax.nn.logsumexp(c, axis=1, keepdims=True)
+    log_sum = jnp.where(best[:, :1] == -jnp.inf, 0, log_sum)
+    log_probs = jnp.take_along_axis(c, ids, axis=1) - log_sum
+    return log_probs, jnp.where(best == -jnp.inf, -1, ids)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import mesh_axes
+from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.registry import Implementation
-from jaxsoft.linear.arguments import KernelLayout, MeshAxes, prepare
+from jaxsoft.linear.arguments import Call, KernelLayout, MeshAxes, prepare
+from jaxsoft.linear.folds.ranked import ranked_statistics
 from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 from jaxsoft.linear.lora import LoRA
 
@@ -32,6 +33,8 @@ def linear_statistics(
     vocab_axis: MeshAxes = None,
     token_axes: MeshAxes = (),
     return_argmax: bool = False,
+    return_rank: bool = False,
+    return_top_k: int | None = None,
     workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> LogitStatistics:
@@ -67,6 +70,10 @@ def linear_statistics(
       token_axes: inside `jax.shard_map`, the mesh axes that the tokens are sharded
         over; the statistics of a token do not depend on them.
       return_argmax: whether to compute `argmax`, at some cost.
+      return_rank: whether to compute `rank`, how many classes beat the label, from the
+        products of the same pass over the kernel; see Notes.
+      return_top_k: how many of the best classes to compute in the same pass, in [1, V],
+        as `top_log_probs` and `top_ids`; None for none.
       workspace_bytes: the temporary memory, in bytes, that logits and what is kept of
         them for a gradient may take; the fastest plan that fits is taken. None: a
         quarter of the float32 logits, within [96, 512] MiB. See Notes.
@@ -108,6 +115,14 @@ def linear_statistics(
       [[-0.3133 -0.3133]
        [ 0.5822  0.5822]]
 
+      Recall at 2 and mean reciprocal rank of labels:
+
+      >>> hidden, labels = jnp.eye(3), jnp.array([0, 1, 2])
+      >>> kernel = jnp.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+      >>> rank = linear_statistics(hidden, kernel, labels, return_rank=True).rank
+      >>> print(f"{(rank < 2).mean():.4f} {(1 / (rank + 1)).mean():.4f}")
+      0.6667 0.6111
+
     References:
       Milakov and Gimelshein, Online normalizer calculation for softmax,
       arXiv:1805.02867; Wijmans et al., Cut Your Losses in Large-Vocabulary Language
@@ -133,4 +148,27 @@ def linear_statistics(
         implementation=implementation,
     )
     wanted = ("mean", "expected") + (("argmax",) if return_argmax else ())
-    return statistics(call, wanted).with_one_label()
+    if not return_rank and return_top_k is None:
+        return statistics(call, wanted).with_one_label()
+    k = _checked(call, return_rank, return_top_k)
+    return ranked_statistics(call, wanted, rank=return_rank, k=k).with_one_label()
+
+
+def _checked(call: Call, rank: bool, k: int | None) -> int:
+    """Returns how many best classes are wanted, 0 for none."""
+    implementation = call.config.implementation
+    if implementation not in ("xla", "reference"):
+        raise NotImplementedError(
+            '`implementation` must be None, "xla" or "reference" with return_rank or '
+            f"return_top_k, got {implementation!r}."
+        )
+    if rank and call.arrays.labels is None:
+        raise ValueError("`labels` must be given with return_rank, got None.")
+    if k is None:
+        return 0
+    k = checks.positive_integer("return_top_k", k)
+    if k > call.num_classes():
+        raise ValueError(
+            f"`return_top_k` must be at most V = {call.num_classes()}, got {k}."
+        )
+    return k

@@ -194,6 +194,8 @@ class LinearMethods(nnx.Module):
         temperature: ArrayLike | None = None,
         class_mask: ArrayLike | None = None,
         return_argmax: bool = False,
+        return_rank: bool = False,
+        return_top_k: int | None = None,
     ) -> LogitStatistics:
         """Log-sum-exp, entropy and more of each token, without stored logits.
 
@@ -203,6 +205,8 @@ class LinearMethods(nnx.Module):
           temperature: τ, a scalar or [...]; None takes the module's.
           class_mask: [V] booleans; False drops a class.
           return_argmax: whether to compute the likeliest class, at some cost.
+          return_rank: whether to compute how many classes beat the label.
+          return_top_k: how many of the best classes to compute, or None.
 
         Returns:
           A `LogitStatistics` of arrays [...], as `jaxsoft.linear_statistics`.
@@ -214,6 +218,8 @@ class LinearMethods(nnx.Module):
             temperature=temperature,
             class_mask=class_mask,
             return_argmax=return_argmax,
+            return_rank=return_rank,
+            return_top_k=return_top_k,
         )
 
     def distillation(

@@ -108,6 +108,13 @@ def statistics(a, wrap=plain, **mesh):
     return out.lse, out.log_prob, out.entropy, out.argmax
 
 
+def ranked(a, wrap=plain, **mesh):
+    f = wrap(jaxsoft.linear_statistics)
+    options = shared(a) | {"return_rank": True, "return_top_k": 3}
+    out = f(a["hidden"], a["kernel"], a["labels"], **options, **mesh)
+    return out.entropy, out.top_log_probs, out.top_ids, out.rank
+
+
 def sample(a, wrap=plain, **mesh):
     f = wrap(jaxsoft.linear_sample)
     return f(jax.random.key(3), a["hidden"], a["kernel"], **shared(a), **mesh)
@@ -165,6 +172,7 @@ CALLS = {
         log_prob_at,
         kept_log_prob_at,
         statistics,
+        ranked,
         sample,
         top_k,
         expected,

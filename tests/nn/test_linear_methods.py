@@ -36,7 +36,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "linear_log_prob": ((HIDDEN, LABELS), {"class_mask": MASK}),
     "linear_log_prob_at": ((HIDDEN, IDS), {"ignore_label": 7}),
     "linear_sample": ((KEY, HIDDEN), {"class_mask": MASK}),
-    "linear_statistics": ((HIDDEN, LABELS), {"return_argmax": True}),
+    "linear_statistics": (
+        (HIDDEN, LABELS),
+        {"return_argmax": True, "return_rank": True, "return_top_k": 3},
+    ),
     "linear_top_k": ((HIDDEN, 3), {}),
 }
 
@@ -153,12 +156,21 @@ def test_methods_are_calls_with_names(kind):
                 ),
             ),
             (
-                head.statistics(HIDDEN, LABELS, return_argmax=True, **masked),
+                head.statistics(
+                    HIDDEN,
+                    LABELS,
+                    return_argmax=True,
+                    return_rank=True,
+                    return_top_k=3,
+                    **masked,
+                ),
                 head.call(
                     jaxsoft.linear_statistics,
                     HIDDEN,
                     LABELS,
                     return_argmax=True,
+                    return_rank=True,
+                    return_top_k=3,
                     **masked,
                 ),
             ),

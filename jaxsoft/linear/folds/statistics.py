@@ -50,6 +50,7 @@ __all__ = [
     "Saved",
     "Statistics",
     "of_fields",
+    "run",
     "statistics",
 ]
 
@@ -70,6 +71,9 @@ class Fields(NamedTuple):
       argmax: int32, the lowest class that reaches m.
       rest: log Σ exp(c) over the classes that are no labels of the row.
       raw_label: the logits of the labels themselves, [N, K].
+      rank: int32, how many kept classes beat the one label; V without one that is kept.
+      top_log_probs: log-probabilities of the best classes, [N, T].
+      top_ids: int32, those classes, [N, T].
     """
 
     max: Annotated[jax.Array, Axes("n")]
@@ -80,6 +84,9 @@ class Fields(NamedTuple):
     argmax: Annotated[jax.Array | None, Axes("n")] = None
     rest: Annotated[jax.Array | None, Axes("n")] = None
     raw_label: Annotated[jax.Array | None, Axes("nk")] = None
+    rank: Annotated[jax.Array | None, Axes("n")] = None
+    top_log_probs: Annotated[jax.Array | None, Axes("nt")] = None
+    top_ids: Annotated[jax.Array | None, Axes("nt")] = None
 
 
 class Saved(NamedTuple):
@@ -556,6 +563,10 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
     def result(self, saved: Saved) -> Fields:
         return saved.fields
 
+    def of_no_rows(self, operands: Operands) -> Fields:
+        """Returns the result of operands without a row."""
+        return self.result(self.finish(self.start(0, operands), operands))
+
     def compute(self, arrays: Operands) -> Fields:
         if self.config.implementation == "reference":
             return Fields(**reference.statistics(self.config, arrays, self.wanted))
@@ -707,6 +718,14 @@ class LogitStatistics:
       temperature: τ, a scalar or [...].
       rest: log Σ exp(c) over the classes that are not among K labels; None where not
         computed.
+      rank: how many kept classes beat the label [...], int32: those with a larger
+        logit, or the same and a lower id, before the soft-cap. 0 is the best; V for a
+        label that is no kept class, and where `log_prob` is NaN. None where not asked
+        for.
+      top_log_probs: log-probabilities of the best classes [..., k], descending, as of
+        `linear_top_k`; None where not asked for.
+      top_ids: their ids [..., k], int32, -1 where fewer than k classes are kept; None
+        where not asked for.
 
     Example:
       >>> import jax.numpy as jnp
@@ -724,6 +743,9 @@ class LogitStatistics:
     argmax: jax.Array | None
     temperature: jax.Array
     rest: jax.Array | None = None
+    rank: jax.Array | None = None
+    top_log_probs: jax.Array | None = None
+    top_ids: jax.Array | None = None
 
     @property
     def lse(self) -> jax.Array:
@@ -783,18 +805,23 @@ def statistics(call: Call, wanted: tuple[str, ...] = ()) -> LogitStatistics:
     """
     has_label = call.arrays.labels is not None and "raw_label" not in wanted
     names = ("label", *wanted) if has_label else wanted
-    return _run(Statistics(call.config, frozenset(names)), call.arrays)
+    return run(Statistics(call.config, frozenset(names)), call.arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _run(fold: Statistics, arrays: Operands) -> LogitStatistics:
-    """Folds leading axes into rows, computes, and unfolds."""
+def run(fold: Statistics, arrays: Operands) -> LogitStatistics:
+    """Folds leading axes into rows, computes, and unfolds.
+
+    Args:
+      fold: which statistics.
+      arrays: those of a checked call.
+    """
     rows = arrays.hidden.shape[:-1]
     operands = fold_rows(fold.config, arrays)
     if math.prod(rows):
         fields = stream(fold, operands)
     else:
-        fields = fold.result(fold.finish(fold.start(0, operands), operands))
+        fields = fold.of_no_rows(operands)
     fields = jax.tree.map(lambda a: a.reshape(rows + a.shape[1:]), fields)
     valid = None
     if operands.labels is not None:
