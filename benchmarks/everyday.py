@@ -61,6 +61,7 @@ UNTIMED = {
     "ClassSampler": _BUILT,
     "ClassTree": _BUILT,
     "LogitStatistics": _HOLDS,
+    "MixedNegatives": _HOLDS,
     "RowGradient": _HOLDS,
     "RowOptimizer": _HOLDS,
     "TemperatureFit": _HOLDS,

@@ -14,6 +14,7 @@ from benchmarks.everyday_logits import newton_temperature
 _SOFT, _TAU, _CAP, _SMOOTHING, _Z_LOSS = 2.0, 0.7, 30.0, 0.1, 1e-4
 _BEST, _CANDIDATES = 10, 8
 _SIMCLR, _CLIP, _SUPERVISED, _GROUPS = 0.5, 0.07, 0.1, 10
+_RETRIEVAL = 4.0
 # Of 2**25 logits a call takes seconds: only what most people call is timed there.
 _FEWER = at_most(2**22)
 
@@ -141,6 +142,31 @@ def _clip_loss(image: Any, text: Any) -> jax.Array:
     return (_cross_entropy(x, own).mean() + _cross_entropy(x.T, own).mean()) / 2
 
 
+def _in_batch(image: Any, text: Any, log_q: Any, ids: Any) -> jax.Array:
+    own = jnp.arange(len(image))
+    x = _logits(image, text.T) / _RETRIEVAL - log_q
+    hits = (ids[:, None] == ids) & (own[:, None] != own)
+    return _cross_entropy(jnp.where(hits, -1e30, x), own).mean()
+
+
+def _our_ranks(hidden: Any, kernel: Any, labels: Any) -> tuple[jax.Array, ...]:
+    found = jaxsoft.linear_statistics(
+        hidden, kernel, labels, return_rank=True, return_top_k=_BEST
+    )
+    assert found.rank is not None
+    assert found.top_log_probs is not None and found.top_ids is not None
+    return found.log_prob, found.rank, found.top_log_probs, found.top_ids
+
+
+def _ranks(hidden: Any, kernel: Any, labels: Any) -> tuple[jax.Array, ...]:
+    x = _logits(hidden, kernel)
+    own = jnp.take_along_axis(x, labels[:, None], axis=-1)
+    rank = jnp.sum(x > own, axis=-1)
+    log_p = jax.nn.log_softmax(x)
+    best, ids = jax.lax.top_k(log_p, _BEST)
+    return jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0], rank, best, ids
+
+
 def _supervised(embeddings: Any, groups: Any) -> jax.Array:
     x = _similarities(_unit(embeddings), _SUPERVISED)
     others = ~jnp.eye(len(x), dtype=bool)
@@ -185,6 +211,14 @@ _CASES = (
         _statistics,
         "hidden kernel labels",
         "hidden kernel",
+        at=_FEWER,
+    ),
+    Case(
+        "linear_statistics",
+        f"rank, k = {_BEST}",
+        _our_ranks,
+        _ranks,
+        "hidden kernel labels",
         at=_FEWER,
     ),
     Case(
@@ -313,6 +347,15 @@ _CONTRASTIVE = (
         "image",
         value=False,
     ),
+    Case(
+        "in_batch_cross_entropy",
+        "log_q, ids",
+        lambda *arrays: jaxsoft.in_batch_cross_entropy(*arrays, temperature=_RETRIEVAL),
+        _in_batch,
+        "image text log_q items",
+        "image text",
+        value=False,
+    ),
 )
 
 
@@ -366,6 +409,8 @@ def _pairs(size: Size) -> Mapping[str, Callable[[], Any]]:
         "image": lambda: jax.random.normal(keys[0], shape, size.dtype),
         "text": lambda: jax.random.normal(keys[1], shape, size.dtype),
         "groups": lambda: jnp.arange(size.rows) % _GROUPS,
+        "log_q": lambda: jnp.log(jax.random.uniform(keys[0], shape[:1], minval=1e-3)),
+        "items": lambda: jnp.arange(size.rows) // 2,
     }
 
 

@@ -148,6 +148,13 @@ _CALLS = (
         pick=("lse", "argmax"),
     ),
     _Call(
+        "linear_statistics ranks",
+        _LABELLED,
+        options=_TILE | {"return_rank": True, "return_top_k": _BEST},
+        places=(ONE, MESH),
+        pick=("log_prob", "rank", "top_ids"),
+    ),
+    _Call(
         "linear_expected",
         "hidden kernel values",
         "hidden kernel values",
@@ -175,6 +182,7 @@ _CALLS = (
     _Call("nt_xent", "rows others", "rows others", _TILE),
     _Call("clip_loss", "rows others", "rows others", _TILE),
     _Call("supervised_contrastive", "rows rows_labels", "rows", _TILE),
+    _Call("in_batch_cross_entropy", "rows others", "rows others", _TILE),
     _Call("softmax", "logits", "logits", {"temperature": 0.7}, True),
     _Call("log_softmax", "logits", "logits", {"temperature": 0.7}, True),
     _Call("logsumexp", "logits", "logits"),

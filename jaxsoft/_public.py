@@ -35,6 +35,7 @@ from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.lora import LoRA
 from jaxsoft.linear.losses import linear_cross_entropy
 from jaxsoft.linear.mesh import over_mesh
+from jaxsoft.linear.retrieval import MixedNegatives, in_batch_cross_entropy
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.statistics import linear_statistics
 from jaxsoft.linear.top_k import linear_top_k
@@ -61,6 +62,7 @@ __all__ = [
     "ClassTree",
     "LoRA",
     "LogitStatistics",
+    "MixedNegatives",
     "RowGradient",
     "RowOptimizer",
     "TemperatureFit",
@@ -85,6 +87,7 @@ __all__ = [
     "hierarchical_sample",
     "hierarchical_top_k",
     "hierarchical_value_and_row_grad",
+    "in_batch_cross_entropy",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_distillation_top_k",

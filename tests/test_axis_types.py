@@ -171,6 +171,15 @@ OTHERS = {
     "supervised_contrastive": lambda a: jaxsoft.supervised_contrastive(
         a["hidden"], a["labels"] % 4
     ),
+    "in_batch_cross_entropy": lambda a: jaxsoft.in_batch_cross_entropy(
+        a["hidden"],
+        2 * a["hidden"],
+        a["temperature"],
+        a["labels"] % 4,
+        (a["kernel"].T, None, jnp.arange(CLASSES) % 5),
+        return_statistics=True,
+        reduction="none",
+    ),
     "hierarchical_log_prob": lambda a: jaxsoft.hierarchical_log_prob(
         a["hidden"], a["node_kernel"], a["labels"], TREE
     ),

@@ -59,6 +59,9 @@ def calls(classes):
         ),
         "sampler": lambda y: sampler.log_prob(y),
         "supervised_contrastive": lambda y: jaxsoft.supervised_contrastive(hidden, y),
+        "in_batch_cross_entropy": lambda y: jaxsoft.in_batch_cross_entropy(
+            hidden, hidden, None, y
+        ),
     }
 
 

@@ -59,6 +59,7 @@ _OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "nt_xent": _STREAMED,
     "clip_loss": _STREAMED,
     "supervised_contrastive": _STREAMED,
+    "in_batch_cross_entropy": _STREAMED,
     "hierarchical_log_prob": _XLA,
     "hierarchical_log_probs": _XLA,
     "hierarchical_sample": _XLA,

@@ -98,6 +98,14 @@ def _of_layers(shapes: Shapes) -> Iterator[tuple[str, Program]]:
         "supervised_contrastive",
         Program(jaxsoft.supervised_contrastive, (states, labels), 1),
     )
+    yield (
+        "in_batch_cross_entropy",
+        Program(
+            jaxsoft.in_batch_cross_entropy,
+            (states, states, array(shapes.tokens, dtype="float32"), labels),
+            3,
+        ),
+    )
 
 
 def _of_trees(shapes: Shapes) -> Iterator[tuple[str, Program]]:

@@ -121,6 +121,7 @@ class Config:
       for_gpu: whether chunks are those of GPUs: with tiles that may leave a rest, and
         slopes that are multiplied as one matrix where weights are kept.
       blocks: rows and classes of a tile where something is kept of tiles; else None.
+      drops_group: whether a row drops the classes of its group but for its label.
     """
 
     kernel_layout: KernelLayout
@@ -136,6 +137,7 @@ class Config:
     moves_bits: bool = False
     for_gpu: bool = False
     blocks: tuple[int, int] | None = None
+    drops_group: bool = False
 
     def over(self, vocab_axes: tuple[str, ...]) -> "Config":
         """Returns that of one shard of the classes, which mesh axes share."""
@@ -169,7 +171,8 @@ class Operands(NamedTuple):
       excluded: [N, K] int32 classes that a row drops, or None. -1 for none.
       group: [N, 1] integers, the group of each row, or None.
       class_groups: [V] integers, the group of each class; None where `group` is. The
-        mean of a row's logits is that over its own group.
+        mean of a row's logits is that over its own group, or the row drops that; see
+        `Config.drops_group`.
       kernel_scale: [S, V] floating, what the kernel's numbers are multiplied by, those
         of each H / S features of a class with one; or None. The kernel is then
         constant.

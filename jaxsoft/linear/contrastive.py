@@ -28,7 +28,7 @@ from jaxsoft.linear.folds.statistics import (
 from jaxsoft.linear.token_losses import TokenLoss, reduced, statistics_loss
 from jaxsoft.linear.total import RowLoss
 
-__all__ = ["clip_loss", "nt_xent", "supervised_contrastive"]
+__all__ = ["as_groups", "clip_loss", "nt_xent", "scalar", "supervised_contrastive"]
 
 
 @mesh_axes.accepts_explicit("anchors")
@@ -91,7 +91,7 @@ def nt_xent(
         z,
         jnp.roll(own, count),
         excluded=own[:, None],
-        temperature=_scalar(temperature),
+        temperature=scalar(temperature),
         kernel_layout="vh",
         precision=precision,
         workspace_bytes=workspace_bytes,
@@ -167,7 +167,7 @@ def clip_loss(
     similarities = functools.partial(
         prepare,
         "clip_loss",
-        temperature=_scalar(temperature),
+        temperature=scalar(temperature),
         kernel_layout="vh",
         precision=precision,
         workspace_bytes=workspace_bytes,
@@ -257,7 +257,7 @@ def supervised_contrastive(
       Khosla et al., Supervised Contrastive Learning, arXiv:2004.11362.
     """
     z = _matrix("embeddings", embeddings)
-    labels = _groups(labels)
+    labels = as_groups(labels)
     count = z.shape[0]
     checks.shape("labels", labels, (count,), "[N]")
     dtype = compute_dtype(z)
@@ -269,7 +269,7 @@ def supervised_contrastive(
         z,
         z,
         excluded=jnp.arange(count)[:, None],
-        temperature=_scalar(temperature),
+        temperature=scalar(temperature),
         kernel_layout="vh",
         precision=precision,
         workspace_bytes=workspace_bytes,
@@ -304,7 +304,7 @@ class _OfPositives(RowLoss):
         return result.log_sum - result.mean
 
 
-def _groups(labels: ArrayLike) -> jax.Array:
+def as_groups(labels: ArrayLike) -> jax.Array:
     """Returns integers that are equal where the labels are, whatever their size."""
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
         # Without x64 JAX keeps the low 32 bits alone.
@@ -346,7 +346,7 @@ def _normalized(z: jax.Array, normalize: bool) -> jax.Array:
     return jnp.where(empty, 0, wide / norm).astype(z.dtype)
 
 
-def _scalar(temperature: ArrayLike) -> ArrayLike:
+def scalar(temperature: ArrayLike) -> ArrayLike:
     """Returns a temperature, which must be a scalar."""
     if jnp.ndim(temperature):
         raise ValueError(

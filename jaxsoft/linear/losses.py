@@ -23,7 +23,7 @@ from jaxsoft.linear.folds.statistics import LogitStatistics, statistics
 from jaxsoft.linear.lora import LoRA
 from jaxsoft.linear.token_losses import TokenLoss, statistics_loss
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["CrossEntropy", "linear_cross_entropy"]
 
 
 @mesh_axes.accepts_explicit("hidden", kernel="kernel")
@@ -166,7 +166,7 @@ def linear_cross_entropy(
         implementation=implementation,
     )
     wanted = ("mean",) if smoothing else ()
-    loss = _CrossEntropy(smoothing, z_weight)
+    loss = CrossEntropy(smoothing, z_weight)
     if not return_statistics:
         return statistics_loss(call, wanted, loss, token_weight, reduction, axes)
     of_tokens = statistics(call, ("mean", "expected"))
@@ -176,7 +176,7 @@ def linear_cross_entropy(
 
 
 @dataclasses.dataclass(frozen=True)
-class _CrossEntropy(TokenLoss):
+class CrossEntropy(TokenLoss):
     """The loss of each token.
 
     Attributes:
@@ -188,6 +188,7 @@ class _CrossEntropy(TokenLoss):
     z_weight: float
 
     def of_tokens(self, statistics: LogitStatistics) -> jax.Array:
+        """Returns the losses [...] of tokens."""
         statistics = statistics.with_one_label()
         assert statistics.label is not None
         loss = statistics.log_sum - scaled(1 - self.smoothing, statistics.label)

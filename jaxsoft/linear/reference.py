@@ -50,6 +50,11 @@ def logits(config: Config, operands: Operands) -> jax.Array:
             operands.excluded[..., None] == jnp.expand_dims(classes, leading)[None]
         )
         u = jnp.where(jnp.any(dropped, axis=-2), -jnp.inf, u)
+    if config.drops_group and operands.group is not None:
+        assert operands.class_groups is not None and operands.labels is not None
+        alike = operands.group == operands.class_groups[None]
+        is_label = operands.labels == jnp.arange(u.shape[-1], dtype=jnp.int32)[None]
+        u = jnp.where(alike & ~is_label, -jnp.inf, u)
     return u
 
 

@@ -357,6 +357,10 @@ def compute_tile(
         assert operands.class_groups is not None
         groups = lax.dynamic_slice_in_dim(operands.class_groups, start, size)
         alike = operands.group == groups[None]
+        if config.drops_group:
+            if labels is not None:
+                alike &= ~_is_label(u, labels)
+            u, alike, masked = jnp.where(alike, -jnp.inf, u), None, True
     tile = Tile(start, kernel, u, masked, labels, slope, product, is_of_xla=True)
     return tile._replace(alike=alike)
 

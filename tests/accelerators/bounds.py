@@ -222,7 +222,7 @@ KINDS: Mapping[Formula, tuple[str, ...]] = {
     listed: ("linear_log_prob_at", "linear_top_k"),
     listed_and_reduced: ("linear_distillation_top_k",),
     mixed: ("linear_expected",),
-    contrasted: ("clip_loss", "supervised_contrastive"),
+    contrasted: ("clip_loss", "supervised_contrastive", "in_batch_cross_entropy"),
     contrasted_as_one: ("nt_xent",),
     path: (
         "hierarchical_log_prob",

@@ -56,7 +56,7 @@ SLOW = (
 _ROOMS = {
     "logits": ("softmax", "expected_calibration_error"),
     "layers": ("linear_statistics", "linear_fit_temperature"),
-    "embeddings": ("nt_xent", "supervised_contrastive"),
+    "embeddings": ("nt_xent", "in_batch_cross_entropy"),
     "trees": ("hierarchical_log_prob", "sampled_softmax_loss"),
 }
 
