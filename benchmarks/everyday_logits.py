@@ -11,6 +11,8 @@ from benchmarks.everyday_case import Case
 
 _TAU, _SOFT, _SMOOTHING, _Z_LOSS = 0.7, 2.0, 0.1, 1e-4
 _HEADS, _BINS = 4, 15
+# Of Jensen-Shannon, and a skew.
+_BETA, _ALPHA = 0.1, 0.1
 
 
 # Losses.
@@ -59,6 +61,21 @@ def _jensen_shannon(student: Any, teacher: Any) -> jax.Array:
     log_mean = jnp.log((p + q) / 2)
     terms = p * (log_p - log_mean) + q * (log_q - log_mean)
     return _SOFT**2 / 2 * jnp.sum(terms, axis=-1)
+
+
+def _of_mixture(student: Any, teacher: Any) -> jax.Array:
+    log_q, log_p = _log_probs(student, teacher)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    log_m = jnp.log(_BETA * p + (1 - _BETA) * q)
+    terms = _BETA * p * (log_p - log_m) + (1 - _BETA) * q * (log_q - log_m)
+    return _SOFT**2 * jnp.sum(terms, axis=-1)
+
+
+def _skewed(student: Any, teacher: Any) -> jax.Array:
+    log_q, log_p = _log_probs(student, teacher)
+    p = jnp.exp(log_p)
+    log_m = jnp.log(_ALPHA * p + (1 - _ALPHA) * jnp.exp(log_q))
+    return _SOFT**2 * jnp.sum(p * (log_p - log_m), axis=-1)
 
 
 def _codistillation(heads: Any) -> jax.Array:
@@ -249,6 +266,26 @@ CASES = (
             x, teacher, _SOFT, divergence="jensen_shannon"
         ),
         _jensen_shannon,
+        "logits others",
+        "logits",
+        value=False,
+    ),
+    Case(
+        "distillation_loss",
+        f"jensen_shannon, beta = {_BETA:g}",
+        lambda x, teacher: jaxsoft.distillation_loss(
+            x, teacher, _SOFT, divergence="jensen_shannon", beta=_BETA
+        ),
+        _of_mixture,
+        "logits others",
+        "logits",
+        value=False,
+    ),
+    Case(
+        "distillation_loss",
+        f"forward_kl, alpha = {_ALPHA:g}",
+        lambda x, teacher: jaxsoft.distillation_loss(x, teacher, _SOFT, alpha=_ALPHA),
+        _skewed,
         "logits others",
         "logits",
         value=False,

@@ -487,6 +487,22 @@ _LINEAR = (
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(
+        "skew-without-its-second-term",
+        kind="dropped term",
+        file="jaxsoft/_core/divergence.py",
+        before="        s_q += skew * share_q * gap",
+        after="        s_q += skew * gap",
+        tests=("tests/logits/test_limits.py", "tests/linear/test_distillation.py"),
+    ),
+    Breakage(
+        "class-of-one-layer-has-no-ratio",
+        kind="wrong limit",
+        file="jaxsoft/_core/divergence.py",
+        before="jnp.where(d > 0, scaled, tau * _log_share(own, other))",
+        after="jnp.where(d > 0, scaled, 0)",
+        tests=("tests/logits/test_limits.py", "tests/linear/test_distillation.py"),
+    ),
+    Breakage(
         "best-classes-scaled-once",
         kind="missing temperature factor",
         file="jaxsoft/linear/distillation.py",

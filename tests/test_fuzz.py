@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxsoft
+from tests.truth import DIVERGENCES
 
 ROWS, FEATURES, DRAWS = 3, 2, 5
 CLASSES = (1, 2, 3, 6)
@@ -88,9 +89,10 @@ def divergences(student, teacher, tau, kind):
         log_q, log_p = log_p, log_q
     p, q = np.exp(log_p), np.exp(log_q)
     with np.errstate(divide="ignore", invalid="ignore"):
-        if kind == "jensen_shannon":
-            log_r = np.log((p + q) / 2)
-            terms = times(p, log_p - log_r) / 2 + times(q, log_q - log_r) / 2
+        if kind not in ("forward_kl", "reverse_kl"):
+            of_p, of_q, share_p, share_q = DIVERGENCES[kind][1]
+            log_m = np.log(share_p * p + share_q * q)
+            terms = of_p * times(p, log_p - log_m) + of_q * times(q, log_q - log_m)
         else:
             terms = times(p, log_p - log_q)
     return tau**2 * terms.sum(1)
@@ -321,7 +323,7 @@ def log_probs(rng):
 def distillations(rng):
     """Likewise for divergences of two rows of logits."""
     classes = int(rng.choice(CLASSES))
-    kind = pick(rng, "forward_kl", "reverse_kl", "jensen_shannon")
+    kind = pick(rng, *DIVERGENCES)
 
     def call(floats, others):
         return jaxsoft.distillation_loss(
@@ -329,7 +331,7 @@ def distillations(rng):
             floats["teacher"],
             others["tau"],
             where=others["mask"],
-            divergence=kind,
+            **DIVERGENCES[kind][0],
         )
 
     def truth(floats, others):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxsoft
+from tests.truth import DIVERGENCES as OPTIONS
 
 ROWS, FEATURES, CLASSES = (2, 3), 4, 9
 RNG = np.random.default_rng(0)
@@ -24,7 +25,7 @@ TEMPERATURES = {
     "broadcast": np.array([[[0.5]], [[2.0]]], "float32"),
 }
 REDUCTIONS = ("none", "sum", "mean")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_reverse")
 
 
 @pytest.mark.parametrize("shape", TEMPERATURES)
@@ -112,7 +113,7 @@ def test_a_teacher_without_classes_teaches_nothing(kind, tau):
     states = jnp.ones((len(student), 1)).at[1].set(-jnp.inf)
     rows = jnp.linspace(0.5, 1.5, CLASSES)[None]
     kept = np.arange(len(student)) != 1
-    options: dict[str, Any] = {"divergence": kind, "reduction": "none"}
+    options: dict[str, Any] = {**OPTIONS[kind][0], "reduction": "none"}
 
     def stored(student, tau):
         return jaxsoft.distillation_loss(student, states * rows, tau, **options)

@@ -8,6 +8,16 @@ from typing import Any
 import numpy as np
 
 DISTRIBUTIONS = ("unit", "zero", "peaked", "offset", "negative", "range")
+# The options of a divergence, and what it is made of: its weights of KL(p, m) and
+# KL(q, m), and the shares of p and q in m.
+DIVERGENCES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "forward_kl": ({"divergence": "forward_kl"}, (1, 0, 0, 1)),
+    "beta": ({"divergence": "jensen_shannon", "beta": 0.1}, (0.1, 0.9, 0.1, 0.9)),
+    "skew_forward": ({"divergence": "forward_kl", "alpha": 0.1}, (1, 0, 0.1, 0.9)),
+    "skew_reverse": ({"divergence": "reverse_kl", "alpha": 0.4}, (0, 1, 0.6, 0.4)),
+    "reverse_kl": ({"divergence": "reverse_kl"}, (0, 1, 1, 0)),
+    "jensen_shannon": ({"divergence": "jensen_shannon"}, (0.5, 0.5, 0.5, 0.5)),
+}
 
 
 def logits(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -61,6 +71,21 @@ def entropy(x, temperature: Any = 1.0, where=None):
     log_p = log_softmax(x, temperature, where)
     p = np.exp(log_p)
     return -(p * np.where(p == 0, 0, log_p)).sum(-1)
+
+
+def divergence(p, q, name: str):
+    """Returns a divergence of `DIVERGENCES` of probabilities, over the last axis."""
+    of_p, of_q, share_p, share_q = DIVERGENCES[name][1]
+    m = share_p * p + share_q * q
+
+    def from_mixture(p):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(p == 0, 0, p * (np.log(p) - np.log(m))).sum(-1)
+
+    total = 0.0
+    for weight, probabilities in ((of_p, p), (of_q, q)):
+        total = total + weight * from_mixture(probabilities) if weight else total
+    return total
 
 
 def error(value, truth) -> float:

@@ -8,27 +8,80 @@ factor τ² neither overflows nor amplifies rounding.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._core import checks
+from jaxsoft._core.numerics import finite
+
 __all__ = [
     "DIVERGENCES",
+    "HALVES",
     "SMALL",
     "Divergence",
+    "Kind",
+    "Mixture",
     "difference",
     "excess",
-    "half_scaled",
-    "half_step",
+    "kind_of",
     "log_cosh_series",
+    "log_mixture",
+    "mixture_terms",
 ]
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
+
+class Mixture(NamedTuple):
+    """`of_p KL(p, m) + of_q KL(q, m)`, with `m = share_p p + share_q q`.
+
+    Attributes:
+      of_p: the weight of the teacher's divergence from the mixture.
+      of_q: that of the student's.
+      share_p: the teacher's share of the mixture, in (0, 1).
+      share_q: the student's, 1 less that.
+    """
+
+    of_p: float
+    of_q: float
+    share_p: float
+    share_q: float
+
+
+# The mixture of Jensen-Shannon.
+HALVES = Mixture(0.5, 0.5, 0.5, 0.5)
+Kind = Divergence | Mixture
+
+
+def kind_of(divergence: Divergence, beta: object, alpha: object) -> Kind:
+    """Checks the options of a divergence, and returns which one it is."""
+    checks.one_of("divergence", divergence, DIVERGENCES)
+    beta = checks.scalar_in("beta", beta, 0, 1)
+    alpha = checks.scalar_in("alpha", alpha, 0, 1)
+    if divergence == "jensen_shannon":
+        if alpha:
+            raise ValueError(f"`alpha` must be 0 with {divergence!r}, got {alpha}.")
+        if beta in (0, 1):
+            return "reverse_kl" if beta else "forward_kl"
+        return divergence if beta == 0.5 else Mixture(beta, 1 - beta, beta, 1 - beta)
+    if beta != 0.5:
+        raise ValueError(f"`beta` must be 0.5 with {divergence!r}, got {beta}.")
+    if alpha == 1:
+        raise ValueError("`alpha` must be less than 1, got 1: the divergence is 0.")
+    if not alpha:
+        return divergence
+    if divergence == "forward_kl":
+        return Mixture(1.0, 0.0, alpha, 1 - alpha)
+    return Mixture(0.0, 1.0, 1 - alpha, alpha)
+
+
 # Below this |d| the series is used.
 SMALL = 0.5
+# Beyond this |d| the smaller of two probabilities is 0.
+_FAR = 1000
 
 
 def _series(d: jax.Array) -> jax.Array:
@@ -60,19 +113,75 @@ def difference(p: jax.Array, q: jax.Array, d: jax.Array, scaled: jax.Array, tau)
     return jnp.where(small, near, tau * (q - p))
 
 
-def half_step(d: jax.Array) -> jax.Array:
-    """Returns log((1 + exp(d)) / 2)."""
-    near = jnp.log1p(jnp.expm1(jnp.clip(d, -1, 1)) / 2)
-    return jnp.where(jnp.abs(d) <= 1, near, jax.nn.softplus(d) - math.log(2))
+def log_mixture(d: jax.Array, own: float, other: float) -> jax.Array:
+    """Returns log(own + other exp(d)), of two positive shares whose sum is 1."""
+    near = jnp.log1p(other * jnp.expm1(jnp.clip(d, -1, 1)))
+    odds = math.log(other / own)
+    far = jax.nn.softplus(d + odds if odds else d) + _log_share(own, other)
+    return jnp.where(jnp.abs(d) <= 1, near, far)
 
 
-def half_scaled(d: jax.Array, scaled: jax.Array) -> jax.Array:
-    """Returns τ log((1 + exp(d)) / 2), with scaled = τ·d."""
-    tiny = jnp.abs(d) < 1e-12
-    safe = jnp.where(tiny | jnp.isinf(d), 1, d)
-    slope = jnp.where(tiny, 0.5, half_step(safe) / safe)
-    # Where d is ±inf: the limits are τ·∞ and -τ log 2, and p or q is 0 there.
-    return jnp.where(jnp.isinf(d), jnp.where(d > 0, scaled, 0), scaled * slope)
+def _log_share(own: float, other: float) -> float:
+    """Returns log(own), where own + other is 1."""
+    return math.log(own) if own < other else math.log1p(-other)
+
+
+def _scaled_log_mixture(
+    d: jax.Array, scaled: jax.Array, own: float, other: float, tau: jax.Array
+) -> jax.Array:
+    """Returns τ log(own + other exp(d)), with scaled = τ·d."""
+    tiny, vast = jnp.abs(d) < 1e-12, jnp.abs(d) >= _FAR
+    safe = jnp.where(tiny | vast, 1, d)
+    slope = jnp.where(tiny, other, log_mixture(safe, own, other) / safe)
+    limit = jnp.where(d > 0, scaled, tau * _log_share(own, other))
+    return jnp.where(vast, limit, scaled * slope)
+
+
+def mixture_terms(
+    mixture: Mixture,
+    p: jax.Array,
+    q: jax.Array,
+    d: jax.Array,
+    scaled: jax.Array,
+    tau: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns a divergence from a mixture class by class, τ² included.
+
+    With s what is returned beside it, the derivative by the logits of p is
+    -p (s - Σ p s), and that by the logits of q likewise.
+
+    Args:
+      mixture: which divergence.
+      p: the teacher's probabilities.
+      q: the student's.
+      d: log(q / p), ±inf or beyond ±1000 where one of them is 0.
+      scaled: τ·d.
+      tau: τ.
+
+    Returns:
+      The terms, s of p and s of q, both finite and 0 where the probability is.
+    """
+    of_p, of_q, share_p, share_q = mixture
+    m = share_p * p + share_q * q
+    loss = s_p = s_q = jnp.zeros_like(m)
+    if of_p:
+        ratio = _scaled_log_mixture(d, scaled, share_p, share_q, tau)
+        log_ratio = log_mixture(d, share_p, share_q)
+        loss += of_p * excess(p, m, log_ratio, ratio, tau)
+        s_p += of_p * ratio
+    if of_q:
+        ratio = _scaled_log_mixture(-d, -scaled, share_q, share_p, tau)
+        log_ratio = log_mixture(-d, share_q, share_p)
+        loss += of_q * excess(q, m, log_ratio, ratio, tau)
+        s_q += of_q * ratio
+    skew = of_p * share_q - of_q * share_p
+    if skew:
+        # It vanishes where each weight is the share, as in Jensen-Shannon.
+        gap = difference(q, p, -d, -scaled, tau) / jnp.where(m == 0, 1, m)
+        s_p += skew * share_p * gap
+        s_q += skew * share_q * gap
+    s_p, s_q = (jnp.where(a == 0, 0, finite(s)) for a, s in ((p, s_p), (q, s_q)))
+    return loss, s_p, s_q
 
 
 def log_cosh_series(square: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
-from jaxsoft._core.divergence import DIVERGENCES, Divergence, excess
+from jaxsoft._core.divergence import Divergence, excess, kind_of
 from jaxsoft._core.numerics import is_zero
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import (
@@ -58,6 +58,8 @@ def linear_distillation(
     teacher_bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.0,
     student_logit_softcap: float | None = None,
     teacher_logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
@@ -79,6 +81,13 @@ def linear_distillation(
     `τ² Σ q log(q / p)`, or Jensen-Shannon `τ²/2 (Σ p log(p / r) + Σ q log(q / r))` with
     r = (p + q) / 2. The two layers may have different widths.
 
+    In general Jensen-Shannon is `τ² (β Σ p log(p / m) + (1 - β) Σ q log(q / m))` with
+    m = β p + (1 - β) q. It nears β times forward KL as β falls to 0, and 1 - β times
+    reverse KL as β rises to 1; β = 0 and β = 1 themselves stand for forward and reverse
+    KL, as they do in GKD and TRL. With a skew α, forward KL is
+    `τ² Σ p log(p / (α p + (1 - α) q))` and reverse KL
+    `τ² Σ q log(q / ((1 - α) p + α q))`, which are finite for any p and q.
+
     Args:
       student_hidden: [..., H] floating.
       student_kernel: [H, V] floating, or [V, H] with layout "vh".
@@ -88,6 +97,8 @@ def linear_distillation(
       teacher_bias: [V] floating, likewise.
       temperature: τ in [0, ∞), a scalar or [...]. The loss is 0 at τ = 0.
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
+      beta: β in [0, 1] of Jensen-Shannon.
+      alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
       student_logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       teacher_logit_softcap: likewise.
       class_mask: [V] booleans; False drops a class from both. None keeps all.
@@ -134,10 +145,11 @@ def linear_distillation(
 
     References:
       Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531;
-      Agarwal et al., On-Policy Distillation (GKD), arXiv:2306.13649.
+      Agarwal et al., On-Policy Distillation (GKD), arXiv:2306.13649 (β); Ko et al.,
+      DistiLLM, arXiv:2402.03898 (α).
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    checks.one_of("divergence", divergence, DIVERGENCES)
+    kind = kind_of(divergence, beta, alpha)
     axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     checks.finite_temperature(temperature)
     student_hidden = checks.floating("student_hidden", student_hidden)
@@ -190,7 +202,7 @@ def linear_distillation(
     # The gradient of both layers' temperature is that of the student's copy.
     tau = student.arrays.tau
     arrays = arrays._replace(tau=None if tau is None else lax.stop_gradient(tau))
-    fold = TwoLayers(student.config, teacher.config, divergence)
+    fold = TwoLayers(student.config, teacher.config, kind)
     layers = Layers(
         fold_rows(fold.config, student.arrays), fold_rows(fold.teacher, arrays)
     )

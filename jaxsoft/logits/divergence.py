@@ -5,7 +5,8 @@ the teacher's and ḡ = Σ p g, the Kullback-Leibler divergence is
 `log Σ p exp((g - ḡ) / τ)`. Below 1 it is log(1 + Σ p φ), with φ = exp(δ) - 1 - δ >= 0
 of δ = (g - ḡ) / τ, so that nothing cancels; above 1 it is `log(Z_q / Z_p) - ḡ / τ`.
 Jensen-Shannon is `Σ r (a tanh a - log cosh a)` with r = (p + q) / 2 and
-a = log(q / p) / 2, again without a negative term.
+a = log(q / p) / 2, again without a negative term; divergences from other mixtures are
+sums of the terms of `_core/divergence.py`.
 """
 
 import functools
@@ -16,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._core.divergence import (
+    Mixture,
     difference,
     excess,
     log_cosh_series,
+    mixture_terms,
 )
 from jaxsoft._core.numerics import Temperature, finite, inverse
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
@@ -99,12 +102,12 @@ class _Evenly(NamedTuple):
 
 
 def _compare_evenly(student, teacher, tau, where, axis) -> _Evenly:
-    """Compares tempered softmaxes by log(q / p), for what is even in it.
+    """Compares tempered softmaxes by log(q / p), for divergences from a mixture.
 
     With r = (p + q) / 2, Σ r tanh(log(q / p) / 2) is 0: where the logarithms are small
     so is Σ r log(q / p), to the third order, and where they are not the logarithms of
-    the sums give them. An error of all classes together moves the divergence by its
-    square alone.
+    the sums give them. An error of all classes together moves a divergence by no more
+    than its square and its product with the divergence.
     """
     s, t = (_Side.of(logits, tau, where, axis) for logits in (student, teacher))
     tau = largest_finite(tau, student.dtype)
@@ -157,7 +160,7 @@ def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
     """Returns τ² times the divergence `kind` of the student from the teacher.
 
     Args:
-      kind: which one, of `DIVERGENCES`.
+      kind: which one, of `Kind`.
       axis: the class axis.
       static_tau: the temperature, if it is a Python float.
       student: logits in the dtype to compute in.
@@ -181,8 +184,17 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     if kind == "jensen_shannon":
         pair = _compare_evenly(*sides, tau, where, axis)
         loss, to_p, to_q = _jensen_shannon(pair, total)
-        by_student = _half_less_mean(pair.q, to_q, pair.lacks_q, total)
-        by_teacher = _half_less_mean(pair.p, to_p, pair.lacks_p, total)
+        by_student = _less_mean(0.5, pair.q, to_q, pair.lacks_q, total)
+        by_teacher = _less_mean(0.5, pair.p, to_p, pair.lacks_p, total)
+    elif isinstance(kind, Mixture):
+        pair = _compare_evenly(*sides, tau, where, axis)
+        d = pair.log_ratio * inverse(pair.tau, student.dtype)
+        terms, to_p, to_q = mixture_terms(
+            kind, pair.p, pair.q, d, pair.log_ratio, pair.tau
+        )
+        loss = total(terms)
+        by_student = _less_mean(1, pair.q, to_q, pair.lacks_q, total)
+        by_teacher = _less_mean(1, pair.p, to_p, pair.lacks_p, total)
     else:
         pair = compare(*sides, tau, where, axis)
         loss = pair.loss
@@ -204,11 +216,11 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     return jnp.squeeze(loss, axis), by_student, by_teacher
 
 
-def _half_less_mean(p, values, lacks, total):
-    """Returns -p (v - Σ p v) / 2 of values v, 0 where a row lacks p."""
+def _less_mean(factor, p, values, lacks, total):
+    """Returns -p (v - Σ p v) of values v, times a factor; 0 where a row lacks p."""
     # After a select XLA for CPUs stores p v, and takes the mean from it in place. It
     # would store the values and an array of halves beside it.
-    weighted = jnp.where(lacks, 0, p * (values * -0.5))
+    weighted = jnp.where(lacks, 0, p * (values * -factor))
     return weighted - p * total(weighted)
 
 

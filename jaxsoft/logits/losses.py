@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
-from jaxsoft._core.divergence import DIVERGENCES, Divergence
+from jaxsoft._core.divergence import Divergence, kind_of
 from jaxsoft._core.numerics import (
     divide_stored,
     finite,
@@ -340,6 +340,8 @@ def distillation_loss(
     axis: int = -1,
     where: ArrayLike | None = None,
     divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.0,
     weights: ArrayLike | None = None,
     reduction: Reduction = "none",
 ) -> jax.Array:
@@ -350,6 +352,13 @@ def distillation_loss(
     `τ²/2 (Σ p log(p / r) + Σ q log(q / r))` with r = (p + q) / 2. The factor τ² keeps
     gradients comparable across temperatures.
 
+    In general Jensen-Shannon is `τ² (β Σ p log(p / m) + (1 - β) Σ q log(q / m))` with
+    m = β p + (1 - β) q. It nears β times forward KL as β falls to 0, and 1 - β times
+    reverse KL as β rises to 1; β = 0 and β = 1 themselves stand for forward and reverse
+    KL, as they do in GKD and TRL. With a skew α, forward KL is
+    `τ² Σ p log(p / (α p + (1 - α) q))` and reverse KL
+    `τ² Σ q log(q / ((1 - α) p + α q))`, which are finite for any p and q.
+
     The sums run over `p (exp(d) - 1 - d)` with d = log(q / p): terms that are never
     negative, so close distributions and high temperatures lose no digits.
 
@@ -358,11 +367,13 @@ def distillation_loss(
       teacher_logits: [..., V], the same shape, any floating dtype.
       temperature: τ in [0, ∞], a scalar or an array that broadcasts against the
         logits with size 1 on the class axis, or lacks it. The loss is 0 at τ = 0 and,
-        at τ = ∞, half the variance over classes of the difference of the logits (an
-        eighth for Jensen-Shannon).
+        at τ = ∞, half the variance over classes of the difference of the logits, times
+        β (1 - β) for Jensen-Shannon and (1 - α)² for a skew.
       axis: the class axis.
       where: booleans that broadcast to the logits; False drops a class from both.
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
+      beta: β in [0, 1] of Jensen-Shannon.
+      alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
       weights: [...] booleans or reals, one weight a row, or None; a row of weight 0
         contributes exactly nothing, whatever it holds.
       reduction: "none", "sum", or "mean" (Σ weight · loss / Σ weight, 0 if the weights
@@ -375,8 +386,8 @@ def distillation_loss(
 
     Raises:
       TypeError: if the logits are not floating, or `where` is not boolean.
-      ValueError: if shapes differ, `divergence` is none of the three, or a known
-        temperature is negative or NaN.
+      ValueError: if shapes differ, `divergence` is none of the three, an option is out
+        of its range, or a known temperature is negative or NaN.
 
     Notes:
       Differentiable in both logits and the temperature, in both modes; wrap the
@@ -391,14 +402,15 @@ def distillation_loss(
 
     References:
       Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531;
-      Agarwal et al., On-Policy Distillation (GKD), arXiv:2306.13649.
+      Agarwal et al., On-Policy Distillation (GKD), arXiv:2306.13649 (β); Ko et al.,
+      DistiLLM, arXiv:2402.03898 (α).
     """
     student = checks.floating("student_logits", student_logits)
     teacher = checks.floating("teacher_logits", teacher_logits)
     checks.shape("teacher_logits", teacher, student.shape, "student_logits.shape")
     axis = checks.class_axis(axis, student, "student_logits")
     where = check_where(where, student)
-    checks.one_of("divergence", divergence, DIVERGENCES)
+    kind = kind_of(divergence, beta, alpha)
     dtype = numerics.compute_dtype(student, teacher)
     student, teacher = student.astype(dtype), teacher.astype(dtype)
     tau = check_temperature(temperature, student, axis)
@@ -409,11 +421,11 @@ def distillation_loss(
     if isinstance(tau, jax.Array) and tau.size > 1:
         tau = _keep_rows(keep, tau, axis, 1)
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
-    loss = _distillation(divergence, axis, static_tau, student, teacher, tau, where)
+    loss = _distillation(kind, axis, static_tau, student, teacher, tau, where)
     return reduce_losses(loss, weight, reduction)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _distillation(divergence, axis, static_tau, student, teacher, tau, where):
+def _distillation(kind, axis, static_tau, student, teacher, tau, where):
     arrays = student, teacher, tau, where
-    return scaled_divergence(divergence, axis, static_tau, *arrays)
+    return scaled_divergence(kind, axis, static_tau, *arrays)

@@ -230,6 +230,8 @@ class LinearMethods(nnx.Module):
         *,
         temperature: ArrayLike | None = None,
         divergence: Divergence = "forward_kl",
+        beta: float = 0.5,
+        alpha: float = 0.0,
         class_mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         reduction: Reduction = "mean",
@@ -244,6 +246,8 @@ class LinearMethods(nnx.Module):
           teacher_hidden: [..., G] floating, for the teacher.
           temperature: τ of both, a scalar or [...]; None takes this module's.
           divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
+          beta: in [0, 1], of Jensen-Shannon: the weight of the teacher.
+          alpha: in [0, 1), the skew of either Kullback-Leibler divergence.
           class_mask: [V] booleans; False drops a class from both.
           weights: [...] booleans or reals, one weight a token.
           reduction: "mean", "sum" or "none".
@@ -278,6 +282,8 @@ class LinearMethods(nnx.Module):
             teacher_kernel_layout=options["kernel_layout"],
             temperature=temperature,
             divergence=divergence,
+            beta=beta,
+            alpha=alpha,
             class_mask=class_mask,
             weights=weights,
             reduction=reduction,

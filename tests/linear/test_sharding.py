@@ -15,11 +15,12 @@ from jax.typing import ArrayLike
 
 import jaxsoft
 from jaxsoft.linear import mesh as meshes
+from tests.truth import DIVERGENCES as OPTIONS
 from tests.truth import log_softmax
 
 ROWS, FEATURES, OTHER, CLASSES, WIDTH = 24, 8, 6, 1208, 5
 TILE = 4 * 8 * 256
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "skew_forward")
 LAYOUTS = {"2 × 4": ((2, 4), ("data", "vocab")), "8": ((8,), ("vocab",))}
 
 
@@ -147,9 +148,9 @@ def distillation(a, divergence, wrap=plain, **mesh):
         temperature=a["temperature"],
         class_mask=a["class_mask"],
         weights=a["weights"],
-        divergence=divergence,
         teacher_gradient=True,
         workspace_bytes=TILE and 2 * TILE,
+        **OPTIONS[divergence][0],
         **mesh,
     )
 

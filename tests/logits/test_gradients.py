@@ -28,7 +28,11 @@ def _plain_loss(name, x, tau):
     lse = jax.nn.logsumexp(x / tau, axis=-1)
     picked = log_p[np.arange(len(LABELS)), LABELS]
     squared = tau[..., 0] ** 2
-    log_r = jnp.log((p + t) / 2)
+
+    if name in truth.DIVERGENCES:
+        of_t, of_p, share_t, share_p = truth.DIVERGENCES[name][1]
+        log_m = jnp.log(share_t * t + share_p * p)
+        return squared * (of_t * _kl(t, log_t, log_m) + of_p * _kl(p, log_p, log_m))
     return {
         "softmax": p,
         "log_softmax": log_p,
@@ -36,9 +40,6 @@ def _plain_loss(name, x, tau):
         "entropy": -(p * log_p).sum(-1),
         "cross_entropy": -0.8 * picked - 0.2 * log_p.mean(-1) + 0.1 * lse**2,
         "targets": -(t * log_p).sum(-1),
-        "forward_kl": squared * _kl(t, log_t, log_p),
-        "reverse_kl": squared * _kl(p, log_p, log_t),
-        "jensen_shannon": squared * (_kl(t, log_t, log_r) + _kl(p, log_p, log_r)) / 2,
     }[name]
 
 
@@ -53,7 +54,7 @@ def ours(name, x, tau):
     if name == "targets":
         targets = jaxsoft.softmax(other, temperature=tau)
         return jaxsoft.softmax_cross_entropy(x, None, tau, targets=targets)
-    return jaxsoft.distillation_loss(x, other, tau, divergence=name)
+    return jaxsoft.distillation_loss(x, other, tau, **truth.DIVERGENCES[name][0])
 
 
 NAMES = (
@@ -63,9 +64,7 @@ NAMES = (
     "entropy",
     "cross_entropy",
     "targets",
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
+    *truth.DIVERGENCES,
 )
 
 
@@ -143,7 +142,7 @@ def test_gradients_vanish_at_the_limits(name, tau):
     gradients = _gradients_of_finite_results(x, np.full((3, 1), tau, "float32"))
     by_x, by_tau = gradients[name]
     assert not np.isnan(by_x).any() and (np.asarray(by_tau) == 0).all()
-    if tau < 1 or name not in ("forward_kl", "reverse_kl", "jensen_shannon"):
+    if tau < 1 or name not in truth.DIVERGENCES:
         assert (np.asarray(by_x) == 0).all()
     else:
         # The loss tends to half the variance of the difference of the logits.

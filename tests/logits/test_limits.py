@@ -172,11 +172,90 @@ def test_distillation_of_disjoint_supports():
     assert jaxsoft.distillation_loss(student, teacher)[0] == np.inf
     reverse = jaxsoft.distillation_loss(student, teacher, divergence="reverse_kl")
     assert reverse[0] == np.inf
-    value = jaxsoft.distillation_loss(student, teacher, divergence="jensen_shannon")
-    exact = divergence("jensen_shannon", student, teacher, 1.0)
-    assert truth.error(value, exact) < 1e-6
     empty = jaxsoft.distillation_loss(student, teacher, where=np.zeros(3, bool))
     assert empty[0] == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["beta", "skew_forward", "skew_reverse", "jensen_shannon"]
+)
+def test_divergences_from_a_mixture_of_disjoint_supports(name):
+    """Of classes that one side alone has, and that one side all but lacks."""
+    inf = np.float32(np.inf)
+    student = np.array([[0.0, 1.0, -inf, -90], [9, -inf, -inf, 9]], "f")
+    teacher = np.array([[-inf, 1.0, 0.0, 0.0], [-inf, 2.0, 0.0, -inf]], "f")
+    options, parts = truth.DIVERGENCES[name]
+
+    @jax.jit
+    def step(student, teacher, tau):
+        def losses(*logits):
+            return jaxsoft.distillation_loss(logits[0], logits[1], tau, **options)
+
+        value, pull = jax.vjp(losses, student, teacher)
+        return value, pull(jnp.ones_like(value))
+
+    for tau in (0.5, 3.0):
+        value, slopes = step(student, teacher, np.float32(tau))
+        assert truth.error(value, divergence(name, student, teacher, tau)) < 1e-6
+        q, p = (truth.softmax(x, tau) for x in (student, teacher))
+        for slope, exact in zip(slopes, _slopes(p, q, parts), strict=True):
+            assert truth.error(slope, tau * exact) < 2e-6
+
+
+@pytest.mark.parametrize("name", truth.DIVERGENCES)
+def test_close_distributions_keep_the_digits_of_their_gradients(name):
+    # Numbers whose differences are exact.
+    teacher = np.round(truth.logits("unit", (4, 9)) * 2**18) / 2**18
+    noise = truth.logits("unit", (4, 9), seed=1)
+    student = teacher + np.round(noise * 200) / 2**18
+    options, parts = truth.DIVERGENCES[name]
+
+    @jax.jit
+    def step(student, teacher):
+        losses = functools.partial(jaxsoft.distillation_loss, **options)
+        value, pull = jax.vjp(losses, student, teacher)
+        return value, pull(jnp.ones_like(value))
+
+    value, slopes = step(student, teacher)
+    exact = divergence(name, student, teacher, 1.0)
+    np.testing.assert_allclose(value, exact, rtol=3e-6)
+    q, p = (truth.softmax(x) for x in (student, teacher))
+    for slope, exact in zip(slopes, _slopes(p, q, parts), strict=True):
+        assert truth.error(slope, exact) < 3e-6
+
+
+def _slopes(p, q, parts):
+    """Returns the derivatives of a divergence by untempered logits of q and of p."""
+    of_p, of_q, share_p, share_q = parts
+    m = share_p * p + share_q * q
+    safe = np.where(m == 0, 1, m)
+
+    def slope(p, own, share, other, other_weight):
+        ratio = np.log(np.where(p == 0, 1, p) / safe)
+        by_prob = own * (ratio - share * p / safe) - share * other_weight * other / safe
+        return p * (by_prob - (p * by_prob).sum(-1, keepdims=True))
+
+    return slope(q, of_q, share_q, p, of_p), slope(p, of_p, share_p, q, of_q)
+
+
+def test_the_ends_of_a_mixture():
+    student, teacher = (truth.logits("unit", (4, 9), seed=s) for s in (1, 2))
+    loss = functools.partial(jaxsoft.distillation_loss, student, teacher, 2.0)
+    mixed = functools.partial(loss, divergence="jensen_shannon")
+    ends: Any = ("forward_kl", 0.0, 1e-6), ("reverse_kl", 1, 1 - 1e-6)
+    for kind, end, near in ends:
+        exact = loss(divergence=kind)
+        np.testing.assert_array_equal(mixed(beta=end), exact)
+        np.testing.assert_allclose(mixed(beta=near) / 1e-6, exact, rtol=2e-5)
+        np.testing.assert_array_equal(loss(divergence=kind, alpha=0), exact)
+        np.testing.assert_allclose(loss(divergence=kind, alpha=1e-9), exact, rtol=1e-6)
+        # Near the other end it is half of χ², of each about the other.
+        q, p = (truth.softmax(x, 2.0) for x in (student, teacher))
+        base = p if kind == "forward_kl" else q
+        square = 2 * ((p - q) ** 2 / base).sum(-1) * 1e-6
+        skewed = loss(divergence=kind, alpha=1 - 1e-3)
+        np.testing.assert_allclose(skewed, square, rtol=2e-3)
+    np.testing.assert_array_equal(mixed(beta=0.5), mixed())
 
 
 def test_one_class_and_no_rows():

@@ -142,6 +142,34 @@ CALLS = [
         ValueError,
         "`divergence` must be one of 'forward_kl'",
     ),
+    (
+        jaxsoft.distillation_loss,
+        (X, X),
+        {"divergence": "jensen_shannon", "beta": 1.5},
+        ValueError,
+        r"`beta` must lie in \[0, 1\], got 1.5",
+    ),
+    (
+        jaxsoft.distillation_loss,
+        (X, X),
+        {"beta": 0.1},
+        ValueError,
+        "`beta` must be 0.5 with 'forward_kl', got 0.1",
+    ),
+    (
+        jaxsoft.distillation_loss,
+        (X, X),
+        {"divergence": "jensen_shannon", "alpha": 0.1},
+        ValueError,
+        "`alpha` must be 0 with 'jensen_shannon', got 0.1",
+    ),
+    (
+        jaxsoft.distillation_loss,
+        (X, X),
+        {"alpha": 1},
+        ValueError,
+        "`alpha` must be less than 1",
+    ),
 ]
 
 

@@ -28,7 +28,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "linear_cross_entropy": ((HIDDEN, LABELS), {"label_smoothing": 0.1}),
     "linear_distillation": (
         (HIDDEN, TEACHER[0], TEACHER[1]),
-        {"divergence": "reverse_kl"},
+        {"divergence": "reverse_kl", "alpha": 0.1},
     ),
     "linear_distillation_top_k": ((HIDDEN, IDS, LOG_PROBS), {"remaining": "ignore"}),
     "linear_expected": ((HIDDEN, VALUES), {"key": KEY}),
@@ -190,7 +190,12 @@ def test_methods_are_calls_with_names(kind):
             ),
             (
                 head.distillation(
-                    HIDDEN, teacher, TEACHER[0], divergence="jensen_shannon", **masked
+                    HIDDEN,
+                    teacher,
+                    TEACHER[0],
+                    divergence="jensen_shannon",
+                    beta=0.3,
+                    **masked,
                 ),
                 jaxsoft.distillation_loss(
                     head(HIDDEN),
@@ -198,6 +203,7 @@ def test_methods_are_calls_with_names(kind):
                     0.8,
                     where=MASK[None],
                     divergence="jensen_shannon",
+                    beta=0.3,
                 ).mean(),
             ),
         ]

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.divergence import (
-    Divergence,
+    HALVES,
+    Kind,
+    Mixture,
     difference,
     excess,
-    half_scaled,
-    half_step,
+    mixture_terms,
 )
 from jaxsoft._core.numerics import (
     Temperature,
@@ -126,7 +127,7 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
     """
 
     teacher: Config
-    divergence: Divergence
+    divergence: Kind
 
     def configured(self, change: Callable[[Config], Config]) -> Self:
         config, teacher = change(self.config), change(self.teacher)
@@ -377,26 +378,24 @@ def _product(slope: jax.Array, logits: jax.Array, peak: jax.Array) -> jax.Array:
 class _Side(NamedTuple):
     """A layer's part in a tile of the divergence, [R, B] each.
 
-    The derivative by the layer's logits is -weight · p (s - Σ p s) or, where `slope` is
-    known, that.
+    The derivative by the layer's logits is -p (s - Σ p s) or, where `slope` is known,
+    that.
 
     Attributes:
       prob: p, the layer's probabilities.
-      ratio: s, τ times a log-ratio of probabilities.
-      weight: a factor.
+      ratio: s, τ times a log-ratio of probabilities, or what else it is made of.
       slope: the derivative, or None.
     """
 
     prob: jax.Array
     ratio: jax.Array
-    weight: float
     slope: jax.Array | None = None
 
     def derivative(self, mean: jax.Array) -> jax.Array:
         """Returns the derivative by the logits, from Σ p s [R, 1]."""
         if self.slope is not None:
             return self.slope
-        return -self.weight * self.prob * (self.ratio - mean)
+        return -self.prob * (self.ratio - mean)
 
     def total(self) -> jax.Array:
         """Returns Σ p s over the tile, [R, 1]; 0 where it is not needed."""
@@ -406,7 +405,7 @@ class _Side(NamedTuple):
 
 
 def _terms(
-    divergence: Divergence, tau: float | jax.Array, u_s, u_t, rows: _Rows
+    divergence: Kind, tau: float | jax.Array, u_s, u_t, rows: _Rows
 ) -> tuple[jax.Array, _Side, _Side]:
     """Returns the divergence class by class, τ² included, and each layer's side.
 
@@ -442,17 +441,13 @@ def _terms(
     if divergence == "forward_kl":
         loss = excess(p, q, d, scaled, value)
         slope = difference(p, q, d, scaled, value)
-        student = _Side(q, student_ratio, 1.0, slope)
-        return loss, student, _Side(p, teacher_ratio, 1.0)
+        student = _Side(q, student_ratio, slope)
+        return loss, student, _Side(p, teacher_ratio)
     if divergence == "reverse_kl":
         loss = excess(q, p, -d, -scaled, value)
         slope = difference(q, p, -d, -scaled, value)
-        teacher = _Side(p, teacher_ratio, 1.0, slope)
-        return loss, _Side(q, student_ratio, 1.0), teacher
-    # log(r / p) and log(r / q) for the mixture r.
-    r = (p + q) / 2
-    scaled_p, scaled_q = half_scaled(d, scaled), half_scaled(-d, -scaled)
-    loss = excess(p, r, half_step(d), scaled_p, value)
-    loss += excess(q, r, half_step(-d), scaled_q, value)
-    student = _Side(q, jnp.where(q == 0, 0, finite(scaled_q)), 0.5)
-    return loss / 2, student, _Side(p, jnp.where(p == 0, 0, finite(scaled_p)), 0.5)
+        teacher = _Side(p, teacher_ratio, slope)
+        return loss, _Side(q, student_ratio), teacher
+    mixture = divergence if isinstance(divergence, Mixture) else HALVES
+    loss, teacher, student = mixture_terms(mixture, p, q, d, scaled, value)
+    return loss, _Side(q, student), _Side(p, teacher)
