@@ -263,6 +263,15 @@ def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
     def labels() -> jax.Array:
         return jax.random.randint(keys[1], (rows,), 0, classes)
 
+    def candidates() -> jax.Array:
+        """Returns classes of which none comes twice in a row."""
+        first = jax.random.randint(keys[1], (rows, 1), 0, classes)
+        return (first + jnp.arange(4) * (classes // 4)) % classes
+
+    def listed() -> jax.Array:
+        """Returns log-probabilities that leave some to the other classes."""
+        return jax.nn.log_softmax(jax.random.normal(keys[2], (rows, 5)))[:, :-1]
+
     def kept() -> jax.Array:
         return jnp.arange(classes) % 10 != 9
 
@@ -281,6 +290,8 @@ def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
         ),
         "targets": lambda: jax.nn.softmax(jax.random.normal(keys[2], (rows, classes))),
         "labels": labels,
+        "candidates": candidates,
+        "listed": listed,
         # These are what the logits say, at another temperature than theirs.
         "drawn_labels": lambda: jaxsoft.sample(keys[4], logits(), 1.5),
         "kept": kept,

@@ -106,6 +106,12 @@ def _distillation_top_k(hidden: Any, kernel: Any, ids: Any, log_p: Any) -> jax.A
     return jnp.mean(listed + rest_p * jnp.log(rest_p / rest_q))
 
 
+def _kept_distillation(hidden: Any, kernel: Any, ids: Any, log_p: Any) -> jax.Array:
+    picked = jnp.take_along_axis(_logits(hidden, kernel), ids, axis=-1)
+    log_q, log_p = jax.nn.log_softmax(picked), jax.nn.log_softmax(log_p)
+    return jnp.mean(jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1))
+
+
 def _expected(hidden: Any, kernel: Any, values: Any) -> jax.Array:
     p = jax.nn.softmax(_logits(hidden, kernel))
     return p.astype(values.dtype) @ values
@@ -281,6 +287,18 @@ _CASES = (
         f"k = {_CANDIDATES}",
         jaxsoft.linear_distillation_top_k,
         _distillation_top_k,
+        "hidden kernel candidates listed",
+        "hidden kernel",
+        value=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_distillation_top_k",
+        "drop, reverse_kl",
+        lambda *arrays: jaxsoft.linear_distillation_top_k(
+            *arrays, remaining="drop", divergence="reverse_kl"
+        ),
+        _kept_distillation,
         "hidden kernel candidates listed",
         "hidden kernel",
         value=False,

@@ -13,6 +13,7 @@ _TAU, _SOFT, _SMOOTHING, _Z_LOSS = 0.7, 2.0, 0.1, 1e-4
 _HEADS, _BINS = 4, 15
 # Of Jensen-Shannon, and a skew.
 _BETA, _ALPHA = 0.1, 0.1
+_CANDIDATES = 4
 
 
 # Losses.
@@ -76,6 +77,14 @@ def _skewed(student: Any, teacher: Any) -> jax.Array:
     p = jnp.exp(log_p)
     log_m = jnp.log(_ALPHA * p + (1 - _ALPHA) * jnp.exp(log_q))
     return _SOFT**2 * jnp.sum(p * (log_p - log_m), axis=-1)
+
+
+def _distillation_top_k(x: Any, ids: Any, log_p: Any) -> jax.Array:
+    log_q = jnp.take_along_axis(jax.nn.log_softmax(x), ids, axis=-1)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    rest_p, rest_q = 1 - p.sum(axis=-1), 1 - q.sum(axis=-1)
+    listed = jnp.sum(p * (log_p - log_q), axis=-1)
+    return listed + rest_p * jnp.log(rest_p / rest_q)
 
 
 def _codistillation(heads: Any) -> jax.Array:
@@ -287,6 +296,15 @@ CASES = (
         lambda x, teacher: jaxsoft.distillation_loss(x, teacher, _SOFT, alpha=_ALPHA),
         _skewed,
         "logits others",
+        "logits",
+        value=False,
+    ),
+    Case(
+        "distillation_loss_top_k",
+        f"k = {_CANDIDATES}",
+        jaxsoft.distillation_loss_top_k,
+        _distillation_top_k,
+        "logits candidates listed",
         "logits",
         value=False,
     ),

@@ -47,8 +47,9 @@ from jaxsoft.logits.boltzmann import (
 from jaxsoft.logits.calibration import expected_calibration_error, fit_temperature
 from jaxsoft.logits.codistillation import codistillation_loss
 from jaxsoft.logits.concrete import concrete_log_prob
+from jaxsoft.logits.distillation import distillation_loss, distillation_loss_top_k
 from jaxsoft.logits.gumbel import gumbel_softmax, gumbel_top_k
-from jaxsoft.logits.losses import distillation_loss, softmax_cross_entropy
+from jaxsoft.logits.losses import softmax_cross_entropy
 from jaxsoft.logits.sampling import sample
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 from jaxsoft.logits.straight_through import gumbel_rao, reinmax
@@ -76,6 +77,7 @@ __all__ = [
     "codistillation_loss",
     "concrete_log_prob",
     "distillation_loss",
+    "distillation_loss_top_k",
     "entropy",
     "expected_calibration_error",
     "fit_temperature",

@@ -505,10 +505,26 @@ _LINEAR = (
     Breakage(
         "best-classes-scaled-once",
         kind="missing temperature factor",
-        file="jaxsoft/linear/distillation.py",
+        file="jaxsoft/_core/listed.py",
         before="loss = jnp.sum(tau * (tau * terms), axis=-1)",
         after="loss = jnp.sum(tau * terms, axis=-1)",
         tests=("tests/linear/test_distillation.py",),
+    ),
+    Breakage(
+        "teacher-without-a-rest-makes-reverse-kl-infinite",
+        kind="dropped guard",
+        file="jaxsoft/_core/listed.py",
+        before="        mass = jnp.maximum(mass, least)",
+        after="        mass = jnp.maximum(mass, 0 * least)",
+        tests=("tests/linear/test_listed_distillation.py",),
+    ),
+    Breakage(
+        "classes-without-mass-are-listed",
+        kind="ignored mask",
+        file="jaxsoft/logits/distillation.py",
+        before="place = jnp.where(valid & ~gone, ids, classes)",
+        after="place = jnp.where(valid, ids, classes)",
+        tests=("tests/linear/test_listed_distillation.py",),
     ),
     Breakage(
         "shard-inside-a-block-counts-twice",

@@ -129,6 +129,9 @@ LOGITS = {
     "distillation_loss": lambda a: jaxsoft.distillation_loss(
         a["logits"], 2 * a["logits"], 2.0
     ),
+    "distillation_loss_top_k": logits_of(
+        "distillation_loss_top_k", "class_ids", "log_probs"
+    ),
     "codistillation_loss": lambda a: jaxsoft.codistillation_loss(
         jnp.stack([a["logits"], 2 * a["logits"]])
     ),
@@ -160,6 +163,13 @@ LAYERS = {
     )(a["hidden"], a["kernel"], a["hidden"], 2 * a["kernel"]),
     "linear_distillation_top_k": layer_of(
         "linear_distillation_top_k", "class_ids", "log_probs"
+    ),
+    "linear_distillation_top_k drop": layer_of(
+        "linear_distillation_top_k",
+        "class_ids",
+        "log_probs",
+        remaining="drop",
+        divergence="reverse_kl",
     ),
 }
 OTHERS = {

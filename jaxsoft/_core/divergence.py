@@ -142,7 +142,7 @@ def mixture_terms(
     p: jax.Array,
     q: jax.Array,
     d: jax.Array,
-    scaled: jax.Array,
+    scaled: jax.Array | None,
     tau: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns a divergence from a mixture class by class, τ² included.
@@ -155,7 +155,7 @@ def mixture_terms(
       p: the teacher's probabilities.
       q: the student's.
       d: log(q / p), ±inf or beyond ±1000 where one of them is 0.
-      scaled: τ·d.
+      scaled: τ·d, or None where d has all digits.
       tau: τ.
 
     Returns:
@@ -164,20 +164,26 @@ def mixture_terms(
     of_p, of_q, share_p, share_q = mixture
     m = share_p * p + share_q * q
     loss = s_p = s_q = jnp.zeros_like(m)
+
+    def ratios(sign, own, other):
+        log_ratio = log_mixture(sign * d, own, other)
+        if scaled is None:
+            return log_ratio, tau * log_ratio
+        return log_ratio, _scaled_log_mixture(sign * d, sign * scaled, own, other, tau)
+
     if of_p:
-        ratio = _scaled_log_mixture(d, scaled, share_p, share_q, tau)
-        log_ratio = log_mixture(d, share_p, share_q)
+        log_ratio, ratio = ratios(1, share_p, share_q)
         loss += of_p * excess(p, m, log_ratio, ratio, tau)
         s_p += of_p * ratio
     if of_q:
-        ratio = _scaled_log_mixture(-d, -scaled, share_q, share_p, tau)
-        log_ratio = log_mixture(-d, share_q, share_p)
+        log_ratio, ratio = ratios(-1, share_q, share_p)
         loss += of_q * excess(q, m, log_ratio, ratio, tau)
         s_q += of_q * ratio
     skew = of_p * share_q - of_q * share_p
     if skew:
         # It vanishes where each weight is the share, as in Jensen-Shannon.
-        gap = difference(q, p, -d, -scaled, tau) / jnp.where(m == 0, 1, m)
+        gap = difference(q, p, -d, tau * -d if scaled is None else -scaled, tau)
+        gap /= jnp.where(m == 0, 1, m)
         s_p += skew * share_p * gap
         s_q += skew * share_q * gap
     s_p, s_q = (jnp.where(a == 0, 0, finite(s)) for a, s in ((p, s_p), (q, s_q)))

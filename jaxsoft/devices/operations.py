@@ -41,6 +41,14 @@ def _of_logits(shapes: Shapes) -> Iterator[tuple[str, Program]]:
         Program(jaxsoft.softmax_cross_entropy, (logits, labels), 1),
     )
     yield "distillation_loss", Program(jaxsoft.distillation_loss, (logits, logits), 1)
+    ids, listed = (
+        array(shapes.tokens, _best(shapes), dtype=dtype)
+        for dtype in ("int32", "float32")
+    )
+    yield (
+        "distillation_loss_top_k",
+        Program(jaxsoft.distillation_loss_top_k, (logits, ids, listed), 1),
+    )
     heads = array(2, *logits.shape, dtype=shapes.dtype)
     yield "codistillation_loss", Program(jaxsoft.codistillation_loss, (heads,), 1)
     for name in ("boltzmann_policy", "boltzmann_operator", "soft_argmax"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes
-from jaxsoft._core.divergence import Divergence, excess, kind_of
-from jaxsoft._core.numerics import is_zero
+from jaxsoft._core.divergence import Divergence, Kind, kind_of
+from jaxsoft._core.listed import REMAINING, Remaining, listed_divergence, needs_rest
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import (
     Reduction,
@@ -25,26 +25,21 @@ from jaxsoft._core.tokens import (
 )
 from jaxsoft.linear.arguments import (
     Axes,
+    Call,
     KernelLayout,
     MeshAxes,
+    Operands,
     fold_rows,
     prepare,
 )
 from jaxsoft.linear.fold import stream
 from jaxsoft.linear.folds.divergence import Layers, Losses, TwoLayers
-from jaxsoft.linear.folds.statistics import (
-    Fields,
-    LogitStatistics,
-    Statistics,
-    of_fields,
-    statistics,
-)
+from jaxsoft.linear.folds.statistics import Fields, Statistics, of_fields
 from jaxsoft.linear.token_losses import reduced
 from jaxsoft.linear.total import RowLoss
+from jaxsoft.logits.softmax import log_softmax
 
 __all__ = ["linear_distillation", "linear_distillation_top_k"]
-
-Remaining = Literal["other", "renormalize", "ignore"]
 
 
 @mesh_axes.accepts_explicit("student_hidden", kernel="student_kernel")
@@ -235,6 +230,9 @@ def linear_distillation_top_k(
     teacher_log_probs: ArrayLike,
     *,
     remaining: Remaining = "other",
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.0,
     bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
@@ -248,25 +246,35 @@ def linear_distillation_top_k(
     workspace_bytes: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Distillation from a teacher known by its K best classes, times τ².
+    """Distillation from a teacher known at K classes, times τ².
 
-    Forward KL from the teacher's probabilities p to the student's q at temperature τ.
-    What becomes of the teacher's remaining mass 1 - Σ p is a choice:
+    A divergence of `linear_distillation` between the teacher's probabilities p and the
+    student's q at temperature τ. The K classes may be the best of the teacher or of the
+    student, or any others. What becomes of all other classes is a choice:
 
-    - "other": all classes that are not listed are one more class, in teacher and
-      student: `Σ_k p log(p / q) + p_rest log(p_rest / q_rest)`. Never negative, and at
-      most the divergence of the full distributions.
-    - "renormalize": the teacher is `p / Σ p`, the rest is given probability 0.
-    - "ignore": `Σ_k p log(p / q)` of the listed classes alone, which may be negative.
+    - "other": they are one more class, in teacher and student, of probabilities 1 - Σ p
+      and 1 - Σ q: forward KL is `Σ_k p log(p / q) + p_rest log(p_rest / q_rest)`. Never
+      negative, and at most the divergence of the full distributions.
+    - "drop": they are masked, in teacher and student: p is `p / Σ p`, q is `q / Σ q`,
+      the sums over the listed classes. Never negative.
+    - "renormalize": the teacher is `p / Σ p`, the rest is given probability 0; the
+      student's rest keeps its own. Reverse KL would be infinite.
+    - "ignore": the terms of the listed classes alone, with p and q as they are, forward
+      KL `Σ_k p log(p / q)` and reverse KL `Σ_k q log(q / p)`, which may be negative.
 
     Args:
       hidden: [..., H] floating.
       kernel: [H, V] floating, or [V, H] with `kernel_layout="vh"`.
-      teacher_ids: [..., K] integers in [0, V), no class twice in a row. An id outside
-        counts as none if its log-probability is -inf.
+      teacher_ids: [..., K] integers in [0, V), no class twice in a row. An id of -1,
+        and any id whose log-probability is -inf, counts as none: the class is one of
+        the rest.
       teacher_log_probs: [..., K] floating, the teacher's log-probabilities of them,
-        at the temperature τ: those that `linear_top_k` gives for the teacher.
-      remaining: "other", "renormalize" or "ignore".
+        at the temperature τ: those that `linear_top_k` gives for the teacher, or
+        `linear_log_prob_at` at the student's best classes.
+      remaining: "other", "drop", "renormalize" or "ignore".
+      divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
+      beta: β in [0, 1] of Jensen-Shannon; see `linear_distillation`.
+      alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
       temperature: τ in [0, ∞), a scalar or [...], of the student.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
@@ -285,7 +293,9 @@ def linear_distillation_top_k(
 
     Returns:
       A scalar, or [...] with reduction "none", float32 (float64 if an input is); NaN
-      for an id outside [0, V) that has mass, inf where a dropped class has.
+      for an id outside [0, V) that has mass, but -1; inf where the divergence is, as
+      where a class dropped by `class_mask` has mass. A row without any listed class has
+      loss 0.
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -294,8 +304,9 @@ def linear_distillation_top_k(
 
     Notes:
       With "other", the student's remaining mass is summed over the classes that are
-      not listed: 1 - Σ q would cancel. Differentiable in `hidden`,
-      `kernel`, `bias`, `temperature` and `teacher_log_probs`.
+      not listed: 1 - Σ q would cancel. The teacher's 1 - Σ p is known up to rounding,
+      and for reverse KL at least that. Differentiable in `hidden`, `kernel`, `bias`,
+      `temperature` and `teacher_log_probs`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -306,12 +317,27 @@ def linear_distillation_top_k(
       >>> print(f"{loss:.4f}")
       0.3376
 
+      On-policy, at the student's own best classes:
+
+      >>> from jaxsoft import linear_log_prob_at
+      >>> _, ids = linear_top_k(student, jnp.eye(4), 2)
+      >>> log_probs = linear_log_prob_at(teacher, jnp.eye(4), ids, ignore_label=-1)
+      >>> loss = linear_distillation_top_k(
+      ...     student, jnp.eye(4), ids, log_probs, divergence="reverse_kl"
+      ... )
+      >>> print(f"{loss:.4f}")
+      0.3575
+
     References:
       Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531;
-      Anshumann et al., Sparse Logit Sampling, arXiv:2503.16870 (what top-k loses).
+      Agarwal et al., On-Policy Distillation (GKD), arXiv:2306.13649 (β); Ko et al.,
+      DistiLLM, arXiv:2402.03898 (α); Anshumann et al., Sparse Logit Sampling,
+      arXiv:2503.16870 (what top-k loses).
     """
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    checks.one_of("remaining", remaining, ("other", "renormalize", "ignore"))
+    checks.one_of("remaining", remaining, REMAINING)
+    kind = kind_of(divergence, beta, alpha)
+    has_rest = needs_rest(kind, remaining)
     axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     hidden = checks.floating("hidden", hidden)
     ids = checks.integer("teacher_ids", teacher_ids)
@@ -322,6 +348,7 @@ def linear_distillation_top_k(
     ids = keep_tokens(token_weight, ids, -1)
     log_p = keep_tokens(token_weight, log_p, -jnp.inf)
     # A listed class without mass is one of the rest.
+    log_p = jnp.where(ids == -1, -jnp.inf, log_p)
     gone = log_p == -jnp.inf
     call = prepare(
         "linear_distillation_top_k",
@@ -338,24 +365,34 @@ def linear_distillation_top_k(
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
-    wanted = ("rest",) if remaining == "other" else ()
-    if reduction == "none" or not math.prod(hidden.shape[:-1]):
-        loss = _from_listed(statistics(call, wanted), log_p, remaining)
-        return reduce_losses(loss, token_weight, reduction, axes)
+    wanted = frozenset({"label", "rest"} if has_rest else {"label"})
+    tau, static_tau = call.arrays.tau, call.config.static_tau
+    if tau is not None:
+        tau = jnp.broadcast_to(tau, hidden.shape[:-1]).reshape(-1)
+    if remaining == "drop":
+        # The K classes are centred on their own best one, and tempered, afterwards.
+        wanted = frozenset({"raw_label"})
+        config = dataclasses.replace(call.config, static_tau=1.0)
+        call = Call(config, call.arrays._replace(tau=None))
     operands = fold_rows(call.config, call.arrays)
+    loss = _OfListed(kind, remaining, static_tau)
+    rows = hidden.shape[:-1]
+    if not math.prod(rows):
+        return reduce_losses(jnp.zeros(rows), token_weight, reduction, axes)
     assert operands.labels is not None
-    listed = _Listed(
-        log_p.reshape(operands.labels.shape), operands.labels >= 0, operands.tau
-    )
-    return reduced(
-        Statistics(call.config, frozenset(("label", *wanted))),
-        _OfListed(remaining, call.config.static_tau),
-        operands,
-        listed,
-        token_weight,
-        reduction,
-        axes,
-    )
+    listed = _Listed(log_p.reshape(-1, log_p.shape[-1]), operands.labels >= 0, tau)
+    fold = Statistics(call.config, wanted)
+    if reduction == "none":
+        losses = _listed(fold, loss, operands, listed).reshape(rows)
+        return reduce_losses(losses, token_weight, reduction)
+    return reduced(fold, loss, operands, listed, token_weight, reduction, axes)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _listed(
+    fold: Statistics, loss: _OfListed, operands: Operands, rows: _Listed
+) -> jax.Array:
+    return loss.of_rows(stream(fold, operands), rows)
 
 
 class _Listed(NamedTuple):
@@ -377,67 +414,34 @@ class _OfListed(RowLoss):
     """The loss of each row.
 
     Attributes:
-      remaining: what becomes of the teacher's remaining mass.
+      kind: which divergence.
+      remaining: what becomes of classes that are not listed.
       static_tau: the temperature, where it is static.
     """
 
+    kind: Kind
     remaining: Remaining
     static_tau: float | None
 
     def of_rows(self, result: Fields, rows: _Listed) -> jax.Array:
         found = of_fields(result, rows.valid, rows.tau, self.static_tau)
-        return _from_listed(found, rows.log_p, self.remaining)
-
-
-def _from_listed(
-    student: LogitStatistics, log_p: jax.Array, remaining: Remaining
-) -> jax.Array:
-    """Returns the losses [...] of tokens.
-
-    Args:
-      student: its statistics, "rest" among them where the rest is one more class.
-      log_p: [..., K] the teacher's log-probabilities.
-      remaining: what becomes of the teacher's remaining mass.
-    """
-    assert student.label is not None
-    dtype = student.log_sum.dtype
-    gone = log_p == -jnp.inf
-    log_p = log_p.astype(dtype)
-    log_q = student.label - jnp.expand_dims(student.log_sum, -1)
-    log_q = jnp.where(gone, 0, log_q)
-    tau = jnp.broadcast_to(student.temperature, log_p.shape[:-1])
-    tau = jnp.expand_dims(tau, -1)
-    if remaining == "other":
-        assert student.rest is not None
-        log_rest = student.rest - student.log_sum
-        loss = _with_rest(log_p, log_q, log_rest, tau)
-    else:
-        if remaining == "renormalize":
-            log_p = log_p - jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
-        log_p = jnp.where(gone, 0, log_p)
-        terms = jnp.where(gone, 0, jnp.exp(log_p)) * (log_p - log_q)
-        loss = jnp.sum(tau * (tau * terms), axis=-1)
-    # A row without any kept class, and a temperature of 0, have no loss.
-    none = (student.max == -jnp.inf) | is_zero(tau[..., 0], dtype)
-    return jnp.where(none & ~jnp.isnan(loss), 0, loss)
-
-
-def _with_rest(log_p, log_q, log_rest, tau) -> jax.Array:
-    """Returns the divergence over K classes and one that has the rest, [...].
-
-    Its terms p (exp(d) - 1 - d) need all of q: where p is 0, they are q.
-    """
-    listed = jnp.minimum(jax.nn.logsumexp(log_p, axis=-1), 0)
-    mass = -jnp.expm1(listed)
-    some = mass > 0
-    rest = jnp.where(some, jnp.log(jnp.where(some, mass, 1)), -jnp.inf)
-    log_q = jnp.where(log_p == -jnp.inf, -jnp.inf, log_q)
-    log_p = jnp.concatenate([log_p, rest[..., None]], axis=-1)
-    log_q = jnp.concatenate([log_q, log_rest[..., None]], axis=-1)
-    gone, empty = log_p == -jnp.inf, log_q == -jnp.inf
-    log_p = jnp.where(gone, 0, log_p)
-    p = jnp.where(gone, 0, jnp.exp(log_p))
-    q = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, log_q)))
-    d = jnp.where(gone, 0, log_q - log_p)
-    terms = excess(p, q, d, tau * jnp.where(jnp.isinf(d), 0, d), tau)
-    return jnp.sum(jnp.where(gone, tau * (tau * q), terms), axis=-1)
+        assert found.label is not None
+        log_rest = None
+        if self.remaining == "drop":
+            tau = self.static_tau if rows.tau is None else rows.tau
+            assert tau is not None
+            some = rows.log_p > -jnp.inf
+            log_q = log_softmax(found.label, temperature=tau, where=some)
+        else:
+            log_q = found.label - found.log_sum[:, None]
+            if found.rest is not None:
+                log_rest = found.rest - found.log_sum
+        return listed_divergence(
+            self.kind,
+            self.remaining,
+            rows.log_p,
+            log_q,
+            log_rest,
+            found.temperature,
+            found.max == -jnp.inf,
+        )

@@ -1,16 +1,20 @@
 """Checks of the arguments that functions of stored logits share."""
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, numerics
+from jaxsoft._core.tokens import token_weights
 
 __all__ = [
     "check_temperature",
     "check_where",
     "has_no_tangent",
+    "keep_rows",
     "pick_temperature",
+    "row_weights",
 ]
 
 
@@ -58,3 +62,32 @@ def pick_temperature(
 def has_no_tangent(tangent: object) -> bool:
     """Tells whether a tangent is known to vanish."""
     return tangent is None or isinstance(tangent, SymbolicZero)
+
+
+def row_weights(
+    weights: ArrayLike | None,
+    logits: jax.Array,
+    axis: int,
+    labels: ArrayLike | None = None,
+    ignore_label: int | None = None,
+) -> jax.Array | None:
+    """Returns one weight a row, or None if all are 1; see `token_weights`."""
+    rows = logits.shape[:axis] + logits.shape[axis + 1 :]
+    legend = "logits.shape without the class axis"
+    return token_weights(rows, weights, labels, ignore_label, legend)
+
+
+def keep_rows(
+    keep: jax.Array | None, array: jax.Array, axis: int, other: float = 0
+) -> jax.Array:
+    """Returns an array with `other` in all rows that do not count, classes on `axis`.
+
+    Args:
+      keep: [...] which rows count, or None for all.
+      array: [..., V].
+      axis: the class axis.
+      other: what stands in the place of a row's numbers.
+    """
+    if keep is None:
+        return array
+    return jnp.where(jnp.expand_dims(keep, axis), array, other)

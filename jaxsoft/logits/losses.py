@@ -1,4 +1,4 @@
-"""Softmax losses of stored logits: cross-entropy and distillation."""
+"""The softmax cross-entropy of stored logits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
-from jaxsoft._core.divergence import Divergence, kind_of
 from jaxsoft._core.numerics import (
     divide_stored,
     finite,
@@ -22,19 +21,19 @@ from jaxsoft._core.tokens import (
     Reduction,
     keep_tokens,
     reduce_losses,
-    token_weights,
 )
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
     has_no_tangent,
+    keep_rows,
     pick_temperature,
+    row_weights,
 )
 from jaxsoft.logits.centre import centre, mean_of_kept
-from jaxsoft.logits.divergence import scaled_divergence
 from jaxsoft.logits.softmax import nonzero, visible, weights
 
-__all__ = ["distillation_loss", "softmax_cross_entropy"]
+__all__ = ["softmax_cross_entropy"]
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -123,7 +122,7 @@ def softmax_cross_entropy(
         checks.shape("labels", ids, rows, "logits.shape without the class axis")
     elif ignore_label is not None:
         raise ValueError("`ignore_label` must be None without `labels`, got both None.")
-    weight = _row_weights(weights, logits, axis, labels, ignore_label)
+    weight = row_weights(weights, logits, axis, labels, ignore_label)
     if ids is not None:
         ids = keep_tokens(weight, ids)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
@@ -132,35 +131,6 @@ def softmax_cross_entropy(
     keep = None if weight is None else weight != 0
     loss = _cross_entropy(options, logits, tau, where, ids, targets, keep)
     return reduce_losses(loss, weight, reduction)
-
-
-def _row_weights(
-    weights: ArrayLike | None,
-    logits: jax.Array,
-    axis: int,
-    labels: ArrayLike | None = None,
-    ignore_label: int | None = None,
-) -> jax.Array | None:
-    """Returns one weight a row, or None if all are 1; see `token_weights`."""
-    rows = logits.shape[:axis] + logits.shape[axis + 1 :]
-    legend = "logits.shape without the class axis"
-    return token_weights(rows, weights, labels, ignore_label, legend)
-
-
-def _keep_rows(
-    keep: jax.Array | None, array: jax.Array, axis: int, other: float = 0
-) -> jax.Array:
-    """Returns an array with `other` in all rows that do not count, classes on `axis`.
-
-    Args:
-      keep: [...] which rows count, or None for all.
-      array: [..., V].
-      axis: the class axis.
-      other: what stands in the place of a row's numbers.
-    """
-    if keep is None:
-        return array
-    return jnp.where(jnp.expand_dims(keep, axis), array, other)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -177,7 +147,7 @@ def _hold_rows(keep: jax.Array, array: jax.Array, axis: int) -> jax.Array:
 @_hold_rows.defjvp
 def _hold_rows_jvp(axis, primals, tangents):
     keep, array = primals
-    return _hold_rows(keep, array, axis), _keep_rows(keep, tangents[1], axis)
+    return _hold_rows(keep, array, axis), keep_rows(keep, tangents[1], axis)
 
 
 class _Options(NamedTuple):
@@ -196,11 +166,11 @@ def _cross_entropy(options, logits, tau, where, labels, targets, keep):
         # At one temperature of all rows they meet: its slope is the sum of theirs. What
         # is smoothed is summed in another way where a class of any row is dropped.
         several = tau is None or tau.size > 1
-        settle = _hold_rows if several and not smoothing else _keep_rows
+        settle = _hold_rows if several and not smoothing else keep_rows
         x = settle(keep, x, axis)
         targets = None if targets is None else settle(keep, targets, axis)
         if tau is not None and several:
-            tau = _keep_rows(keep, tau, axis, 1)
+            tau = keep_rows(keep, tau, axis, 1)
     lse, picked, mean, _ = _row_statistics(
         axis, static_tau, smoothing > 0, x, tau, where, labels, targets
     )
@@ -329,103 +299,3 @@ def _row_statistics_jvp(axis, static_tau, has_mean, primals, tangents):
         change = total(jnp.where(lost, 0, finite(log_p)) * dtargets) * held
         tangent[1] += jnp.where(empty, 0, change)
     return out, tuple(jnp.squeeze(field, axis) for field in tangent)
-
-
-@mesh_axes.accepts_explicit("student_logits", axis="axis")
-def distillation_loss(
-    student_logits: ArrayLike,
-    teacher_logits: ArrayLike,
-    temperature: ArrayLike = 1.0,
-    *,
-    axis: int = -1,
-    where: ArrayLike | None = None,
-    divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
-    alpha: float = 0.0,
-    weights: ArrayLike | None = None,
-    reduction: Reduction = "none",
-) -> jax.Array:
-    """Divergence between a teacher's and a student's tempered softmax, times τ².
-
-    With p the teacher's and q the student's probabilities at temperature τ:
-    forward KL `τ² Σ p log(p / q)`, reverse KL `τ² Σ q log(q / p)`, Jensen-Shannon
-    `τ²/2 (Σ p log(p / r) + Σ q log(q / r))` with r = (p + q) / 2. The factor τ² keeps
-    gradients comparable across temperatures.
-
-    In general Jensen-Shannon is `τ² (β Σ p log(p / m) + (1 - β) Σ q log(q / m))` with
-    m = β p + (1 - β) q. It nears β times forward KL as β falls to 0, and 1 - β times
-    reverse KL as β rises to 1; β = 0 and β = 1 themselves stand for forward and reverse
-    KL, as they do in GKD and TRL. With a skew α, forward KL is
-    `τ² Σ p log(p / (α p + (1 - α) q))` and reverse KL
-    `τ² Σ q log(q / ((1 - α) p + α q))`, which are finite for any p and q.
-
-    The sums run over `p (exp(d) - 1 - d)` with d = log(q / p): terms that are never
-    negative, so close distributions and high temperatures lose no digits.
-
-    Args:
-      student_logits: [..., V] with the classes on `axis`, any floating dtype.
-      teacher_logits: [..., V], the same shape, any floating dtype.
-      temperature: τ in [0, ∞], a scalar or an array that broadcasts against the
-        logits with size 1 on the class axis, or lacks it. The loss is 0 at τ = 0 and,
-        at τ = ∞, half the variance over classes of the difference of the logits, times
-        β (1 - β) for Jensen-Shannon and (1 - α)² for a skew.
-      axis: the class axis.
-      where: booleans that broadcast to the logits; False drops a class from both.
-      divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
-      beta: β in [0, 1] of Jensen-Shannon.
-      alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
-      weights: [...] booleans or reals, one weight a row, or None; a row of weight 0
-        contributes exactly nothing, whatever it holds.
-      reduction: "none", "sum", or "mean" (Σ weight · loss / Σ weight, 0 if the weights
-        sum to 0). The streamed twin's default is "mean".
-
-    Returns:
-      [...], or a scalar with a reduction, float32 (float64 if either is), >= 0; 0, with
-      gradient 0, in a row whose teacher has no kept class; inf where a class has mass
-      on one side only and the divergence is infinite.
-
-    Raises:
-      TypeError: if the logits are not floating, or `where` is not boolean.
-      ValueError: if shapes differ, `divergence` is none of the three, an option is out
-        of its range, or a known temperature is negative or NaN.
-
-    Notes:
-      Differentiable in both logits and the temperature, in both modes; wrap the
-      teacher in `jax.lax.stop_gradient` to train the student alone.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxsoft import distillation_loss
-      >>> student, teacher = jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])
-      >>> print(f"{distillation_loss(student, teacher, 2.0):.4f}")
-      0.4898
-
-    References:
-      Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531;
-      Agarwal et al., On-Policy Distillation (GKD), arXiv:2306.13649 (β); Ko et al.,
-      DistiLLM, arXiv:2402.03898 (α).
-    """
-    student = checks.floating("student_logits", student_logits)
-    teacher = checks.floating("teacher_logits", teacher_logits)
-    checks.shape("teacher_logits", teacher, student.shape, "student_logits.shape")
-    axis = checks.class_axis(axis, student, "student_logits")
-    where = check_where(where, student)
-    kind = kind_of(divergence, beta, alpha)
-    dtype = numerics.compute_dtype(student, teacher)
-    student, teacher = student.astype(dtype), teacher.astype(dtype)
-    tau = check_temperature(temperature, student, axis)
-    checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    weight = _row_weights(weights, student, axis)
-    keep = None if weight is None else weight != 0
-    student, teacher = (_keep_rows(keep, x, axis) for x in (student, teacher))
-    if isinstance(tau, jax.Array) and tau.size > 1:
-        tau = _keep_rows(keep, tau, axis, 1)
-    static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
-    loss = _distillation(kind, axis, static_tau, student, teacher, tau, where)
-    return reduce_losses(loss, weight, reduction)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _distillation(kind, axis, static_tau, student, teacher, tau, where):
-    arrays = student, teacher, tau, where
-    return scaled_divergence(kind, axis, static_tau, *arrays)

@@ -204,7 +204,11 @@ KINDS: Mapping[Formula, tuple[str, ...]] = {
     # Read again by every step.
     logits(2.1): ("fit_temperature",),
     # Two arrays of logits.
-    logits(3.5): ("distillation_loss", "concrete_log_prob"),
+    logits(3.5): (
+        "distillation_loss",
+        "distillation_loss_top_k",
+        "concrete_log_prob",
+    ),
     # Those of two heads, of each against the others.
     logits(13): ("codistillation_loss",),
     logits(2.1, 4.1): ("gumbel_softmax", "reinmax"),

@@ -613,7 +613,7 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
         into: Into | None = None,
     ) -> Operands:
         operands, wanted = self.local(arrays), Wanted.of(moving)
-        rows = self._rows(operands, saved, cotangents)
+        rows = self.rows(operands, saved, cotangents)
         if kept and kept[0].peaks is not None:
             rows = rows.by_weights(saved)
         kernel = registry.kernel("statistics_gradient", self.config.implementation)
@@ -638,7 +638,7 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
             gradients = gradients._replace(tau=-moments[:, 0])
         return gradients.of_operands()
 
-    def _rows(self, operands: Operands, saved: Saved, cotangents: Fields) -> Rows:
+    def rows(self, operands: Operands, saved: Saved, cotangents: Fields) -> Rows:
         """Returns the coefficients of the derivative, over τ."""
         coefficients: Columns = {}
         if cotangents.log_sum is not None:

@@ -1,0 +1,152 @@
+"""Divergences of distributions that are known at K listed classes."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxsoft._core.divergence import (
+    HALVES,
+    Kind,
+    Mixture,
+    excess,
+    log_mixture,
+    mixture_terms,
+)
+from jaxsoft._core.numerics import is_zero
+
+__all__ = ["REMAINING", "Remaining", "listed_divergence", "needs_rest"]
+
+Remaining = Literal["other", "drop", "renormalize", "ignore"]
+REMAINING: tuple[Remaining, ...] = get_args(Remaining)
+
+# Beyond this |log(q / p)| one of two probabilities counts as 0.
+_FAR = 1000
+
+
+def needs_rest(kind: Kind, remaining: Remaining) -> bool:
+    """Tells whether a divergence needs the student's remaining mass.
+
+    Raises:
+      ValueError: if the divergence would be infinite for every student.
+    """
+    if remaining != "renormalize":
+        return remaining == "other"
+    if kind == "reverse_kl":
+        raise ValueError(
+            "`remaining` must not be 'renormalize' with reverse KL, which is infinite "
+            "where the teacher's remaining classes have probability 0; 'drop' "
+            "renormalizes both."
+        )
+    return kind != "forward_kl"
+
+
+def listed_divergence(
+    kind: Kind,
+    remaining: Remaining,
+    log_p: jax.Array,
+    log_q: jax.Array,
+    log_rest: jax.Array | None,
+    tau: jax.Array,
+    lacks: jax.Array,
+) -> jax.Array:
+    """Returns τ² times the divergences of rows, [...].
+
+    Args:
+      kind: which divergence.
+      remaining: what becomes of classes that are not listed.
+      log_p: [..., K] the teacher's log-probabilities, -inf for none.
+      log_q: [..., K] the student's, those of the listed classes alone where the others
+        are dropped.
+      log_rest: [...] the student's log-probability of all other classes, where it is
+        needed.
+      tau: a scalar or [...].
+      lacks: [...] whether a row has no class, and so no loss.
+    """
+    dtype = log_q.dtype
+    gone = log_p == -jnp.inf
+    log_p = log_p.astype(dtype)
+    # A row without any kept class, and a temperature of 0, have no loss; what they hold
+    # must not reach a gradient as NaN.
+    none = lacks | is_zero(tau, dtype)
+    tau = jnp.expand_dims(jnp.where(none, 1, tau), -1)
+    log_q = jnp.where(gone | (none[..., None] & ~jnp.isnan(log_q)), 0, log_q)
+    if log_rest is not None:
+        log_rest = jnp.where(none, 0, log_rest)
+    if remaining in ("renormalize", "drop"):
+        log_p = jnp.where(gone, -jnp.inf, log_p - _log_total(log_p))
+        if kind != "forward_kl" or remaining == "drop":
+            none = none | jnp.all(gone, axis=-1)
+    if remaining == "ignore" or (remaining == "renormalize" and kind == "forward_kl"):
+        terms = _as_they_are(kind, jnp.where(gone, 0, log_p), log_q, gone)
+        loss = jnp.sum(tau * (tau * terms), axis=-1)
+    else:
+        log_q = jnp.where(gone, -jnp.inf, log_q)
+        if remaining == "drop" and kind != "forward_kl":
+            none = none | jnp.all(log_q == -jnp.inf, axis=-1)
+        if remaining != "drop":
+            assert log_rest is not None
+            rest = jnp.full_like(log_rest, -jnp.inf)
+            if remaining == "other":
+                rest = _log_rest(kind, log_p, log_rest)
+            log_p = jnp.concatenate([log_p, rest[..., None]], axis=-1)
+            log_q = jnp.concatenate([log_q, log_rest[..., None]], axis=-1)
+        loss = jnp.sum(_whole(kind, log_p, log_q, tau), axis=-1)
+    return jnp.where(none & ~jnp.isnan(loss), 0, loss)
+
+
+def _log_total(log_p: jax.Array) -> jax.Array:
+    """Returns log Σ p over the listed classes, [..., 1]; -inf without any."""
+    none = jnp.all(log_p == -jnp.inf, axis=-1, keepdims=True)
+    some = jnp.where(none, 0, log_p)
+    total = jax.nn.logsumexp(some, axis=-1, keepdims=True)
+    return jnp.where(none, -jnp.inf, total)
+
+
+def _log_rest(kind: Kind, log_p: jax.Array, log_rest: jax.Array) -> jax.Array:
+    """Returns the teacher's log-probability of all classes that are not listed."""
+    listed = jnp.minimum(_log_total(log_p)[..., 0], 0)
+    mass = -jnp.expm1(listed)
+    if kind == "reverse_kl":
+        # What is left of 1 is known up to its rounding: a rest of 0 would be infinite.
+        least = jnp.where(log_rest == -jnp.inf, 0, jnp.finfo(mass.dtype).eps)
+        mass = jnp.maximum(mass, least)
+    some = mass > 0
+    return jnp.where(some, jnp.log(jnp.where(some, mass, 1)), -jnp.inf)
+
+
+def _as_they_are(
+    kind: Kind, log_p: jax.Array, log_q: jax.Array, gone: jax.Array
+) -> jax.Array:
+    """Returns p log(p / m) and q log(q / m), as the kind adds them, of K classes."""
+    p = jnp.where(gone, 0, jnp.exp(log_p))
+    if kind == "forward_kl":
+        return p * (log_p - log_q)
+    empty = gone | (log_q == -jnp.inf)
+    log_q = jnp.where(empty, 0, log_q)
+    q = jnp.where(empty, 0, jnp.exp(log_q))
+    if kind == "reverse_kl":
+        return q * (log_q - log_p)
+    of_p, of_q, share_p, share_q = kind if isinstance(kind, Mixture) else HALVES
+    d = jnp.where(empty, -_FAR, log_q - log_p)
+    of_teacher = of_p * p * log_mixture(d, share_p, share_q)
+    return -of_teacher - of_q * q * log_mixture(-d, share_q, share_p)
+
+
+def _whole(kind: Kind, log_p: jax.Array, log_q: jax.Array, tau: jax.Array) -> jax.Array:
+    """Returns the terms, none of them negative, of two distributions that sum to 1."""
+    if kind == "reverse_kl":
+        log_p, log_q = log_q, log_p
+    gone, empty = log_p == -jnp.inf, log_q == -jnp.inf
+    log_p = jnp.where(gone, 0, log_p)
+    p = jnp.where(gone, 0, jnp.exp(log_p))
+    q = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, log_q)))
+    if kind in ("forward_kl", "reverse_kl"):
+        d = jnp.where(gone, 0, log_q - log_p)
+        terms = excess(p, q, d, tau * jnp.where(jnp.isinf(d), 0, d), tau)
+        # Where p is 0, p (exp(d) - 1 - d) is q.
+        return jnp.where(gone, tau * (tau * q), terms)
+    mixture = kind if isinstance(kind, Mixture) else HALVES
+    d = jnp.where(empty, 0, log_q) - log_p
+    d = jnp.where(gone, _FAR, jnp.where(empty, -_FAR, d))
+    return mixture_terms(mixture, p, q, d, None, tau)[0]
