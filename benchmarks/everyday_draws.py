@@ -13,7 +13,7 @@ import jaxsoft
 from benchmarks import everyday_logits
 from benchmarks.everyday_case import Case, Room, Size, at_most, every_size
 
-_TAU, _TOP_K, _TOP_P, _MIN_P = 0.7, 50, 0.9, 0.05
+_TAU, _TOP_K, _TOP_P, _MIN_P, _TOP_N_SIGMA = 0.7, 50, 0.9, 0.05, 1.5
 _PICKS, _NOISES, _HEADS = 8, 10, 4
 # XLA on a CPU takes a second to sort 2**22 logits, and ten to sort 2**25.
 _SORTED = at_most(2**22, every_size)
@@ -102,6 +102,13 @@ def _sample_min_p(key: Any, x: Any) -> jax.Array:
     x = x / _TAU
     least = x.max(axis=-1, keepdims=True) + jnp.log(_MIN_P)
     return jax.random.categorical(key, jnp.where(x >= least, x, -jnp.inf))
+
+
+def _sample_top_n_sigma(key: Any, x: Any) -> jax.Array:
+    """The rule of arXiv:2411.07641."""
+    least = x.max(axis=-1, keepdims=True)
+    least -= _TOP_N_SIGMA * jnp.std(x, axis=-1, keepdims=True)
+    return jax.random.categorical(key, jnp.where(x >= least, x / _TAU, -jnp.inf))
 
 
 def _sample_filtered(key: Any, x: Any) -> jax.Array:
@@ -223,6 +230,15 @@ _CASES = (
         f"min_p={_MIN_P}",
         lambda key, x: jaxsoft.sample(key, x, _TAU, min_p=_MIN_P),
         _sample_min_p,
+        "key logits",
+        alike=False,
+        at=every_size,
+    ),
+    Case(
+        "sample",
+        f"top_n_sigma={_TOP_N_SIGMA}",
+        lambda key, x: jaxsoft.sample(key, x, _TAU, top_n_sigma=_TOP_N_SIGMA),
+        _sample_top_n_sigma,
         "key logits",
         alike=False,
         at=every_size,

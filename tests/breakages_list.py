@@ -247,6 +247,22 @@ _LOGITS = (
         tests=("tests/logits/test_filters.py",),
     ),
     Breakage(
+        "deviations-about-the-largest-logit",
+        kind="dropped term",
+        file="jaxsoft/logits/filters.py",
+        before="jnp.square(below - mean)",
+        after="jnp.square(below)",
+        tests=("tests/logits/test_filters.py",),
+    ),
+    Breakage(
+        "deviations-of-the-first-groups-alone",
+        kind="wrong set of classes",
+        file="jaxsoft/logits/sampling.py",
+        before="filters.reach(_numbers(rows), top, chosen.top_n_sigma)",
+        after="filters.reach(some, top, chosen.top_n_sigma)",
+        tests=("tests/logits/test_filters.py",),
+    ),
+    Breakage(
         "probability-of-the-k-first-without-ties",
         kind="dropped term",
         file="jaxsoft/logits/rejection.py",

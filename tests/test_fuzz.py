@@ -398,9 +398,12 @@ def test_values_and_gradients(seed):
         check(run, truth, floats, others, f"{what}, draw {number}: {others}")
 
 
-def kept_classes(u, tau, top_k, top_p, min_p):
+def kept_classes(u, tau, top_k, top_p, min_p, top_n_sigma):
     """Returns the classes that a row's filters keep, one after another."""
     order = [v for v in np.argsort(-u, kind="stable") if u[v] > -np.inf]
+    if top_n_sigma is not None and order:
+        least = u[order[0]] - top_n_sigma * np.std(u[order]) - 1e-5
+        order = [v for v in order if u[v] >= least]
     if top_k is not None:
         order = order[:top_k]
     if top_p is not None and order:
@@ -427,6 +430,7 @@ def test_samplers(seed):
         "top_k": pick(rng, None, 1, 2, 100),
         "top_p": pick(rng, None, 0.0, 0.5, 1.0),
         "min_p": pick(rng, None, 0.0, 0.3),
+        "top_n_sigma": pick(rng, None, 0.0, 1.3),
     }
 
     @jax.jit

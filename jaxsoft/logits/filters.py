@@ -1,9 +1,10 @@
-"""What top-k, top-p and min-p leave of a row of logits.
+"""What top-n-sigma, top-k, top-p and min-p leave of a row of logits.
 
 Each keeps the first classes of one order: larger logits first, equal ones by id. So a
 class is kept where few enough classes, and little enough of their probability, come
-before it. Nothing is sorted. Of a few classes each is compared with each other, here;
-of many only those that are drawn are judged, in `rejection.py`.
+before it. Nothing is sorted. Top-n-sigma, which knows no order of equal logits, drops
+classes before all else. Of a few classes each is compared with each other, here; of
+many only those that are drawn are judged, in `rejection.py`.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,17 @@ from jax import lax
 
 from jaxsoft._core.numerics import divide_by_temperature, finite_peak
 
-__all__ = ["NONE", "Filters", "amount", "bound", "is_heavy", "keep", "out_of_range"]
+__all__ = [
+    "NONE",
+    "Filters",
+    "amount",
+    "bound",
+    "is_heavy",
+    "keep",
+    "out_of_range",
+    "reach",
+    "within",
+]
 
 
 class Filters(NamedTuple):
@@ -24,18 +35,65 @@ class Filters(NamedTuple):
       top_k: int32, how many classes are kept, at least 0; 0 keeps all.
       top_p: the probability that the kept classes reach, in [0, 1].
       min_p: the least probability of a kept class over the largest, in [0, 1].
+      top_n_sigma: how many standard deviations of the row's logits a kept class is
+        below the largest at most, in [0, ∞].
     """
 
     top_k: jax.Array | None
     top_p: jax.Array | None
     min_p: jax.Array | None
+    top_n_sigma: jax.Array | None = None
 
 
 NONE = Filters(None, None, None)
 
 
+def reach(x: jax.Array, top: jax.Array, top_n_sigma: jax.Array) -> jax.Array:
+    """Returns how far below the largest logit top_n_sigma keeps a class.
+
+    The standard deviation is that of the classes that are not dropped already, all
+    alike, whatever the temperature.
+
+    Args:
+      x: [R, V] logits, -inf at classes that are dropped already.
+      top: [R, 1] the largest.
+      top_n_sigma: [R, 1] or [1, 1].
+
+    Returns:
+      [R, 1], half of the distance, as `within` takes it: that of any finite logits is
+      finite. Negative where top_n_sigma is out of its range.
+    """
+    kept = x > -jnp.inf
+    below = jnp.where(kept, _half_below(x, top), 0)
+    widest = jnp.max(below, axis=1, keepdims=True)
+    # By a power of two, which rounds nothing: squares neither overflow nor vanish.
+    _, exponent = jnp.frexp(widest)
+    most = jnp.finfo(x.dtype).maxexp - 4
+    scale = jnp.ldexp(jnp.ones_like(widest), -jnp.clip(exponent, -most, most))
+    below *= scale
+    number = jnp.maximum(jnp.sum(kept.astype(x.dtype), axis=1, keepdims=True), 1)
+    mean = jnp.sum(below, axis=1, keepdims=True) / number
+    squares = jnp.where(kept, jnp.square(below - mean), 0)
+    deviation = jnp.sqrt(jnp.sum(squares, axis=1, keepdims=True) / number) / scale
+    distance = jnp.where(top_n_sigma < jnp.inf, top_n_sigma * deviation, jnp.inf)
+    return jnp.where(top_n_sigma >= 0, distance, -1)
+
+
+def within(x: jax.Array, top: jax.Array, half: jax.Array) -> jax.Array:
+    """Returns logits [R, V], -inf further below the largest than what `reach` gave."""
+    # What is no number stays, and tells that its row has no sample.
+    return jnp.where(_half_below(x, top) > half, -jnp.inf, x)
+
+
+def _half_below(x: jax.Array, top: jax.Array) -> jax.Array:
+    """Returns half of the distance of logits from the largest."""
+    return finite_peak(top) * 0.5 - x * 0.5
+
+
 def keep(x: jax.Array, tau: float | jax.Array, filters: Filters) -> jax.Array:
-    """Drops classes: by top_k, then by top_p of those that are left, then by min_p.
+    """Drops classes: by each filter in turn, of those that the one before it left.
+
+    The turns are those of top_n_sigma, top_k, top_p and min_p.
 
     Every class is compared with every other: V² comparisons a row.
 
@@ -48,6 +106,8 @@ def keep(x: jax.Array, tau: float | jax.Array, filters: Filters) -> jax.Array:
       [R, V] exp((logit - largest) / τ), 0 at dropped classes.
     """
     top = jnp.max(x, axis=1, keepdims=True)
+    if filters.top_n_sigma is not None:
+        x = within(x, top, reach(x, top, filters.top_n_sigma))
     c = divide_by_temperature(x, finite_peak(top), tau)
     weights = jnp.exp(c)
     if filters.top_k is not None or filters.top_p is not None:
@@ -94,4 +154,6 @@ def out_of_range(filters: Filters) -> jax.Array:
     for value in (filters.top_p, filters.min_p):
         if value is not None:
             bad |= ~((value >= 0) & (value <= 1))
+    if filters.top_n_sigma is not None:
+        bad |= ~(filters.top_n_sigma >= 0)
     return bad

@@ -22,7 +22,15 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, mesh_axes
 from jaxsoft._core.numerics import divide_by_temperature, finite_peak, is_zero, round_up
-from jaxsoft.logits.filters import Filters, amount, bound, is_heavy, out_of_range
+from jaxsoft.logits.filters import (
+    Filters,
+    amount,
+    bound,
+    is_heavy,
+    out_of_range,
+    reach,
+    within,
+)
 
 __all__ = [
     "draw",
@@ -48,7 +56,7 @@ class Prepared(NamedTuple):
     """Rows of logits and of their weights.
 
     Attributes:
-      logits: [R, V].
+      logits: [R, V], -inf where top_n_sigma drops a class, too.
       least: [R, 1] or [1, 1], what no class that top_k keeps is smaller than.
       weights: [R, V] exp((logit - largest) / τ), 0 where the logit is smaller than
         `least`, or where min_p drops it and there is no top_p, a share of all.
@@ -122,6 +130,8 @@ def prepare(
       most: what no row's top_k is larger than, if that is known.
     """
     top = jnp.max(x, axis=1, keepdims=True)
+    if filters.top_n_sigma is not None:
+        x = within(x, top, reach(x, top, filters.top_n_sigma))
     c = divide_by_temperature(x, finite_peak(top), tau)
     weights = jnp.exp(c)
     least = jnp.full((1, 1), -jnp.inf, x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 
 import jax
@@ -18,7 +19,8 @@ from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 
 __all__ = ["draw_rows", "sample"]
 
-_KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0}
+_KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0, "top_n_sigma": math.inf}
+_LARGEST = {"top_p": 1, "min_p": 1, "top_n_sigma": math.inf}
 # So many classes of a row are one block: filters compare each with each other.
 _FEW = 128
 # So many first classes of a row are looked for in groups of classes.
@@ -36,6 +38,7 @@ def sample(
     top_k: ArrayLike | None = None,
     top_p: ArrayLike | None = None,
     min_p: ArrayLike | None = None,
+    top_n_sigma: ArrayLike | None = None,
 ) -> jax.Array:
     """Draws one class of each row from its tempered softmax.
 
@@ -44,8 +47,9 @@ def sample(
     and some √V random numbers are drawn for a row.
 
     Filters act one after another, each on the classes that the one before it left, in
-    the order temperature, `top_k`, `top_p`, `min_p`. They keep the first classes of
-    the order by descending logit, equal ones by ascending id; the first always stays.
+    the order `top_n_sigma`, temperature, `top_k`, `top_p`, `min_p`. They keep the first
+    classes of the order by descending logit, equal ones by ascending id; the first
+    always stays.
 
     Args:
       key: a JAX random key.
@@ -61,6 +65,9 @@ def sample(
         than p, renormalised to the classes that `top_k` left; 1 keeps all.
       min_p: in [0, 1]: a class stays if its probability is at least this share of the
         largest; 0 keeps all.
+      top_n_sigma: n in [0, ∞]: a class stays if its logit is at least the largest minus
+        n standard deviations of the row's logits, those of kept classes with -inf left
+        out, whatever the temperature; ∞ keeps all.
 
     Returns:
       [...] int32 in [0, V); -1 for a row without any kept class, or with a NaN or
@@ -92,7 +99,8 @@ def sample(
     References:
       Gumbel, Statistical Theory of Extreme Values, 1954; Maddison, Tarlow and Minka,
       A* Sampling, arXiv:1411.0030 (Gumbel-max over groups of classes); Holtzman et
-      al., arXiv:1904.09751 (top-p); Nguyen et al., arXiv:2407.01082 (min-p).
+      al., arXiv:1904.09751 (top-p); Nguyen et al., arXiv:2407.01082 (min-p); Tang et
+      al., arXiv:2411.07641 (top-nσ).
     """
     logits = checks.floating("logits", logits)
     axis = checks.class_axis(axis, logits)
@@ -103,6 +111,7 @@ def sample(
         _filter("top_k", top_k, logits, axis),
         _filter("top_p", top_p, logits, axis),
         _filter("min_p", min_p, logits, axis),
+        _filter("top_n_sigma", top_n_sigma, logits, axis),
     )
     first = _most_of(top_k)
     return back(_sample(static_tau, first, key, rows, chosen))
@@ -136,9 +145,10 @@ def _filter(
         array = check(name, value)
     if not isinstance(array, Tracer) and array.is_fully_addressable:
         known = np.asarray(array)
-        bad = known < 0 if whole else ~((known >= 0) & (known <= 1))
+        largest = _LARGEST.get(name, math.inf)
+        bad = ~((known >= 0) & (known <= largest))
         if bad.any():
-            rule = "be at least 0" if whole else "lie in [0, 1]"
+            rule = "be at least 0" if largest == math.inf else "lie in [0, 1]"
             raise ValueError(f"`{name}` must {rule}, got {known[bad].flat[0]}.")
     row_shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
     checks.broadcasts_to(name, array, row_shape)
@@ -205,6 +215,8 @@ def draw_rows(
         size = groups.group_size(classes, first)
     if first is not None and size is not None:
         some, ids = groups.first_groups(rows, first, size)
+        if chosen.top_n_sigma is not None:
+            some, chosen = _within(rows, some, chosen)
         rows = Rows(some, rows.tau, None)
         place = draw_rows(static_tau, words, rows, chosen)
         at = jnp.maximum(place, 0)[:, None]
@@ -226,6 +238,16 @@ def draw_rows(
     return lax.platform_dependent(
         arrays, cpu=lambda arrays: in_tiles(tiled, arrays, count, size), default=draw
     )
+
+
+def _within(
+    rows: Rows, some: jax.Array, chosen: filters.Filters
+) -> tuple[jax.Array, filters.Filters]:
+    """Returns what top_n_sigma leaves of the first classes, and the other filters."""
+    assert chosen.top_n_sigma is not None
+    top = jnp.max(some, axis=1, keepdims=True)
+    half = filters.reach(_numbers(rows), top, chosen.top_n_sigma)
+    return filters.within(some, top, half), chosen._replace(top_n_sigma=None)
 
 
 def _draw_of_few(

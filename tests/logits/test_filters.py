@@ -23,13 +23,21 @@ ROWS, CLASSES = 8, 64
 MANY = settings(deadline=None, derandomize=True, max_examples=100)
 
 
-def true_row(x, tau, top_k, top_p, min_p, slack=0.0):
+def true_row(x, tau, top_k, top_p, min_p, top_n_sigma=np.inf, slack=0.0):
     """Returns which classes are kept, and whether rounding within slack decides it."""
     order = np.lexsort((np.arange(x.size), -x))
-    order = order[x[order] > -np.inf][:top_k]
+    order = order[x[order] > -np.inf]
     kept = np.zeros(x.size, bool)
     if not order.size:
         return kept, True
+    far = False
+    if top_n_sigma < np.inf:
+        below = x[order[0]] - x[order]
+        distance = top_n_sigma * np.std(below)
+        gaps = below[below > 0] - distance
+        far = (np.abs(gaps) <= slack * max(below[-1], distance)).any()
+        order = order[below <= distance]
+    order = order[:top_k]
     first = x[order[0]]
     tied = x[order] == first
     c = truth.centred(x[order], tau) if tau else np.where(tied, 0.0, -np.inf)
@@ -43,7 +51,7 @@ def true_row(x, tau, top_k, top_p, min_p, slack=0.0):
     kept[order[inside & heavy]] = True
     near = min_p > 0 and (np.abs(weights - min_p)[~tied] <= slack).any()
     near |= top_p < 1 and (np.abs(gaps) <= slack * weights.sum()).any()
-    return kept, not near or slack == 0
+    return kept, not (near or far) or slack == 0
 
 
 def kept_of_few(x, tau, chosen):
@@ -71,20 +79,20 @@ def kept_of_many(x, tau, chosen):
 KEPT = {"few": jax.jit(kept_of_few), "many": jax.jit(kept_of_many)}
 
 
-def check(x, tau, top_k, top_p, min_p, slack=0.0, dtype="float32"):
+def check(x, tau, top_k, top_p, min_p, top_n_sigma, slack=0.0, dtype="float32"):
     """Compares the rows that rounding does not decide, if there are any."""
     padded = np.full((ROWS, CLASSES), -np.inf, dtype)
     padded[:, : x.shape[1]] = x
-    column = [np.asarray(a, dtype)[:, None] for a in (tau, top_p, min_p)]
-    tau, top_p, min_p = column
+    column = [np.asarray(a, dtype)[:, None] for a in (tau, top_p, min_p, top_n_sigma)]
+    tau, *others = column
     top_k = np.asarray(top_k, np.int32)[:, None]
-    chosen = filters.Filters(*map(jnp.asarray, (top_k, top_p, min_p)))
+    chosen = filters.Filters(*map(jnp.asarray, (top_k, *others)))
     both = [np.asarray(kept(padded, tau, chosen)) for kept in KEPT.values()]
     some = False
     for row in range(ROWS):
-        one_tau, one_p, one_min = (float(a[row, 0]) for a in column)
+        one_tau, *rest = (float(a[row, 0]) for a in column)
         kept, clear = true_row(
-            padded[row].astype(float), one_tau, top_k[row, 0], one_p, one_min, slack
+            padded[row].astype(float), one_tau, top_k[row, 0], *rest, slack=slack
         )
         if clear:
             for found in both:
@@ -118,6 +126,7 @@ FLOATS = tables(st.floats(-20, 20), np.float64)
 COUNTS = each(st.integers(1, CLASSES + 6) | st.just(2**31 - 1))
 SHARES = each(st.floats(0, 1, width=32) | st.just(0.0) | st.just(1.0))
 TEMPERATURES = each(st.sampled_from([0.5, 1.0, 3.0, np.inf]))
+DEVIATIONS = each(st.floats(0, 4, width=32) | st.just(0.0) | st.just(np.inf))
 
 
 @MANY
@@ -127,29 +136,88 @@ TEMPERATURES = each(st.sampled_from([0.5, 1.0, 3.0, np.inf]))
     COUNTS,
     each(st.integers(0, 63).map(lambda n: n / 64)),
     each(st.sampled_from([0.0, 0.5, 1.0])),
+    each(st.sampled_from([0.0, np.inf])),
 )
-def test_exact_weights_decide_every_class(x, tau, top_k, top_p, min_p):
-    check(x, tau, top_k, top_p, min_p)
+def test_exact_weights_decide_every_class(x, tau, top_k, top_p, min_p, top_n_sigma):
+    check(x, tau, top_k, top_p, min_p, top_n_sigma)
 
 
 @MANY
-@given(GRID | BFLOAT16, TEMPERATURES, COUNTS, SHARES, SHARES)
-def test_ties_in_float32(x, tau, top_k, top_p, min_p):
-    check(x, tau, top_k, top_p, min_p, slack=1e-5)
+@given(GRID | BFLOAT16, TEMPERATURES, COUNTS, SHARES, SHARES, DEVIATIONS)
+def test_ties_in_float32(x, tau, top_k, top_p, min_p, top_n_sigma):
+    check(x, tau, top_k, top_p, min_p, top_n_sigma, slack=1e-5)
 
 
 @MANY
-@given(FLOATS, TEMPERATURES, COUNTS, SHARES, SHARES)
-def test_floats_in_float64(x, tau, top_k, top_p, min_p):
+@given(FLOATS, TEMPERATURES, COUNTS, SHARES, SHARES, DEVIATIONS)
+def test_floats_in_float64(x, tau, top_k, top_p, min_p, top_n_sigma):
     with jax.enable_x64(True):
-        check(x, tau, top_k, top_p, min_p, slack=1e-9, dtype="float64")
+        given = (tau, top_k, top_p, min_p, top_n_sigma)
+        check(x, *given, slack=1e-9, dtype="float64")
 
 
-NEUTRAL = {"top_k": np.int32(CLASSES), "top_p": np.float32(1), "min_p": np.float32(0)}
-ACTIVE = {"top_k": np.int32(9), "top_p": np.float32(0.8), "min_p": np.float32(0.3)}
+def spread(kind):
+    """Rows whose deviations are as few as their logits make them."""
+    x = np.random.default_rng(8).integers(-8, 9, (ROWS, CLASSES)) / 4
+    x = {
+        "zero": x * 0,
+        "offset": x + 1e5,
+        "below": x - 20,
+        "peaked": np.where(np.arange(CLASSES) == 5, 300, x),
+        "small": x * 2.0**-100,
+        "large": x * 2.0**125,
+    }.get(kind, x)
+    return np.where(np.arange(CLASSES) % 9 == 0, -np.inf, x).astype("float32")
 
 
-@pytest.mark.parametrize("names", [*itertools.product([False, True], repeat=3)])
+@pytest.mark.parametrize(
+    "kind", ["unit", "zero", "offset", "below", "peaked", "small", "large"]
+)
+def test_deviations_at_any_scale_and_offset(kind):
+    x = spread(kind)
+    chosen = [np.full((ROWS, 1), a) for a in (CLASSES, 1, 0)]
+    count, one, zero = (jnp.asarray(a, jnp.float32) for a in chosen)
+    number = np.linspace(0, 3, ROWS, dtype="float32")[:, None]
+    count = count.astype(jnp.int32)
+    both = filters.Filters(count, one, zero, jnp.asarray(number))
+    # All weigh the same at τ = ∞, so that none is too light to be seen.
+    tau = np.full((ROWS, 1), np.inf, "float32")
+    for kept in KEPT.values():
+        found = np.asarray(kept(x, tau, both))
+        for row in range(ROWS):
+            expected, clear = true_row(
+                x[row].astype(float), np.inf, CLASSES, 1, 0, number[row, 0], 1e-6
+            )
+            assert clear
+            np.testing.assert_array_equal(found[row], expected)
+
+
+def test_deviations_do_not_depend_on_the_temperature():
+    x = truth.logits("unit", (2000, 300))
+    for size in (50, 300):
+        for tau in (0.3, 1.0, np.inf):
+            drawn = np.asarray(jaxsoft.sample(KEY, x[:, :size], tau, top_n_sigma=1.5))
+            rows = x[:, :size]
+            least = rows.max(1) - 1.5 * rows.std(1)
+            assert (rows[np.arange(2000), drawn] >= least).all()
+            assert len(np.unique(drawn)) > 0.9 * size
+
+
+NEUTRAL = {
+    "top_k": np.int32(CLASSES),
+    "top_p": np.float32(1),
+    "min_p": np.float32(0),
+    "top_n_sigma": np.float32(np.inf),
+}
+ACTIVE = {
+    "top_k": np.int32(20),
+    "top_p": np.float32(0.8),
+    "min_p": np.float32(0.3),
+    "top_n_sigma": np.float32(1.2),
+}
+
+
+@pytest.mark.parametrize("names", [*itertools.product([False, True], repeat=4)])
 def test_a_filter_that_is_none_keeps_all(names):
     x = np.random.default_rng(1).integers(-3, 4, (ROWS, CLASSES)).astype("float32")
     tau = np.full((ROWS, 1), 1.5, "float32")
@@ -175,12 +243,13 @@ def test_a_full_share_drops_nothing(kept):
     assert np.asarray(kept(x, tau, chosen)).all()
 
 
-OFF = {"top_k": 0, "top_p": 1, "min_p": 0}
+OFF = {"top_k": 0, "top_p": 1, "min_p": 0, "top_n_sigma": np.inf}
 FILTERS = [
     {"top_k": 25},
     {"top_p": 0.6},
     {"min_p": 0.2},
     {"top_k": 60, "top_p": 0.9, "min_p": 0.05},
+    {"top_k": 60, "top_p": 0.9, "min_p": 0.02, "top_n_sigma": 1.7},
 ]
 
 
@@ -189,7 +258,7 @@ def test_draws_are_kept_classes_at_their_rates(given):
     rng = np.random.default_rng(2)
     x = np.round(rng.standard_normal(200) * 8) / 4
     # Filters that drop nothing are given too: one program serves all.
-    full = {"top_k": 200, "top_p": 1.0, "min_p": 0.0} | given
+    full = {"top_k": 200, "top_p": 1.0, "min_p": 0.0, "top_n_sigma": 1e9} | given
     logits = np.broadcast_to(x.astype("float32"), (10_000, 200))
     check_rates(x, np.asarray(jaxsoft.sample(KEY, logits, 1.3, **full)), full)
 
@@ -214,6 +283,8 @@ OF_SIZES = [
     {"top_k": 300, "top_p": 0.6},
     {"top_k": 40, "top_p": 0.9, "min_p": 0.2},
     {"top_p": 0.5, "min_p": 0.3},
+    {"top_n_sigma": 1.9},
+    {"top_n_sigma": 1.7, "top_k": 40, "top_p": 0.8},
 ]
 
 
@@ -340,6 +411,7 @@ OF_GROUPS = [
     {"top_k": 2},
     {"top_k": 7, "top_p": 0.7},
     {"top_k": 7, "top_p": 0.9, "min_p": 0.3},
+    {"top_k": 7, "top_n_sigma": 0.7},
 ]
 
 
@@ -439,6 +511,16 @@ def test_traced_filters_out_of_their_range():
     assert drawn[0] in range(5)
     np.testing.assert_array_equal(drawn[1:6], -1)
     assert drawn[6] in (0, 1, 2)
+    deviations = np.array([0, -1, np.nan, 3, np.inf, -np.inf, 0], "float32")[:, None]
+    for classes, options in ((5, {}), (700, {}), (700, {"top_k": 2})):
+        logits = np.zeros((7, classes), "float32")
+        logits[6, 3] = 1
+        draw = jax.jit(
+            lambda n, x=logits, o=options: jaxsoft.sample(KEY, x, top_n_sigma=n, **o)
+        )
+        drawn = np.asarray(draw(deviations))
+        np.testing.assert_array_equal(drawn[[1, 2, 5]], -1)
+        assert (drawn[[0, 3, 4]] >= 0).all() and drawn[6] == 3
 
 
 X = np.zeros((2, 3), "float32")
@@ -453,6 +535,9 @@ WRONG = [
     ({"top_p": 1.5}, ValueError, r"`top_p` must lie in \[0, 1\], got 1.5"),
     ({"min_p": float("nan")}, ValueError, r"`min_p` must lie in \[0, 1\], got nan"),
     ({"min_p": np.full((2, 1), -1.0, "f")}, ValueError, "`min_p` must lie .* got -1"),
+    ({"top_n_sigma": 1 + 1j}, TypeError, "`top_n_sigma` must have a floating-point"),
+    ({"top_n_sigma": -0.5}, ValueError, "`top_n_sigma` must be at least 0, got -0.5"),
+    ({"top_n_sigma": float("nan")}, ValueError, "`top_n_sigma` must be .* got nan"),
     ({"top_k": np.ones(3, int)}, ValueError, r"`top_k` must broadcast to \(2, 1\)"),
     ({"top_p": np.ones((2, 3), "f")}, ValueError, "`top_p` must broadcast to"),
 ]
