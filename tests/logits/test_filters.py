@@ -411,7 +411,7 @@ OF_GROUPS = [
     {"top_k": 2},
     {"top_k": 7, "top_p": 0.7},
     {"top_k": 7, "top_p": 0.9, "min_p": 0.3},
-    {"top_k": 7, "top_n_sigma": 0.7},
+    {"top_k": 7, "top_n_sigma": 0.25},
 ]
 
 
