@@ -111,6 +111,25 @@ def _sample_top_n_sigma(key: Any, x: Any) -> jax.Array:
     return jax.random.categorical(key, jnp.where(x >= least, x / _TAU, -jnp.inf))
 
 
+def _with_log_prob(key: Any, x: Any, kept: Any = None) -> tuple[jax.Array, ...]:
+    """Draws from kept classes, and takes the class's part of each log-softmax."""
+    kept = x if kept is None else kept
+    drawn = jax.random.categorical(key, kept)
+    log_probs = (
+        jnp.take_along_axis(jax.nn.log_softmax(some), drawn[:, None], axis=-1)[:, 0]
+        for some in (x, kept)
+    )
+    return (drawn, *log_probs)
+
+
+def _sample_top_p_with_log_prob(key: Any, x: Any) -> tuple[jax.Array, ...]:
+    x = x / _TAU
+    ordered = jnp.sort(x, descending=True)
+    kept = _mass_before(ordered) < _TOP_P
+    least = jnp.min(ordered, axis=-1, keepdims=True, where=kept, initial=jnp.inf)
+    return _with_log_prob(key, x, jnp.where(x >= least, x, -jnp.inf))
+
+
 def _sample_filtered(key: Any, x: Any) -> jax.Array:
     ordered, ids = jax.lax.top_k(x / _TAU, _fewest(x))
     kept = _mass_before(ordered) < _TOP_P
@@ -242,6 +261,24 @@ _CASES = (
         "key logits",
         alike=False,
         at=every_size,
+    ),
+    Case(
+        "sample",
+        "log_prob",
+        lambda key, x: jaxsoft.sample(key, x, _TAU, return_log_prob=True),
+        lambda key, x: _with_log_prob(key, x / _TAU),
+        "key logits",
+        alike=False,
+        at=every_size,
+    ),
+    Case(
+        "sample",
+        f"log_prob, top_p={_TOP_P}",
+        lambda key, x: jaxsoft.sample(key, x, _TAU, top_p=_TOP_P, return_log_prob=True),
+        _sample_top_p_with_log_prob,
+        "key logits",
+        alike=False,
+        at=_SORTED,
     ),
     Case(
         "sample",

@@ -50,7 +50,7 @@ from jaxsoft.logits.concrete import concrete_log_prob
 from jaxsoft.logits.distillation import distillation_loss, distillation_loss_top_k
 from jaxsoft.logits.gumbel import gumbel_softmax, gumbel_top_k
 from jaxsoft.logits.losses import softmax_cross_entropy
-from jaxsoft.logits.sampling import sample
+from jaxsoft.logits.sampling import SampledClasses, sample
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
 from jaxsoft.logits.straight_through import gumbel_rao, reinmax
 from jaxsoft.sampled.loss import ClassSampler, sampled_softmax_loss
@@ -66,6 +66,7 @@ __all__ = [
     "MixedNegatives",
     "RowGradient",
     "RowOptimizer",
+    "SampledClasses",
     "TemperatureFit",
     "adaptive_log_prob",
     "adaptive_log_probs",

@@ -255,6 +255,22 @@ _LOGITS = (
         tests=("tests/logits/test_filters.py",),
     ),
     Breakage(
+        "last-kept-classes-without-their-equals",
+        kind="off by one",
+        file="jaxsoft/logits/kept_sum.py",
+        before="last, top_k - end.from_high)",
+        after="last, top_k - end.from_low)",
+        tests=("tests/logits/test_log_probs_of_samples.py",),
+    ),
+    Breakage(
+        "steps-to-a-share-rounded-down",
+        kind="off by one",
+        file="jaxsoft/logits/kept_sum.py",
+        before="steps = jnp.ceil(",
+        after="steps = jnp.floor(",
+        tests=("tests/logits/test_log_probs_of_samples.py",),
+    ),
+    Breakage(
         "deviations-of-the-first-groups-alone",
         kind="wrong set of classes",
         file="jaxsoft/logits/sampling.py",

@@ -33,9 +33,14 @@ from jaxsoft.logits.filters import (
 )
 
 __all__ = [
+    "Prepared",
+    "block_sums",
+    "count",
     "draw",
+    "from_ordered",
     "heavy_weights",
     "judge",
+    "ordered",
     "prepare",
     "start_bracket",
     "whole_blocks",
@@ -75,7 +80,7 @@ class Bracket(NamedTuple):
     """Two numbers between which the k-th logit lies, in the two columns of [R, 2].
 
     Attributes:
-      ends: the `_ordered` integers of one with at least k classes from it on, if a row
+      ends: the `ordered` integers of one with at least k classes from it on, if a row
         has as many, and of one with at most k.
       numbers: how many classes there are from each on.
       masses: the sums of their weights.
@@ -143,7 +148,7 @@ def prepare(
         light = ~is_heavy(x, c, top, filters.min_p) & (x < top)
         weights = jnp.where(light, 0, weights)
     weights = lax.optimization_barrier(weights)
-    total = jnp.sum(_block_sums(weights), axis=1, keepdims=True)
+    total = jnp.sum(block_sums(weights), axis=1, keepdims=True)
     return Prepared(x, least, weights, top, total)
 
 
@@ -155,7 +160,7 @@ def _least_of_first(x: jax.Array, top_k: jax.Array, most: int | None) -> jax.Arr
     number = min(filled // 4, _GROUPS, classes)
     if most is not None and most * _GROUPS_EACH * _LEAST_GROUP <= filled:
         number = max(number, most * _GROUPS_EACH)
-    keys = _ordered(_largest_of_groups(x, number))
+    keys = ordered(_largest_of_groups(x, number))
     dtype, bits = keys.dtype, jnp.iinfo(keys.dtype).bits
 
     # The first bits of the bound are set, one by one, where k groups still reach it.
@@ -167,9 +172,9 @@ def _least_of_first(x: jax.Array, top_k: jax.Array, most: int | None) -> jax.Arr
     low = jnp.full((x.shape[0], 1), jnp.iinfo(dtype).min, dtype)
     low = lax.fori_loop(0, _BITS, set_bit, mesh_axes.like(low, (keys, top_k)))
     # Below -inf are no numbers.
-    low = jnp.maximum(low, _ordered(jnp.full((), -jnp.inf, x.dtype)))
+    low = jnp.maximum(low, ordered(jnp.full((), -jnp.inf, x.dtype)))
     known = (top_k > 0) & (top_k <= number)
-    return jnp.where(known, _number(low, x.dtype), -jnp.inf)
+    return jnp.where(known, from_ordered(low, x.dtype), -jnp.inf)
 
 
 def _largest_of_groups(x: jax.Array, number: int) -> jax.Array:
@@ -185,30 +190,24 @@ def _largest_of_groups(x: jax.Array, number: int) -> jax.Array:
 
 
 def draw(
-    words: jax.Array,
-    x: jax.Array,
-    tau: float | jax.Array,
-    filters: Filters,
-    most: int | None = None,
+    words: jax.Array, rows: Prepared, tau: float | jax.Array, filters: Filters
 ) -> jax.Array:
     """Draws a class of each row.
 
     Args:
       words: [R, 2], see `noise.row_words`.
-      x: [R, V] logits, -inf at classes that are dropped already.
+      rows: what `prepare` returned.
       tau: the temperature, a float or [R, 1] or [1, 1].
       filters: what to keep; the first class of the order always is.
-      most: what no row's top_k is larger than, if that is known.
 
     Returns:
       [R] int32; -1 where there is no class, a NaN or +inf, or a filter out of range.
     """
-    rows = prepare(x, tau, filters, most)
     lost = ~(jnp.abs(rows.top) < jnp.inf) | jnp.isnan(rows.total)
     lost |= out_of_range(filters)
     start = _Attempt(
         jnp.zeros((), jnp.int32),
-        _block_sums(heavy_weights(rows, tau, filters)),
+        block_sums(heavy_weights(rows, tau, filters)),
         jnp.full_like(rows.top, -jnp.inf),
         jnp.full_like(lost, 0, jnp.int32),
         lost,
@@ -314,10 +313,10 @@ def judge(
     """
     ids = lax.broadcasted_iota(jnp.int32, rows.logits.shape, 1)
     before = _before(rows.logits, ids, logit, class_id)
-    sums = _block_sums(jnp.where(before, rows.weights, 0))
+    sums = block_sums(jnp.where(before, rows.weights, 0))
     kept = jnp.ones_like(done)
     if filters.top_k is not None:
-        number = _count(before, sums.dtype)
+        number = count(before, sums.dtype)
         kept &= number < bound(filters.top_k)
     if filters.top_p is None:
         return kept, sums, bracket
@@ -347,9 +346,9 @@ def start_bracket(rows: Prepared, filters: Filters) -> Bracket | None:
     x = rows.logits
     kept = (x >= rows.least) & (x > -jnp.inf)
     lowest = jnp.min(jnp.where(kept, x, jnp.inf), axis=1, keepdims=True)
-    number = _count(kept, rows.total.dtype)
+    number = count(kept, rows.total.dtype)
     return Bracket(
-        _pair(_ordered(lowest), _ordered(rows.top) + 1),
+        _pair(ordered(lowest), ordered(rows.top) + 1),
         _pair(number, 0),
         _pair(rows.total, 0),
     )
@@ -360,9 +359,9 @@ def _narrower(
 ) -> Bracket:
     """Halves the bracket of some rows."""
     middle = _near_kth(top_k, old)
-    above = rows.logits >= _number(middle, rows.logits.dtype)
-    number = _count(above, rows.total.dtype)
-    sums = _block_sums(jnp.where(above, rows.weights, 0))
+    above = rows.logits >= from_ordered(middle, rows.logits.dtype)
+    number = count(above, rows.total.dtype)
+    sums = block_sums(jnp.where(above, rows.weights, 0))
     mass = jnp.sum(sums, axis=1, keepdims=True)
     is_new = wanted & _pair(number >= top_k, number <= top_k)
     new = Bracket(middle, number, mass)
@@ -394,7 +393,7 @@ def _limits(
     (low, high), (number_low, number_high), (mass_low, mass_high) = map(
         _columns, bracket
     )
-    lowest = _number(low, rows.logits.dtype)
+    lowest = from_ordered(low, rows.logits.dtype)
     weight = jnp.exp(divide_by_temperature(lowest, finite_peak(rows.top), tau))
     few = number_low <= top_k
     # Of the classes between the ends the first weigh no less than their part of them,
@@ -430,7 +429,7 @@ def _before(
     return (x > logit) | ((x == logit) & (ids < class_id))
 
 
-def _block_sums(weights: jax.Array) -> jax.Array:
+def block_sums(weights: jax.Array) -> jax.Array:
     """Returns the sums of the weights of the blocks, [R, n]."""
     rows, classes = weights.shape
     block = block_sampling.block_size(classes)
@@ -443,17 +442,17 @@ def _block_sums(weights: jax.Array) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def _count(kept: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def count(kept: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns how many classes there are, [R, 1] int32.
 
     Blocks are counted in the dtype of their sums, as a CPU reduces both without a
     program of its own; integers, which it adds in two, are exact for all of them.
     """
-    number = _block_sums(kept.astype(dtype)).astype(jnp.int32)
+    number = block_sums(kept.astype(dtype)).astype(jnp.int32)
     return jnp.sum(number, axis=1, keepdims=True, dtype=jnp.int32)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
+def ordered(x: jax.Array) -> jax.Array:
     """Returns integers in the order of floating-point numbers, without NaN."""
     kind = jnp.dtype(jnp.int64 if x.dtype == jnp.float64 else jnp.int32)
     bits = lax.bitcast_convert_type(x, kind)
@@ -462,7 +461,7 @@ def _ordered(x: jax.Array) -> jax.Array:
     return jnp.where(bits < 0, bits ^ kind.type(jnp.iinfo(kind).max), bits)
 
 
-def _number(key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def from_ordered(key: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the floating-point numbers of such integers."""
     largest = key.dtype.type(jnp.iinfo(key.dtype).max)
     return lax.bitcast_convert_type(jnp.where(key < 0, key ^ largest, key), dtype)

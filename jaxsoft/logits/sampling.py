@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
-from jaxsoft.logits import filters, groups, rejection
+from jaxsoft.logits import filters, groups, kept_sum, rejection
 from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 
-__all__ = ["draw_rows", "sample"]
+__all__ = ["Drawn", "SampledClasses", "draw_rows", "log_weights", "sample"]
 
 _KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0, "top_n_sigma": math.inf}
 _LARGEST = {"top_p": 1, "min_p": 1, "top_n_sigma": math.inf}
@@ -25,6 +26,30 @@ _LARGEST = {"top_p": 1, "min_p": 1, "top_n_sigma": math.inf}
 _FEW = 128
 # So many first classes of a row are looked for in groups of classes.
 _MOST = 128
+
+
+class SampledClasses(NamedTuple):
+    """Classes drawn, and how likely they were.
+
+    Attributes:
+      class_id: [...] int32 in [0, V); -1 for a row without a class.
+      log_prob: [...] the log-probability of the class under the temperature alone, in
+        float32 or float64; -inf for a row without a class.
+      filtered_log_prob: [...] that among the classes that the filters left, by which it
+        was drawn; the same without filters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxsoft import sample
+      >>> logits = jnp.zeros((1, 8))
+      >>> drawn = sample(jax.random.key(0), logits, top_k=2, return_log_prob=True)
+      >>> print(f"{drawn.log_prob[0]:.4f} {drawn.filtered_log_prob[0]:.4f}")
+      -2.0794 -0.6931
+    """
+
+    class_id: jax.Array
+    log_prob: jax.Array
+    filtered_log_prob: jax.Array
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -39,7 +64,8 @@ def sample(
     top_p: ArrayLike | None = None,
     min_p: ArrayLike | None = None,
     top_n_sigma: ArrayLike | None = None,
-) -> jax.Array:
+    return_log_prob: bool = False,
+) -> Any:
     """Draws one class of each row from its tempered softmax.
 
     Exact: a block of classes is drawn by the Gumbel-max rule over the logarithms of
@@ -68,10 +94,12 @@ def sample(
       top_n_sigma: n in [0, ∞]: a class stays if its logit is at least the largest minus
         n standard deviations of the row's logits, those of kept classes with -inf left
         out, whatever the temperature; ∞ keeps all.
+      return_log_prob: whether to return the log-probabilities of the classes as well.
 
     Returns:
       [...] int32 in [0, V); -1 for a row without any kept class, or with a NaN or
-      +inf.
+      +inf. With `return_log_prob`, a `SampledClasses` of it, the log-probability under
+      the temperature alone, and that after the filters, both -inf for such a row.
 
     Raises:
       TypeError: if `logits` or `temperature` is not floating, `where` not boolean, or
@@ -114,7 +142,11 @@ def sample(
         _filter("top_n_sigma", top_n_sigma, logits, axis),
     )
     first = _most_of(top_k)
-    return back(_sample(static_tau, first, key, rows, chosen))
+    if not return_log_prob:
+        return back(_sample(static_tau, first, key, rows, chosen))
+    rows, chosen = lax.stop_gradient((rows, chosen))
+    drawn = _sample_with_log_prob(static_tau, first, key, rows, chosen)
+    return jax.tree.map(back, drawn)
 
 
 def _filter(
@@ -182,6 +214,71 @@ def _sample(
     return draw_rows(static_tau, words, rows, chosen, first)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _sample_with_log_prob(
+    static_tau: float | None,
+    first: int | None,
+    key: jax.Array,
+    rows: Rows,
+    chosen: filters.Filters,
+) -> SampledClasses:
+    count, classes = rows.logits.shape
+    dtype = numerics.compute_dtype(rows.logits)
+    if not count:
+        return SampledClasses(jnp.zeros(0, jnp.int32), *[jnp.zeros(0, dtype)] * 2)
+    words = noise.row_words(key, count)
+    drawn = _draw(static_tau, words, rows, chosen, first, with_log_sum=True)
+    tau = rows.temperature(static_tau)
+    *_, take = block_sampling.columns(
+        jnp.maximum(drawn.class_id, 0)[:, None], 1, classes
+    )
+    weight, log_sum = log_weights(rows, tau, take(rows.logits))
+    lost = drawn.class_id < 0
+
+    def log_prob(log_sum: jax.Array) -> jax.Array:
+        return jnp.where(lost, -jnp.inf, weight - log_sum)
+
+    of_all = log_prob(log_sum)
+    if drawn.log_sum is None:
+        return SampledClasses(drawn.class_id, of_all, of_all)
+    # Neither sum is rounded as the other, but fewer classes weigh no more.
+    of_kept = log_prob(jnp.clip(drawn.log_sum, weight, log_sum))
+    return SampledClasses(drawn.class_id, of_all, of_kept)
+
+
+def log_weights(
+    rows: Rows, tau: float | jax.Array, logit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns how much classes weigh beside the one of the largest logit.
+
+    Args:
+      rows: the logits.
+      tau: the temperature, a float or [R, 1] or [1, 1].
+      logit: [R, 1] of some classes.
+
+    Returns:
+      [R] the logarithms of their weights, and of the sum of the weights of all classes.
+    """
+    x = _numbers(rows)
+    peak = numerics.finite_peak(jnp.max(x, axis=1, keepdims=True))
+    total = jnp.sum(jnp.exp(numerics.divide_by_temperature(x, peak, tau)), axis=1)
+    weight = numerics.divide_by_temperature(logit.astype(x.dtype), peak, tau)
+    return weight[:, 0], jnp.log(total)
+
+
+class Drawn(NamedTuple):
+    """A class of each row, and what the kept ones weigh.
+
+    Attributes:
+      class_id: [R] int32; -1 where there is none.
+      log_sum: [R] log Σ exp((logit - largest) / τ) over the classes that the filters
+        keep; None where it is that of all classes, or not asked for.
+    """
+
+    class_id: jax.Array
+    log_sum: jax.Array | None = None
+
+
 def draw_rows(
     static_tau: float | None,
     words: jax.Array,
@@ -201,15 +298,29 @@ def draw_rows(
     Returns:
       [R] int32; -1 where there is no class, or a NaN, or a filter out of its range.
     """
-    count, classes = rows.logits.shape
-    if not count:
+    if not rows.logits.shape[0]:
         return jnp.zeros(0, jnp.int32)
+    return _draw(static_tau, words, rows, chosen, first).class_id
+
+
+def _draw(
+    static_tau: float | None,
+    words: jax.Array,
+    rows: Rows,
+    chosen: filters.Filters,
+    first: int | None,
+    with_log_sum: bool = False,
+) -> Drawn:
+    """Draws a class of each of some rows; see `draw_rows`."""
+    count, classes = rows.logits.shape
     few = classes <= _FEW
     keeps_all = all(value is None for value in chosen)
     if keeps_all and not few:
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
-        return block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
+        return Drawn(
+            block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
+        )
     size = None
     if not few and first is not None and first <= _MOST:
         size = groups.group_size(classes, first)
@@ -218,16 +329,17 @@ def draw_rows(
         if chosen.top_n_sigma is not None:
             some, chosen = _within(rows, some, chosen)
         rows = Rows(some, rows.tau, None)
-        place = draw_rows(static_tau, words, rows, chosen)
+        place, log_sum = _draw(static_tau, words, rows, chosen, None, with_log_sum)
         at = jnp.maximum(place, 0)[:, None]
         *_, take = block_sampling.columns(at, 1, ids.shape[1])
-        return jnp.where(place < 0, -1, take(ids)[:, 0])
+        return Drawn(jnp.where(place < 0, -1, take(ids)[:, 0]), log_sum)
     arrays = (words, rows, chosen)
+    with_log_sum &= not keeps_all
     if few:
-        draw = tiled = functools.partial(_draw_of_few, static_tau)
+        draw = tiled = functools.partial(_draw_of_few, static_tau, with_log_sum)
     else:
         draw, tiled = (
-            functools.partial(_draw_of_many, static_tau, first, fill)
+            functools.partial(_draw_of_many, static_tau, first, with_log_sum, fill)
             for fill in (False, True)
         )
     # Of few classes all pairs are looked at, of many several passes over a row are
@@ -251,8 +363,10 @@ def _within(
 
 
 def _draw_of_few(
-    static_tau: float | None, arrays: tuple[jax.Array, Rows, filters.Filters]
-) -> jax.Array:
+    static_tau: float | None,
+    with_log_sum: bool,
+    arrays: tuple[jax.Array, Rows, filters.Filters],
+) -> Drawn:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
     x = _numbers(rows)
@@ -262,21 +376,28 @@ def _draw_of_few(
     at = block_sampling.place(words, numerics.is_zero(tau, x.dtype), x.dtype)
     found = block_sampling.invert(at.order(weights), at.share * total)
     lost = ~(total > 0) | filters.out_of_range(chosen)[:, 0]
-    return jnp.where(lost, -1, at.column(found, x.shape[1]))
+    class_id = jnp.where(lost, -1, at.column(found, x.shape[1]))
+    return Drawn(class_id, jnp.log(total) if with_log_sum else None)
 
 
 def _draw_of_many(
     static_tau: float | None,
     first: int | None,
+    with_log_sum: bool,
     fill: bool,
     arrays: tuple[jax.Array, Rows, filters.Filters],
-) -> jax.Array:
+) -> Drawn:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
     x = _numbers(rows)
     # A tile is copied anyway: its last block may as well be whole.
     x = rejection.whole_blocks(x) if fill else x
-    return rejection.draw(words, x, tau, chosen, first)
+    prepared = rejection.prepare(x, tau, chosen, first)
+    class_id = rejection.draw(words, prepared, tau, chosen)
+    if not with_log_sum:
+        return Drawn(class_id)
+    total = kept_sum.kept_sum(prepared, tau, chosen)
+    return Drawn(class_id, jnp.log(total)[:, 0])
 
 
 def _numbers(rows: Rows) -> jax.Array:
