@@ -87,7 +87,8 @@ def over_mesh(
       cross-entropy).
     """
     parameters = inspect.signature(function).parameters
-    if not ({"vocab_axis", "token_axes"} <= parameters.keys()):
+    has_axes = {"vocab_axis", "token_axes"} <= parameters.keys()
+    if not has_axes or "logits" in parameters:
         raise TypeError(
             "`function` must be one of jaxsoft's linear_* functions, which take "
             f"vocab_axis and token_axes, got {function!r}."

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core.numerics import divide_by_temperature, finite_peak
+from jaxsoft.logits.class_shards import WHOLE, ClassShard
 
 __all__ = [
     "NONE",
@@ -48,7 +49,9 @@ class Filters(NamedTuple):
 NONE = Filters(None, None, None)
 
 
-def reach(x: jax.Array, top: jax.Array, top_n_sigma: jax.Array) -> jax.Array:
+def reach(
+    x: jax.Array, top: jax.Array, top_n_sigma: jax.Array, shard: ClassShard = WHOLE
+) -> jax.Array:
     """Returns how far below the largest logit top_n_sigma keeps a class.
 
     The standard deviation is that of the classes that are not dropped already, all
@@ -56,8 +59,9 @@ def reach(x: jax.Array, top: jax.Array, top_n_sigma: jax.Array) -> jax.Array:
 
     Args:
       x: [R, V] logits, -inf at classes that are dropped already.
-      top: [R, 1] the largest.
+      top: [R, 1] the largest, of all shards.
       top_n_sigma: [R, 1] or [1, 1].
+      shard: which classes these are.
 
     Returns:
       [R, 1], half of the distance, as `within` takes it: that of any finite logits is
@@ -65,16 +69,20 @@ def reach(x: jax.Array, top: jax.Array, top_n_sigma: jax.Array) -> jax.Array:
     """
     kept = x > -jnp.inf
     below = jnp.where(kept, _half_below(x, top), 0)
-    widest = jnp.max(below, axis=1, keepdims=True)
+    widest = shard.largest(jnp.max(below, axis=1, keepdims=True))
     # By a power of two, which rounds nothing: squares neither overflow nor vanish.
     _, exponent = jnp.frexp(widest)
     most = jnp.finfo(x.dtype).maxexp - 4
     scale = jnp.ldexp(jnp.ones_like(widest), -jnp.clip(exponent, -most, most))
     below *= scale
-    number = jnp.maximum(jnp.sum(kept.astype(x.dtype), axis=1, keepdims=True), 1)
-    mean = jnp.sum(below, axis=1, keepdims=True) / number
+
+    def total(values: jax.Array) -> jax.Array:
+        return shard.add(jnp.sum(values, axis=1, keepdims=True))
+
+    number = jnp.maximum(total(kept.astype(x.dtype)), 1)
+    mean = total(below) / number
     squares = jnp.where(kept, jnp.square(below - mean), 0)
-    deviation = jnp.sqrt(jnp.sum(squares, axis=1, keepdims=True) / number) / scale
+    deviation = jnp.sqrt(total(squares) / number) / scale
     distance = jnp.where(top_n_sigma < jnp.inf, top_n_sigma * deviation, jnp.inf)
     return jnp.where(top_n_sigma >= 0, distance, -1)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core.numerics import block_maxima, compute_dtype
+from jaxsoft.logits.class_shards import WHOLE, ClassShard
 from jaxsoft.logits.rows import Rows
 
 __all__ = ["first_groups", "group_size"]
@@ -34,24 +35,31 @@ def group_size(classes: int, count: int) -> int | None:
     return size if size * count * gain <= classes else None
 
 
-def first_groups(rows: Rows, count: int, size: int) -> tuple[jax.Array, jax.Array]:
+def first_groups(
+    rows: Rows, count: int, size: int, shard: ClassShard = WHOLE
+) -> tuple[jax.Array, jax.Array]:
     """Returns the classes of the groups that the first `count` classes lie in.
 
     Args:
       rows: the logits.
       count: how many, at most as many as there are groups.
       size: the classes of a group.
+      shard: which classes these are.
 
     Returns:
       [R, count·size] logits as they are computed with, -inf at dropped classes, and
       all +inf in a row with a NaN; and their classes, int32, ascending.
     """
     x = _masked(rows.logits, rows.where)
-    tops = _largest(x, size)
+    tops = _largest(x, size, shard)
     _, groups = lax.top_k(tops, count)
     ids = jnp.sort(groups, axis=1)[:, :, None] * size
     ids = ids + lax.iota(jnp.int32, size)[None, None]
     ids = ids.reshape(ids.shape[0], count * size)
+
+    if shard.axes:
+        some = shard.take(x, ids)
+        return jnp.where(_with_nan(x, shard), jnp.inf, some), ids
 
     def take(array: jax.Array, fill: float | bool) -> jax.Array:
         return jnp.take_along_axis(array, ids, axis=1, mode="fill", fill_value=fill)
@@ -60,21 +68,23 @@ def first_groups(rows: Rows, count: int, size: int) -> tuple[jax.Array, jax.Arra
     if where is not None:
         where = take(jnp.broadcast_to(where, rows.logits.shape), False)
     some = _masked(take(rows.logits, -jnp.inf), where).astype(tops.dtype)
-    return jnp.where(_with_nan(x), jnp.inf, some), ids
+    return jnp.where(_with_nan(x, shard), jnp.inf, some), ids
 
 
 def _masked(logits: jax.Array, where: jax.Array | None) -> jax.Array:
     return logits if where is None else jnp.where(where, logits, -jnp.inf)
 
 
-def _largest(x: jax.Array, size: int) -> jax.Array:
+def _largest(x: jax.Array, size: int, shard: ClassShard) -> jax.Array:
     """Returns the largest logit of each group, [R, n], as `lax.top_k` orders them."""
+    x, shard = shard.aligned(x, size)
     tops = block_maxima(x, size).astype(compute_dtype(x))
     # `lax.top_k` takes -0.0 to be less than 0.0.
-    return jnp.where(tops == 0, 0, tops)
+    tops = jnp.where(tops == 0, 0, tops)
+    return shard.largest(shard.spread(tops, size, -jnp.inf))
 
 
-def _with_nan(x: jax.Array) -> jax.Array:
+def _with_nan(x: jax.Array, shard: ClassShard) -> jax.Array:
     """Tells which rows have a NaN, [R, 1].
 
     XLA's own maximum on CPUs leaves NaN out in loops that it vectorises, a sum never.
@@ -82,8 +92,9 @@ def _with_nan(x: jax.Array) -> jax.Array:
     total = jnp.sum(x, axis=1, keepdims=True, dtype=compute_dtype(x))
     # Or infinities of both signs, which may be sums of large numbers.
     suspect = jnp.isnan(total)
-    return lax.cond(
+    found = lax.cond(
         jnp.any(suspect),
         lambda: jnp.any(jnp.isnan(x), axis=1, keepdims=True),
         lambda: suspect,
     )
+    return shard.add(found.astype(jnp.int32)) > 0 if shard.axes else found

@@ -18,10 +18,10 @@ from jaxsoft._core.numerics import divide_by_temperature, finite_peak
 from jaxsoft.logits.filters import Filters, amount, bound
 from jaxsoft.logits.rejection import (
     Prepared,
-    block_sums,
     count,
     from_ordered,
     heavy_weights,
+    mass,
     ordered,
 )
 
@@ -63,8 +63,8 @@ def kept_sum(rows: Prepared, tau: float | jax.Array, filters: Filters) -> jax.Ar
         total = jnp.minimum(_sum_of_share(rows, tau, share), total)
         if filters.min_p is not None:
             # Either filter keeps first classes: both together keep the fewer ones.
-            heavy = block_sums(heavy_weights(rows, tau, filters))
-            total = jnp.minimum(jnp.sum(heavy, axis=1, keepdims=True), total)
+            heavy = mass(heavy_weights(rows, tau, filters), rows.shard)
+            total = jnp.minimum(heavy, total)
     return total
 
 
@@ -74,7 +74,7 @@ def _sum_of_first(rows: Prepared, top_k: jax.Array) -> jax.Array:
     def is_closed(bracket: _Bracket) -> jax.Array:
         return bracket.from_low <= top_k
 
-    numbers = functools.partial(count, dtype=rows.total.dtype)
+    numbers = functools.partial(count, rows=rows)
     end = _end(rows, numbers, top_k, is_closed)
     low, high = _from_ends(functools.partial(_mass, rows), rows, end)
     last = end.from_low - end.from_high
@@ -93,7 +93,7 @@ def _sum_of_share(
         return between <= _ONE_CLASS * jnp.exp(c)
 
     end = _end(rows, functools.partial(_mass, rows), share, is_closed)
-    numbers = functools.partial(count, dtype=rows.total.dtype)
+    numbers = functools.partial(count, rows=rows)
     low, high = _from_ends(numbers, rows, end)
     last = jnp.maximum(low - high, 1)
     each = (end.from_low - end.from_high) / last.astype(share.dtype)
@@ -125,8 +125,7 @@ def _from_ends(measure, rows: Prepared, end: _Bracket) -> tuple[jax.Array, jax.A
 
 def _mass(rows: Prepared, kept: jax.Array) -> jax.Array:
     """Returns what some classes weigh, [R, 1]."""
-    sums = block_sums(jnp.where(kept, rows.weights, 0))
-    return jnp.sum(sums, axis=1, keepdims=True)
+    return mass(jnp.where(kept, rows.weights, 0), rows.shard)
 
 
 def _end(rows: Prepared, measure, enough: jax.Array, is_closed) -> _Bracket:
@@ -144,7 +143,8 @@ def _end(rows: Prepared, measure, enough: jax.Array, is_closed) -> _Bracket:
     """
     x = rows.logits
     kept = (x >= rows.least) & (x > -jnp.inf)
-    low = ordered(jnp.min(jnp.where(kept, x, jnp.inf), axis=1, keepdims=True))
+    lowest = jnp.min(jnp.where(kept, x, jnp.inf), axis=1, keepdims=True)
+    low = ordered(rows.shard.smallest(lowest))
     whole = measure(kept)
     # Where there is not more than enough, all are kept, and nothing is looked for.
     high = jnp.where(whole <= enough, low, ordered(rows.top)) + 1
@@ -167,5 +167,5 @@ def _end(rows: Prepared, measure, enough: jax.Array, is_closed) -> _Bracket:
             jnp.where(down, from_middle, old.from_high),
         )
 
-    start = mesh_axes.like(start, (rows, enough, is_open(start)))
+    start = mesh_axes.like(start, (start, enough, is_open(start)))
     return lax.while_loop(lambda bracket: jnp.any(is_open(bracket)), narrower, start)

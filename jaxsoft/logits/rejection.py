@@ -13,6 +13,7 @@ keeps a share, is bisected as far as a drawn class needs it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, mesh_axes
 from jaxsoft._core.numerics import divide_by_temperature, finite_peak, is_zero, round_up
+from jaxsoft.logits.class_shards import WHOLE, ClassShard
 from jaxsoft.logits.filters import (
     Filters,
     amount,
@@ -40,6 +42,7 @@ __all__ = [
     "from_ordered",
     "heavy_weights",
     "judge",
+    "mass",
     "ordered",
     "prepare",
     "start_bracket",
@@ -67,6 +70,7 @@ class Prepared(NamedTuple):
         `least`, or where min_p drops it and there is no top_p, a share of all.
       top: [R, 1] the largest logits.
       total: [R, 1] the sum of the weights.
+      shard: which classes these are; `top` and `total` are those of all.
     """
 
     logits: jax.Array
@@ -74,6 +78,7 @@ class Prepared(NamedTuple):
     weights: jax.Array
     top: jax.Array
     total: jax.Array
+    shard: ClassShard = WHOLE
 
 
 class Bracket(NamedTuple):
@@ -124,7 +129,11 @@ def whole_blocks(x: jax.Array) -> jax.Array:
 
 
 def prepare(
-    x: jax.Array, tau: float | jax.Array, filters: Filters, most: int | None = None
+    x: jax.Array,
+    tau: float | jax.Array,
+    filters: Filters,
+    most: int | None = None,
+    shard: ClassShard = WHOLE,
 ) -> Prepared:
     """Returns what draws are made of.
 
@@ -133,34 +142,36 @@ def prepare(
       tau: the temperature, a float or [R, 1] or [1, 1].
       filters: what to keep.
       most: what no row's top_k is larger than, if that is known.
+      shard: which classes these are, whole blocks where there are others.
     """
-    top = jnp.max(x, axis=1, keepdims=True)
+    top = shard.largest(jnp.max(x, axis=1, keepdims=True))
     if filters.top_n_sigma is not None:
-        x = within(x, top, reach(x, top, filters.top_n_sigma))
+        x = within(x, top, reach(x, top, filters.top_n_sigma, shard))
     c = divide_by_temperature(x, finite_peak(top), tau)
     weights = jnp.exp(c)
     least = jnp.full((1, 1), -jnp.inf, x.dtype)
     if filters.top_k is not None:
-        least = _least_of_first(x, filters.top_k, most)
+        least = _least_of_first(x, filters.top_k, most, shard)
         # What is no number stays, and tells that its row has no sample.
         weights = jnp.where(x < least, 0, weights)
     if filters.min_p is not None and filters.top_p is None:
         light = ~is_heavy(x, c, top, filters.min_p) & (x < top)
         weights = jnp.where(light, 0, weights)
     weights = lax.optimization_barrier(weights)
-    total = jnp.sum(block_sums(weights), axis=1, keepdims=True)
-    return Prepared(x, least, weights, top, total)
+    return Prepared(x, least, weights, top, mass(weights, shard), shard)
 
 
-def _least_of_first(x: jax.Array, top_k: jax.Array, most: int | None) -> jax.Array:
+def _least_of_first(
+    x: jax.Array, top_k: jax.Array, most: int | None, shard: ClassShard
+) -> jax.Array:
     """Returns a number that no class which top_k keeps is smaller than, [R, 1]."""
-    classes = x.shape[1]
+    classes = shard.classes(x)
     # The groups, and so the classes drawn, are the same with the last block filled up.
     filled = round_up(classes, block_sampling.block_size(classes))
     number = min(filled // 4, _GROUPS, classes)
     if most is not None and most * _GROUPS_EACH * _LEAST_GROUP <= filled:
         number = max(number, most * _GROUPS_EACH)
-    keys = ordered(_largest_of_groups(x, number))
+    keys = ordered(_largest_of_groups(x, number, shard))
     dtype, bits = keys.dtype, jnp.iinfo(keys.dtype).bits
 
     # The first bits of the bound are set, one by one, where k groups still reach it.
@@ -177,16 +188,22 @@ def _least_of_first(x: jax.Array, top_k: jax.Array, most: int | None) -> jax.Arr
     return jnp.where(known, from_ordered(low, x.dtype), -jnp.inf)
 
 
-def _largest_of_groups(x: jax.Array, number: int) -> jax.Array:
+def _largest_of_groups(x: jax.Array, number: int, shard: ClassShard) -> jax.Array:
     """Returns the largest logits of n groups, each of every n-th class, [R, n]."""
     rows, classes = x.shape
     whole = classes // number * number
-    largest = jnp.max(x[:, :whole].reshape(rows, -1, number), axis=1)
-    if whole == classes:
+    if not whole:
+        missing = ((0, 0), (0, number - classes))
+        largest = jnp.pad(x, missing, constant_values=-jnp.inf)
+    else:
+        largest = jnp.max(x[:, :whole].reshape(rows, -1, number), axis=1)
+        if whole < classes:
+            missing = ((0, 0), (0, whole + number - classes))
+            rest = jnp.pad(x[:, whole:], missing, constant_values=-jnp.inf)
+            largest = jnp.maximum(largest, rest)
+    if not shard.axes:
         return largest
-    missing = ((0, 0), (0, whole + number - classes))
-    rest = jnp.pad(x[:, whole:], missing, constant_values=-jnp.inf)
-    return jnp.maximum(largest, rest)
+    return shard.largest(jnp.roll(largest, shard.first % number, axis=1))
 
 
 def draw(
@@ -207,7 +224,7 @@ def draw(
     lost |= out_of_range(filters)
     start = _Attempt(
         jnp.zeros((), jnp.int32),
-        block_sums(heavy_weights(rows, tau, filters)),
+        block_sums(heavy_weights(rows, tau, filters), rows.shard),
         jnp.full_like(rows.top, -jnp.inf),
         jnp.full_like(lost, 0, jnp.int32),
         lost,
@@ -217,7 +234,7 @@ def draw(
     if filters.top_k is None and filters.top_p is None:
         drawn = step(start)
     else:
-        start = mesh_axes.like(start, (words, rows, start, filters, tau))
+        start = mesh_axes.like(start, (words, rows.total, start, filters, tau))
         drawn = lax.while_loop(lambda state: ~jnp.all(state.done), step, start)
     return jnp.where(lost, -1, drawn.class_id)[:, 0]
 
@@ -242,8 +259,11 @@ def _attempt(
 ) -> _Attempt:
     """Draws from rows that are not done, and judges what it draws."""
     class_id = _draw_before(words, rows, tau, filters, state)
-    *_, take = block_sampling.columns(class_id, 1, rows.logits.shape[1])
-    logit = take(rows.logits)
+    if rows.shard.axes:
+        logit = rows.shard.take(rows.logits, class_id)
+    else:
+        *_, take = block_sampling.columns(class_id, 1, rows.logits.shape[1])
+        logit = take(rows.logits)
     kept, sums, bracket = judge(
         rows, tau, filters, logit, class_id, state.bracket, state.done
     )
@@ -269,22 +289,40 @@ def _draw_before(
     state: _Attempt,
 ) -> jax.Array:
     """Draws from the classes before those drawn last, [R, 1]."""
-    block = block_sampling.block_size(rows.logits.shape[1])
+    shard, block = rows.shard, rows.shard.block(rows.logits)
     zero = is_zero(tau, rows.logits.dtype)
     drawn, at = block_sampling.bits(
         words, state.sums.shape[1], zero, state.sums.dtype, state.number
     )
     scores = block_sampling.scores(state.sums, drawn, zero)
     best = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
-    ids, kept, take = block_sampling.columns(best, block, rows.logits.shape[1])
+    ids, kept, take = _columns_of(best, block, rows)
     x, weights = take(rows.logits), take(rows.weights)
     kept &= _before(x, ids, state.logit, state.class_id)
     if filters.min_p is not None and filters.top_p is not None:
         c = divide_by_temperature(x, finite_peak(rows.top), tau)
         kept &= is_heavy(x, c, rows.top, filters.min_p)
-    weights = at.order(jnp.where(kept, weights, 0))
+    weights = at.order(shard.add(jnp.where(kept, weights, 0)))
     found = block_sampling.invert(weights, at.share * jnp.sum(weights, axis=1))
-    return ids[:, :1] + at.column(found, ids.shape[1])[:, None]
+    first = best * block if shard.axes else ids[:, :1]
+    return first + at.column(found, ids.shape[1])[:, None]
+
+
+def _columns_of(
+    number: jax.Array, block: int, rows: Prepared
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Returns where a block of each row is, as `block_sampling.columns`.
+
+    Of a block that is on other shards no class is told to be of it.
+    """
+    width = rows.logits.shape[1]
+    if not rows.shard.axes:
+        return block_sampling.columns(number, block, width)
+    local = number - rows.shard.first // block
+    is_here = (local >= 0) & (local < width // block)
+    local = jnp.where(is_here, local, 0)
+    ids, _, take = block_sampling.columns(local, block, width)
+    return ids + rows.shard.first, jnp.broadcast_to(is_here, ids.shape), take
 
 
 def judge(
@@ -312,23 +350,24 @@ def judge(
       it; and a narrower bracket.
     """
     ids = lax.broadcasted_iota(jnp.int32, rows.logits.shape, 1)
+    ids = ids + rows.shard.first if rows.shard.axes else ids
     before = _before(rows.logits, ids, logit, class_id)
-    sums = block_sums(jnp.where(before, rows.weights, 0))
+    sums = block_sums(jnp.where(before, rows.weights, 0), rows.shard)
     kept = jnp.ones_like(done)
     if filters.top_k is not None:
-        number = count(before, sums.dtype)
+        number = count(before, rows)
         kept &= number < bound(filters.top_k)
     if filters.top_p is None:
         return kept, sums, bracket
-    mass = jnp.sum(sums, axis=1, keepdims=True)
+    weight = jnp.sum(sums, axis=1, keepdims=True)
     if bracket is None or filters.top_k is None:
-        return kept & (mass < amount(filters.top_p, rows.total)), sums, None
+        return kept & (weight < amount(filters.top_p, rows.total)), sums, None
     share, top_k = filters.top_p, bound(filters.top_k)
     limits = functools.partial(_limits, rows, tau, top_k)
 
     def unclear(bracket: Bracket) -> jax.Array:
         least, most = (amount(share, limit) for limit in limits(bracket))
-        return ~done & kept & (mass >= least) & (mass < most)
+        return ~done & kept & (weight >= least) & (weight < most)
 
     def narrow(state: tuple[jax.Array, Bracket]) -> tuple[jax.Array, Bracket]:
         bracket = _narrower(rows, top_k, *state)
@@ -336,7 +375,7 @@ def judge(
 
     start = (unclear(bracket), bracket)
     _, bracket = lax.while_loop(lambda state: jnp.any(state[0]), narrow, start)
-    return kept & (mass < amount(share, limits(bracket)[0])), sums, bracket
+    return kept & (weight < amount(share, limits(bracket)[0])), sums, bracket
 
 
 def start_bracket(rows: Prepared, filters: Filters) -> Bracket | None:
@@ -346,7 +385,8 @@ def start_bracket(rows: Prepared, filters: Filters) -> Bracket | None:
     x = rows.logits
     kept = (x >= rows.least) & (x > -jnp.inf)
     lowest = jnp.min(jnp.where(kept, x, jnp.inf), axis=1, keepdims=True)
-    number = count(kept, rows.total.dtype)
+    lowest = rows.shard.smallest(lowest)
+    number = count(kept, rows)
     return Bracket(
         _pair(ordered(lowest), ordered(rows.top) + 1),
         _pair(number, 0),
@@ -360,11 +400,10 @@ def _narrower(
     """Halves the bracket of some rows."""
     middle = _near_kth(top_k, old)
     above = rows.logits >= from_ordered(middle, rows.logits.dtype)
-    number = count(above, rows.total.dtype)
-    sums = block_sums(jnp.where(above, rows.weights, 0))
-    mass = jnp.sum(sums, axis=1, keepdims=True)
+    number = count(above, rows)
+    weight = mass(jnp.where(above, rows.weights, 0), rows.shard)
     is_new = wanted & _pair(number >= top_k, number <= top_k)
-    new = Bracket(middle, number, mass)
+    new = Bracket(middle, number, weight)
     return Bracket(*(jnp.where(is_new, *pair) for pair in zip(new, old, strict=True)))
 
 
@@ -429,10 +468,32 @@ def _before(
     return (x > logit) | ((x == logit) & (ids < class_id))
 
 
-def block_sums(weights: jax.Array) -> jax.Array:
+def block_sums(weights: jax.Array, shard: ClassShard) -> jax.Array:
     """Returns the sums of the weights of the blocks, [R, n]."""
+    block = shard.block(weights)
+    return shard.add(shard.spread(_own_sums(weights, block), block, 0))
+
+
+def mass(weights: jax.Array, shard: ClassShard) -> jax.Array:
+    """Returns the sum of the weights, [R, 1]."""
+    sums = _own_sums(weights, shard.block(weights))
+    return shard.add(jnp.sum(sums, axis=1, keepdims=True))
+
+
+def count(kept: jax.Array, rows: Prepared) -> jax.Array:
+    """Returns how many classes there are, [R, 1] int32.
+
+    Blocks are counted in the dtype of their sums, as a CPU reduces both without a
+    program of its own; integers, which it adds in two, are exact for all of them.
+    """
+    block = rows.shard.block(kept)
+    number = _own_sums(kept.astype(rows.total.dtype), block).astype(jnp.int32)
+    return rows.shard.add(jnp.sum(number, axis=1, keepdims=True, dtype=jnp.int32))
+
+
+def _own_sums(weights: jax.Array, block: int) -> jax.Array:
+    """Returns the sums of the blocks that are here, [R, m]."""
     rows, classes = weights.shape
-    block = block_sampling.block_size(classes)
     whole = classes // block * block
     parts = []
     if whole:
@@ -440,16 +501,6 @@ def block_sums(weights: jax.Array) -> jax.Array:
     if whole < classes:
         parts.append(jnp.sum(weights[:, whole:], axis=1, keepdims=True))
     return jnp.concatenate(parts, axis=1)
-
-
-def count(kept: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns how many classes there are, [R, 1] int32.
-
-    Blocks are counted in the dtype of their sums, as a CPU reduces both without a
-    program of its own; integers, which it adds in two, are exact for all of them.
-    """
-    number = block_sums(kept.astype(dtype)).astype(jnp.int32)
-    return jnp.sum(number, axis=1, keepdims=True, dtype=jnp.int32)
 
 
 def ordered(x: jax.Array) -> jax.Array:

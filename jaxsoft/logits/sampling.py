@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
 from jaxsoft.logits import filters, groups, kept_sum, rejection
+from jaxsoft.logits.class_shards import WHOLE, ClassShard
 from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 
 __all__ = ["Drawn", "SampledClasses", "draw_rows", "log_weights", "sample"]
@@ -65,6 +67,8 @@ def sample(
     min_p: ArrayLike | None = None,
     top_n_sigma: ArrayLike | None = None,
     return_log_prob: bool = False,
+    vocab_axis: str | Sequence[str] | None = None,
+    token_axes: str | Sequence[str] = (),
 ) -> Any:
     """Draws one class of each row from its tempered softmax.
 
@@ -95,6 +99,12 @@ def sample(
         n standard deviations of the row's logits, those of kept classes with -inf left
         out, whatever the temperature; ∞ keeps all.
       return_log_prob: whether to return the log-probabilities of the classes as well.
+      vocab_axis: inside `jax.shard_map`, the mesh axes of the classes: `logits` and
+        `where` have those of this shard, as many as any other. The result has classes
+        of all shards, and is the same on each.
+      token_axes: inside `jax.shard_map`, the mesh axes of the rows, which number them:
+        without them every shard would draw with the same bits. Those of the first axis
+        of `logits`, or of all together.
 
     Returns:
       [...] int32 in [0, V); -1 for a row without any kept class, or with a NaN or
@@ -130,6 +140,8 @@ def sample(
       al., arXiv:1904.09751 (top-p); Nguyen et al., arXiv:2407.01082 (min-p); Tang et
       al., arXiv:2411.07641 (top-nσ).
     """
+    rows_over = mesh_axes.check_token_axes(token_axes, vocab_axis)
+    classes_over = mesh_axes.check_axes("vocab_axis", vocab_axis)
     logits = checks.floating("logits", logits)
     axis = checks.class_axis(axis, logits)
     static_tau, rows, back = to_rows(
@@ -142,10 +154,11 @@ def sample(
         _filter("top_n_sigma", top_n_sigma, logits, axis),
     )
     first = _most_of(top_k)
+    static = (static_tau, first, rows_over, classes_over)
     if not return_log_prob:
-        return back(_sample(static_tau, first, key, rows, chosen))
+        return back(_sample(*static, key, rows, chosen))
     rows, chosen = lax.stop_gradient((rows, chosen))
-    drawn = _sample_with_log_prob(static_tau, first, key, rows, chosen)
+    drawn = _sample_with_log_prob(*static, key, rows, chosen)
     return jax.tree.map(back, drawn)
 
 
@@ -202,37 +215,54 @@ def _most_of(top_k: ArrayLike | None) -> int | None:
     return 2 ** (int(known.max()) - 1).bit_length()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _sample(
     static_tau: float | None,
     first: int | None,
+    rows_over: tuple[str, ...],
+    classes_over: tuple[str, ...],
     key: jax.Array,
     rows: Rows,
     chosen: filters.Filters,
 ) -> jax.Array:
-    words = noise.row_words(key, rows.logits.shape[0])
-    return draw_rows(static_tau, words, rows, chosen, first)
+    words = _row_words(key, rows, rows_over)
+    rows, shard = _sharded(rows, classes_over)
+    return draw_rows(static_tau, words, rows, chosen, first, shard)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _row_words(key: jax.Array, rows: Rows, rows_over: tuple[str, ...]) -> jax.Array:
+    count = rows.logits.shape[0]
+    return noise.row_words(key, count, mesh_axes.offset(rows_over, count))
+
+
+def _sharded(rows: Rows, axes: tuple[str, ...]) -> tuple[Rows, ClassShard]:
+    """Returns rows and which classes they have: all, where those are few."""
+    shard = ClassShard.of(rows.logits, axes)
+    if not axes or shard.classes(rows.logits) > _FEW:
+        return rows, shard
+    return Rows(shard.gathered(_numbers(rows)), rows.tau, None), WHOLE
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _sample_with_log_prob(
     static_tau: float | None,
     first: int | None,
+    rows_over: tuple[str, ...],
+    classes_over: tuple[str, ...],
     key: jax.Array,
     rows: Rows,
     chosen: filters.Filters,
 ) -> SampledClasses:
-    count, classes = rows.logits.shape
+    count = rows.logits.shape[0]
     dtype = numerics.compute_dtype(rows.logits)
     if not count:
         return SampledClasses(jnp.zeros(0, jnp.int32), *[jnp.zeros(0, dtype)] * 2)
-    words = noise.row_words(key, count)
-    drawn = _draw(static_tau, words, rows, chosen, first, with_log_sum=True)
+    words = _row_words(key, rows, rows_over)
+    rows, shard = _sharded(rows, classes_over)
+    drawn = _draw(static_tau, words, rows, chosen, first, shard, with_log_sum=True)
     tau = rows.temperature(static_tau)
-    *_, take = block_sampling.columns(
-        jnp.maximum(drawn.class_id, 0)[:, None], 1, classes
-    )
-    weight, log_sum = log_weights(rows, tau, take(rows.logits))
+    logit = shard.take(rows.logits, jnp.maximum(drawn.class_id, 0)[:, None])
+    weight, log_sum = log_weights(rows, tau, logit, shard)
     lost = drawn.class_id < 0
 
     def log_prob(log_sum: jax.Array) -> jax.Array:
@@ -247,7 +277,7 @@ def _sample_with_log_prob(
 
 
 def log_weights(
-    rows: Rows, tau: float | jax.Array, logit: jax.Array
+    rows: Rows, tau: float | jax.Array, logit: jax.Array, shard: ClassShard = WHOLE
 ) -> tuple[jax.Array, jax.Array]:
     """Returns how much classes weigh beside the one of the largest logit.
 
@@ -255,13 +285,16 @@ def log_weights(
       rows: the logits.
       tau: the temperature, a float or [R, 1] or [1, 1].
       logit: [R, 1] of some classes.
+      shard: which classes these are.
 
     Returns:
       [R] the logarithms of their weights, and of the sum of the weights of all classes.
     """
     x = _numbers(rows)
-    peak = numerics.finite_peak(jnp.max(x, axis=1, keepdims=True))
+    peak = shard.largest(jnp.max(x, axis=1, keepdims=True))
+    peak = numerics.finite_peak(peak)
     total = jnp.sum(jnp.exp(numerics.divide_by_temperature(x, peak, tau)), axis=1)
+    total = shard.add(total)
     weight = numerics.divide_by_temperature(logit.astype(x.dtype), peak, tau)
     return weight[:, 0], jnp.log(total)
 
@@ -285,6 +318,7 @@ def draw_rows(
     rows: Rows,
     chosen: filters.Filters = filters.NONE,
     first: int | None = None,
+    shard: ClassShard = WHOLE,
 ) -> jax.Array:
     """Draws a class of each row.
 
@@ -294,13 +328,14 @@ def draw_rows(
       rows: the logits.
       chosen: the filters.
       first: how many first classes of a row hold all that top_k keeps, if known.
+      shard: which classes these are, of more than 128.
 
     Returns:
       [R] int32; -1 where there is no class, or a NaN, or a filter out of its range.
     """
     if not rows.logits.shape[0]:
         return jnp.zeros(0, jnp.int32)
-    return _draw(static_tau, words, rows, chosen, first).class_id
+    return _draw(static_tau, words, rows, chosen, first, shard).class_id
 
 
 def _draw(
@@ -309,13 +344,14 @@ def _draw(
     rows: Rows,
     chosen: filters.Filters,
     first: int | None,
+    shard: ClassShard,
     with_log_sum: bool = False,
 ) -> Drawn:
     """Draws a class of each of some rows; see `draw_rows`."""
-    count, classes = rows.logits.shape
+    count, classes = rows.logits.shape[0], shard.classes(rows.logits)
     few = classes <= _FEW
     keeps_all = all(value is None for value in chosen)
-    if keeps_all and not few:
+    if keeps_all and not few and not shard.axes:
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
         return Drawn(
@@ -325,16 +361,20 @@ def _draw(
     if not few and first is not None and first <= _MOST:
         size = groups.group_size(classes, first)
     if first is not None and size is not None:
-        some, ids = groups.first_groups(rows, first, size)
+        some, ids = groups.first_groups(rows, first, size, shard)
         if chosen.top_n_sigma is not None:
-            some, chosen = _within(rows, some, chosen)
+            some, chosen = _within(rows, some, chosen, shard)
         rows = Rows(some, rows.tau, None)
-        place, log_sum = _draw(static_tau, words, rows, chosen, None, with_log_sum)
+        place, log_sum = _draw(
+            static_tau, words, rows, chosen, None, WHOLE, with_log_sum
+        )
         at = jnp.maximum(place, 0)[:, None]
         *_, take = block_sampling.columns(at, 1, ids.shape[1])
         return Drawn(jnp.where(place < 0, -1, take(ids)[:, 0]), log_sum)
     arrays = (words, rows, chosen)
     with_log_sum &= not keeps_all
+    if shard.axes:
+        return _draw_of_many(static_tau, first, with_log_sum, False, arrays, shard)
     if few:
         draw = tiled = functools.partial(_draw_of_few, static_tau, with_log_sum)
     else:
@@ -353,12 +393,12 @@ def _draw(
 
 
 def _within(
-    rows: Rows, some: jax.Array, chosen: filters.Filters
+    rows: Rows, some: jax.Array, chosen: filters.Filters, shard: ClassShard
 ) -> tuple[jax.Array, filters.Filters]:
     """Returns what top_n_sigma leaves of the first classes, and the other filters."""
     assert chosen.top_n_sigma is not None
     top = jnp.max(some, axis=1, keepdims=True)
-    half = filters.reach(_numbers(rows), top, chosen.top_n_sigma)
+    half = filters.reach(_numbers(rows), top, chosen.top_n_sigma, shard)
     return filters.within(some, top, half), chosen._replace(top_n_sigma=None)
 
 
@@ -386,13 +426,15 @@ def _draw_of_many(
     with_log_sum: bool,
     fill: bool,
     arrays: tuple[jax.Array, Rows, filters.Filters],
+    shard: ClassShard = WHOLE,
 ) -> Drawn:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
     x = _numbers(rows)
     # A tile is copied anyway: its last block may as well be whole.
     x = rejection.whole_blocks(x) if fill else x
-    prepared = rejection.prepare(x, tau, chosen, first)
+    x, shard = shard.aligned(x, shard.block(x))
+    prepared = rejection.prepare(x, tau, chosen, first, shard)
     class_id = rejection.draw(words, prepared, tau, chosen)
     if not with_log_sum:
         return Drawn(class_id)

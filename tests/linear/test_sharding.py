@@ -393,6 +393,8 @@ def test_messages():
     mesh = mesh_of("8")
     with pytest.raises(TypeError, match="`function` must be one of"):
         jaxsoft.over_mesh(jaxsoft.softmax, mesh)
+    with pytest.raises(TypeError, match="`function` must be one of"):
+        jaxsoft.over_mesh(jaxsoft.sample, mesh, vocab_axis="vocab")
     with pytest.raises(ValueError, match="`vocab_axis` must name axes of the mesh"):
         jaxsoft.over_mesh(jaxsoft.linear_sample, mesh, vocab_axis="rows")
     wrapped = jaxsoft.over_mesh(jaxsoft.linear_statistics, mesh)
@@ -407,7 +409,11 @@ def test_over_mesh_knows_what_the_axes_of_every_array_are():
         for name in jaxsoft.__all__
         if inspect.isfunction(getattr(jaxsoft, name)) and name != "over_mesh"
     }
-    streamed = {n: p for n, p in functions.items() if {"vocab_axis"} <= set(p)}
+    streamed = {
+        name: parameters
+        for name, parameters in functions.items()
+        if "vocab_axis" in parameters and "logits" not in parameters
+    }
     assert len(streamed) >= 8
     known = {*meshes._TOKENS, *meshes._CLASSES, *meshes._KERNELS, "temperature"}
     for name, parameters in streamed.items():

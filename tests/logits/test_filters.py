@@ -1,6 +1,7 @@
 """What filters keep, class for class, and what is drawn from it."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -386,6 +387,44 @@ def test_a_row_alone_whatever_its_tile():
     np.testing.assert_array_equal(
         jaxsoft.sample(KEY, x[:9], top_k=50, top_p=0.9), drawn[:9]
     )
+
+
+SOME: list[dict[str, Any]] = [{"top_k": 4}, {"top_p": 0.8, "top_n_sigma": 2.0}]
+
+
+def test_a_row_whatever_the_others_are():
+    """Neither their logits nor their filters change what a row draws."""
+    rng = np.random.default_rng(5)
+    rows = np.arange(40)[:, None]
+    odd = rows % 2 == 1
+    top_k, top_p = rng.integers(0, 30, (40, 1)), rng.uniform(0, 1, (40, 1))
+    far, few = np.float32(1.5), np.where(odd, 1, top_k)
+    for classes in (90, 1200):
+        x = truth.logits("unit", (40, classes))
+        others = np.where(odd, 80 * rng.random(x.shape), x).astype("float32")
+        others[1], others[3], others[5, 7] = -np.inf, np.nan, np.inf
+        draw = jax.jit(
+            lambda x, k, p, n: jaxsoft.sample(KEY, x, top_k=k, top_p=p, top_n_sigma=n)
+        )
+        share = top_p.astype("float32")
+        drawn = draw(x, top_k, share, np.where(odd, far, 2 * far))
+        changed = draw(others, few, np.where(odd, 1, share), np.where(odd, 0, 2 * far))
+        np.testing.assert_array_equal(changed[::2], drawn[::2])
+        for options in SOME:
+            np.testing.assert_array_equal(
+                jaxsoft.sample(KEY, others, 1.3, **options)[::2],
+                jaxsoft.sample(KEY, x, 1.3, **options)[::2],
+            )
+
+
+def test_a_key_of_each_row():
+    x = truth.logits("unit", (6, 700))
+    keys = jax.random.split(KEY, 6)
+    for options in SOME:
+        draw = jax.jit(lambda key, x, o=options: jaxsoft.sample(key, x, 1.3, **o))
+        drawn = jax.vmap(draw)(keys, x)
+        alone = [draw(*pair) for pair in zip(keys, x, strict=True)]
+        np.testing.assert_array_equal(drawn, alone)
 
 
 @pytest.mark.parametrize("classes", [1000, 1003])
