@@ -64,6 +64,7 @@ UNTIMED = {
     "MixedNegatives": _HOLDS,
     "RowGradient": _HOLDS,
     "RowOptimizer": _HOLDS,
+    "SpeculativeSample": _HOLDS,
     "TemperatureFit": _HOLDS,
     "over_mesh": "needs devices: `programs` counts what its programs take on four",
     "schedules": "has functions of a number, the step",

@@ -149,6 +149,19 @@ def _sample_filtered_by_row(
     return jax.random.categorical(key, jnp.where(x >= least, x, -jnp.inf))
 
 
+def _speculative_sample(
+    key: Any, x: Any, y: Any, drafts: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Algorithm 1 of arXiv:2211.17192, for one draft a row."""
+    p, q = jax.nn.softmax(x / _TAU), jax.nn.softmax(y / _TAU)
+    keys = jax.random.split(key)
+    at = drafts[:, None]
+    ratio = jnp.take_along_axis(p, at, axis=-1) / jnp.take_along_axis(q, at, axis=-1)
+    kept = jax.random.uniform(keys[0], drafts.shape) < ratio[:, 0]
+    others = jax.random.categorical(keys[1], jnp.log(jnp.maximum(p - q, 0)))
+    return jnp.where(kept, drafts, others), kept
+
+
 _CASES = (
     Case(
         "gumbel_softmax",
@@ -302,6 +315,17 @@ _CASES = (
         alike=False,
         at=_FEW,
     ),
+    Case(
+        "speculative_sample",
+        "",
+        lambda key, x, y, drafts: tuple(
+            jaxsoft.speculative_sample(key, x, y, drafts, temperature=_TAU)
+        ),
+        _speculative_sample,
+        "key logits others drafts",
+        alike=False,
+        at=every_size,
+    ),
 )
 
 
@@ -312,6 +336,9 @@ def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
 
     def logits() -> jax.Array:
         return 2 * jax.random.normal(keys[0], (rows, classes))
+
+    def others() -> jax.Array:
+        return jax.random.normal(keys[2], (rows, classes))
 
     def labels() -> jax.Array:
         return jax.random.randint(keys[1], (rows,), 0, classes)
@@ -336,7 +363,8 @@ def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
     return {
         "key": lambda: jax.random.key(2),
         "logits": logits,
-        "others": lambda: jax.random.normal(keys[2], (rows, classes)),
+        "others": others,
+        "drafts": lambda: jaxsoft.sample(keys[4], others(), _TAU),
         "heads": lambda: logits().reshape(_HEADS, rows // _HEADS, classes),
         "relaxed": lambda: jax.nn.softmax(
             (logits() + jax.random.gumbel(keys[3], (rows, classes))) / _TAU

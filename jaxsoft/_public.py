@@ -52,6 +52,7 @@ from jaxsoft.logits.gumbel import gumbel_softmax, gumbel_top_k
 from jaxsoft.logits.losses import softmax_cross_entropy
 from jaxsoft.logits.sampling import SampledClasses, sample
 from jaxsoft.logits.softmax import entropy, log_softmax, logsumexp, softmax
+from jaxsoft.logits.speculative import SpeculativeSample, speculative_sample
 from jaxsoft.logits.straight_through import gumbel_rao, reinmax
 from jaxsoft.sampled.loss import ClassSampler, sampled_softmax_loss
 
@@ -67,6 +68,7 @@ __all__ = [
     "RowGradient",
     "RowOptimizer",
     "SampledClasses",
+    "SpeculativeSample",
     "TemperatureFit",
     "adaptive_log_prob",
     "adaptive_log_probs",
@@ -115,5 +117,6 @@ __all__ = [
     "soft_argmax",
     "softmax",
     "softmax_cross_entropy",
+    "speculative_sample",
     "supervised_contrastive",
 ]

@@ -140,6 +140,9 @@ LOGITS = {
     ),
     "sample": lambda a: jaxsoft.sample(a["key"], a["logits"]),
     "sample top-p": lambda a: jaxsoft.sample(a["key"], a["logits"], top_p=0.9),
+    "speculative_sample": lambda a: jaxsoft.speculative_sample(
+        a["key"], a["logits"], 2 * a["logits"], a["labels"]
+    ),
     "gumbel_softmax": lambda a: jaxsoft.gumbel_softmax(a["key"], a["logits"]),
     "gumbel_top_k": lambda a: jaxsoft.gumbel_top_k(a["key"], a["logits"], 3),
     "reinmax": lambda a: jaxsoft.reinmax(a["key"], a["logits"]),

@@ -92,6 +92,13 @@ class Place(NamedTuple):
     share: jax.Array
     reverse: jax.Array
 
+    @classmethod
+    def of(cls, uniform: tuple[jax.Array, jax.Array], zero: jax.Array) -> "Place":
+        """Returns that of numbers from `noise`; the first class where τ is 0."""
+        share, reverse = uniform
+        still = jnp.broadcast_to(zero, (share.shape[0], 1))[:, 0]
+        return cls(jnp.where(still, 0, share), reverse & ~still)
+
     def order(self, weights: jax.Array) -> jax.Array:
         """Returns weights [R, B] from the end that the row starts at."""
         return jnp.where(self.reverse[:, None], weights[:, ::-1], weights)
@@ -105,13 +112,7 @@ def place(
     words: jax.Array, zero: jax.Array, dtype: jnp.dtype, attempt: jax.Array | int = 0
 ) -> Place:
     """Returns where in its block's sum each row's class lies, at some attempt."""
-    return _place(noise.uniform(words, dtype, attempt), zero)
-
-
-def _place(uniform: tuple[jax.Array, jax.Array], zero: jax.Array) -> Place:
-    share, reverse = uniform
-    still = jnp.broadcast_to(zero, (share.shape[0], 1))[:, 0]
-    return Place(jnp.where(still, 0, share), reverse & ~still)
+    return Place.of(noise.uniform(words, dtype, attempt), zero)
 
 
 def bits(
@@ -135,8 +136,8 @@ def bits(
     Returns:
       The blocks' noise, [R, n]; and what `place` returns.
     """
-    drawn, uniform = noise.block_gumbel(words, blocks, dtype, attempt)
-    return drawn, _place(uniform, zero)
+    drawn, uniform, _ = noise.block_gumbel(words, blocks, dtype, attempt)
+    return drawn, Place.of(uniform, zero)
 
 
 def columns(

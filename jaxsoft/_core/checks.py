@@ -173,26 +173,29 @@ def positive_integer(name: str, value: object) -> int:
     return result
 
 
-def temperature(value: ArrayLike, dtype: jnp.dtype) -> float | jax.Array:
+def temperature(
+    value: ArrayLike, dtype: jnp.dtype, prefix: str = ""
+) -> float | jax.Array:
     """Returns a temperature as a Python float or an array of `dtype`.
 
     A Python or NumPy scalar stays a Python float, so that the trivial temperature 1
     costs nothing. Wherever the values are known, they must not be negative or NaN;
     a traced array is checked by the arithmetic, which turns such values into NaN.
+    Messages name it with a prefix.
     """
+    name = f"{prefix}temperature"
     if isinstance(value, bool) or not (
         isinstance(value, numbers.Real) or hasattr(value, "dtype")
     ):
         raise TypeError(
-            f"`temperature` must be a real number or a floating-point array, "
-            f"got {value!r}."
+            f"`{name}` must be a real number or a floating-point array, got {value!r}."
         )
     if isinstance(value, numbers.Real):
         value = float(value)
-        _not_negative(value)
+        _not_negative(name, value)
         return value
-    array = floating("temperature", value)
-    _not_negative(array)
+    array = floating(name, value)
+    _not_negative(name, array)
     return array.astype(dtype)
 
 
@@ -242,12 +245,12 @@ def _known(value: ArrayLike) -> np.ndarray | None:
     return np.asarray(value)
 
 
-def _not_negative(value: ArrayLike) -> None:
+def _not_negative(name: str, value: ArrayLike) -> None:
     values = _known(value)
     if values is None:
         return
     bad = ~(values >= 0)
     if bad.any():
         raise ValueError(
-            f"`temperature` must not be negative or NaN, got {values[bad].flat[0]}."
+            f"`{name}` must not be negative or NaN, got {values[bad].flat[0]}."
         )

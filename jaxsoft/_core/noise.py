@@ -18,7 +18,7 @@ has word h of counter 128 q + r, so that whole lanes of 128 stay together.
 |---|---|---|
 | `row_words` | the key of each row | all samplers |
 | `uniform` | a uniform number a row | draws from few classes |
-| `block_gumbel` | noise of some blocks, and `uniform` | draws by blocks of classes |
+| `block_gumbel` | noise of some blocks, `uniform` twice | draws by blocks of classes |
 | `gumbel` | noise, a whole cipher a number | nodes of trees |
 | `paired_gumbel` | noise of some classes | mixtures |
 | `first_gumbel` | noise of the first classes | perturbed rows |
@@ -273,7 +273,7 @@ def block_gumbel(
     blocks: jax.Array | int,
     dtype: jnp.dtype,
     attempt: jax.Array | int = 0,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Returns standard Gumbel noise of rows and some blocks, and `uniform`.
 
     Args:
@@ -283,7 +283,7 @@ def block_gumbel(
       attempt: how often these rows were drawn from before.
 
     Returns:
-      [R, n] noise; and what `uniform` returns.
+      [R, n] noise; what `uniform` returns; and the same of another number.
     """
     dtype = jnp.dtype(dtype)
     if isinstance(blocks, int):
@@ -300,13 +300,13 @@ def block_gumbel(
             jnp.concatenate([flat, row_counter]),
         )
     )
-    place = _from_an_end(pair[0][:, -1], dtype)
+    place, other = (_from_an_end(a[:, -1], dtype) for a in pair)
     first, second = (a[:, :-1].reshape(-1, *counters.shape) for a in pair)
     if isinstance(blocks, int):
         bits = _first_of_pairs(first, second, blocks)
     else:
         bits = jnp.where(word[None] == 0, first, second)
-    return _to_gumbel(bits, dtype), place
+    return _to_gumbel(bits, dtype), place, other
 
 
 def gumbel(

@@ -55,6 +55,8 @@ def _of_logits(shapes: Shapes) -> Iterator[tuple[str, Program]]:
         function = functools.partial(getattr(jaxsoft, name), temperature=0.5)
         yield name, Program(function, (logits,), 1)
     yield "sample", Program(_keyed(jaxsoft.sample), (logits,))
+    drafted = (logits, logits, labels)
+    yield "speculative_sample", Program(_keyed(jaxsoft.speculative_sample), drafted)
     for name in ("gumbel_softmax", "reinmax", "gumbel_rao"):
         yield name, Program(_keyed(getattr(jaxsoft, name)), (logits,), 1)
     top_k = functools.partial(_keyed(jaxsoft.gumbel_top_k), k=_best(shapes))

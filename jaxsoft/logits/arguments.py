@@ -28,10 +28,10 @@ def check_where(where: ArrayLike | None, logits: jax.Array) -> jax.Array | None:
 
 
 def check_temperature(
-    temperature: ArrayLike, logits: jax.Array, axis: int
+    temperature: ArrayLike, logits: jax.Array, axis: int, prefix: str = ""
 ) -> float | jax.Array:
     """Returns the temperature as a float or an array of the rank of `logits`."""
-    tau = checks.temperature(temperature, numerics.compute_dtype(logits))
+    tau = checks.temperature(temperature, numerics.compute_dtype(logits), prefix)
     if not isinstance(tau, jax.Array):
         return tau
     if tau.ndim == 0:
@@ -40,7 +40,7 @@ def check_temperature(
         return jax.lax.expand_dims(tau, (axis,))
     rows = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
     try:
-        checks.broadcasts_to("temperature", tau, rows)
+        checks.broadcasts_to(f"{prefix}temperature", tau, rows)
     except ValueError as error:
         raise ValueError(
             f"{error} Its class axis must have size 1; an array without that axis is "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft.logits.arguments import check_temperature, check_where
 
 __all__ = ["Rows", "in_tiles", "tile_rows", "to_rows"]
@@ -41,9 +41,18 @@ class Rows(NamedTuple):
             return static_tau
         return self.tau
 
+    def numbers(self) -> jax.Array:
+        """The logits [R, V] as they are computed with, -inf at dropped classes."""
+        x = self.logits.astype(numerics.compute_dtype(self.logits))
+        return x if self.where is None else jnp.where(self.where, x, -jnp.inf)
+
 
 def to_rows(
-    logits: ArrayLike, temperature: ArrayLike, axis: int, where: ArrayLike | None
+    logits: ArrayLike,
+    temperature: ArrayLike,
+    axis: int,
+    where: ArrayLike | None,
+    prefix: str = "",
 ) -> tuple[float | None, Rows, Callable[[jax.Array], jax.Array]]:
     """Checks the arguments of a function of stored logits and makes rows of them.
 
@@ -54,15 +63,16 @@ def to_rows(
       temperature: a scalar, or an array that broadcasts with size 1 on the class axis.
       axis: the class axis.
       where: booleans that broadcast to `logits`, or None.
+      prefix: what the names of logits and temperature start with.
 
     Returns:
       The static temperature or None; the rows; and what turns [R, V] back into the
       shape of the logits, or [R] into that without the class axis.
     """
-    logits = checks.floating("logits", logits)
+    logits = checks.floating(f"{prefix}logits", logits)
     axis = checks.class_axis(axis, logits)
     mask = check_where(where, logits)
-    tau = check_temperature(temperature, logits, axis)
+    tau = check_temperature(temperature, logits, axis, prefix)
     static_tau, row_tau = (None, tau) if isinstance(tau, jax.Array) else (tau, None)
     moved = jnp.moveaxis(logits, axis, -1)
     rows = moved.shape[:-1]

@@ -240,7 +240,7 @@ def _sharded(rows: Rows, axes: tuple[str, ...]) -> tuple[Rows, ClassShard]:
     shard = ClassShard.of(rows.logits, axes)
     if not axes or shard.classes(rows.logits) > _FEW:
         return rows, shard
-    return Rows(shard.gathered(_numbers(rows)), rows.tau, None), WHOLE
+    return Rows(shard.gathered(rows.numbers()), rows.tau, None), WHOLE
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
@@ -290,7 +290,7 @@ def log_weights(
     Returns:
       [R] the logarithms of their weights, and of the sum of the weights of all classes.
     """
-    x = _numbers(rows)
+    x = rows.numbers()
     peak = shard.largest(jnp.max(x, axis=1, keepdims=True))
     peak = numerics.finite_peak(peak)
     total = jnp.sum(jnp.exp(numerics.divide_by_temperature(x, peak, tau)), axis=1)
@@ -398,7 +398,7 @@ def _within(
     """Returns what top_n_sigma leaves of the first classes, and the other filters."""
     assert chosen.top_n_sigma is not None
     top = jnp.max(some, axis=1, keepdims=True)
-    half = filters.reach(_numbers(rows), top, chosen.top_n_sigma, shard)
+    half = filters.reach(rows.numbers(), top, chosen.top_n_sigma, shard)
     return filters.within(some, top, half), chosen._replace(top_n_sigma=None)
 
 
@@ -409,7 +409,7 @@ def _draw_of_few(
 ) -> Drawn:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
-    x = _numbers(rows)
+    x = rows.numbers()
     x = jnp.where(jnp.isnan(x), jnp.inf, x)
     weights = filters.keep(x, tau, chosen)
     total = jnp.sum(weights, axis=1)
@@ -430,7 +430,7 @@ def _draw_of_many(
 ) -> Drawn:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
-    x = _numbers(rows)
+    x = rows.numbers()
     # A tile is copied anyway: its last block may as well be whole.
     x = rejection.whole_blocks(x) if fill else x
     x, shard = shard.aligned(x, shard.block(x))
@@ -440,9 +440,3 @@ def _draw_of_many(
         return Drawn(class_id)
     total = kept_sum.kept_sum(prepared, tau, chosen)
     return Drawn(class_id, jnp.log(total)[:, 0])
-
-
-def _numbers(rows: Rows) -> jax.Array:
-    """Returns logits [R, V] as they are computed with, -inf at dropped classes."""
-    x = rows.logits.astype(numerics.compute_dtype(rows.logits))
-    return x if rows.where is None else jnp.where(rows.where, x, -jnp.inf)

@@ -215,6 +215,8 @@ KINDS: Mapping[Formula, tuple[str, ...]] = {
     # Ten draws, some of them at once.
     logits(5.5, 10): ("gumbel_rao",),
     logits(2.1, 2.6): ("sample", "gumbel_top_k"),
+    # Of a few rows at a time on TPUs.
+    logits(0.1, 0.5): ("speculative_sample",),
     streamed: (
         "linear_statistics",
         "linear_log_prob",

@@ -142,9 +142,10 @@ def test_a_row_has_its_place_beside_the_noise_of_any_blocks():
     known = []
     for attempt in (0, 2):
         place, drawn = draw(jax.random.key(5), attempt)
-        for gumbel, beside in drawn:
+        for gumbel, beside, other in drawn:
             np.testing.assert_array_equal(beside[0], place[0])
             np.testing.assert_array_equal(beside[1], place[1])
+            assert not np.isin(other[0], place[0]).any()
             known.append(gumbel)
     np.testing.assert_array_equal(known[0][:, 2], known[1][:, 0])
     every = np.concatenate([known[0], known[1][:, 1:], known[2], known[3][:, 1:]], 1)
