@@ -202,7 +202,7 @@ class ClassTree:
 
     @classmethod
     def from_paths(
-        cls, paths: Iterable[Sequence[Hashable]], arity: int | None = None
+        cls, paths: Iterable[Sequence[Hashable] | str], arity: int | None = None
     ) -> ClassTree:
         """A tree of one's own, such as a taxonomy.
 
@@ -210,8 +210,8 @@ class ClassTree:
           paths: of each class, the names of the branches from the root to it, as in
             `[("animal", "cat"), ("animal", "dog"), ("plant",)]`. A class may be an
             inner node, as "animal" if there is the path `("animal",)`, too: it is a
-            leaf beside the classes below. Lines of text are split first, by
-            `line.split(" > ")`.
+            leaf beside the classes below. A string is a line of text, as in
+            `"animal > cat"`, whose names are stripped.
           arity: the most children of a node: wider ones get inner nodes of their own.
             None leaves them as they are; every node of a path then costs what the
             widest node does.
@@ -221,8 +221,10 @@ class ClassTree:
           first do; the first has no row. Nodes with one child are left out.
 
         Raises:
-          TypeError: if a type is wrong, or a path is a string.
-          ValueError: if there are no paths, or two are equal.
+          TypeError: if a type is wrong.
+          ValueError: if there are no paths, two are equal, a line of text has an empty
+            name, or all of more than two are lines of one name, such as codes whose
+            characters are meant as branches.
         """
         if arity is not None:
             arity = _arity(arity)

@@ -6,7 +6,10 @@ import numpy as np
 
 from jaxsoft.hierarchical.levels import Tables
 
-__all__ = ["tables_of_paths"]
+__all__ = ["SEPARATOR", "tables_of_paths"]
+
+# What is between the branches of a line of text.
+SEPARATOR = ">"
 
 # The branch of an inner node to the class whose path ends at that node.
 _ITSELF = object()
@@ -18,38 +21,60 @@ _Child = int | _Branches | list["_Child"]
 
 
 def tables_of_paths(
-    paths: Iterable[Sequence[Hashable]], arity: int | None
+    paths: Iterable[Sequence[Hashable] | str], arity: int | None
 ) -> tuple[Tables, np.ndarray]:
     """Builds a tree of classes' paths.
 
     Args:
-      paths: of each class, the branches from the root to it.
+      paths: of each class, the branches from the root to it, or a string of them.
       arity: the most children of a node, or None for any number.
 
     Returns:
       The tree, and [V] int64, the classes from left to right.
 
     Raises:
-      TypeError: if a path is a string.
-      ValueError: if two paths are equal, or there are none.
+      TypeError: if a path is of bytes.
+      ValueError: if two paths are equal, a branch of a string is empty, all are strings
+        of one branch, or there are none.
     """
     root: _Branches = {}
-    count = 0
+    count, deepest, all_text = 0, 0, True
     for class_id, path in enumerate(paths):
+        all_text = all_text and isinstance(path, str)
+        path = _branches(class_id, path)
+        deepest = max(deepest, len(path))
         _insert(root, class_id, path)
         count += 1
     if not count:
         raise ValueError("`paths` must have at least one class, got none.")
+    if all_text and deepest < 2 < count:
+        raise ValueError(
+            f"`paths` must have a {SEPARATOR!r} where all are strings, got "
+            f"{next(iter(root))!r} first. If each character is a branch, give "
+            "tuple(path) of each."
+        )
     return _number(root, count, arity)
 
 
-def _insert(root: _Branches, class_id: int, path: Sequence[Hashable]) -> None:
-    if isinstance(path, str | bytes):
+def _branches(class_id: int, path: Sequence[Hashable] | str) -> Sequence[Hashable]:
+    """Returns the branches of a path, which may be a line of text."""
+    if isinstance(path, bytes):
         raise TypeError(
-            f"`paths` must be sequences of branches, got {path!r} for class "
-            f'{class_id}. Split it, as path.split(" > ") does, or give tuple(path) if '
-            "each character is a branch."
+            f"`paths` must be strings or sequences of branches, got {path!r} for class "
+            f"{class_id}."
         )
+    if not isinstance(path, str):
+        return path
+    names = tuple(name.strip() for name in path.split(SEPARATOR))
+    if not all(names):
+        raise ValueError(
+            f"`paths` must have a name on both sides of every {SEPARATOR!r}, got "
+            f"{path!r} for class {class_id}."
+        )
+    return names
+
+
+def _insert(root: _Branches, class_id: int, path: Sequence[Hashable]) -> None:
     *inner, last = list(path) or [None]
     node = root
     for branch in inner:

@@ -211,10 +211,13 @@ def test_classes_that_are_inner_nodes(arity):
     # A branch of its own, by hand.
     own = [(*path, None) if path in inner else path for path in paths]
     found, expected = (ClassTree.from_paths(p, arity) for p in (paths, own))
+    # Lines of text are split, whatever space is around their names.
+    of_text = ClassTree.from_paths([f" {x.replace(' ', '')} " for x in lines], arity)
     assert found.num_classes == len(lines)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for tree in (of_text, expected):
+        assert jax.tree.structure(found) == jax.tree.structure(tree)
+        for a, b in zip(*map(jax.tree.leaves, (found, tree)), strict=True):
+            np.testing.assert_array_equal(a, b)
     if arity is None:
         assert all_depths(found).tolist() == [2, 4, 2, 2, 3, 2, 4]
 
@@ -315,8 +318,23 @@ def test_saved_pickled_and_passed_as_an_argument(tmp_path, kind):
         ),
         (
             TypeError,
-            lambda: ClassTree.from_paths([("a",), "b > c"]),
-            "`paths` must be sequences of branches, got 'b > c' for class 1. Split",
+            lambda: ClassTree.from_paths([("a",), b"b > c"]),
+            "`paths` must be strings or sequences of branches, got b'b > c' for class",
+        ),
+        (
+            ValueError,
+            lambda: ClassTree.from_paths(["a > b", "a > > c"]),
+            "`paths` must have a name on both sides of every '>', got 'a > > c' for",
+        ),
+        (
+            ValueError,
+            lambda: ClassTree.from_paths(["00", "01", "1"]),
+            "`paths` must have a '>' where all are strings, got '00' first",
+        ),
+        (
+            ValueError,
+            lambda: ClassTree.from_paths(["a > b", ("a", "b")]),
+            "got ('a', 'b') for class 1, where class 0 is already",
         ),
         (
             ValueError,
