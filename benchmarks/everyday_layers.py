@@ -13,6 +13,7 @@ from benchmarks.everyday_logits import newton_temperature
 
 _SOFT, _TAU, _CAP, _SMOOTHING, _Z_LOSS = 2.0, 0.7, 30.0, 0.1, 1e-4
 _BEST, _CANDIDATES = 10, 8
+_RANK, _ADAPTERS, _WORD = 8, 4, 32
 _SIMCLR, _CLIP, _SUPERVISED, _GROUPS = 0.5, 0.07, 0.1, 10
 _RETRIEVAL = 4.0
 # Of 2**25 logits a call takes seconds: only what most people call is timed there.
@@ -54,6 +55,46 @@ def _stored_options(
     losses = (1 - _SMOOTHING) * _cross_entropy(x, labels)
     losses += _SMOOTHING * (lse - x.mean(axis=-1)) + _Z_LOSS * lse**2
     return jnp.sum(losses * weights) / jnp.sum(weights)
+
+
+def _our_scaled(hidden: Any, short_kernel: Any, scale: Any, labels: Any) -> jax.Array:
+    return jaxsoft.linear_cross_entropy(
+        hidden, short_kernel, labels, kernel_scale=scale
+    )
+
+
+def _scaled(hidden: Any, short_kernel: Any, scale: Any, labels: Any) -> jax.Array:
+    x = _logits(hidden, short_kernel.astype(hidden.dtype)) * scale
+    return _cross_entropy(x, labels).mean()
+
+
+def _our_adapted(
+    hidden: Any, a: Any, b: Any, kernel: Any, labels: Any, adapters: Any
+) -> jax.Array:
+    lora = jaxsoft.LoRA(a, b, adapters)
+    return jaxsoft.linear_cross_entropy(hidden, kernel, labels, lora=lora)
+
+
+def _adapted(
+    hidden: Any, a: Any, b: Any, kernel: Any, labels: Any, adapters: Any
+) -> jax.Array:
+    added = jnp.einsum("nh,nhr->nr", hidden, a[adapters])
+    own = jax.nn.one_hot(adapters, _ADAPTERS, dtype=hidden.dtype)
+    added = jnp.einsum("nr,na,arv->nv", added, own, b)
+    x = _logits(hidden, kernel) + added.astype(jnp.float32)
+    return _cross_entropy(x, labels).mean()
+
+
+def _our_masked(hidden: Any, kernel: Any, bits: Any, labels: Any) -> jax.Array:
+    return jaxsoft.linear_cross_entropy(hidden, kernel, labels, class_bits=bits)
+
+
+def _masked(hidden: Any, kernel: Any, bits: Any, labels: Any) -> jax.Array:
+    x = _logits(hidden, kernel)
+    places = jnp.arange(_WORD, dtype=jnp.uint32)
+    kept = (bits[..., None] >> places) & 1 != 0
+    kept = kept.reshape(len(hidden), -1)[:, : x.shape[1]]
+    return _cross_entropy(jnp.where(kept, x, -jnp.inf), labels).mean()
 
 
 def _our_statistics(hidden: Any, kernel: Any, labels: Any) -> tuple[jax.Array, ...]:
@@ -207,6 +248,36 @@ _CASES = (
         _stored_options,
         "hidden kernel labels bias weights",
         "hidden kernel bias",
+        value=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_cross_entropy",
+        "a kernel of int8, a scale a class",
+        _our_scaled,
+        _scaled,
+        "hidden short_kernel scale labels",
+        "hidden scale",
+        value=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_cross_entropy",
+        f"{_ADAPTERS} adapters of rank {_RANK}",
+        _our_adapted,
+        _adapted,
+        "hidden a b kernel labels adapters",
+        "hidden a b",
+        value=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_cross_entropy",
+        "a mask of each token, in bits",
+        _our_masked,
+        _masked,
+        "hidden kernel bits labels",
+        "hidden kernel",
         value=False,
         at=_FEWER,
     ),
@@ -400,6 +471,26 @@ def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
         drawn = jax.random.normal(keys[5], (rows, _CANDIDATES + 1))
         return jax.nn.log_softmax(drawn)[:, :-1]
 
+    def short_kernel() -> jax.Array:
+        return jax.random.randint(keys[1], (features, classes), -127, 128, jnp.int8)
+
+    def scale() -> jax.Array:
+        drawn = jax.random.uniform(keys[3], (classes,), minval=0.5)
+        return drawn * features**-0.5 / 64
+
+    def adapter(shape: tuple[int, ...], place: int) -> jax.Array:
+        drawn = jax.random.normal(keys[place], (_ADAPTERS, *shape), dtype)
+        return drawn * jnp.asarray(shape[0] ** -0.5, dtype)
+
+    def bits() -> jax.Array:
+        """Returns masks that keep most classes, the label of each token among them."""
+        words = -(-classes // _WORD)
+        some = jax.random.bits(keys[3], (2, rows, words), jnp.uint32)
+        own = jax.random.randint(keys[6], (rows,), 0, classes)
+        bit = jnp.uint32(1) << (own % _WORD).astype(jnp.uint32)
+        is_word = jnp.arange(words) == own[:, None] // _WORD
+        return some[0] | some[1] | jnp.where(is_word, bit[:, None], jnp.uint32(0))
+
     def drawn_labels() -> jax.Array:
         return jaxsoft.sample(keys[7], _logits(states(0), kernel(1)), 1.5)
 
@@ -416,6 +507,12 @@ def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
         "teacher_kernel": lambda: kernel(3),
         "candidates": candidates,
         "listed": listed,
+        "short_kernel": short_kernel,
+        "scale": scale,
+        "a": lambda: adapter((features, _RANK), 2),
+        "b": lambda: adapter((_RANK, classes), 3),
+        "adapters": lambda: jnp.arange(rows) % _ADAPTERS,
+        "bits": bits,
         "values": lambda: jax.random.normal(keys[3], (classes, features), dtype),
     }
 
