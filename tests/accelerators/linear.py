@@ -45,6 +45,14 @@ def calls(wrap):
     distil = wrap(jaxsoft.linear_distillation)
     layer, pair = ("hidden", "kernel"), ("teacher_hidden", "teacher_kernel")
 
+    def ranked(hidden, kernel, labels):
+        found = wrap(jaxsoft.linear_statistics)(
+            hidden, kernel, labels, return_rank=True, return_top_k=LISTED
+        )
+        # A rank has no gradient, and must be there all the same.
+        ranks = found.rank.sum().astype("float32") + found.top_ids.sum()
+        return found.top_log_probs.sum() + found.log_prob.sum() + ranks
+
     def mixture(hidden, kernel, values, **options):
         return expected(hidden, kernel, values, **options).astype("float32").sum()
 
@@ -56,6 +64,7 @@ def calls(wrap):
             layer,
             ("ids",),
         ),
+        "ranked": (ranked, layer, ("labels",)),
         "sample": (lambda *a: wrap(jaxsoft.linear_sample)(KEY, *a), (), layer),
         "top_k": (
             lambda *a: wrap(jaxsoft.linear_top_k)(*a, LISTED)[0].sum(),
