@@ -263,11 +263,11 @@ _LOGITS = (
         tests=("tests/logits/test_sharded_samples.py",),
     ),
     Breakage(
-        "ties-by-the-classes-of-a-shard",
-        kind="off-by-one shard",
-        file="jaxsoft/logits/rejection.py",
-        before="ids = ids + rows.shard.first if rows.shard.axes else ids",
-        after="ids = ids + 0",
+        "deviations-about-the-mean-of-a-shard",
+        kind="missing psum",
+        file="jaxsoft/logits/filters.py",
+        before="mean = total(below) / number",
+        after="mean = jnp.sum(below, axis=1, keepdims=True) / number",
         tests=("tests/logits/test_sharded_samples.py",),
     ),
     Breakage(

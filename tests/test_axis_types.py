@@ -143,6 +143,9 @@ LOGITS = {
     "speculative_sample": lambda a: jaxsoft.speculative_sample(
         a["key"], a["logits"], 2 * a["logits"], a["labels"]
     ),
+    "sample log-prob": lambda a: jaxsoft.sample(
+        a["key"], a["logits"], top_n_sigma=1.5, top_k=5, return_log_prob=True
+    ),
     "gumbel_softmax": lambda a: jaxsoft.gumbel_softmax(a["key"], a["logits"]),
     "gumbel_top_k": lambda a: jaxsoft.gumbel_top_k(a["key"], a["logits"], 3),
     "reinmax": lambda a: jaxsoft.reinmax(a["key"], a["logits"]),
