@@ -65,6 +65,7 @@ UNTIMED = {
     "RowGradient": _HOLDS,
     "RowOptimizer": _HOLDS,
     "SpeculativeSample": _HOLDS,
+    "SampledClasses": _HOLDS,
     "TemperatureFit": _HOLDS,
     "over_mesh": "needs devices: `programs` counts what its programs take on four",
     "schedules": "has functions of a number, the step",

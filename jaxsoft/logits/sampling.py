@@ -103,8 +103,8 @@ def sample(
         `where` have those of this shard, as many as any other. The result has classes
         of all shards, and is the same on each.
       token_axes: inside `jax.shard_map`, the mesh axes of the rows, which number them:
-        without them every shard would draw with the same bits. Those of the first axis
-        of `logits`, or of all together.
+        without them every shard would draw with the same bits. Of several axes of
+        rows the first one is sharded.
 
     Returns:
       [...] int32 in [0, V); -1 for a row without any kept class, or with a NaN or

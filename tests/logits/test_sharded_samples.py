@@ -107,6 +107,12 @@ def test_meshes_and_kinds_of_logits(mesh, kind):
     check(mesh, x, tau, where, OF_ROWS)
 
 
+def test_shards_of_fewer_classes_than_there_are_groups():
+    x = truth.logits("unit", (ROWS, 2048))
+    tau, where = np.full((ROWS, 1), 0.7, "float32"), np.ones((1, 2048), bool)
+    check(MESHES["8"], x, tau, where, OF_ROWS)
+
+
 @pytest.mark.parametrize("given", [GIVEN[0], *GIVEN[6:]])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.many_cases
