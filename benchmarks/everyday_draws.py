@@ -90,7 +90,7 @@ def _mass_before(ordered: Any) -> jax.Array:
     return jnp.cumsum(p, axis=-1) - p
 
 
-def _sample_top_p(key: Any, x: Any, top_p: Any) -> jax.Array:
+def sample_top_p(key: Any, x: Any, top_p: Any) -> jax.Array:
     x = x / _TAU
     ordered = jnp.sort(x, descending=True)
     kept = _mass_before(ordered) < top_p
@@ -243,7 +243,7 @@ _CASES = (
         "sample",
         f"top_p={_TOP_P}",
         lambda key, x: jaxsoft.sample(key, x, _TAU, top_p=_TOP_P),
-        lambda key, x: _sample_top_p(key, x, _TOP_P),
+        lambda key, x: sample_top_p(key, x, _TOP_P),
         "key logits",
         alike=False,
         at=_SORTED,
@@ -252,7 +252,7 @@ _CASES = (
         "sample",
         "top_p a row",
         lambda key, x, top_p: jaxsoft.sample(key, x, _TAU, top_p=top_p),
-        _sample_top_p,
+        sample_top_p,
         "key logits top_ps",
         alike=False,
         at=_FEW,

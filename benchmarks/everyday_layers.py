@@ -9,10 +9,11 @@ import optax
 
 import jaxsoft
 from benchmarks.everyday_case import Case, Room, Size, at_most
+from benchmarks.everyday_draws import sample_top_p
 from benchmarks.everyday_logits import newton_temperature
 
 _SOFT, _TAU, _CAP, _SMOOTHING, _Z_LOSS = 2.0, 0.7, 30.0, 0.1, 1e-4
-_BEST, _CANDIDATES = 10, 8
+_BEST, _CANDIDATES, _TOP_P = 10, 8, 0.9
 _RANK, _ADAPTERS, _WORD = 8, 4, 32
 _SIMCLR, _CLIP, _SUPERVISED, _GROUPS = 0.5, 0.07, 0.1, 10
 _RETRIEVAL = 4.0
@@ -95,6 +96,17 @@ def _masked(hidden: Any, kernel: Any, bits: Any, labels: Any) -> jax.Array:
     kept = (bits[..., None] >> places) & 1 != 0
     kept = kept.reshape(len(hidden), -1)[:, : x.shape[1]]
     return _cross_entropy(jnp.where(kept, x, -jnp.inf), labels).mean()
+
+
+def _sample_top_k_with_log_prob(
+    key: Any, hidden: Any, kernel: Any
+) -> tuple[jax.Array, ...]:
+    logits = _logits(hidden, kernel)
+    best, ids = jax.lax.top_k(logits, min(_BEST, logits.shape[-1]))
+    drawn = jax.random.categorical(key, best)[:, None]
+    class_id, logit = (jnp.take_along_axis(a, drawn, -1)[:, 0] for a in (ids, best))
+    sums = (jax.nn.logsumexp(x, axis=-1) for x in (logits, best))
+    return class_id, *(logit - lse for lse in sums)
 
 
 def _our_statistics(hidden: Any, kernel: Any, labels: Any) -> tuple[jax.Array, ...]:
@@ -333,6 +345,25 @@ _CASES = (
         lambda key, hidden, kernel: jax.random.categorical(
             key, _logits(hidden, kernel)
         ),
+        "key hidden kernel",
+        alike=False,
+    ),
+    Case(
+        "linear_sample",
+        f"top_p={_TOP_P}",
+        lambda *arrays: jaxsoft.linear_sample(*arrays, top_p=_TOP_P),
+        lambda key, hidden, kernel: sample_top_p(key, _logits(hidden, kernel), _TOP_P),
+        "key hidden kernel",
+        alike=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_sample",
+        f"top_k={_BEST}, log-probabilities",
+        lambda *arrays: tuple(
+            jaxsoft.linear_sample(*arrays, top_k=_BEST, return_log_prob=True)
+        ),
+        _sample_top_k_with_log_prob,
         "key hidden kernel",
         alike=False,
     ),

@@ -30,6 +30,7 @@ __all__ = [
     "one_of",
     "positive_integer",
     "python_integer",
+    "row_numbers",
     "row_temperature",
     "scalar_in",
     "shape",
@@ -215,16 +216,28 @@ def row_temperature(
       legend: what `rows` is, for messages.
     """
     tau = temperature(value, dtype)
-    if not isinstance(tau, jax.Array) or tau.ndim == 0 or tau.shape == rows:
+    if not isinstance(tau, jax.Array):
         return tau
+    return row_numbers("temperature", tau, rows, legend)
+
+
+def row_numbers(
+    name: str,
+    array: jax.Array,
+    rows: tuple[int, ...],
+    legend: str = "hidden.shape[:-1]",
+) -> jax.Array:
+    """Returns a scalar array, or one of each row; see `row_temperature`."""
+    if array.ndim == 0 or array.shape == rows:
+        return array
     try:
-        broadcasts_to("temperature", tau, (*rows, 1))
+        broadcasts_to(name, array, (*rows, 1))
     except ValueError:
         raise ValueError(
-            f"`temperature` must have shape (), {legend} = {rows} or (*{legend}, 1), "
-            f"got {tau.shape}."
+            f"`{name}` must have shape (), {legend} = {rows} or (*{legend}, 1), "
+            f"got {array.shape}."
         ) from None
-    return jnp.broadcast_to(tau, (*rows, 1))[..., 0]
+    return jnp.broadcast_to(array, (*rows, 1))[..., 0]
 
 
 def finite_temperature(value: ArrayLike) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft.linear.arguments import MeshAxes
 from jaxsoft.linear.lora import LoRA
+from jaxsoft.logits.filters import Filters
 
 __all__ = ["over_mesh"]
 
@@ -34,6 +35,8 @@ _TOKENS = (
 _CLASSES = ("bias", "student_bias", "teacher_bias", "class_mask", "values")
 _KERNELS = ("kernel", "student_kernel", "teacher_kernel", "kernel_scale")
 _ADAPTERS = {"lora_a": "a", "lora_b": "b", "lora_ids": "ids"}
+# Of tokens where they are arrays.
+_NUMBERS = ("temperature", *Filters._fields)
 
 
 def over_mesh(
@@ -131,6 +134,10 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     for name in ("key", "temperature"):
         if hasattr(arguments.get(name), "dtype"):
             arrays[name] = jnp.asarray(arguments[name])
+    # A filter of all tokens stays as known as it is.
+    for name in Filters._fields:
+        if np.ndim(arguments.get(name, 0)):
+            arrays[name] = jnp.asarray(arguments[name])
     static = {name: v for name, v in arguments.items() if name not in arrays}
     axes = {
         name: _axis_of_classes(name, array.ndim, static)
@@ -151,6 +158,8 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     if tau is not None and tau.ndim:
         rows = checks.row_temperature(tau, tau.dtype, hidden.shape[:-1])
         arrays["temperature"] = jnp.asarray(rows)
+    for name in arrays.keys() & Filters._fields:
+        arrays[name] = checks.row_numbers(name, arrays[name], hidden.shape[:-1])
     count = hidden.shape[0] if hidden.ndim > 1 else None
     number = arrays[kernel].shape[axes[kernel] or 0]
     if (scale := arrays.get("kernel_scale")) is not None and scale.ndim == 2:
@@ -227,7 +236,7 @@ def _explicit(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
 
 
 def _is_tokens(name: str, array: jax.Array) -> bool:
-    return name in _TOKENS or (name == "temperature" and array.ndim > 0)
+    return name in _TOKENS or (name in _NUMBERS and array.ndim > 0)
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:

@@ -35,6 +35,10 @@ _TILES, _TILES_AND_SLICES = 2, 6
 # The numbers of a chunk of rows take most of the workspace, and its tiles this share.
 _SHARE_OF_CHUNK = 1 / 32
 
+# The workspace of a call that names none and stores rows for a few passes over their
+# logits; they take this share of it, and what passes give the rest.
+_STORED, _SHARE_OF_STORED = 256 * MIB, 7 / 16
+
 # Sizes are multiples of what matrix units want.
 CLASS_MULTIPLE = 128
 _ROW_MULTIPLE = 8
@@ -298,6 +302,22 @@ class Layer:
         if rows < min(_ROWS_OF_A_SUM, self.rows):
             return None
         return rows, self._chunk_tiling(given, rows)
+
+    def stored_rows(self, given: int | None, whole: bool) -> Tiling:
+        """Returns tiles of so many rows that the workspace holds all of their logits.
+
+        Args:
+          given: the bytes that the caller gave, or None.
+          whole: whether a tile has all classes.
+        """
+        room = _STORED if given is None else given
+        most = int(room * _SHARE_OF_STORED) // (self.classes * self.logit_bytes)
+        most = max(most // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE
+        rows = balance(self.rows, min(most, self.rows), _ROW_MULTIPLE)
+        classes = self.classes
+        if not whole:
+            classes = self._chunk_tiling(given, rows).block_classes
+        return Tiling(self.rows, self.classes, rows, classes)
 
     def _kept_classes(self, given: int | None, tiles: Tiling, kept_bytes: int) -> int:
         """Returns of how many classes there is room to keep something."""

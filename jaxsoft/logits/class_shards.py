@@ -32,13 +32,21 @@ class ClassShard(NamedTuple):
     total: int | None = None
 
     @classmethod
-    def of(cls, x: jax.Array, axes: tuple[str, ...]) -> "ClassShard":
-        """Returns that of logits [R, C] of which each shard has as many."""
+    def of(
+        cls, x: jax.Array, axes: tuple[str, ...], total: int | None = None
+    ) -> "ClassShard":
+        """Returns that of logits [R, C] of which each shard has as many.
+
+        Args:
+          x: the logits.
+          axes: the mesh axes of the classes.
+          total: V, where the last shards have padding, -inf; else None.
+        """
         if not axes:
             return WHOLE
         classes = x.shape[1]
         first = mesh_axes.offset(axes, classes)
-        return cls(axes, first, classes * mesh_axes.size(axes))
+        return cls(axes, first, total or classes * mesh_axes.size(axes))
 
     def classes(self, x: jax.Array) -> int:
         """Returns V."""

@@ -16,11 +16,22 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
+from jaxsoft._core.exporting import exportable_namedtuple
 from jaxsoft.logits import filters, groups, kept_sum, rejection
 from jaxsoft.logits.class_shards import WHOLE, ClassShard
 from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 
-__all__ = ["Drawn", "SampledClasses", "draw_rows", "log_weights", "sample"]
+__all__ = [
+    "Drawn",
+    "SampledClasses",
+    "check_filter",
+    "draw_rows",
+    "draw_with_log_prob",
+    "log_weights",
+    "most_of",
+    "sample",
+    "sharded",
+]
 
 _KEEPS_ALL = {"top_k": 0, "top_p": 1, "min_p": 0, "top_n_sigma": math.inf}
 _LARGEST = {"top_p": 1, "min_p": 1, "top_n_sigma": math.inf}
@@ -30,6 +41,7 @@ _FEW = 128
 _MOST = 128
 
 
+@exportable_namedtuple
 class SampledClasses(NamedTuple):
     """Classes drawn, and how likely they were.
 
@@ -153,7 +165,7 @@ def sample(
         _filter("min_p", min_p, logits, axis),
         _filter("top_n_sigma", top_n_sigma, logits, axis),
     )
-    first = _most_of(top_k)
+    first = most_of(top_k)
     static = (static_tau, first, rows_over, classes_over)
     if not return_log_prob:
         return back(_sample(*static, key, rows, chosen))
@@ -165,14 +177,34 @@ def sample(
 def _filter(
     name: str, value: ArrayLike | None, logits: jax.Array, axis: int
 ) -> jax.Array | None:
-    """Returns a filter as an array [R, 1] or [1, 1]; checks what is known of it.
+    """Returns a filter as an array [R, 1] or [1, 1], or None; see `check_filter`."""
+    array = check_filter(name, value, numerics.compute_dtype(logits))
+    if array is None:
+        return None
+    row_shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
+    checks.broadcasts_to(name, array, row_shape)
+    if array.size == 1:
+        return array.reshape(1, 1)
+    return jnp.moveaxis(jnp.broadcast_to(array, row_shape), axis, -1).reshape(-1, 1)
 
-    None stands for a filter that is known to keep all classes.
+
+def check_filter(
+    name: str, value: ArrayLike | None, dtype: jnp.dtype
+) -> jax.Array | None:
+    """Returns a filter as an array; checks what is known of it.
+
+    Args:
+      name: one of the fields of `Filters`.
+      value: the filter.
+      dtype: that of the statistics; `top_k` becomes int32.
+
+    Returns:
+      The array, or None for a filter that is known to keep all classes.
     """
     if value is None:
         return None
     whole = name == "top_k"
-    dtype = jnp.int32 if whole else numerics.compute_dtype(logits)
+    dtype = jnp.dtype(jnp.int32) if whole else dtype
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if isinstance(value, numbers.Real):
@@ -195,15 +227,10 @@ def _filter(
         if bad.any():
             rule = "be at least 0" if largest == math.inf else "lie in [0, 1]"
             raise ValueError(f"`{name}` must {rule}, got {known[bad].flat[0]}.")
-    row_shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
-    checks.broadcasts_to(name, array, row_shape)
-    array = array.astype(dtype)
-    if array.size == 1:
-        return array.reshape(1, 1)
-    return jnp.moveaxis(jnp.broadcast_to(array, row_shape), axis, -1).reshape(-1, 1)
+    return array.astype(dtype)
 
 
-def _most_of(top_k: ArrayLike | None) -> int | None:
+def most_of(top_k: ArrayLike | None) -> int | None:
     """Returns a power of two that no row's top_k is larger than, if one is known."""
     if top_k is None or isinstance(top_k, Tracer):
         return None
@@ -226,7 +253,7 @@ def _sample(
     chosen: filters.Filters,
 ) -> jax.Array:
     words = _row_words(key, rows, rows_over)
-    rows, shard = _sharded(rows, classes_over)
+    rows, shard = sharded(rows, classes_over)
     return draw_rows(static_tau, words, rows, chosen, first, shard)
 
 
@@ -235,9 +262,14 @@ def _row_words(key: jax.Array, rows: Rows, rows_over: tuple[str, ...]) -> jax.Ar
     return noise.row_words(key, count, mesh_axes.offset(rows_over, count))
 
 
-def _sharded(rows: Rows, axes: tuple[str, ...]) -> tuple[Rows, ClassShard]:
-    """Returns rows and which classes they have: all, where those are few."""
-    shard = ClassShard.of(rows.logits, axes)
+def sharded(
+    rows: Rows, axes: tuple[str, ...], total: int | None = None
+) -> tuple[Rows, ClassShard]:
+    """Returns rows and which classes they have: all, where those are few.
+
+    See `ClassShard.of`.
+    """
+    shard = ClassShard.of(rows.logits, axes, total)
     if not axes or shard.classes(rows.logits) > _FEW:
         return rows, shard
     return Rows(shard.gathered(rows.numbers()), rows.tau, None), WHOLE
@@ -254,11 +286,23 @@ def _sample_with_log_prob(
     chosen: filters.Filters,
 ) -> SampledClasses:
     count = rows.logits.shape[0]
-    dtype = numerics.compute_dtype(rows.logits)
     if not count:
-        return SampledClasses(jnp.zeros(0, jnp.int32), *[jnp.zeros(0, dtype)] * 2)
+        none = jnp.zeros(0, numerics.compute_dtype(rows.logits))
+        return SampledClasses(jnp.zeros(0, jnp.int32), none, none)
     words = _row_words(key, rows, rows_over)
-    rows, shard = _sharded(rows, classes_over)
+    rows, shard = sharded(rows, classes_over)
+    return draw_with_log_prob(static_tau, words, rows, chosen, first, shard)
+
+
+def draw_with_log_prob(
+    static_tau: float | None,
+    words: jax.Array,
+    rows: Rows,
+    chosen: filters.Filters = filters.NONE,
+    first: int | None = None,
+    shard: ClassShard = WHOLE,
+) -> SampledClasses:
+    """Draws a class of each of some rows, at least one; see `draw_rows`."""
     drawn = _draw(static_tau, words, rows, chosen, first, shard, with_log_sum=True)
     tau = rows.temperature(static_tau)
     logit = shard.take(rows.logits, jnp.maximum(drawn.class_id, 0)[:, None])

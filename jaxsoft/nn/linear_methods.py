@@ -328,7 +328,12 @@ class LinearMethods(nnx.Module):
         *,
         temperature: ArrayLike | None = None,
         class_mask: ArrayLike | None = None,
-    ) -> jax.Array:
+        top_k: ArrayLike | None = None,
+        top_p: ArrayLike | None = None,
+        min_p: ArrayLike | None = None,
+        top_n_sigma: ArrayLike | None = None,
+        return_log_prob: bool = False,
+    ) -> Any:
         """Draws one class for each token, exactly, without stored logits.
 
         Args:
@@ -337,11 +342,18 @@ class LinearMethods(nnx.Module):
           temperature: τ in [0, ∞], a scalar or [...]; 0 takes the lowest argmax; None
             takes the module's.
           class_mask: [V] booleans; False drops a class.
+          top_k: an integer >= 0: the k first classes stay; 0 keeps all. Like the other
+            filters a scalar or [...]; they apply as in `jaxsoft.linear_sample`.
+          top_p: in [0, 1], of the probability; 1 keeps all.
+          min_p: in [0, 1], the least share of the largest probability; 0 keeps all.
+          top_n_sigma: in [0, ∞], how many standard deviations below the largest logit;
+            ∞ keeps all.
+          return_log_prob: whether to return the log-probabilities of the classes too.
 
         Returns:
           [...] int32 in [0, V), as `jaxsoft.linear_sample`: the same for every tile
           size and sharding, but for ties within rounding; -1 for a row without any kept
-          class, or with a NaN.
+          class, or with a NaN. With `return_log_prob` a `jaxsoft.SampledClasses`.
         """
         return self.call(
             linear_sample,
@@ -349,6 +361,11 @@ class LinearMethods(nnx.Module):
             hidden,
             temperature=temperature,
             class_mask=class_mask,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            top_n_sigma=top_n_sigma,
+            return_log_prob=return_log_prob,
         )
 
     def top_k(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -242,7 +244,12 @@ class SampledSoftmaxHead(nnx.Module):
         hidden: ArrayLike,
         *,
         temperature: ArrayLike | None = None,
-    ) -> jax.Array:
+        top_k: ArrayLike | None = None,
+        top_p: ArrayLike | None = None,
+        min_p: ArrayLike | None = None,
+        top_n_sigma: ArrayLike | None = None,
+        return_log_prob: bool = False,
+    ) -> Any:
         """Draws one class for each token from the full softmax, exactly.
 
         Args:
@@ -250,11 +257,28 @@ class SampledSoftmaxHead(nnx.Module):
           hidden: [..., H] floating.
           temperature: τ in [0, ∞], a scalar or [...]; 0 takes the lowest argmax; None
             takes the module's.
+          top_k: an integer >= 0: the k first classes stay; 0 keeps all. Like the other
+            filters a scalar or [...]; they apply as in `jaxsoft.linear_sample`.
+          top_p: in [0, 1], of the probability; 1 keeps all.
+          min_p: in [0, 1], the least share of the largest probability; 0 keeps all.
+          top_n_sigma: in [0, ∞], how many standard deviations below the largest logit;
+            ∞ keeps all.
+          return_log_prob: whether to return the log-probabilities of the classes too.
 
         Returns:
-          [...] int32 in [0, V), as `jaxsoft.linear_sample`.
+          [...] int32 in [0, V), as `jaxsoft.linear_sample`; with `return_log_prob` a
+          `jaxsoft.SampledClasses`.
         """
-        return self.full.sample(key, hidden, temperature=temperature)
+        return self.full.sample(
+            key,
+            hidden,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            top_n_sigma=top_n_sigma,
+            return_log_prob=return_log_prob,
+        )
 
     def top_k(
         self,

@@ -35,7 +35,7 @@ SHAPES = {
 }
 KEY = jax.random.key(0)
 # A compiler for TPUs takes half a minute for each program of several devices.
-ON_TPUS = ("cross_entropy", "sample", "expected")
+ON_TPUS = ("cross_entropy", "sample", "filtered_sample", "expected")
 
 
 def calls(wrap):
@@ -66,6 +66,11 @@ def calls(wrap):
         ),
         "ranked": (ranked, layer, ("labels",)),
         "sample": (lambda *a: wrap(jaxsoft.linear_sample)(KEY, *a), (), layer),
+        "filtered_sample": (
+            lambda *a: wrap(jaxsoft.linear_sample)(KEY, *a, top_p=0.9, min_p=0.1),
+            (),
+            layer,
+        ),
         "top_k": (
             lambda *a: wrap(jaxsoft.linear_top_k)(*a, LISTED)[0].sum(),
             layer,

@@ -66,7 +66,7 @@ def test_short_kernels_adapters_and_masks(target):
 )
 def test_temporaries_and_traffic(target, mode):
     found = {(r["name"], r["what"]): r for r in results("linear", target, mode)}
-    assert len(found) == (21 if target == "h100" else 4)
+    assert len(found) == (22 if target == "h100" else 5)
     for (name, what), result in found.items():
         most = VALUE if what == "value" else GRADIENT
         most = WORKSPACE if what == "value" and name in NEEDED_TWICE else most
@@ -89,7 +89,8 @@ def test_temporaries_and_traffic(target, mode):
         ]
         # Nothing as large as hidden states or a kernel moves but sums of gradients.
         assert all(op in ("all-reduce", "reduce-scatter") for op, _ in large), result
-        if what == "value" and name not in ("expected", "gumbel"):
+        # A drawn block has 512 classes, as many as what is mixed has numbers.
+        if what == "value" and name not in ("expected", "gumbel", "filtered_sample"):
             assert large == [], result
     if mode == "tokens":
         return

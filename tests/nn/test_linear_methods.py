@@ -35,7 +35,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "linear_fit_temperature": ((HIDDEN, LABELS), {"bounds": (0.1, 5.0)}),
     "linear_log_prob": ((HIDDEN, LABELS), {"class_mask": MASK}),
     "linear_log_prob_at": ((HIDDEN, IDS), {"ignore_label": 7}),
-    "linear_sample": ((KEY, HIDDEN), {"class_mask": MASK}),
+    "linear_sample": (
+        (KEY, HIDDEN),
+        {"class_mask": MASK, "top_k": 5, "top_p": 0.9, "return_log_prob": True},
+    ),
     "linear_statistics": (
         (HIDDEN, LABELS),
         {"return_argmax": True, "return_rank": True, "return_top_k": 3},
@@ -256,8 +259,8 @@ def test_a_function_over_a_mesh_and_one_of_ones_own():
         head.call(jaxsoft.softmax, HIDDEN)
     with pytest.raises(TypeError, match="missing a required argument: 'labels'"):
         head.call(jaxsoft.linear_log_prob, HIDDEN)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'top_p'"):
-        head.call(jaxsoft.linear_sample, KEY, HIDDEN, top_p=0.9)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'top_q'"):
+        head.call(jaxsoft.linear_sample, KEY, HIDDEN, top_q=0.9)
     other = _head(vocab_axis="vocab")
     with pytest.raises(
         ValueError, match="`teacher` must have the vocab_axis None, got"

@@ -48,9 +48,17 @@ class Drawing(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The class of every row, [N] int32; -1 where there is none."""
+    """The class of every row, and its log-probabilities if they are asked for.
+
+    Attributes:
+      class_id: [N] int32; -1 where there is none.
+      log_prob: [N] under the temperature alone, or None.
+      filtered_log_prob: [N] among the classes that filters leave, or None.
+    """
 
     class_id: Annotated[jax.Array, Axes("n")]
+    log_prob: Annotated[jax.Array | None, Axes("n")] = None
+    filtered_log_prob: Annotated[jax.Array | None, Axes("n")] = None
 
 
 class _Blocks(NamedTuple):
