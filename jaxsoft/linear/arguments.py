@@ -227,12 +227,7 @@ class Operands(NamedTuple):
             return jnp.where(ours, classes - start, -1)
 
         labels, excluded = localize(self.labels), localize(self.excluded)
-        bits = self.class_bits
-        if bits is not None:
-            # The last shards may have padding, of which there are no bits.
-            words = -(-number * mesh_axes.size(config.vocab_axes) // _WORD)
-            bits = jnp.pad(bits, ((0, 0), (0, max(words - bits.shape[1], 0))))
-        return self._replace(labels=labels, excluded=excluded, class_bits=bits)
+        return self._replace(labels=labels, excluded=excluded)
 
     def kept_bits(
         self, config: Config, start: jax.Array | int, size: int
@@ -244,8 +239,13 @@ class Operands(NamedTuple):
         bits = self.class_bits
         if bits is None:
             return None
-        first = start + mesh_axes.offset(config.vocab_axes, self.num_classes(config))
-        axis, words = bits.ndim - 1, bits.shape[-1]
+        number, axes, axis = self.num_classes(config), config.vocab_axes, bits.ndim - 1
+        first = start + mesh_axes.offset(axes, number)
+        words = max(-(-number * mesh_axes.size(axes) // _WORD), bits.shape[-1])
+        if words > bits.shape[-1]:
+            # The last shards have padding, of which there are no bits.
+            rest = [(0, 0)] * axis + [(0, words - bits.shape[-1])]
+            bits = jnp.pad(bits, rest)
         count = min((size + 2 * _WORD - 2) // _WORD, words)
         word = jnp.minimum(first // _WORD, words - count)
         bits = lax.dynamic_slice_in_dim(bits, word, count, axis)

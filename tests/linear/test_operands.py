@@ -286,6 +286,33 @@ def test_over_a_mesh(scale, shape, vocab, tokens):
     )
 
 
+def test_padding_beyond_the_last_word():
+    """64 classes on three devices take 66 places, and have bits for 64."""
+    hidden, kernel, labels, mask, _ = cast(arguments(None, None), "float32")
+    kernel, labels = kernel[:, :64], labels % 64
+    mask = mask[:, :64].at[jnp.arange(ROWS), labels].set(True)
+    bits = packed(mask)
+    mesh = jax.make_mesh((3,), ("x",), devices=jax.devices()[:3])
+
+    def both(function):
+        return over_mesh(function, mesh, vocab_axis="x"), function
+
+    losses = [
+        f(hidden, kernel, labels, class_bits=bits, reduction="none")
+        for f in both(linear_cross_entropy)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-6)
+    key = jax.random.key(2)
+    for options in ({}, {"top_k": 200}):
+        drawn, expected = (
+            f(key, hidden, kernel, class_bits=bits, **options)
+            for f in both(linear_sample)
+        )
+        np.testing.assert_array_equal(drawn, expected)
+    best = [f(hidden, kernel, 3, class_bits=bits)[1] for f in both(linear_top_k)]
+    np.testing.assert_array_equal(*best)
+
+
 def test_sharded_arrays_under_plain_jit():
     hidden, kernel, labels, mask, options = cast(arguments("class"), "float32")
     more = ((0, 0), (0, 20))
