@@ -151,12 +151,26 @@ def _distillation(
     return _SOFT**2 * optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean()
 
 
+def _of_labels_too(
+    hidden: Any, kernel: Any, teacher_hidden: Any, teacher_kernel: Any, labels: Any
+) -> jax.Array:
+    soft = _distillation(hidden, kernel, teacher_hidden, teacher_kernel)
+    return (soft + _stored_loss(hidden, kernel, labels)) / 2
+
+
 def _distillation_top_k(hidden: Any, kernel: Any, ids: Any, log_p: Any) -> jax.Array:
     log_q = _log_prob_at(hidden, kernel, ids)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     rest_p, rest_q = 1 - p.sum(axis=-1), 1 - q.sum(axis=-1)
     listed = jnp.sum(p * (log_p - log_q), axis=-1)
     return jnp.mean(listed + rest_p * jnp.log(rest_p / rest_q))
+
+
+def _listed_with_labels(
+    hidden: Any, kernel: Any, ids: Any, log_p: Any, labels: Any
+) -> jax.Array:
+    soft = _distillation_top_k(hidden, kernel, ids, log_p)
+    return (soft + _stored_loss(hidden, kernel, labels)) / 2
 
 
 def _kept_distillation(hidden: Any, kernel: Any, ids: Any, log_p: Any) -> jax.Array:
@@ -390,6 +404,30 @@ _CASES = (
         jaxsoft.linear_distillation_top_k,
         _distillation_top_k,
         "hidden kernel candidates listed",
+        "hidden kernel",
+        value=False,
+        at=_FEWER,
+    ),
+    Case(
+        "linear_distillation",
+        f"T = {_SOFT:g}, labels",
+        lambda *arrays: jaxsoft.linear_distillation(
+            *arrays[:4], labels=arrays[4], temperature=_SOFT
+        ),
+        _of_labels_too,
+        "hidden kernel teacher_hidden teacher_kernel labels",
+        "hidden kernel",
+        value=False,
+        at=lambda size: size.dtype == "float32" or _FEWER(size),
+    ),
+    Case(
+        "linear_distillation_top_k",
+        f"k = {_CANDIDATES}, labels",
+        lambda *arrays: jaxsoft.linear_distillation_top_k(
+            *arrays[:4], labels=arrays[4]
+        ),
+        _listed_with_labels,
+        "hidden kernel candidates listed labels",
         "hidden kernel",
         value=False,
         at=_FEWER,

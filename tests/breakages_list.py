@@ -607,6 +607,25 @@ _LINEAR = (
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(
+        "label-beside-the-list-is-no-rest",
+        kind="dropped term",
+        file="jaxsoft/linear/distillation.py",
+        before="rest = jnp.where(apart, both, rest)",
+        after="rest = jnp.where(apart, rest, rest)",
+        tests=("tests/linear/test_listed_distillation.py",),
+    ),
+    Breakage(
+        "cross-entropy-at-the-temperature-of-the-divergence",
+        kind="wrong variable",
+        file="jaxsoft/linear/folds/two_temperatures.py",
+        before="self.hard.merge(hard, _last(tile), 1.0)",
+        after="self.hard.merge(hard, _last(tile), tau)",
+        tests=(
+            "tests/linear/test_listed_distillation.py",
+            "tests/linear/test_distillation.py",
+        ),
+    ),
+    Breakage(
         "teacher-without-a-rest-makes-reverse-kl-infinite",
         kind="dropped guard",
         file="jaxsoft/_core/listed.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes
 from jaxsoft._core.divergence import Divergence, Kind, kind_of
 from jaxsoft._core.listed import REMAINING, Remaining, listed_divergence, needs_rest
+from jaxsoft._core.numerics import finite_peak, nan_where, scaled
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import (
     Reduction,
@@ -28,13 +29,14 @@ from jaxsoft.linear.arguments import (
     Call,
     KernelLayout,
     MeshAxes,
-    Operands,
+    check_ids,
     fold_rows,
     prepare,
 )
 from jaxsoft.linear.fold import stream
 from jaxsoft.linear.folds.divergence import Layers, Losses, TwoLayers
 from jaxsoft.linear.folds.statistics import Fields, Statistics, of_fields
+from jaxsoft.linear.folds.two_temperatures import TwoTemperatures
 from jaxsoft.linear.token_losses import reduced
 from jaxsoft.linear.total import RowLoss
 from jaxsoft.logits.softmax import log_softmax
@@ -55,10 +57,13 @@ def linear_distillation(
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.0,
+    labels: ArrayLike | None = None,
+    label_weight: float = 0.5,
     student_logit_softcap: float | None = None,
     teacher_logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     reduction: Reduction = "mean",
     teacher_gradient: bool = False,
     student_kernel_layout: KernelLayout = "hv",
@@ -94,11 +99,16 @@ def linear_distillation(
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
       beta: β in [0, 1] of Jensen-Shannon.
       alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
+      labels: [...] integers in [0, V), or None. With labels the loss is
+        `(1 - w) · divergence + w · cross-entropy`, the latter of the student at
+        temperature 1, from the same stream.
+      label_weight: w in [0, 1].
       student_logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       teacher_logit_softcap: likewise.
       class_mask: [V] booleans; False drops a class from both. None keeps all.
       weights: [...] booleans or reals, one weight a token; a token of weight 0
         contributes exactly nothing.
+      ignore_label: the label whose tokens have weight 0, such as -100, or None.
       reduction: "mean" (Σ weight · loss / Σ weight, 0 if the weights sum to 0), "sum"
         or "none".
       teacher_gradient: whether a gradient flows to the teacher as well.
@@ -116,7 +126,8 @@ def linear_distillation(
     Returns:
       A scalar, or [...] with reduction "none", float32 (float64 if an input is), >= 0;
       0, with gradient 0, for a row whose teacher has no kept class; inf where a class
-      has mass on one side only and the divergence is infinite; NaN at a traced τ = ∞.
+      has mass on one side only and the divergence is infinite; NaN at a traced τ = ∞,
+      and for a label outside [0, V).
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -155,7 +166,12 @@ def linear_distillation(
             f"`teacher_hidden` must have shape (*student_hidden.shape[:-1], G), that "
             f"is {rows} and G, got {teacher_hidden.shape}."
         )
-    token_weight = token_weights(rows, weights)
+    label_weight = checks.scalar_in("label_weight", label_weight, 0, 1)
+    token_weight = token_weights(rows, weights, labels, ignore_label)
+    if labels is not None:
+        labels = checks.integer("labels", labels)
+        checks.shape("labels", labels, rows, "student_hidden.shape[:-1]")
+        labels = keep_tokens(token_weight, labels)
     student_hidden = keep_tokens(token_weight, student_hidden)
     teacher_hidden = keep_tokens(token_weight, teacher_hidden)
     shared = {
@@ -170,6 +186,7 @@ def linear_distillation(
         "linear_distillation",
         student_hidden,
         student_kernel,
+        labels,
         bias=student_bias,
         logit_softcap=student_logit_softcap,
         kernel_layout=student_kernel_layout,
@@ -201,25 +218,64 @@ def linear_distillation(
     layers = Layers(
         fold_rows(fold.config, student.arrays), fold_rows(fold.teacher, arrays)
     )
+    ids = layers.student.labels
+    loss = _Divergence(None if ids is None else label_weight)
+    found = _Found(None if ids is None else ids[:, 0] >= 0)
     if reduction != "none" and math.prod(rows):
-        loss = _Divergence()
-        return reduced(fold, loss, layers, (), token_weight, reduction, axes)
-    losses = _distill(fold, layers) if math.prod(rows) else jnp.zeros(0)
+        return reduced(fold, loss, layers, found, token_weight, reduction, axes)
+    losses = _streamed(fold, loss, layers, found) if math.prod(rows) else jnp.zeros(0)
     return reduce_losses(losses.reshape(rows), token_weight, reduction, axes)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _distill(fold: TwoLayers, layers: Layers) -> jax.Array:
-    return stream(fold, layers).loss
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _streamed(fold: Any, loss: RowLoss, arrays: Any, rows: Any) -> jax.Array:
+    return loss.of_rows(stream(fold, arrays), rows)
+
+
+class _Found(NamedTuple):
+    """What the loss is made of beside the stream.
+
+    Attributes:
+      valid: [N] whether the label is a class; None without labels.
+    """
+
+    valid: Annotated[jax.Array | None, Axes("n")]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Divergence(RowLoss):
-    """The divergence of a row, as it was streamed."""
+    """The divergence of a row, as it was streamed, and the cross-entropy of its label.
 
-    def of_rows(self, result: Losses, rows: tuple[()]) -> jax.Array:
-        del rows
-        return result.loss
+    Attributes:
+      label_weight: the share of the latter; None without labels.
+    """
+
+    label_weight: float | None
+
+    def of_rows(self, result: Losses, rows: _Found) -> jax.Array:
+        if self.label_weight is None:
+            return result.loss
+        hard = result.hard
+        assert hard is not None and hard.label is not None and rows.valid is not None
+        label = hard.label[:, 0]
+        return _mixed(self.label_weight, result.loss, hard, label, rows.valid)
+
+
+def _mixed(
+    weight: float, divergence: jax.Array, hard: Fields, label: jax.Array, valid
+) -> jax.Array:
+    """Returns the share of a divergence and that of a cross-entropy, [N].
+
+    Args:
+      weight: the share of the cross-entropy.
+      divergence: [N].
+      hard: the statistics at temperature 1.
+      label: [N] the label's centred logit.
+      valid: [N] whether the label is a class.
+    """
+    entropy = jnp.where(hard.max == -jnp.inf, 0, hard.log_sum - label)
+    entropy = nan_where(~valid, entropy)
+    return scaled(1 - weight, divergence) + scaled(weight, entropy)
 
 
 @mesh_axes.accepts_explicit("hidden", kernel="kernel")
@@ -233,11 +289,14 @@ def linear_distillation_top_k(
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.0,
+    labels: ArrayLike | None = None,
+    label_weight: float = 0.5,
     bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     reduction: Reduction = "mean",
     kernel_layout: KernelLayout = "hv",
     precision: jax.lax.PrecisionLike = None,
@@ -275,12 +334,17 @@ def linear_distillation_top_k(
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
       beta: β in [0, 1] of Jensen-Shannon; see `linear_distillation`.
       alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
+      labels: [...] integers in [0, V), or None. With labels the loss is
+        `(1 - w) · divergence + w · cross-entropy`, the latter at temperature 1, from
+        the same stream.
+      label_weight: w in [0, 1].
       bias: [V] floating, added to the logits before the cap; -inf masks a class.
       temperature: τ in [0, ∞), a scalar or [...], of the student.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
       weights: [...] booleans or reals, one weight a token; a token of weight 0
         contributes exactly nothing.
+      ignore_label: the label whose tokens have weight 0, such as -100, or None.
       reduction: "mean", "sum" or "none"; see `linear_distillation`.
       kernel_layout: "hv" or "vh".
       precision: the precision of the matrix products, as in `jnp.matmul`.
@@ -338,23 +402,31 @@ def linear_distillation_top_k(
     checks.one_of("remaining", remaining, REMAINING)
     kind = kind_of(divergence, beta, alpha)
     has_rest = needs_rest(kind, remaining)
+    label_weight = checks.scalar_in("label_weight", label_weight, 0, 1)
     axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     hidden = checks.floating("hidden", hidden)
     ids = checks.integer("teacher_ids", teacher_ids)
     log_p = checks.floating("teacher_log_probs", teacher_log_probs)
     checks.shape("teacher_log_probs", log_p, ids.shape, "teacher_ids.shape")
-    token_weight = token_weights(hidden.shape[:-1], weights)
+    rows = hidden.shape[:-1]
+    token_weight = token_weights(rows, weights, labels, ignore_label)
     hidden = keep_tokens(token_weight, hidden)
     ids = keep_tokens(token_weight, ids, -1)
     log_p = keep_tokens(token_weight, log_p, -jnp.inf)
     # A listed class without mass is one of the rest.
     log_p = jnp.where(ids == -1, -jnp.inf, log_p)
     gone = log_p == -jnp.inf
+    ids, apart = jnp.where(gone, -1, ids), None
+    if labels is not None:
+        labels = checks.integer("labels", labels)
+        checks.shape("labels", labels, rows, "hidden.shape[:-1]")
+        labels = keep_tokens(token_weight, labels)
+        ids, apart = _with_label(check_ids("class_ids", ids, rows), labels)
     call = prepare(
         "linear_distillation_top_k",
         hidden,
         kernel,
-        class_ids=jnp.where(gone, -1, ids),
+        class_ids=ids,
         bias=bias,
         temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
@@ -368,31 +440,43 @@ def linear_distillation_top_k(
     wanted = frozenset({"label", "rest"} if has_rest else {"label"})
     tau, static_tau = call.arrays.tau, call.config.static_tau
     if tau is not None:
-        tau = jnp.broadcast_to(tau, hidden.shape[:-1]).reshape(-1)
+        tau = jnp.broadcast_to(tau, rows).reshape(-1)
     if remaining == "drop":
         # The K classes are centred on their own best one, and tempered, afterwards.
         wanted = frozenset({"raw_label"})
         config = dataclasses.replace(call.config, static_tau=1.0)
         call = Call(config, call.arrays._replace(tau=None))
     operands = fold_rows(call.config, call.arrays)
-    loss = _OfListed(kind, remaining, static_tau)
-    rows = hidden.shape[:-1]
+    weight = None if labels is None else label_weight
+    loss = _OfListed(kind, remaining, static_tau, weight)
     if not math.prod(rows):
         return reduce_losses(jnp.zeros(rows), token_weight, reduction, axes)
     assert operands.labels is not None
-    listed = _Listed(log_p.reshape(-1, log_p.shape[-1]), operands.labels >= 0, tau)
-    fold = Statistics(call.config, wanted)
+    listed = _Listed(
+        log_p.reshape(-1, log_p.shape[-1]),
+        operands.labels >= 0,
+        tau,
+        None if apart is None else apart.reshape(-1),
+    )
+    streams = Statistics if labels is None or remaining == "drop" else TwoTemperatures
+    fold = streams(call.config, wanted)
     if reduction == "none":
-        losses = _listed(fold, loss, operands, listed).reshape(rows)
+        losses = _streamed(fold, loss, operands, listed).reshape(rows)
         return reduce_losses(losses, token_weight, reduction)
     return reduced(fold, loss, operands, listed, token_weight, reduction, axes)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _listed(
-    fold: Statistics, loss: _OfListed, operands: Operands, rows: _Listed
-) -> jax.Array:
-    return loss.of_rows(stream(fold, operands), rows)
+def _with_label(ids: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns ids with the label as one more, and whether it is none of the others.
+
+    Args:
+      ids: [..., K] integers.
+      labels: [...] integers.
+    """
+    dtype = max(ids.dtype, labels.dtype, key=lambda dtype: dtype.itemsize)
+    ids, labels = ids.astype(dtype), labels.astype(dtype)[..., None]
+    apart = jnp.all(ids != labels, axis=-1)
+    return jnp.concatenate([ids, labels], axis=-1), apart
 
 
 class _Listed(NamedTuple):
@@ -400,13 +484,15 @@ class _Listed(NamedTuple):
 
     Attributes:
       log_p: [N, K] the teacher's log-probabilities.
-      valid: [N, K] whether each id is a class that has mass.
+      valid: [N, K] whether each id is a class that has mass; [N, K + 1] with labels.
       tau: [N] the temperature; None for a static one.
+      apart: [N] whether the label is none of the K classes; None without labels.
     """
 
     log_p: Annotated[jax.Array, Axes("nk")]
     valid: Annotated[jax.Array, Axes("nk")]
     tau: Annotated[jax.Array | None, Axes("n")]
+    apart: Annotated[jax.Array | None, Axes("n")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,13 +503,32 @@ class _OfListed(RowLoss):
       kind: which divergence.
       remaining: what becomes of classes that are not listed.
       static_tau: the temperature, where it is static.
+      label_weight: the share of the cross-entropy of labels; None without labels.
     """
 
     kind: Kind
     remaining: Remaining
     static_tau: float | None
+    label_weight: float | None
 
-    def of_rows(self, result: Fields, rows: _Listed) -> jax.Array:
+    def of_rows(self, result: Any, rows: _Listed) -> jax.Array:
+        weight = self.label_weight
+        if weight is None:
+            return self._divergence(result, rows)
+        count = rows.log_p.shape[1]
+        listed = rows._replace(valid=rows.valid[:, :count])
+        if self.remaining == "drop":
+            # All is at temperature 1 there, and labels are not centred.
+            soft = hard = result
+            label = soft.raw_label[:, count] - finite_peak(soft.max)
+            soft = soft._replace(raw_label=soft.raw_label[:, :count])
+        else:
+            soft, hard = result
+            label, soft = hard.label[:, 0], _without_label(soft, rows.apart)
+        divergence = self._divergence(soft, listed)
+        return _mixed(weight, divergence, hard, label, rows.valid[:, count])
+
+    def _divergence(self, result: Fields, rows: _Listed) -> jax.Array:
         found = of_fields(result, rows.valid, rows.tau, self.static_tau)
         assert found.label is not None
         log_rest = None
@@ -445,3 +550,17 @@ class _OfListed(RowLoss):
             found.temperature,
             found.max == -jnp.inf,
         )
+
+
+def _without_label(soft: Fields, apart: jax.Array | None) -> Fields:
+    """Returns the statistics of K classes, from those of K and a label.
+
+    Where the label is none of them, it is one of the rest.
+    """
+    assert soft.label is not None and apart is not None
+    label, rest = soft.label[:, -1], soft.rest
+    if rest is not None:
+        apart = apart & (label > -jnp.inf)
+        both = jnp.logaddexp(jnp.where(apart, rest, 0), jnp.where(apart, label, 0))
+        rest = jnp.where(apart, both, rest)
+    return soft._replace(label=soft.label[:, :-1], rest=rest)

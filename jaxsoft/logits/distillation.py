@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.divergence import Divergence, kind_of
 from jaxsoft._core.listed import REMAINING, Remaining, listed_divergence, needs_rest
-from jaxsoft._core.numerics import divide_stored
-from jaxsoft._core.tokens import Reduction, reduce_losses
+from jaxsoft._core.numerics import divide_stored, scaled
+from jaxsoft._core.tokens import Reduction, keep_tokens, reduce_losses
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
@@ -22,6 +22,7 @@ from jaxsoft.logits.arguments import (
 )
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.divergence import scaled_divergence
+from jaxsoft.logits.losses import softmax_cross_entropy
 from jaxsoft.logits.softmax import log_softmax, nonzero
 
 __all__ = ["distillation_loss", "distillation_loss_top_k"]
@@ -38,7 +39,10 @@ def distillation_loss(
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.0,
+    labels: ArrayLike | None = None,
+    label_weight: float = 0.5,
     weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     reduction: Reduction = "none",
 ) -> jax.Array:
     """Divergence between a teacher's and a student's tempered softmax, times τ².
@@ -70,8 +74,12 @@ def distillation_loss(
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
       beta: β in [0, 1] of Jensen-Shannon.
       alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
+      labels: [...] integers in [0, V), or None. With labels the loss is
+        `(1 - w) · divergence + w · cross-entropy`, the latter at temperature 1.
+      label_weight: w in [0, 1].
       weights: [...] booleans or reals, one weight a row, or None; a row of weight 0
         contributes exactly nothing, whatever it holds.
+      ignore_label: the label whose rows have weight 0, such as -100, or None.
       reduction: "none", "sum", or "mean" (Σ weight · loss / Σ weight, 0 if the weights
         sum to 0). The streamed twin's default is "mean".
 
@@ -111,13 +119,17 @@ def distillation_loss(
     student, teacher = student.astype(dtype), teacher.astype(dtype)
     tau = check_temperature(temperature, student, axis)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    weight = row_weights(weights, student, axis)
+    label_weight = checks.scalar_in("label_weight", label_weight, 0, 1)
+    weight = row_weights(weights, student, axis, labels, ignore_label)
     keep = None if weight is None else weight != 0
     student, teacher = (keep_rows(keep, x, axis) for x in (student, teacher))
     if isinstance(tau, jax.Array) and tau.size > 1:
         tau = keep_rows(keep, tau, axis, 1)
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     loss = _distillation(kind, axis, static_tau, student, teacher, tau, where)
+    if labels is not None:
+        entropy = _cross_entropy(student, labels, axis, where, weight)
+        loss = scaled(1 - label_weight, loss) + scaled(label_weight, entropy)
     return reduce_losses(loss, weight, reduction)
 
 
@@ -125,6 +137,15 @@ def distillation_loss(
 def _distillation(kind, axis, static_tau, student, teacher, tau, where):
     arrays = student, teacher, tau, where
     return scaled_divergence(kind, axis, static_tau, *arrays)
+
+
+def _cross_entropy(logits, labels, axis, where, weight) -> jax.Array:
+    """Returns the cross-entropy of labels at temperature 1, of rows that count."""
+    labels = checks.integer("labels", labels)
+    rows = logits.shape[:axis] + logits.shape[axis + 1 :]
+    checks.shape("labels", labels, rows, "student_logits.shape without the class axis")
+    labels = keep_tokens(weight, labels)
+    return softmax_cross_entropy(logits, labels, axis=axis, where=where)
 
 
 @mesh_axes.accepts_explicit("student_logits", axis="axis")
@@ -140,7 +161,10 @@ def distillation_loss_top_k(
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.0,
+    labels: ArrayLike | None = None,
+    label_weight: float = 0.5,
     weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
     reduction: Reduction = "none",
 ) -> jax.Array:
     """Distillation from a teacher known at K classes, times τ².
@@ -171,8 +195,12 @@ def distillation_loss_top_k(
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
       beta: β in [0, 1] of Jensen-Shannon; see `distillation_loss`.
       alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
+      labels: [...] integers in [0, V), or None. With labels the loss is
+        `(1 - w) · divergence + w · cross-entropy`, the latter at temperature 1.
+      label_weight: w in [0, 1].
       weights: [...] booleans or reals, one weight a row, or None; a row of weight 0
         contributes exactly nothing, whatever it holds.
+      ignore_label: the label whose rows have weight 0, such as -100, or None.
       reduction: "none", "sum", or "mean" (Σ weight · loss / Σ weight, 0 if the weights
         sum to 0). The streamed twin's default is "mean".
 
@@ -222,7 +250,8 @@ def distillation_loss_top_k(
     logits = logits.astype(numerics.compute_dtype(logits))
     tau = check_temperature(temperature, logits, axis)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
-    weight = row_weights(weights, logits, axis)
+    label_weight = checks.scalar_in("label_weight", label_weight, 0, 1)
+    weight = row_weights(weights, logits, axis, labels, ignore_label)
     keep = None if weight is None else weight != 0
     logits = keep_rows(keep, logits, axis)
     log_p = keep_rows(keep, jnp.where(ids == -1, -jnp.inf, log_p), axis, -jnp.inf)
@@ -231,6 +260,9 @@ def distillation_loss_top_k(
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     options = kind, remaining, axis, static_tau
     loss = _of_listed(options, logits, ids, log_p, tau, where)
+    if labels is not None:
+        entropy = _cross_entropy(logits, labels, axis, where, weight)
+        loss = scaled(1 - label_weight, loss) + scaled(label_weight, entropy)
     return reduce_losses(loss, weight, reduction)
 
 

@@ -10,11 +10,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxsoft._core.divergence import Divergence
+from jaxsoft._core.listed import Remaining
 from jaxsoft._core.temperature_fit import DEFAULT_BOUNDS, TemperatureFit
 from jaxsoft._core.tokens import Reduction
 from jaxsoft.linear.arguments import MeshAxes
 from jaxsoft.linear.calibration import linear_fit_temperature
-from jaxsoft.linear.distillation import linear_distillation
+from jaxsoft.linear.distillation import linear_distillation, linear_distillation_top_k
 from jaxsoft.linear.folds.statistics import LogitStatistics
 from jaxsoft.linear.log_probs import linear_log_prob, linear_log_prob_at
 from jaxsoft.linear.losses import linear_cross_entropy
@@ -232,8 +233,11 @@ class LinearMethods(nnx.Module):
         divergence: Divergence = "forward_kl",
         beta: float = 0.5,
         alpha: float = 0.0,
+        labels: ArrayLike | None = None,
+        label_weight: float = 0.5,
         class_mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
+        ignore_label: int | None = None,
         reduction: Reduction = "mean",
         teacher_gradient: bool = False,
     ) -> jax.Array:
@@ -248,8 +252,12 @@ class LinearMethods(nnx.Module):
           divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
           beta: in [0, 1], of Jensen-Shannon: the weight of the teacher.
           alpha: in [0, 1), the skew of either Kullback-Leibler divergence.
+          labels: [...] integers in [0, V), or None; with labels their cross-entropy at
+            temperature 1 is added.
+          label_weight: in [0, 1], the share of the cross-entropy.
           class_mask: [V] booleans; False drops a class from both.
           weights: [...] booleans or reals, one weight a token.
+          ignore_label: a label whose tokens have weight 0.
           reduction: "mean", "sum" or "none".
           teacher_gradient: whether a gradient flows to the teacher as well.
 
@@ -284,10 +292,72 @@ class LinearMethods(nnx.Module):
             divergence=divergence,
             beta=beta,
             alpha=alpha,
+            labels=labels,
+            label_weight=label_weight,
             class_mask=class_mask,
             weights=weights,
+            ignore_label=ignore_label,
             reduction=reduction,
             teacher_gradient=teacher_gradient,
+        )
+
+    def distillation_top_k(
+        self,
+        hidden: ArrayLike,
+        teacher_ids: ArrayLike,
+        teacher_log_probs: ArrayLike,
+        *,
+        temperature: ArrayLike | None = None,
+        remaining: Remaining = "other",
+        divergence: Divergence = "forward_kl",
+        beta: float = 0.5,
+        alpha: float = 0.0,
+        labels: ArrayLike | None = None,
+        label_weight: float = 0.5,
+        class_mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        ignore_label: int | None = None,
+        reduction: Reduction = "mean",
+    ) -> jax.Array:
+        """Divergence from a teacher known at K classes to this head, times τ².
+
+        Args:
+          hidden: [..., H] floating.
+          teacher_ids: [..., K] integers in [0, V); -1 pads.
+          teacher_log_probs: [..., K] floating, at the temperature τ.
+          temperature: τ, a scalar or [...]; None takes this module's.
+          remaining: "other", "drop", "renormalize" or "ignore".
+          divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
+          beta: in [0, 1], of Jensen-Shannon: the weight of the teacher.
+          alpha: in [0, 1), the skew of either Kullback-Leibler divergence.
+          labels: [...] integers in [0, V), or None; with labels their cross-entropy at
+            temperature 1 is added.
+          label_weight: in [0, 1], the share of the cross-entropy.
+          class_mask: [V] booleans; False drops a class.
+          weights: [...] booleans or reals, one weight a token.
+          ignore_label: a label whose tokens have weight 0.
+          reduction: "mean", "sum" or "none".
+
+        Returns:
+          A scalar, or [...] with reduction "none", as
+          `jaxsoft.linear_distillation_top_k`.
+        """
+        return self.call(
+            linear_distillation_top_k,
+            hidden,
+            teacher_ids,
+            teacher_log_probs,
+            temperature=temperature,
+            remaining=remaining,
+            divergence=divergence,
+            beta=beta,
+            alpha=alpha,
+            labels=labels,
+            label_weight=label_weight,
+            class_mask=class_mask,
+            weights=weights,
+            ignore_label=ignore_label,
+            reduction=reduction,
         )
 
     def fit_temperature(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsoft import (
     distillation_loss,
+    linear_cross_entropy,
     linear_distillation,
     linear_distillation_top_k,
     linear_top_k,
@@ -124,6 +125,66 @@ def test_both_streams_read_the_logits_of_a_few_rows(kind, monkeypatch):
         for size in (few, none)
     ]
     assert counts == [2, 4]
+
+
+@pytest.mark.parametrize("workspace", [TILE, None])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cross_entropy_of_labels_in_the_same_stream(reduction, workspace):
+    """It is at temperature 1, and takes no product of its own."""
+    (h, w), (g, k) = layers()
+    w, k = w[:, :296], k[:, :296]
+    labels = np.arange(ROWS) * 27
+    labels[5] = -100
+    tau = np.linspace(0.5, 2, ROWS, dtype="float32")
+    cotangent = np.cos(np.arange(ROWS, dtype="float32"))
+    cotangent = cotangent if reduction == "none" else 1.0
+    shared = {"ignore_label": -100, "reduction": reduction}
+    mixed = {"labels": labels, "label_weight": 0.3, **shared}
+    size = {"workspace_bytes": workspace}
+
+    def ours(h, w, g, k, tau):
+        loss = linear_distillation(
+            *(h, w, g, k), temperature=tau, teacher_gradient=True, **mixed, **size
+        )
+        return (loss * cotangent).sum()
+
+    def stored(h, w, g, k, tau):
+        return (distillation_loss(h @ w, g @ k, tau, **mixed) * cotangent).sum()
+
+    def parts(h, w, g, k, tau):
+        soft = linear_distillation(
+            *(h, w, g, k),
+            temperature=tau,
+            weights=labels != -100,
+            teacher_gradient=True,
+            reduction=reduction,
+            **size,
+        )
+        hard = linear_cross_entropy(h, w, labels, **shared, **size)
+        return ((0.7 * soft + 0.3 * hard) * cotangent).sum()
+
+    def step(function):
+        return jax.jit(jax.value_and_grad(function, range(5)))
+
+    args = (h, w, g, k, tau)
+    exact = step(parts)(*args)
+    mesh = Mesh(np.array(jax.devices()).reshape(8), ("vocab",))
+    placed = [
+        jax.device_put(
+            a, NamedSharding(mesh, P(None, "vocab") if a is w or a is k else P())
+        )
+        for a in args
+    ]
+    for found in (step(ours)(*args), step(stored)(*args), step(ours)(*placed)):
+        for a, e in zip(*map(jax.tree.leaves, (found, exact)), strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * np.abs(e).max())
+    one, two = (
+        str(jax.make_jaxpr(step(f))(*args)).count("dot_general[") for f in (ours, parts)
+    )
+    # Those of a cross-entropy alone: logits, once more if not kept, and two gradients.
+    assert one == two - (3 if workspace is None else 4)
+    options = {"labels": np.full(ROWS, 296), "reduction": "none", **size}
+    assert np.isnan(linear_distillation(h, w, g, k, **options)).all()
 
 
 def test_the_teacher_has_a_gradient_only_on_request():

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxsoft import (
     distillation_loss,
     distillation_loss_top_k,
+    linear_cross_entropy,
     linear_distillation_top_k,
     linear_log_prob_at,
     linear_top_k,
@@ -157,6 +158,83 @@ def test_gradients(choice, x64):
                 a = np.asarray(a, "float64")
                 e = np.where(some, e, 0) if index == 2 else np.asarray(e)
                 assert np.abs(a - e).max() < bound * np.abs(e).max()
+
+
+@pytest.mark.parametrize("remaining", REMAINING)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.many_cases
+def test_cross_entropy_of_labels_in_the_same_stream(remaining, reduction):
+    """It is at temperature 1; a label may be listed, or not, or of no weight."""
+    h, w, ids, log_p = example("unit", 304, rows=6)
+    labels = np.asarray([3, ids[1, 0], ids[2, 1], 303, -100, 7])
+    tau = np.linspace(0.5, 2, 6, dtype="float32")
+    weights = np.linspace(1, 2, 6, dtype="float32")
+    cotangent = np.cos(np.arange(6, dtype="float32")) if reduction == "none" else 1.0
+    options = {"remaining": remaining, "divergence": "jensen_shannon", "beta": 0.3}
+    shared = {"weights": weights, "ignore_label": -100, "reduction": reduction}
+    mixed = {"labels": labels, "label_weight": 0.3, **options, **shared}
+
+    def streamed(h, w, log_p, tau, **more):
+        args = (h, w, ids, log_p)
+        return linear_distillation_top_k(*args, temperature=tau, **mixed, **more)
+
+    def stored(h, w, log_p, tau):
+        return distillation_loss_top_k(h @ w, ids, log_p, tau, **mixed)
+
+    def parts(h, w, log_p, tau):
+        weight = np.where(labels == -100, 0, weights)
+        soft = linear_distillation_top_k(
+            *(h, w, ids, log_p),
+            temperature=tau,
+            weights=weight,
+            reduction=reduction,
+            **options,
+        )
+        return 0.7 * soft + 0.3 * linear_cross_entropy(h, w, labels, **shared)
+
+    reference = functools.partial(streamed, implementation="reference")
+    functions = (parts, streamed, stored, reference)
+
+    def slopes(function):
+        def total(*args):
+            losses = function(*args)
+            return (losses * cotangent).sum(), losses
+
+        return jax.jit(jax.grad(total, range(4), has_aux=True))
+
+    exact, *found = (slopes(function)(h, w, log_p, tau) for function in functions)
+    mesh = Mesh(np.array(jax.devices()).reshape(8), ("vocab",))
+    shards = jax.device_put(w, NamedSharding(mesh, P(None, "vocab")))
+    found.append(slopes(streamed)(h, shards, log_p, tau))
+    for result in found:
+        for a, e in zip(*map(jax.tree.leaves, (result, exact)), strict=True):
+            size = np.abs(np.asarray(e)[np.isfinite(e)]).max()
+            np.testing.assert_allclose(a, e, rtol=1e-4, atol=3e-6 * size)
+    one, two = (
+        str(jax.make_jaxpr(slopes(function))(h, w, log_p, tau)).count("dot_general[")
+        for function in (streamed, parts)
+    )
+    assert one == two // 2
+
+
+@pytest.mark.parametrize("remaining", ["other", "drop"])
+def test_a_label_that_is_no_class_is_nan(remaining):
+    h, w, ids, log_p = example("unit", 301)
+    loss = functools.partial(
+        linear_distillation_top_k,
+        *(h, w, ids, log_p),
+        remaining=remaining,
+        labels=np.asarray([0, 301, -1, 2, 3]),
+        reduction="none",
+    )
+    np.testing.assert_array_equal(np.isnan(loss()), [0, 1, 1, 0, 0])
+    np.testing.assert_allclose(
+        loss(label_weight=0.0)[3:],
+        linear_distillation_top_k(
+            h, w, ids, log_p, remaining=remaining, reduction="none"
+        )[3:],
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("remaining", ["other", "drop"])

@@ -197,8 +197,8 @@ def _every_function(key, hidden, kernel, labels, values, teacher, **size: Any):
             h, w, h[:, ::-1], w[::-1], teacher_gradient=True, temperature=2.0, **size
         )
 
-    def listed_only(h, w):
-        return jaxsoft.linear_distillation_top_k(h, w, ids, listed, **size)
+    def listed_only(h, w, **more):
+        return jaxsoft.linear_distillation_top_k(h, w, ids, listed, **size, **more)
 
     yield log_prob
     yield log_prob_at
@@ -210,8 +210,11 @@ def _every_function(key, hidden, kernel, labels, values, teacher, **size: Any):
     yield distillation
     yield functools.partial(distillation, divergence="reverse_kl", reduction="sum")
     yield functools.partial(distillation, divergence="jensen_shannon", temperature=2.0)
+    yield functools.partial(distillation, labels=labels, temperature=2.0)
     yield of_both
     yield listed_only
+    yield functools.partial(listed_only, labels=labels, remaining="drop")
+    yield functools.partial(listed_only, labels=labels, temperature=2.0)
 
 
 @functools.cache

@@ -155,6 +155,25 @@ def distillation(a, divergence, wrap=plain, **mesh):
     )
 
 
+def labelled(a, wrap=plain, **mesh):
+    """Divergences with the cross-entropy of labels: of all classes, and of some."""
+    f, g = map(wrap, (jaxsoft.linear_distillation, jaxsoft.linear_distillation_top_k))
+    labels = a["labels"]
+    layer = a["hidden"], a["kernel"]
+    whole = f(
+        *(*layer, a["teacher_hidden"], a["teacher_kernel"]),
+        labels=labels,
+        temperature=a["temperature"],
+        weights=a["weights"],
+        **mesh,
+    )
+    ids = jnp.stack([(labels + 2) % 500, (labels + 1) % 500], -1)
+    log_probs = jnp.log(jnp.full(ids.shape, 0.4))
+    options = shared(a, "weights", "labels")
+    del options["class_mask"]
+    return whole + g(*layer, ids, log_probs, divergence="reverse_kl", **options, **mesh)
+
+
 def distillation_top_k(a, wrap=plain, **mesh):
     f = wrap(jaxsoft.linear_distillation_top_k)
     ids = jnp.stack([a["labels"], (a["labels"] + 1) % 500], -1)
@@ -178,10 +197,11 @@ CALLS = {
         top_k,
         expected,
         straight_through,
+        labelled,
         distillation_top_k,
     )
 } | {d: functools.partial(distillation, divergence=d) for d in DIVERGENCES}
-SCALARS = ("ce", "distillation_top_k", *DIVERGENCES)
+SCALARS = ("ce", "labelled", "distillation_top_k", *DIVERGENCES)
 
 
 def mesh_of(layout):

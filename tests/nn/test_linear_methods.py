@@ -30,7 +30,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         (HIDDEN, TEACHER[0], TEACHER[1]),
         {"divergence": "reverse_kl", "alpha": 0.1},
     ),
-    "linear_distillation_top_k": ((HIDDEN, IDS, LOG_PROBS), {"remaining": "ignore"}),
+    "linear_distillation_top_k": (
+        (HIDDEN, IDS, LOG_PROBS),
+        {"remaining": "ignore", "labels": LABELS, "label_weight": 0.2},
+    ),
     "linear_expected": ((HIDDEN, VALUES), {"key": KEY}),
     "linear_fit_temperature": ((HIDDEN, LABELS), {"bounds": (0.1, 5.0)}),
     "linear_log_prob": ((HIDDEN, LABELS), {"class_mask": MASK}),
@@ -198,6 +201,8 @@ def test_methods_are_calls_with_names(kind):
                     TEACHER[0],
                     divergence="jensen_shannon",
                     beta=0.3,
+                    labels=7 * (LABELS // 14) + 1,
+                    label_weight=0.3,
                     **masked,
                 ),
                 jaxsoft.distillation_loss(
@@ -207,10 +212,22 @@ def test_methods_are_calls_with_names(kind):
                     where=MASK[None],
                     divergence="jensen_shannon",
                     beta=0.3,
+                    labels=7 * (LABELS // 14) + 1,
+                    label_weight=0.3,
                 ).mean(),
             ),
         ]
 
+    options = {"remaining": "drop", "divergence": "reverse_kl", "labels": LABELS}
+    _equal(
+        head.distillation_top_k(HIDDEN, IDS, LOG_PROBS, label_weight=0.1, **options),
+        head.call(
+            jaxsoft.linear_distillation_top_k,
+            *(HIDDEN, IDS, LOG_PROBS),
+            label_weight=0.1,
+            **options,
+        ),
+    )
     *same, distilled = results(head, teacher)
     for found, expected in same:
         _equal(found, expected)

@@ -32,7 +32,8 @@ from jaxsoft._core.numerics import (
 )
 from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of
 from jaxsoft.linear.fold import Fold
-from jaxsoft.linear.folds.statistics import Statistics
+from jaxsoft.linear.folds.statistics import Fields, Rows, Saved, Statistics
+from jaxsoft.linear.folds.two_temperatures import TwoTemperatures
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
 from jaxsoft.linear.kept import Keep, Kept, KeptTile, Place
 from jaxsoft.linear.plans import Layer, Plan, Tiling
@@ -88,12 +89,19 @@ class _Saved(NamedTuple):
 
     sums: _Sums
     rows: _Rows
+    hard: Saved | None = None
 
 
 class Losses(NamedTuple):
-    """τ² times the divergence of every row, [N]."""
+    """What is lost of every row.
+
+    Attributes:
+      loss: [N] τ² times the divergence.
+      hard: the student's statistics at temperature 1, of labels; None without them.
+    """
 
     loss: Annotated[jax.Array, Axes("n")]
+    hard: Fields | None = None
 
 
 class _Second(NamedTuple):
@@ -114,6 +122,7 @@ class _Other(NamedTuple):
     rows: _Rows
     sums: _Sums
     cotangent: Annotated[jax.Array, Axes("n")]
+    hard: Rows | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,12 +211,16 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         self, arrays: Layers, keep: Keep | None, room: tuple[Kept, ...]
     ) -> tuple[_Saved, tuple[Kept, ...]]:
         """Runs the first stream, of each layer, and the second, of both."""
-        rows, kept = [], ()
+        rows, kept, hard = [], (), None
         rooms = [(each,) for each in room] or [(), ()]
         for config, layer, own in zip(
             (self.config, self.teacher), arrays, rooms, strict=True
         ):
-            saved, of_layer = Statistics(config).forward(layer, keep, own)
+            if layer.labels is None:
+                saved, of_layer = Statistics(config).forward(layer, keep, own)
+            else:
+                both = TwoTemperatures(config)
+                (saved, hard), of_layer = both.forward(layer, keep, own)
             rows += [saved.fields.max, saved.total]
             kept += of_layer
         second = mesh_axes.like(_Second(arrays, _Rows(*rows)), arrays.student)
@@ -219,7 +232,7 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
 
         start = functools.partial(self.start, arrays=second)
         carry, _ = fold_tiles(second, tiles, start, step, kept=kept)
-        return self.finish(carry, second), kept
+        return self.finish(carry, second)._replace(hard=hard), kept
 
     def _logits(
         self,
@@ -275,7 +288,7 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         return is_zero(tau, rows.student_total.dtype) | lacks[:, None]
 
     def result(self, saved: _Saved) -> Losses:
-        return Losses(saved.sums.loss)
+        return Losses(saved.sums.loss, saved.hard and saved.hard.fields)
 
     def gradients(
         self,
@@ -289,12 +302,11 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         of_student, of_teacher = map(Wanted.of, moving)
         # The gradient of both layers' temperature is that of the student's.
         of_teacher = of_teacher._replace(tau=False)
-        cotangent = cotangents.loss
 
         def of(is_teacher: bool, wanted: Wanted) -> Operands:
             sums = None if into is None else into.of(into.sums[is_teacher])
             return self._gradients(
-                arrays, saved, cotangent, wanted, is_teacher, kept, sums
+                arrays, saved, cotangents, wanted, is_teacher, kept, sums
             )
 
         return Layers(of(False, of_student), of(True, of_teacher))
@@ -303,7 +315,7 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         self,
         arrays: Layers,
         saved: _Saved,
-        cotangent: jax.Array,
+        cotangents: Losses,
         wanted: Wanted,
         is_teacher: bool,
         kept: tuple[Kept, ...],
@@ -321,7 +333,16 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         dtype = sums.loss.dtype
         tau = arrays.student.temperature(self.config)
         none = self._have_none(arrays, saved.rows)[:, 0]
+        cotangent = cotangents.loss
+        if cotangent is None:
+            cotangent = jnp.zeros_like(sums.loss)
         cotangent = jnp.where(none, 0, cotangent)
+        of_labels, hard = TwoTemperatures(self.config).hard, None
+        if not is_teacher and saved.hard is not None and cotangents.hard is not None:
+            layers[0] = layers[0].local(self.config)
+            hard = of_labels.rows(
+                layers[0]._replace(tau=None), saved.hard, cotangents.hard
+            )
 
         def share(
             part: Operands,
@@ -348,9 +369,13 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
                 first, second = map(_product, slopes, logits, peaks)
                 moments = first + second
             slope = slopes[1 if is_teacher else 0]
-            return Share(slope * other.cotangent[:, None], moments)
+            slope = slope * other.cotangent[:, None]
+            if other.hard is not None:
+                rows = other.hard.columns()
+                slope = slope + of_labels.slope(1.0, rows, tile, False)[0]
+            return Share(slope, moments)
 
-        other = _Other(layers[1], saved.rows, sums, cotangent)
+        other = _Other(layers[1], saved.rows, sums, cotangent, hard)
         gradients, moments = accumulate(
             configs[0],
             layers[0],
