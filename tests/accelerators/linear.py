@@ -43,6 +43,7 @@ def calls(wrap):
     log_prob = wrap(jaxsoft.linear_log_prob)
     expected = wrap(jaxsoft.linear_expected)
     distil = wrap(jaxsoft.linear_distillation)
+    listed = wrap(jaxsoft.linear_distillation_top_k)
     layer, pair = ("hidden", "kernel"), ("teacher_hidden", "teacher_kernel")
 
     def ranked(hidden, kernel, labels):
@@ -84,10 +85,16 @@ def calls(wrap):
             layer + pair,
             (),
         ),
-        "distillation_top_k": (
-            wrap(jaxsoft.linear_distillation_top_k),
+        "labelled": (
+            lambda *a: distil(*a[:4], labels=a[4], temperature=2.0, alpha=0.1),
+            layer + pair,
+            ("labels",),
+        ),
+        "distillation_top_k": (listed, layer, ("ids", "log_probs")),
+        "labelled_top_k": (
+            lambda *a: listed(*a[:4], labels=a[4], temperature=2.0),
             layer,
-            ("ids", "log_probs"),
+            ("ids", "log_probs", "labels"),
         ),
     }
 
