@@ -115,10 +115,13 @@ def difference(p: jax.Array, q: jax.Array, d: jax.Array, scaled: jax.Array, tau)
 
 def log_mixture(d: jax.Array, own: float, other: float) -> jax.Array:
     """Returns log(own + other exp(d)), of two positive shares whose sum is 1."""
-    near = jnp.log1p(other * jnp.expm1(jnp.clip(d, -1, 1)))
-    odds = math.log(other / own)
-    far = jax.nn.softplus(d + odds if odds else d) + _log_share(own, other)
-    return jnp.where(jnp.abs(d) <= 1, near, far)
+    is_near = jnp.abs(d) <= 1
+    near = other * jnp.expm1(jnp.clip(d, -1, 1))
+    # Beyond, own (1 + exp(t)), the larger of its two terms taken out.
+    t = d + math.log(other / own)
+    outside = jnp.maximum(t, 0) + _log_share(own, other)
+    inside = jnp.log1p(jnp.where(is_near, near, jnp.exp(-jnp.abs(t))))
+    return inside + jnp.where(is_near, 0, outside)
 
 
 def _log_share(own: float, other: float) -> float:
@@ -127,12 +130,16 @@ def _log_share(own: float, other: float) -> float:
 
 
 def _scaled_log_mixture(
-    d: jax.Array, scaled: jax.Array, own: float, other: float, tau: jax.Array
+    log_ratio: jax.Array,
+    d: jax.Array,
+    scaled: jax.Array,
+    own: float,
+    other: float,
+    tau: jax.Array,
 ) -> jax.Array:
-    """Returns τ log(own + other exp(d)), with scaled = τ·d."""
+    """Returns τ log(own + other exp(d)) from that logarithm, with scaled = τ·d."""
     tiny, vast = jnp.abs(d) < 1e-12, jnp.abs(d) >= _FAR
-    safe = jnp.where(tiny | vast, 1, d)
-    slope = jnp.where(tiny, other, log_mixture(safe, own, other) / safe)
+    slope = jnp.where(tiny, other, log_ratio / jnp.where(tiny | vast, 1, d))
     limit = jnp.where(d > 0, scaled, tau * _log_share(own, other))
     return jnp.where(vast, limit, scaled * slope)
 
@@ -169,7 +176,9 @@ def mixture_terms(
         log_ratio = log_mixture(sign * d, own, other)
         if scaled is None:
             return log_ratio, tau * log_ratio
-        return log_ratio, _scaled_log_mixture(sign * d, sign * scaled, own, other, tau)
+        return log_ratio, _scaled_log_mixture(
+            log_ratio, sign * d, sign * scaled, own, other, tau
+        )
 
     if of_p:
         log_ratio, ratio = ratios(1, share_p, share_q)
