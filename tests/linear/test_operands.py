@@ -297,20 +297,23 @@ def test_padding_beyond_the_last_word():
     def both(function):
         return over_mesh(function, mesh, vocab_axis="x"), function
 
-    losses = [
+    found, expected = (
         f(hidden, kernel, labels, class_bits=bits, reduction="none")
         for f in both(linear_cross_entropy)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-5, atol=1e-6)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     key = jax.random.key(2)
+    options: dict[str, Any]
     for options in ({}, {"top_k": 200}):
         drawn, expected = (
             f(key, hidden, kernel, class_bits=bits, **options)
             for f in both(linear_sample)
         )
         np.testing.assert_array_equal(drawn, expected)
-    best = [f(hidden, kernel, 3, class_bits=bits)[1] for f in both(linear_top_k)]
-    np.testing.assert_array_equal(*best)
+    best, expected = (
+        f(hidden, kernel, 3, class_bits=bits)[1] for f in both(linear_top_k)
+    )
+    np.testing.assert_array_equal(best, expected)
 
 
 def test_sharded_arrays_under_plain_jit():
