@@ -71,9 +71,8 @@ def reach(
     below = jnp.where(kept, _half_below(x, top), 0)
     widest = shard.largest(jnp.max(below, axis=1, keepdims=True))
     # By a power of two, which rounds nothing: squares neither overflow nor vanish.
-    _, exponent = jnp.frexp(widest)
-    most = jnp.finfo(x.dtype).maxexp - 4
-    scale = jnp.ldexp(jnp.ones_like(widest), -jnp.clip(exponent, -most, most))
+    most = 2.0 ** (jnp.finfo(x.dtype).maxexp - 4)
+    scale = 1 / jnp.clip(_power_of_two(widest), 1 / most, most)
     below *= scale
 
     def total(values: jax.Array) -> jax.Array:
@@ -85,6 +84,18 @@ def reach(
     deviation = jnp.sqrt(total(squares) / number) / scale
     distance = jnp.where(top_n_sigma < jnp.inf, top_n_sigma * deviation, jnp.inf)
     return jnp.where(top_n_sigma >= 0, distance, -1)
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """Returns the largest power of two up to numbers that are normal, 0 for others.
+
+    JAX 0.12 cannot lower `jnp.frexp` inside a primitive of ours.
+    """
+    digits = jnp.finfo(x.dtype).nmant
+    kind = jnp.dtype(jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32)
+    bits = lax.bitcast_convert_type(x, kind)
+    cleared = bits & kind.type(jnp.iinfo(kind).max - (2**digits - 1))
+    return lax.bitcast_convert_type(cleared, x.dtype)
 
 
 def within(x: jax.Array, top: jax.Array, half: jax.Array) -> jax.Array:
