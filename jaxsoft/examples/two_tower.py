@@ -141,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be at least 1")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
     data = choices(20_000, options.seed)
     seen, unseen = (Choices(*(a[part] for a in data)) for part in _PARTS)
     names = "  ".join(f"recall at {k}" for k in BEST)

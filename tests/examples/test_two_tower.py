@@ -21,7 +21,14 @@ def test_the_correction_finds_more(capsys):
     assert corrected[0] > 20 and corrected[1] > corrected[0]
 
 
-def test_a_bad_option_is_told(capsys):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--seed", "-1"], "--seed must not be negative"),
+    ],
+)
+def test_bad_options_are_told(options, message, capsys):
     with pytest.raises(SystemExit):
-        two_tower.main(["--steps", "0"])
-    assert "--steps must be at least 1" in capsys.readouterr().err
+        two_tower.main(options)
+    assert message in capsys.readouterr().err
