@@ -19,9 +19,22 @@ from flax import nnx
 
 from jaxsoft.nn import SoftmaxHead
 
-__all__ = ["WINDOW", "WordModel", "continued", "draw_windows", "pretrain", "read_words"]
+__all__ = [
+    "WINDOW",
+    "WordModel",
+    "continued",
+    "draw_windows",
+    "pretrain",
+    "read_words",
+    "split_words",
+]
 
 WINDOW = 8
+
+
+def split_words(text: str) -> list[str]:
+    """Returns a text's words, signs, spaces and line ends with what indents a line."""
+    return re.findall(r"\w+|\n *| +|[^\w\s]", text)
 
 
 def read_words(num_classes: int) -> tuple[list[str], np.ndarray]:
@@ -34,9 +47,10 @@ def read_words(num_classes: int) -> tuple[list[str], np.ndarray]:
       Words, the most frequent first, and [N] int32.
     """
     text = "".join(
-        Path(str(module.__file__)).read_text() for module in (argparse, inspect, typing)
+        Path(str(module.__file__)).read_text(encoding="utf-8")
+        for module in (argparse, inspect, typing)
     )
-    found = re.findall(r"\w+|\n *| +|[^\w\s]", text)
+    found = split_words(text)
     common = collections.Counter(found).most_common(num_classes - 1)
     words = [word for word, _ in common] + ["…"]
     ids = {word: index for index, word in enumerate(words)}
