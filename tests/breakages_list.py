@@ -1477,6 +1477,38 @@ _AROUND = (
         after="scaled = logits",
         tests=("tests/examples/test_calibration.py",),
     ),
+    Breakage(
+        "replay-without-the-last-kept-class",
+        kind="wrong set of classes",
+        file="jaxsoft/examples/grpo.py",
+        before="jnp.cumsum(probs, axis=-1) - probs < TOP_P",
+        after="jnp.cumsum(probs, axis=-1) < TOP_P",
+        tests=("tests/examples/test_grpo.py",),
+    ),
+    Breakage(
+        "log-q-added",
+        kind="wrong sign",
+        file="jaxsoft/examples/two_tower.py",
+        before="log_q[ids] if corrected else None",
+        after="-log_q[ids] if corrected else None",
+        tests=("tests/examples/test_two_tower.py",),
+    ),
+    Breakage(
+        "next-tokens-start-with-the-last-seen",
+        kind="off by one",
+        file="jaxsoft/examples/next_tokens.py",
+        before="words[:, k + WINDOW :]",
+        after="words[:, k + WINDOW - 1 :]",
+        tests=("tests/examples/test_next_tokens.py",),
+    ),
+    Breakage(
+        "generation-sees-its-prompt-alone",
+        kind="dropped term",
+        file="jaxsoft/examples/generate.py",
+        before="return jnp.concatenate([windows[:, 1:], words], axis=1), Con",
+        after="return windows, Con",
+        tests=("tests/examples/test_generate.py",),
+    ),
 )
 
 BREAKAGES: tuple[Breakage, ...] = (

@@ -39,7 +39,7 @@ _DURATIONS = Path(__file__).with_name("durations.json")
 _PROCESSES = (
     "benchmarks",
     "distributed",
-    "examples",
+    "test_categorical_vae.py",
     "test_comparison.py",
     "test_mesh.py",
     "test_readme.py",
