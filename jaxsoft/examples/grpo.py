@@ -1,12 +1,12 @@
 """GRPO with sampling replay: `python -m jaxsoft.examples.grpo`.
 
-A small policy learns to write strings of tokens backwards, from nothing but a reward:
-the share of tokens that are right. Its sampler keeps the K likeliest tokens, and of
-these the likeliest that have most of the probability. So the tokens were not drawn by
-the policy's softmax over all classes, but by that over the kept ones. With replay the
-policy's log-probabilities are taken over the recorded sets as well, and the importance
-ratio of the first step is 1; without, it is not, and the clipped loss drops what it
-should learn from.
+A small policy learns to write strings of tokens backwards: from a few examples, and
+then from nothing but a reward, the share of tokens that are right. Its sampler keeps
+the K likeliest tokens, and of these the likeliest that have most of the probability. So
+the tokens were not drawn by the policy's softmax over all classes, but by that over the
+kept ones. With replay the policy's log-probabilities are taken over the recorded sets
+as well, and the importance ratio of the first step is 1; without, it is not, and the
+clipped loss drops what it should learn from.
 """
 
 import argparse
@@ -27,6 +27,7 @@ __all__ = ["Policy", "Rollout", "Run", "grpo_loss", "main", "roll_out", "train"]
 
 CLASSES, LENGTH = 32, 6
 TOP_K, TOP_P = 8, 0.9
+WARM_UP = 30  # steps of supervised training
 
 
 class Policy(nnx.Module):
@@ -137,7 +138,7 @@ class Run(NamedTuple):
 
 
 def train(replay: bool, *, steps: int, seed: int) -> Run:
-    """Trains a policy.
+    """Trains a policy, by a few examples first.
 
     Args:
       replay: see `grpo_loss`.
@@ -146,6 +147,14 @@ def train(replay: bool, *, steps: int, seed: int) -> Run:
     """
     policy = Policy(32, rngs=nnx.Rngs(seed))
     optimizer = nnx.Optimizer(policy, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def warm_up(policy, optimizer, key):
+        prompts = jax.random.randint(key, (32, LENGTH), 0, CLASSES)
+        gradients = nnx.grad(
+            lambda policy: policy.head.loss(policy(prompts), prompts[:, ::-1])
+        )(policy)
+        optimizer.update(policy, gradients)
 
     @nnx.jit
     def step(policy, optimizer, key):
@@ -161,7 +170,10 @@ def train(replay: bool, *, steps: int, seed: int) -> Run:
             deviations.append(deviation)
         return rollout.rewards.mean(), deviations[0]
 
-    keys = jax.random.split(jax.random.key(seed), steps)
+    warm_key, key = jax.random.split(jax.random.key(seed))
+    for each in jax.random.split(warm_key, WARM_UP):
+        warm_up(policy, optimizer, each)
+    keys = jax.random.split(key, steps)
     done = [step(policy, optimizer, key) for key in keys]
     return Run(np.array([reward for reward, _ in done]), float(done[0][1]))
 
@@ -179,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m jaxsoft.examples.grpo",
         description="Trains a policy by GRPO, with sampling replay and without.",
     )
-    parser.add_argument("--steps", type=int, default=200, help="rollouts (default 200)")
+    parser.add_argument("--steps", type=int, default=100, help="rollouts (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="(default 0)")
     options = parser.parse_args(arguments)
     if options.steps < 5:
