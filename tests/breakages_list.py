@@ -295,6 +295,14 @@ _LOGITS = (
         tests=("tests/logits/test_log_probs_of_samples.py",),
     ),
     Breakage(
+        "known-filters-unchecked-while-traced",
+        kind="dropped guard",
+        file="jaxsoft/logits/sampling.py",
+        before="checks.known(value if is_number else array)",
+        after="checks.known(array)",
+        tests=("tests/logits/test_filters.py",),
+    ),
+    Breakage(
         "deviations-of-the-first-groups-alone",
         kind="wrong set of classes",
         file="jaxsoft/logits/sampling.py",

@@ -27,6 +27,7 @@ __all__ = [
     "finite_temperature",
     "floating",
     "integer",
+    "known",
     "one_of",
     "positive_integer",
     "python_integer",
@@ -246,12 +247,12 @@ def finite_temperature(value: ArrayLike) -> None:
     is_array = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     if not (isinstance(value, numbers.Real) or is_array):
         return  # what is no temperature at all is refused by `temperature`
-    values = _known(value)
+    values = known(value)
     if values is not None and np.isposinf(values.astype(np.float64)).any():
         raise ValueError("`temperature` must be finite, got inf.")
 
 
-def _known(value: ArrayLike) -> np.ndarray | None:
+def known(value: ArrayLike) -> np.ndarray | None:
     """Returns the values of a number or an array; None where they are not known."""
     if isinstance(value, Tracer) or not getattr(value, "is_fully_addressable", True):
         return None
@@ -259,7 +260,7 @@ def _known(value: ArrayLike) -> np.ndarray | None:
 
 
 def _not_negative(name: str, value: ArrayLike) -> None:
-    values = _known(value)
+    values = known(value)
     if values is None:
         return
     bad = ~(values >= 0)

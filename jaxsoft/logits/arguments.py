@@ -13,6 +13,7 @@ __all__ = [
     "check_where",
     "has_no_tangent",
     "keep_rows",
+    "number_of_rows",
     "pick_temperature",
     "row_weights",
 ]
@@ -34,19 +35,26 @@ def check_temperature(
     tau = checks.temperature(temperature, numerics.compute_dtype(logits), prefix)
     if not isinstance(tau, jax.Array):
         return tau
-    if tau.ndim == 0:
-        return tau.reshape((1,) * logits.ndim)
-    if tau.shape == logits.shape[:axis] + logits.shape[axis + 1 :]:
-        return jax.lax.expand_dims(tau, (axis,))
+    return number_of_rows(f"{prefix}temperature", tau, logits, axis)
+
+
+def number_of_rows(
+    name: str, array: jax.Array, logits: jax.Array, axis: int
+) -> jax.Array:
+    """Returns a number of all rows, or one of each, as an array of the logits' rank."""
+    if array.ndim == 0:
+        return array.reshape((1,) * logits.ndim)
+    if array.shape == logits.shape[:axis] + logits.shape[axis + 1 :]:
+        return jax.lax.expand_dims(array, (axis,))
     rows = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
     try:
-        checks.broadcasts_to(f"{prefix}temperature", tau, rows)
+        checks.broadcasts_to(name, array, rows)
     except ValueError as error:
         raise ValueError(
             f"{error} Its class axis must have size 1; an array without that axis is "
-            "one temperature a row."
+            "one number a row."
         ) from None
-    return tau.reshape((1,) * (logits.ndim - tau.ndim) + tau.shape)
+    return array.reshape((1,) * (logits.ndim - array.ndim) + array.shape)
 
 
 def pick_temperature(

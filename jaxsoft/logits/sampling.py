@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
 from jaxsoft._core.exporting import exportable_namedtuple
 from jaxsoft.logits import filters, groups, kept_sum, rejection
+from jaxsoft.logits.arguments import number_of_rows
 from jaxsoft.logits.class_shards import WHOLE, ClassShard
 from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 
@@ -181,10 +181,10 @@ def _filter(
     array = check_filter(name, value, numerics.compute_dtype(logits))
     if array is None:
         return None
-    row_shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
-    checks.broadcasts_to(name, array, row_shape)
+    array = number_of_rows(name, array, logits, axis)
     if array.size == 1:
         return array.reshape(1, 1)
+    row_shape = tuple(1 if i == axis else n for i, n in enumerate(logits.shape))
     return jnp.moveaxis(jnp.broadcast_to(array, row_shape), axis, -1).reshape(-1, 1)
 
 
@@ -220,8 +220,10 @@ def check_filter(
     else:
         check = checks.integer if whole else checks.floating
         array = check(name, value)
-    if not isinstance(array, Tracer) and array.is_fully_addressable:
-        known = np.asarray(array)
+    # While JAX traces a function, an array of a known number is a tracer too.
+    is_number = isinstance(value, numbers.Real | np.ndarray)
+    known = checks.known(value if is_number else array)
+    if known is not None:
         largest = _LARGEST.get(name, math.inf)
         bad = ~((known >= 0) & (known <= largest))
         if bad.any():
@@ -232,12 +234,8 @@ def check_filter(
 
 def most_of(top_k: ArrayLike | None) -> int | None:
     """Returns a power of two that no row's top_k is larger than, if one is known."""
-    if top_k is None or isinstance(top_k, Tracer):
-        return None
-    if isinstance(top_k, jax.Array) and not top_k.is_fully_addressable:
-        return None
-    known = np.asarray(top_k)
-    if known.size == 0 or known.min() < 1:
+    known = None if top_k is None else checks.known(top_k)
+    if known is None or known.size == 0 or known.min() < 1:
         return None
     return 2 ** (int(known.max()) - 1).bit_length()
 

@@ -562,6 +562,20 @@ def test_traced_filters_out_of_their_range():
         assert (drawn[[0, 3, 4]] >= 0).all() and drawn[6] == 3
 
 
+def test_filters_without_the_class_axis():
+    x = np.random.default_rng(3).standard_normal((4, 50, 3)).astype("float32")
+    given = {
+        "top_k": np.arange(12).reshape(4, 3) % 4,
+        "top_p": np.linspace(0, 1, 12, dtype="float32").reshape(4, 3),
+    }
+    whole = {name: a[:, None] for name, a in given.items()}
+    found, expected = (
+        jaxsoft.sample(KEY, x, axis=1, return_log_prob=True, **options)
+        for options in (given, whole)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 X = np.zeros((2, 3), "float32")
 WRONG = [
     ({"top_k": True}, TypeError, "`top_k` must be a number, got True"),
@@ -586,3 +600,6 @@ WRONG = [
 def test_messages(given, error, message):
     with pytest.raises(error, match=message):
         jaxsoft.sample(KEY, X, **given)
+    # What is known is so while a function is traced, too.
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda x: jaxsoft.sample(KEY, x, **given), X)
