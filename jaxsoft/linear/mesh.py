@@ -161,6 +161,8 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     for name in arrays.keys() & Filters._fields:
         arrays[name] = checks.row_numbers(name, arrays[name], hidden.shape[:-1])
     count = hidden.shape[0] if hidden.ndim > 1 else None
+    # A token alone is on all devices, which must not add it up.
+    tokens = () if count is None else tokens
     number = arrays[kernel].shape[axes[kernel] or 0]
     if (scale := arrays.get("kernel_scale")) is not None and scale.ndim == 2:
         # A block of classes may lie on several shards.
@@ -208,6 +210,9 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     out = mapped(arrays)
     if not rest:
         return out
+    if mesh.abstract_mesh.explicit_axes:
+        # What these axes do not divide is whole on each device.
+        out = jax.reshard(out, NamedSharding(mesh, PartitionSpec()))
     return jax.tree.map(lambda a, s: a[:count] if s.ndim else a, out, shapes)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -336,6 +336,30 @@ def test_a_mean_without_weights_is_over_the_tokens_of_all_shards():
     np.testing.assert_allclose(loss(hidden, kernel, labels), expected, rtol=1e-5)
 
 
+def test_a_token_alone_is_not_added_up_over_the_shards():
+    a = arguments()
+    layer = a["hidden"][0], a["kernel"]
+    over = functools.partial(
+        jaxsoft.over_mesh,
+        mesh=mesh_of("2 × 4"),
+        vocab_axis="vocab",
+        token_axes="data",
+    )
+    loss, plain_loss = (
+        functools.partial(
+            wrap(jaxsoft.linear_cross_entropy), labels=a["labels"][0], reduction="sum"
+        )
+        for wrap in (over, plain)
+    )
+    found, expected = (jax.value_and_grad(f, 1)(*layer) for f in (loss, plain_loss))
+    close(found, expected, scale=5)
+    key = jax.random.key(0)
+    drawn = over(jaxsoft.linear_sample)(key, *layer, top_p=0.9, return_log_prob=True)
+    one = jaxsoft.linear_sample(key, *layer, top_p=0.9, return_log_prob=True)
+    assert drawn.class_id == one.class_id
+    np.testing.assert_allclose(drawn[1:], one[1:], rtol=1e-5)
+
+
 @pytest.mark.parametrize("student, teacher", [("hv", "vh"), ("vh", "hv")])
 def test_over_mesh_takes_each_kernel_in_its_own_layout(student, teacher):
     a = arguments()
@@ -384,6 +408,30 @@ def test_over_a_mesh_of_explicit_axes():
     (_, truth), true_grad = on_one_device("ce")
     close(out, truth)
     close(grad, true_grad, scale=5)
+
+
+def test_explicit_axes_that_divide_neither_tokens_nor_classes():
+    mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
+    over = functools.partial(
+        jaxsoft.over_mesh, mesh=mesh, vocab_axis="vocab", token_axes="data"
+    )
+    a = arguments(5, 509)
+    layer = a["hidden"], a["kernel"], a["labels"]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(wrap, hidden, kernel, labels):
+        def total(hidden):
+            log_prob, _ = wrap(jaxsoft.linear_log_prob)(hidden, kernel, labels)
+            return jnp.sum(jnp.square(log_prob))
+
+        return jax.value_and_grad(total)(hidden)
+
+    with jax.set_mesh(mesh):
+        found = gradient(over, *layer)
+        drawn = over(jaxsoft.linear_sample)(jax.random.key(0), *layer[:2])
+    close(found, gradient(plain, *layer), scale=5)
+    one = jaxsoft.linear_sample(jax.random.key(0), *layer[:2])
+    np.testing.assert_array_equal(drawn, one)
 
 
 def test_without_the_varying_axes_check_it_is_an_error():
@@ -435,7 +483,7 @@ def test_over_mesh_knows_what_the_axes_of_every_array_are():
         if "vocab_axis" in parameters and "logits" not in parameters
     }
     assert len(streamed) >= 8
-    known = {*meshes._TOKENS, *meshes._CLASSES, *meshes._KERNELS, "temperature"}
+    known = {*meshes._TOKENS, *meshes._CLASSES, *meshes._KERNELS, *meshes._NUMBERS}
     for name, parameters in streamed.items():
         arrays = {p.name for p in parameters.values() if _takes_array(p)}
         assert "hidden" in "".join(arrays), name
