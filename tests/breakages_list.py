@@ -335,6 +335,14 @@ _LOGITS = (
         tests=("tests/linear/test_filtered_draws.py",),
     ),
     Breakage(
+        "shards-decide-with-the-same-bits",
+        kind="dropped offset",
+        file="jaxsoft/logits/speculative.py",
+        before="noise.row_words(key, count, mesh_axes.offset(rows_over, count))",
+        after="noise.row_words(key, count)",
+        tests=("tests/logits/test_speculative.py",),
+    ),
+    Breakage(
         "draft-replaced-from-the-target",
         kind="wrong formula",
         file="jaxsoft/logits/speculative.py",

@@ -7,7 +7,7 @@ else replaced by one drawn from max(p - q, 0): what comes out has probabilities 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,6 +62,7 @@ def speculative_sample(
     draft_temperature: ArrayLike | None = None,
     axis: int = -1,
     where: ArrayLike | None = None,
+    token_axes: str | Sequence[str] = (),
 ) -> SpeculativeSample:
     """Keeps drafted classes or draws others, so that all have target probabilities.
 
@@ -82,6 +83,9 @@ def speculative_sample(
         the only class that could be drafted, and `draft_logits` do not count.
       axis: the class axis, which the results lack.
       where: booleans that broadcast to the logits; False drops a class from p and q.
+      token_axes: inside `jax.shard_map`, the mesh axes of the rows, which number them:
+        without them every shard would decide with the same bits. Of several axes of
+        rows the first one is sharded.
 
     Returns:
       `SpeculativeSample(class_id, accepted)`: [...] int32 in [0, V), -1 for a row
@@ -120,6 +124,7 @@ def speculative_sample(
       Decoding, arXiv:2211.17192, section 2.3; Chen et al., Accelerating Large Language
       Model Decoding with Speculative Sampling, arXiv:2302.01318, algorithm 2.
     """
+    rows_over = mesh_axes.check_axes("token_axes", token_axes)
     target_logits = checks.floating("target_logits", target_logits)
     draft_logits = checks.floating("draft_logits", draft_logits)
     axis = checks.class_axis(axis, target_logits)
@@ -139,7 +144,7 @@ def speculative_sample(
         lax.stop_gradient(draft_logits), draft_temperature, axis, where, "draft_"
     )
     taus = (static_tau, static_draft)
-    class_id, accepted = _sample(taus, key, target, draft, ids.reshape(-1))
+    class_id, accepted = _sample(taus, rows_over, key, target, draft, ids.reshape(-1))
     return SpeculativeSample(back(class_id), back(accepted))
 
 
@@ -149,16 +154,22 @@ Taus = tuple[float | None, float | None]
 _TPU_TILE = 2**24
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _sample(
-    taus: Taus, key: jax.Array, target: Rows, draft: Rows, ids: jax.Array
+    taus: Taus,
+    rows_over: tuple[str, ...],
+    key: jax.Array,
+    target: Rows,
+    draft: Rows,
+    ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     count, classes = target.logits.shape
     if not count:
         return jnp.zeros(0, jnp.int32), jnp.zeros(0, bool)
     inside = (ids >= 0) & (ids < classes)
     ids = jnp.where(inside, ids, -1).astype(jnp.int32)
-    arrays = (noise.row_words(key, count), target, draft, ids)
+    words = noise.row_words(key, count, mesh_axes.offset(rows_over, count))
+    arrays = (words, target, draft, ids)
     whole, tiled = (
         functools.partial(_draw, taus, is_tile) for is_tile in (False, True)
     )

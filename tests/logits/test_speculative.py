@@ -3,6 +3,8 @@
 One shape serves most tests, since a sampler of another is another program.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,6 +242,17 @@ def test_rows_of_shards_and_of_tiles():
     alone = jax.shard_map(draw, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     found = jax.jit(alone)(target, draft, ids)
     np.testing.assert_array_equal(found.class_id[:9], expected.class_id[:9])
+    # Or those that the rows have among all, if the axes are named.
+    named = functools.partial(jaxsoft.speculative_sample, KEY, temperature=0.5)
+    alone = jax.shard_map(
+        functools.partial(named, token_axes="rows"),
+        mesh=mesh,
+        in_specs=(spec,) * 3,
+        out_specs=spec,
+    )
+    found = jax.jit(alone)(target, draft, ids)
+    np.testing.assert_array_equal(found.class_id, expected.class_id)
+    np.testing.assert_array_equal(found.accepted, expected.accepted)
 
 
 def test_dropped_classes():
@@ -341,6 +354,12 @@ WRONG = [
         "`draft_temperature` .* class axis must have size 1",
     ),
     ((ZEROS, ZEROS, IDS), {"where": ZEROS}, TypeError, "`where` must have dtype bool"),
+    (
+        (ZEROS, ZEROS, IDS),
+        {"token_axes": "rows"},
+        ValueError,
+        "`token_axes` must name axes of an enclosing",
+    ),
 ]
 
 
