@@ -826,6 +826,14 @@ _LINEAR = (
         tests=("tests/linear/test_sharding.py",),
     ),
     Breakage(
+        "scales-of-blocks-alone-reach-all-shards",
+        kind="broadcast without repeat",
+        file="jaxsoft/linear/mesh.py",
+        before="is not None and scale.ndim:",
+        after="is not None and scale.ndim == 2:",
+        tests=("tests/linear/test_operands.py",),
+    ),
+    Breakage(
         "devices-keep-their-part",
         kind="missing psum",
         file="jaxsoft/linear/program.py",

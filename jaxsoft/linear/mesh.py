@@ -164,8 +164,8 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     # A token alone is on all devices, which must not add it up.
     tokens = () if count is None else tokens
     number = arrays[kernel].shape[axes[kernel] or 0]
-    if (scale := arrays.get("kernel_scale")) is not None and scale.ndim == 2:
-        # A block of classes may lie on several shards.
+    if (scale := arrays.get("kernel_scale")) is not None and scale.ndim:
+        # A block of classes, or all of them, may lie on several shards.
         axis = axes["kernel_scale"] or 0
         repeats = number // max(scale.shape[axis], 1)
         arrays["kernel_scale"] = jnp.repeat(scale, repeats, axis)

@@ -286,6 +286,20 @@ def test_over_a_mesh(scale, shape, vocab, tokens):
     )
 
 
+@pytest.mark.parametrize("layout", ["hv", "vh"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_of_all_classes_over_a_mesh(shape, layout):
+    hidden, kernel, labels, *_ = cast(arguments(None, None), "float32")
+    kernel = kernel if layout == "hv" else kernel.T
+    given = {"kernel_scale": jnp.full(shape, 0.5), "kernel_layout": layout}
+    mapped = over_mesh(linear_log_prob, jax.make_mesh((8,), ("x",)), vocab_axis="x")
+    np.testing.assert_allclose(
+        mapped(hidden, kernel, labels, **given),
+        linear_log_prob(hidden, 0.5 * kernel, labels, kernel_layout=layout),
+        rtol=1e-5,
+    )
+
+
 def test_padding_beyond_the_last_word():
     """64 classes on three devices take 66 places, and have bits for 64."""
     hidden, kernel, labels, mask, _ = cast(arguments(None, None), "float32")
