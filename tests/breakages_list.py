@@ -834,6 +834,14 @@ _LINEAR = (
         tests=("tests/linear/test_operands.py",),
     ),
     Breakage(
+        "rows-that-vary-over-no-tokens",
+        kind="missing pcast",
+        file="jaxsoft/linear/total.py",
+        before="rows = jax.tree.map(lambda a: mesh_axes.vary(a, over), rows)",
+        after="rows = jax.tree.map(lambda a: mesh_axes.vary(a, ()), rows)",
+        tests=("tests/linear/test_sharding.py",),
+    ),
+    Breakage(
         "devices-keep-their-part",
         kind="missing psum",
         file="jaxsoft/linear/program.py",

@@ -62,6 +62,10 @@ def total(fold: Fold, loss: RowLoss, arrays: Any, rows: Any) -> jax.Array:
     """
     if fold.config.implementation != "xla":
         return _streamed(fold, loss, arrays, rows)
+    over = set().union(*map(mesh_axes.varying_axes, jax.tree.leaves((arrays, rows))))
+    # Shards of classes have met in what rows hold.
+    over -= set(fold.config.vocab_axes)
+    rows = jax.tree.map(lambda a: mesh_axes.vary(a, over), rows)
     flat, tree = jax.tree.flatten((mesh_axes.like(arrays, arrays), rows))
 
     def call(*flat):

@@ -410,6 +410,26 @@ def test_over_a_mesh_of_explicit_axes():
     close(grad, true_grad, scale=5)
 
 
+def test_a_temperature_of_all_tokens_has_the_gradient_of_all_shards():
+    hidden, kernel, labels = (arguments()[n] for n in ("hidden", "kernel", "labels"))
+
+    def loss(tau, hidden, kernel, labels, **axes):
+        return jaxsoft.linear_cross_entropy(
+            hidden, kernel, labels, temperature=tau, **axes
+        )
+
+    mapped = jax.shard_map(
+        functools.partial(loss, vocab_axis="vocab", token_axes="data"),
+        mesh=mesh_of("2 × 4"),
+        in_specs=(P(), P("data"), P(None, "vocab"), P("data")),
+        out_specs=P(),
+    )
+    found, expected = (
+        jax.grad(f)(jnp.float32(0.7), hidden, kernel, labels) for f in (mapped, loss)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_explicit_axes_that_divide_neither_tokens_nor_classes():
     mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(AxisType.Explicit,) * 2)
     over = functools.partial(
