@@ -304,14 +304,14 @@ class _OfPositives(RowLoss):
         return result.log_sum - result.mean
 
 
-def as_groups(labels: ArrayLike) -> jax.Array:
+def as_groups(labels: ArrayLike, name: str = "labels") -> jax.Array:
     """Returns integers that are equal where the labels are, whatever their size."""
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
         # Without x64 JAX keeps the low 32 bits alone.
         numbers = np.unique(labels, return_inverse=True)[1]
         return jnp.asarray(numbers.reshape(labels.shape).astype(np.int32))
     array = jnp.asarray(labels)
-    checks.integer("labels", array)
+    checks.integer(name, array)
     return array
 
 

@@ -268,16 +268,24 @@ def _ids(given: list[ArrayLike | None]) -> list[jax.Array | None]:
         raise ValueError(
             "`candidate_ids` must be given where extra has them, got None."
         )
+    names = ("candidate_ids", "extra.candidate_ids")
     if len(known) < 2:
-        return [None if ids is None else as_groups(ids) for ids in given]
-    if all(isinstance(ids, np.ndarray) for ids in known):
+        return [
+            None if ids is None else as_groups(ids, name)
+            for name, ids in zip(names, given, strict=False)
+        ]
+    if all(isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" for ids in known):
         sizes = [np.size(ids) for ids in known]
-        joined = as_groups(np.concatenate([np.ravel(ids) for ids in known]))
-        parts = jnp.split(joined, np.cumsum(sizes)[:-1])
+        # NumPy would join unsigned with signed numbers as floats.
+        flat = [np.ravel(ids).astype(np.int64) for ids in known]
+        parts = jnp.split(as_groups(np.concatenate(flat)), np.cumsum(sizes)[:-1])
         return [
             part.reshape(np.shape(ids)) for part, ids in zip(parts, known, strict=True)
         ]
-    arrays = [as_groups(jnp.asarray(ids)) for ids in known]
+    arrays = [
+        as_groups(jnp.asarray(ids), name)
+        for name, ids in zip(names, known, strict=True)
+    ]
     is_wide = any(array.dtype.itemsize == 8 for array in arrays)
     return [array.astype(jnp.int64 if is_wide else jnp.int32) for array in arrays]
 

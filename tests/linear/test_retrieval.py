@@ -437,8 +437,11 @@ def test_ids_of_any_integers():
         lambda a: jnp.asarray(a, "uint32"),
     ):
         np.testing.assert_array_equal(loss(change(ids), change(extra_ids)), expected)
-    mixed = loss(jnp.asarray(ids, "uint8"), extra_ids.astype("int16"))
-    np.testing.assert_array_equal(mixed, expected)
+    for mixed in (
+        (jnp.asarray(ids, "uint8"), extra_ids.astype("int16")),
+        ((ids + 2**53).astype("uint64"), extra_ids.astype("int64") + 2**53),
+    ):
+        np.testing.assert_array_equal(loss(*mixed), expected)
 
 
 def test_without_a_row():
@@ -510,6 +513,13 @@ def test_messages():
         ("`candidates` must have shape", ValueError, (z, z[:3]), {}),
         ("`log_q` must have shape", ValueError, (z, z, z[:3, 0]), {}),
         ("`candidate_ids` must have shape", ValueError, (z, z, None, [1]), {}),
+        ("`candidate_ids` must have an int", TypeError, (z, z, None, z[:, 0]), {}),
+        (
+            "`extra.candidate_ids` must have an integer dtype",
+            TypeError,
+            (z, z, None, np.arange(4), (z, None, z[:, 0])),
+            {},
+        ),
         (
             "`extra.candidates` must have",
             ValueError,
