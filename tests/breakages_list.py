@@ -781,7 +781,7 @@ _LINEAR = (
         "scale-in-the-gradient-of-the-states",
         kind="dropped factor",
         file="jaxsoft/linear/gradients.py",
-        before="            d = d * scale_slice(part, tile.start, d.shape[1])",
+        before="            d = d * _scales(part, tile.start, d.shape[1])[0]",
         after="            d = d * 1",
         tests=("tests/linear/test_operands.py",),
     ),
@@ -840,6 +840,14 @@ _LINEAR = (
         before="rows = jax.tree.map(lambda a: mesh_axes.vary(a, over), rows)",
         after="rows = jax.tree.map(lambda a: mesh_axes.vary(a, ()), rows)",
         tests=("tests/linear/test_sharding.py",),
+    ),
+    Breakage(
+        "slopes-times-small-scales",
+        kind="underflow",
+        file="jaxsoft/linear/gradients.py",
+        before="largest = jnp.max(jnp.abs(scale))",
+        after="largest = jnp.ones((), scale.dtype)",
+        tests=("tests/linear/test_operands.py",),
     ),
     Breakage(
         "devices-keep-their-part",

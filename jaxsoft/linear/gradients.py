@@ -246,7 +246,7 @@ class _Slopes(NamedTuple):
     """The derivative by a tile's logits, in the dtype of the products' operands.
 
     Attributes:
-      logits: [R, B], times the scales of classes that have one each.
+      logits: [R, B], times the first of `_scales` where classes have a scale each.
       bias: [B] its sum over the rows; None without a bias.
       moments: see `Share`.
       mix: see `Share`, both in the dtype of the rows.
@@ -438,7 +438,7 @@ class _Step(NamedTuple):
         if self.like.kernel_scale is not None:
             scale = self._slopes_of_scale(part, tile, d)
         if part.has_scale_of_class():
-            d = d * scale_slice(part, tile.start, d.shape[1])
+            d = d * _scales(part, tile.start, d.shape[1])[0]
         return _Slopes(d.astype(part.matmul_dtype()), bias, moments, mix, lora, scale)
 
     def _slopes_of_scale(self, part: Operands, tile: Tile, d: jax.Array) -> jax.Array:
@@ -479,6 +479,8 @@ class _Step(NamedTuple):
             start, _ = self._classes(index)
             of_tile = kernel_slice(config, part, tiles, start)
             new = dot(d, of_tile, (1, axis), config.precision, dtype)
+            if part.has_scale_of_class():
+                new = new * _scales(part, start, tiles.block_classes)[1]
             hidden = _add_rows(hidden, new, row_start, tiles)
         if kernel is not None:
             rows = part.hidden.astype(part.matmul_dtype())
@@ -523,6 +525,17 @@ class _Step(NamedTuple):
                 shape[axis] = tile.shape[axis]
                 tile = jnp.where(fresh.reshape(shape), tile, old)
         return lax.dynamic_update_slice_in_dim(total, tile, start, axis)
+
+
+def _scales(part: Operands, start, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the scales [1, B] of a tile over the largest of them, and that.
+
+    Float16 holds no slope of 1e-4 times a scale of 1e-4.
+    """
+    scale = scale_slice(part, start, size)
+    largest = jnp.max(jnp.abs(scale))
+    largest = jnp.where(largest == 0, 1, largest)
+    return scale / largest, largest
 
 
 def _add_rows(total: jax.Array, new: jax.Array, start, tiles: Tiling):

@@ -300,6 +300,25 @@ def test_one_scale_of_all_classes_over_a_mesh(shape, layout):
     )
 
 
+def test_float16_holds_slopes_times_small_scales():
+    rng = np.random.default_rng(5)
+    kernel = jnp.asarray(rng.integers(-127, 128, (8, 4096)), jnp.int8)
+    scale, hidden = jnp.full(4096, 1e-4), jnp.asarray(rng.normal(size=(4, 8)))
+    labels = jnp.arange(4)
+
+    def gradient(dtype):
+        def loss(hidden):
+            return linear_cross_entropy(
+                hidden, kernel, labels, kernel_scale=scale.astype("float32")
+            )
+
+        return jax.grad(loss)(hidden.astype(dtype)).astype("float32")
+
+    expected = gradient("float32")
+    largest = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(gradient("float16"), expected, atol=2e-3 * largest)
+
+
 def test_padding_beyond_the_last_word():
     """64 classes on three devices take 66 places, and have bits for 64."""
     hidden, kernel, labels, mask, _ = cast(arguments(None, None), "float32")
