@@ -850,6 +850,14 @@ _LINEAR = (
         tests=("tests/linear/test_operands.py",),
     ),
     Breakage(
+        "rounding-is-a-class-of-its-own",
+        kind="infinite loss",
+        file="jaxsoft/_core/listed.py",
+        before="(log_rest == -jnp.inf) & (mass <= noise)",
+        after="(log_rest == -jnp.inf) & (mass <= 0)",
+        tests=("tests/linear/test_listed_distillation.py",),
+    ),
+    Breakage(
         "devices-keep-their-part",
         kind="missing psum",
         file="jaxsoft/linear/program.py",

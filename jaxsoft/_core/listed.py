@@ -65,6 +65,8 @@ def listed_divergence(
     """
     dtype = log_q.dtype
     gone = log_p == -jnp.inf
+    # What is left of 1 is known up to the rounding of K numbers.
+    noise = log_p.shape[-1] * float(jnp.finfo(log_p.dtype).eps)
     log_p = log_p.astype(dtype)
     # A row without any kept class, and a temperature of 0, have no loss; what they hold
     # must not reach a gradient as NaN.
@@ -88,7 +90,7 @@ def listed_divergence(
             assert log_rest is not None
             rest = jnp.full_like(log_rest, -jnp.inf)
             if remaining == "other":
-                rest = _log_rest(kind, log_p, log_rest)
+                rest = _log_rest(kind, log_p, log_rest, noise)
             log_p = jnp.concatenate([log_p, rest[..., None]], axis=-1)
             log_q = jnp.concatenate([log_q, log_rest[..., None]], axis=-1)
         loss = jnp.sum(_whole(kind, log_p, log_q, tau), axis=-1)
@@ -103,10 +105,15 @@ def _log_total(log_p: jax.Array) -> jax.Array:
     return jnp.where(none, -jnp.inf, total)
 
 
-def _log_rest(kind: Kind, log_p: jax.Array, log_rest: jax.Array) -> jax.Array:
+def _log_rest(
+    kind: Kind, log_p: jax.Array, log_rest: jax.Array, noise: float
+) -> jax.Array:
     """Returns the teacher's log-probability of all classes that are not listed."""
     listed = jnp.minimum(_log_total(log_p)[..., 0], 0)
     mass = -jnp.expm1(listed)
+    if kind == "forward_kl":
+        # Where the student has no other class, mass of rounding would be infinite.
+        mass = jnp.where((log_rest == -jnp.inf) & (mass <= noise), 0, mass)
     if kind == "reverse_kl":
         # What is left of 1 is known up to its rounding: a rest of 0 would be infinite.
         least = jnp.where(log_rest == -jnp.inf, 0, jnp.finfo(mass.dtype).eps)
