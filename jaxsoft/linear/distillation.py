@@ -136,8 +136,10 @@ def linear_distillation(
 
     Notes:
       The terms that are added are never negative, so close distributions and high
-      temperatures lose no digits in a difference of log-sum-exps. Differentiable in
-      reverse mode, to first order.
+      temperatures lose no digits in a difference of log-sum-exps. In float32 that holds
+      for τ up to some 10⁴ times the logits' differences, beyond which the ratio of the
+      layers' sums has too few digits; `distillation_loss` has them up to τ = ∞.
+      Differentiable in reverse mode, to first order.
 
     Example:
       >>> import jax.numpy as jnp

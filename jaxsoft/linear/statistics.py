@@ -98,6 +98,10 @@ def linear_statistics(
       and any order in forward-over-reverse, in `hidden`, `kernel`, `bias` and
       `temperature`. Under `jax.vmap` with a shared kernel the batch becomes rows.
 
+      A rank compares all logits with the label's, which is known after the last tile:
+      products are kept for it where the workspace has room for those of enough rows,
+      and computed twice where it has not.
+
       The workspace bounds tiles of logits, the slices of the kernel that they need and
       what is kept of them. Beside it a gradient takes float32 sums: that of `hidden`
       always; that of a narrower `kernel` where a loss is reduced inside the call
