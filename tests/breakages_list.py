@@ -829,8 +829,8 @@ _LINEAR = (
         "scales-of-blocks-alone-reach-all-shards",
         kind="broadcast without repeat",
         file="jaxsoft/linear/mesh.py",
-        before="is not None and scale.ndim:",
-        after="is not None and scale.ndim == 2:",
+        before="if (scale := arrays[name]).ndim:",
+        after="if (scale := arrays[name]).ndim == 2:",
         tests=("tests/linear/test_operands.py",),
     ),
     Breakage(

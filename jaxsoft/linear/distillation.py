@@ -37,6 +37,7 @@ from jaxsoft.linear.fold import stream
 from jaxsoft.linear.folds.divergence import Layers, Losses, TwoLayers
 from jaxsoft.linear.folds.statistics import Fields, Statistics, of_fields
 from jaxsoft.linear.folds.two_temperatures import TwoTemperatures
+from jaxsoft.linear.lora import LoRA
 from jaxsoft.linear.token_losses import reduced
 from jaxsoft.linear.total import RowLoss
 from jaxsoft.logits.softmax import log_softmax
@@ -62,6 +63,11 @@ def linear_distillation(
     student_logit_softcap: float | None = None,
     teacher_logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    student_kernel_scale: ArrayLike | None = None,
+    teacher_kernel_scale: ArrayLike | None = None,
+    student_lora: LoRA | None = None,
+    teacher_lora: LoRA | None = None,
     weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     reduction: Reduction = "mean",
@@ -106,6 +112,14 @@ def linear_distillation(
       student_logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       teacher_logit_softcap: likewise.
       class_mask: [V] booleans; False drops a class from both. None keeps all.
+      class_bits: [..., ceil(V / 32)] uint32 or int32, a mask of each token for both, as
+        in `linear_statistics`.
+      student_kernel_scale: for a kernel of int8, float8 or other short numbers, which
+        it multiplies; see `linear_statistics`.
+      teacher_kernel_scale: likewise.
+      student_lora: a `LoRA`, whose `(hidden @ a) @ b` is added to the products; None
+        for no adapter.
+      teacher_lora: likewise.
       weights: [...] booleans or reals, one weight a token; a token of weight 0
         contributes exactly nothing.
       ignore_label: the label whose tokens have weight 0, such as -100, or None.
@@ -179,6 +193,7 @@ def linear_distillation(
     shared = {
         "temperature": keep_temperature(token_weight, temperature),
         "class_mask": class_mask,
+        "class_bits": class_bits,
         "precision": precision,
         "vocab_axis": vocab_axis,
         "workspace_bytes": workspace_bytes,
@@ -191,6 +206,8 @@ def linear_distillation(
         labels,
         bias=student_bias,
         logit_softcap=student_logit_softcap,
+        kernel_scale=student_kernel_scale,
+        lora=student_lora,
         kernel_layout=student_kernel_layout,
         prefix="student_",
         **shared,
@@ -201,6 +218,8 @@ def linear_distillation(
         teacher_kernel,
         bias=teacher_bias,
         logit_softcap=teacher_logit_softcap,
+        kernel_scale=teacher_kernel_scale,
+        lora=teacher_lora,
         kernel_layout=teacher_kernel_layout,
         prefix="teacher_",
         **shared,
@@ -297,6 +316,9 @@ def linear_distillation_top_k(
     temperature: ArrayLike = 1.0,
     logit_softcap: float | None = None,
     class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
     weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     reduction: Reduction = "mean",
@@ -344,6 +366,9 @@ def linear_distillation_top_k(
       temperature: τ in [0, ∞), a scalar or [...], of the student.
       logit_softcap: cap > 0 in `cap · tanh(u / cap)`, or None for no cap.
       class_mask: [V] booleans; False drops a class. None keeps all.
+      class_bits: a mask of each token; see `linear_statistics`.
+      kernel_scale: of a kernel in few bits; see `linear_statistics`.
+      lora: adapters; see `linear_statistics`.
       weights: [...] booleans or reals, one weight a token; a token of weight 0
         contributes exactly nothing.
       ignore_label: the label whose tokens have weight 0, such as -100, or None.
@@ -433,6 +458,9 @@ def linear_distillation_top_k(
         temperature=keep_temperature(token_weight, temperature),
         logit_softcap=logit_softcap,
         class_mask=class_mask,
+        class_bits=class_bits,
+        kernel_scale=kernel_scale,
+        lora=lora,
         kernel_layout=kernel_layout,
         precision=precision,
         vocab_axis=vocab_axis,

@@ -25,7 +25,6 @@ _TOKENS = (
     "labels",
     "class_ids",
     "class_bits",
-    "lora_ids",
     "weights",
     "student_hidden",
     "teacher_hidden",
@@ -33,8 +32,11 @@ _TOKENS = (
     "teacher_log_probs",
 )
 _CLASSES = ("bias", "student_bias", "teacher_bias", "class_mask", "values")
-_KERNELS = ("kernel", "student_kernel", "teacher_kernel", "kernel_scale")
-_ADAPTERS = {"lora_a": "a", "lora_b": "b", "lora_ids": "ids"}
+_KERNELS = ("kernel", "student_kernel", "teacher_kernel")
+_SCALES = tuple(f"{name}_scale" for name in _KERNELS)
+_LORAS = ("lora", "student_lora", "teacher_lora")
+# The parts of adapters, whose names say where they are from.
+_PARTS = {f"{name}_{field}": (name, field) for name in _LORAS for field in LoRA._fields}
 # Of tokens where they are arrays.
 _NUMBERS = ("temperature", *Filters._fields)
 
@@ -121,15 +123,17 @@ def over_mesh(
 
 def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     """Pads, shards, calls, and cuts the padding off."""
-    lora = arguments.get("lora")
-    if isinstance(lora, LoRA):
-        parts = {name: getattr(lora, field) for name, field in _ADAPTERS.items()}
-        del arguments["lora"]
-        arguments = arguments | parts
+    for part, (name, field) in _PARTS.items():
+        if isinstance(arguments.get(name), LoRA):
+            arguments[part] = getattr(arguments[name], field)
+    for name in _LORAS:
+        if isinstance(arguments.get(name), LoRA):
+            del arguments[name]
+    known = (*_TOKENS, *_CLASSES, *_KERNELS, *_SCALES, *_PARTS)
     arrays = {
         name: jnp.asarray(value)
         for name, value in arguments.items()
-        if name in (*_TOKENS, *_CLASSES, *_KERNELS, *_ADAPTERS) and value is not None
+        if name in known and value is not None
     }
     for name in ("key", "temperature"):
         if hasattr(arguments.get(name), "dtype"):
@@ -145,10 +149,12 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     }
 
     def call(**options: Any) -> Any:
-        adapters = {f: options.pop(n, None) for n, f in _ADAPTERS.items()}
-        if adapters["a"] is not None:
-            options["lora"] = LoRA(**adapters)
-        return function(**options)
+        parts: dict[str, dict[str, Any]] = {}
+        for part, (name, field) in _PARTS.items():
+            if part in options:
+                parts.setdefault(name, {})[field] = options.pop(part)
+        adapters = {name: LoRA(**fields) for name, fields in parts.items()}
+        return function(**options, **adapters)
 
     hidden = arrays.get("hidden", arrays.get("student_hidden"))
     kernel = "kernel" if "kernel" in arrays else "student_kernel"
@@ -164,11 +170,12 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     # A token alone is on all devices, which must not add it up.
     tokens = () if count is None else tokens
     number = arrays[kernel].shape[axes[kernel] or 0]
-    if (scale := arrays.get("kernel_scale")) is not None and scale.ndim:
-        # A block of classes, or all of them, may lie on several shards.
-        axis = axes["kernel_scale"] or 0
-        repeats = number // max(scale.shape[axis], 1)
-        arrays["kernel_scale"] = jnp.repeat(scale, repeats, axis)
+    for name in arrays.keys() & set(_SCALES):
+        if (scale := arrays[name]).ndim:
+            # A block of classes, or all of them, may lie on several shards.
+            axis = axes[name] or 0
+            repeats = number // max(scale.shape[axis], 1)
+            arrays[name] = jnp.repeat(scale, repeats, axis)
     # A ShapeDtypeStruct has no sharding, whatever the array's type says.
     types = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}
     shapes = jax.eval_shape(lambda a: call(**a, **static), types)
@@ -220,9 +227,9 @@ def _axis_of_classes(name: str, rank: int, options: dict[str, Any]) -> int | Non
     """Returns the axis of an argument that runs over classes, if it has one."""
     if name in _CLASSES:
         return 0
-    if name == "lora_b":
-        return rank - 1
-    if name not in _KERNELS or not rank:
+    if name in _PARTS:
+        return rank - 1 if _PARTS[name][1] == "b" else None
+    if name not in (*_KERNELS, *_SCALES) or not rank:
         return None
     if rank == 1:
         return 0
@@ -241,6 +248,8 @@ def _explicit(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
 
 
 def _is_tokens(name: str, array: jax.Array) -> bool:
+    if name in _PARTS:
+        return _PARTS[name][1] == "ids"
     return name in _TOKENS or (name in _NUMBERS and array.ndim > 0)
 
 

@@ -13,8 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsoft import (
     LoRA,
+    distillation_loss,
+    distillation_loss_top_k,
     fit_temperature,
     linear_cross_entropy,
+    linear_distillation,
+    linear_distillation_top_k,
     linear_expected,
     linear_fit_temperature,
     linear_log_prob,
@@ -255,6 +259,85 @@ def test_every_function_takes_them():
         hidden, kernel, labels, implementation="reference", **given
     )
     close(linear_cross_entropy(hidden, kernel, labels, **given), reference)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+@pytest.mark.parametrize("workspace", [None, TILE])
+def test_distillation(divergence, workspace, x64):
+    """From a teacher in few bits to an adapted student, by stored logits in float64."""
+    given = cast(arguments("class"), "float64")
+    hidden, kernel, labels, mask, options = given
+    teacher = cast(arguments("blocks", 0), "float64")[-1]
+    student_options = {"a": options["a"], "scale": options["kernel_scale"]}
+    top, ids = jax.lax.top_k(plain(hidden, kernel, mask, **teacher), 5)
+    log_p = top - jax.nn.logsumexp(top, axis=1, keepdims=True)
+
+    def layer(moving):
+        found = options | {"a": moving["a"], "kernel_scale": moving["scale"]}
+        return ours(found)
+
+    def streamed(moving):
+        student, frozen = layer(moving), ours(teacher)
+        loss = linear_distillation(
+            hidden,
+            kernel,
+            hidden,
+            kernel,
+            divergence=divergence,
+            class_bits=packed(mask),
+            student_kernel_scale=student["kernel_scale"],
+            student_lora=student["lora"],
+            teacher_kernel_scale=frozen["kernel_scale"],
+            teacher_lora=frozen["lora"],
+            workspace_bytes=workspace,
+        )
+        return loss + linear_distillation_top_k(
+            hidden,
+            kernel,
+            ids,
+            log_p,
+            divergence=divergence,
+            class_bits=packed(mask),
+            workspace_bytes=workspace,
+            **student,
+        )
+
+    def stored(moving):
+        found = options | {"a": moving["a"], "kernel_scale": moving["scale"]}
+        student = plain(hidden, kernel, mask, **found)
+        frozen = plain(hidden, kernel, mask, **teacher)
+        losses = distillation_loss(student, frozen, divergence=divergence)
+        losses += distillation_loss_top_k(student, ids, log_p, divergence=divergence)
+        return losses.mean()
+
+    found = jax.jit(jax.value_and_grad(streamed))(student_options)
+    expected = jax.jit(jax.value_and_grad(stored))(student_options)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * float(np.abs(b).max()))
+
+
+def test_distillation_over_a_mesh():
+    hidden, kernel, _, mask, options = cast(arguments("blocks"), "float32")
+    student, teacher = ours(options), cast(arguments("class", None), "float32")[-1]
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    losses = [
+        function(
+            hidden,
+            kernel,
+            hidden,
+            kernel,
+            class_bits=packed(mask),
+            student_kernel_scale=student["kernel_scale"],
+            student_lora=student["lora"],
+            teacher_kernel_scale=teacher["kernel_scale"],
+            reduction="none",
+        )
+        for function in (
+            over_mesh(linear_distillation, mesh, vocab_axis="y", token_axes="x"),
+            linear_distillation,
+        )
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
 
 
 @pytest.mark.parametrize("scale", ["class", "blocks"])

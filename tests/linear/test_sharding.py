@@ -503,7 +503,8 @@ def test_over_mesh_knows_what_the_axes_of_every_array_are():
         if "vocab_axis" in parameters and "logits" not in parameters
     }
     assert len(streamed) >= 8
-    known = {*meshes._TOKENS, *meshes._CLASSES, *meshes._KERNELS, *meshes._NUMBERS}
+    arrays = meshes._TOKENS + meshes._CLASSES + meshes._KERNELS + meshes._SCALES
+    known = {*arrays, *meshes._NUMBERS}
     for name, parameters in streamed.items():
         arrays = {p.name for p in parameters.values() if _takes_array(p)}
         assert "hidden" in "".join(arrays), name
