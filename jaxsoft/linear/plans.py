@@ -211,6 +211,10 @@ class Layer:
         """Returns the tiles of a chunk, within the workspace of all rows."""
         return self._chunk(rows).tiling(self.workspace(given))
 
+    def _streamed(self, given: int | None, rows: int) -> int:
+        """Returns the bytes that a backward pass over a chunk's tiles takes."""
+        return self._chunk(rows).streamed(self._chunk_tiling(given, rows))
+
     def shared(self, rows: int, classes: int) -> "Layer":
         """Returns the sizes of one of so many shards of rows, and of classes."""
         return dataclasses.replace(
@@ -335,13 +339,16 @@ class Layer:
         rows = min(room // row, self.rows)
         if rows < min(_ROW_MULTIPLE, self.rows):
             return 0
-        streamed = self._chunk(rows).streamed(self._chunk_tiling(given, rows))
-        rows = min((room - streamed) // row, self.rows)
+        rows = min((room - self._streamed(given, rows)) // row, self.rows)
         if rows < min(_ROW_MULTIPLE, self.rows):
             return 0
         if rows < self.rows:
             rows = rows // _ROW_MULTIPLE * _ROW_MULTIPLE
-        return balance(self.rows, rows, _ROW_MULTIPLE)
+        rows = balance(self.rows, rows, _ROW_MULTIPLE)
+        # Fewer rows may have wider tiles.
+        while rows > _ROW_MULTIPLE and rows * row + self._streamed(given, rows) > room:
+            rows = round_up(rows - _ROW_MULTIPLE, _ROW_MULTIPLE)
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)

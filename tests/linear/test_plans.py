@@ -101,6 +101,8 @@ def test_what_cannot_be_kept_is_computed_again():
     assert (plan.kind, plan.kept_classes) == ("recompute", 0)
 
 
+# Of the first number of rows, tiles are narrower than of the second.
+@example(2065, 1, 2239, 14417920, 8, 2, True)
 @given(
     SIZES,
     st.integers(1, 20_000),
