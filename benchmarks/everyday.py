@@ -60,6 +60,7 @@ UNTIMED = {
     "ClassPath": _HOLDS,
     "ClassSampler": _BUILT,
     "ClassTree": _BUILT,
+    "LoRA": _HOLDS,
     "LogitStatistics": _HOLDS,
     "MixedNegatives": _HOLDS,
     "RowGradient": _HOLDS,
