@@ -32,6 +32,7 @@ from jaxsoft.linear.tiles import (
     dot,
     kernel_slice,
     lora_slice,
+    number_slice,
     scale_slice,
     slice_rows,
     tiles_of,
@@ -448,10 +449,9 @@ class _Step(NamedTuple):
             return jnp.sum(d * tile.product, axis=0, keepdims=True)
         assert part.kernel_scale is not None
         axis, precision = self.config.class_axis, self.config.precision
-        numbers = kernel_slice(
-            self.config, part._replace(kernel_scale=None), self.tiles, tile.start
-        )
-        rows = part.hidden.astype(numbers.dtype)
+        rows = part.hidden.astype(part.matmul_dtype())
+        numbers = number_slice(self.config, part, self.tiles, tile.start)
+        numbers = numbers.astype(rows.dtype)
         count = part.kernel_scale.shape[0]
         size = rows.shape[1] // count
 

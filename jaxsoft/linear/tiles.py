@@ -40,6 +40,7 @@ __all__ = [
     "layer_of",
     "lora_slice",
     "map_rows",
+    "number_slice",
     "scale_slice",
     "scatter",
     "slice_rows",
@@ -243,31 +244,37 @@ def kernel_slice(
     config: Config, operands: Operands, tiles: Tiling, start: jax.Array | int
 ) -> jax.Array:
     """Returns a tile's classes of the kernel, in the dtype of the matrix products."""
+    numbers = number_slice(config, operands, tiles, start)
+    return _for_products(config, operands, numbers, start)
+
+
+def number_slice(
+    config: Config, operands: Operands, tiles: Tiling, start: jax.Array | int
+) -> jax.Array:
+    """Returns a tile's classes of the kernel as they are stored."""
     size, kernel = tiles.block_classes, operands.kernel
     if config.moves_bits and tiles.class_blocks > 1:
         kernel = stored(kernel)
     kernel = lax.dynamic_slice_in_dim(kernel, start, size, config.class_axis)
-    kernel = loaded(kernel, operands.kernel.dtype)
-    if operands.kernel_scale is not None and not operands.has_scale_of_class():
-        kernel = _scaled(config, kernel, scale_slice(operands, start, size))
-    return kernel.astype(operands.matmul_dtype())
+    return loaded(kernel, operands.kernel.dtype)
 
 
 def whole_kernel(config: Config, operands: Operands) -> jax.Array:
     """Returns the kernel as `kernel_slice` does, of all classes."""
-    kernel = operands.kernel
+    return _for_products(config, operands, operands.kernel, 0)
+
+
+def _for_products(
+    config: Config, operands: Operands, kernel: jax.Array, start: jax.Array | int
+) -> jax.Array:
+    """Returns classes of the kernel as they are multiplied, with scales of blocks."""
     if operands.kernel_scale is not None and not operands.has_scale_of_class():
-        scale = scale_slice(operands, 0, operands.num_classes(config))
-        kernel = _scaled(config, kernel, scale)
+        scale = scale_slice(operands, start, kernel.shape[config.class_axis])
+        features = kernel.shape[1 - config.class_axis]
+        whole = jnp.repeat(scale, features // scale.shape[0], axis=0)
+        whole = whole if config.class_axis == 1 else whole.T
+        kernel = kernel.astype(scale.dtype) * whole
     return kernel.astype(operands.matmul_dtype())
-
-
-def _scaled(config: Config, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the numbers of some classes times their scales [S, B]."""
-    features = kernel.shape[1 - config.class_axis]
-    whole = jnp.repeat(scale, features // scale.shape[0], axis=0)
-    whole = whole if config.class_axis == 1 else whole.T
-    return kernel.astype(scale.dtype) * whole
 
 
 def scale_slice(operands: Operands, start: jax.Array | int, size: int) -> jax.Array:
