@@ -123,12 +123,10 @@ def over_mesh(
 
 def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     """Pads, shards, calls, and cuts the padding off."""
-    for part, (name, field) in _PARTS.items():
-        if isinstance(arguments.get(name), LoRA):
-            arguments[part] = getattr(arguments[name], field)
     for name in _LORAS:
         if isinstance(arguments.get(name), LoRA):
-            del arguments[name]
+            fields = arguments.pop(name)._asdict()
+            arguments |= {f"{name}_{field}": value for field, value in fields.items()}
     known = (*_TOKENS, *_CLASSES, *_KERNELS, *_SCALES, *_PARTS)
     arrays = {
         name: jnp.asarray(value)

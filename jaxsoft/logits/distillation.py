@@ -128,8 +128,7 @@ def distillation_loss(
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
     loss = _distillation(kind, axis, static_tau, student, teacher, tau, where)
     if labels is not None:
-        entropy = _cross_entropy(student, labels, axis, where, weight)
-        loss = scaled(1 - label_weight, loss) + scaled(label_weight, entropy)
+        loss = _mixed(label_weight, loss, student, labels, axis, where, weight)
     return reduce_losses(loss, weight, reduction)
 
 
@@ -139,13 +138,14 @@ def _distillation(kind, axis, static_tau, student, teacher, tau, where):
     return scaled_divergence(kind, axis, static_tau, *arrays)
 
 
-def _cross_entropy(logits, labels, axis, where, weight) -> jax.Array:
-    """Returns the cross-entropy of labels at temperature 1, of rows that count."""
+def _mixed(share, divergence, logits, labels, axis, where, weight) -> jax.Array:
+    """Returns divergences with a share of the cross-entropy of labels."""
     labels = checks.integer("labels", labels)
     rows = logits.shape[:axis] + logits.shape[axis + 1 :]
     checks.shape("labels", labels, rows, "student_logits.shape without the class axis")
     labels = keep_tokens(weight, labels)
-    return softmax_cross_entropy(logits, labels, axis=axis, where=where)
+    entropy = softmax_cross_entropy(logits, labels, axis=axis, where=where)
+    return scaled(1 - share, divergence) + scaled(share, entropy)
 
 
 @mesh_axes.accepts_explicit("student_logits", axis="axis")
@@ -261,8 +261,7 @@ def distillation_loss_top_k(
     options = kind, remaining, axis, static_tau
     loss = _of_listed(options, logits, ids, log_p, tau, where)
     if labels is not None:
-        entropy = _cross_entropy(logits, labels, axis, where, weight)
-        loss = scaled(1 - label_weight, loss) + scaled(label_weight, entropy)
+        loss = _mixed(label_weight, loss, logits, labels, axis, where, weight)
     return reduce_losses(loss, weight, reduction)
 
 
