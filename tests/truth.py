@@ -88,19 +88,28 @@ def divergence(p, q, name: str):
     return total
 
 
-def error(value, truth) -> float:
-    """Returns the largest error, relative to the largest finite true value.
+def gap(value, truth) -> float:
+    """Returns the largest distance of finite true values.
 
-    Infinities must agree exactly; NaN never passes. An all-zero `value` has error 1.
+    Infinities must agree exactly; NaN never passes.
     """
     value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
     assert value.shape == truth.shape, (value.shape, truth.shape)
     infinite = np.isinf(truth)
     if np.isnan(value).any() or (value[infinite] != truth[infinite]).any():
         return np.inf
-    scale = np.abs(truth[~infinite]).max(initial=0)
-    gap = np.abs(value[~infinite] - truth[~infinite]).max(initial=0)
-    return float(gap / scale) if scale else float(gap)
+    return float(np.abs(value[~infinite] - truth[~infinite]).max(initial=0))
+
+
+def error(value, truth) -> float:
+    """Returns the largest error, relative to the largest finite true value.
+
+    See `gap` for what is not finite. An all-zero `value` has error 1.
+    """
+    distance = gap(value, truth)
+    truth = np.asarray(truth, np.float64)
+    scale = np.abs(truth[np.isfinite(truth)]).max(initial=0)
+    return float(distance / scale) if scale else distance
 
 
 def assert_as_good(value, plain, truth, slack=3e-7):

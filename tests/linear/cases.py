@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# What logits of `layer` are like.
+KINDS = ("unit", "zero", "peaked", "offset", "negative")
 # Options that a loss can take, each of which touches another part of the backward.
 OPTIONS = {
     "plain": {},
@@ -19,7 +21,7 @@ OPTIONS = {
 
 
 def layer(rows, features, classes, kind="unit", dtype="float32", seed=0):
-    """Returns hidden, kernel and labels whose logits are of a named kind."""
+    """Returns hidden, kernel and labels whose logits are one of `KINDS`."""
     rng = np.random.default_rng(seed)
     hidden = rng.standard_normal((rows, features))
     kernel = rng.standard_normal((features, classes)) / np.sqrt(features)

@@ -92,6 +92,71 @@ def test_gradients_equal_those_of_stored_logits(kind, per_row):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * np.abs(e).max())
 
 
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize(
+    "classes", [3, 1000, pytest.param(50257, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.many_cases
+def test_every_kind_of_logits(name, classes, kind, x64):
+    """Streamed and stored, values and gradients by all that moves."""
+    arrays = (
+        *cases.layer(ROWS, WIDE, classes, kind)[:2],
+        *cases.layer(ROWS, NARROW, classes, seed=1)[:2],
+        np.linspace(0.7, 2, ROWS, dtype="float32"),
+    )
+    options, workspace = truth.DIVERGENCES[name][0], max(TILE, 4 * classes)
+    of_p, of_q, share_p, share_q = truth.DIVERGENCES[name][1]
+
+    def streamed(h, w, g, k, tau):
+        return linear_distillation(
+            *(h, w, g, k),
+            temperature=tau,
+            teacher_gradient=True,
+            reduction="none",
+            workspace_bytes=workspace,
+            **options,
+        )
+
+    def stored(h, w, g, k, tau):
+        both = (jnp.matmul(*pair, precision="highest") for pair in ((h, w), (g, k)))
+        return distillation_loss(*both, tau[:, None], **options)
+
+    def formula(h, w, g, k, tau):
+        log_q, log_p = (jax.nn.log_softmax(x / tau[:, None]) for x in (h @ w, g @ k))
+        log_a, log_b = (float(np.log(s)) if s else -np.inf for s in (share_p, share_q))
+        log_m = jnp.logaddexp(log_a + log_p, log_b + log_q)
+        each = of_p * jnp.exp(log_p) * (log_p - log_m)
+        each += of_q * jnp.exp(log_q) * (log_q - log_m)
+        return tau**2 * each.sum(1)
+
+    def step(losses, *arrays):
+        def total(*arrays):
+            found = losses(*arrays)
+            return found.sum(), found
+
+        return jax.value_and_grad(total, range(5), has_aux=True)(*arrays)
+
+    wide = [np.asarray(a, "float64") for a in arrays]
+    (_, exact), slopes = jax.jit(functools.partial(step, formula))(*wide)
+    ways = (formula, streamed, stored)
+    plain, *ours = jax.jit(lambda *a: [step(f, *a) for f in ways])(*arrays)
+    # The products of float32 round by some of the largest logit's digits.
+    rounding = 2e-6 * max(np.abs(wide[0] @ wide[1]).max(), 8)
+    # Slopes add up to 0 within theirs, times what they are multiplied by.
+    slopes_round = 5e-7 * max(np.abs(a).max() for a in wide[:4])
+    for (_, losses), found in ours:
+        of_ours, of_plain = (losses, *found), (plain[0][1], *plain[1])
+        sizes = [np.abs(e).max() for e in (exact, *slopes)]
+        # The derivative by τ is what is left of some losses.
+        sizes[-1] = max(sizes[-1], sizes[0])
+        for a, b, e, size in zip(
+            of_ours, of_plain, (exact, *slopes), sizes, strict=True
+        ):
+            bound = truth.gap(b, e) + rounding * size + slopes_round
+            assert truth.gap(a, e) <= bound
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_both_streams_read_the_logits_of_a_few_rows(kind, monkeypatch):
     monkeypatch.setattr(plans, "_ROWS_OF_A_SUM", 8)

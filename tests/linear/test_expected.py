@@ -57,7 +57,7 @@ def plain_values(hidden, kernel, values):
     return jax.nn.softmax(logits / 0.7).astype(values.dtype) @ values
 
 
-@pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values(kind, dtype):
     hidden, kernel, _ = cases.layer(ROWS, FEATURES, CLASSES, kind, dtype)

@@ -31,7 +31,6 @@ CHOICES = [
     for name in truth.DIVERGENCES
     if (remaining, name) != ("renormalize", "reverse_kl")
 ]
-KINDS = ("unit", "zero", "peaked", "offset", "negative")
 
 
 def options_of(choice):
@@ -94,7 +93,7 @@ def check_values(choice, classes):
         u = jnp.matmul(h, w, precision="highest")
         return streamed, distillation_loss_top_k(u, ids, log_p, tau, **options), u
 
-    for kind in KINDS:
+    for kind in cases.KINDS:
         h, w, ids, log_p = example(kind, classes)
         for tau in np.asarray([[0.7] * ROWS, [1, 2, 3, 4, 5]], "float32"):
             *found, u = both(h, w, ids, log_p, tau)
@@ -158,6 +157,60 @@ def test_gradients(choice, x64):
                 a = np.asarray(a, "float64")
                 e = np.where(some, e, 0) if index == 2 else np.asarray(e)
                 assert np.abs(a - e).max() < bound * np.abs(e).max()
+
+
+@pytest.mark.parametrize("remaining", REMAINING)
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize(
+    "classes", [3, 1000, pytest.param(50257, marks=pytest.mark.slow)]
+)
+@pytest.mark.many_cases
+def test_gradients_of_every_kind_of_logits(classes, kind, remaining, x64):
+    h, w, ids, log_p = example(kind, classes)
+    tau = np.linspace(0.7, 2, ROWS, dtype="float32")
+    names = ("beta", "skew_forward", "skew_reverse")
+
+    def slopes(losses, *arrays):
+        """Returns what a sum of all three losses depends on, by all that moves."""
+        choices = [(remaining, name) for name in names]
+        return jax.grad(lambda *a: sum(losses(c, *a).sum() for c in choices), range(4))(
+            *arrays
+        )
+
+    def streamed(choice, h, w, log_p, tau):
+        return linear_distillation_top_k(
+            *(h, w, ids, log_p),
+            temperature=tau,
+            reduction="none",
+            workspace_bytes=max(TILE, 4 * classes),
+            **options_of(choice),
+        )
+
+    def stored(choice, h, w, log_p, tau):
+        u = jnp.matmul(h, w, precision="highest")
+        return distillation_loss_top_k(u, ids, log_p, tau, **options_of(choice))
+
+    def formula(choice, h, w, log_p, tau):
+        return plain(choice, h @ w, ids, log_p, tau, jnp)
+
+    arrays = h, w, log_p, tau
+    wide = [np.asarray(a, "float64") for a in arrays]
+    exact = jax.jit(functools.partial(slopes, formula))(*wide)
+    some = (log_p > -np.inf) & (ids >= 0)
+    ways = (formula, streamed, stored)
+    theirs, *ours = jax.jit(lambda *a: [slopes(f, *a) for f in ways])(*arrays)
+    # The products of float32 round by some of the largest logit's digits.
+    rounding = 2e-6 * max(np.abs(wide[0] @ wide[1]).max(), 8)
+    # Slopes add up to 0 within theirs, times what they are multiplied by.
+    slopes_round = 5e-7 * max(np.abs(a).max() for a in wide[:2])
+    for found in ours:
+        for index, (a, b, e) in enumerate(zip(found, theirs, exact, strict=True)):
+            if index == 2:
+                b, e = (np.where(some, x, 0) for x in (b, e))
+            of_plain = truth.gap(b, e)
+            bound = of_plain if np.isfinite(of_plain) else 0
+            bound += rounding * np.abs(e).max() + slopes_round
+            assert truth.gap(a, e) <= bound
 
 
 @pytest.mark.parametrize("remaining", REMAINING)

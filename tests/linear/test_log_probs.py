@@ -13,7 +13,6 @@ from tests.linear import cases
 
 ROWS, FEATURES, CLASSES = 12, 8, 1009
 TILE = 4 * 8 * 128
-KINDS = ("unit", "zero", "peaked", "offset", "negative")
 
 
 def logits_of(hidden, kernel):
@@ -29,7 +28,7 @@ def plain_values(hidden, kernel):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KINDS)
 def test_values(kind, dtype):
     hidden, kernel, labels = cases.layer(ROWS, FEATURES, CLASSES, kind, dtype)
     u = logits_of(hidden, kernel)
@@ -47,7 +46,7 @@ def test_values(kind, dtype):
     assert (np.asarray(log_prob) <= 0).all() and (np.asarray(entropy) >= 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KINDS)
 def test_all_classes_sum_to_one_and_none_is_above_zero(kind):
     hidden, kernel, _ = cases.layer(4, FEATURES, 200, kind)
     ids = np.broadcast_to(np.arange(200), (4, 200))
@@ -122,7 +121,7 @@ def plain_kept(hidden, kernel, ids, tau):
     return jnp.where(ids < 0, 0, log_p)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.many_cases
 def test_values_among_kept_classes(kind, dtype):

@@ -40,7 +40,6 @@ SCALES = {
     "features": (4, CLASSES),
     "blocks": (4, CLASSES // 3),
 }
-KINDS = ("unit", "zero", "peaked", "offset", "negative")
 
 
 def packed(mask):
@@ -188,7 +187,7 @@ def test_values_and_gradients(scale, adapters, has_mask, x64):
             np.testing.assert_allclose(a, b, rtol=0, atol=atol * largest)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize(
     "classes", [3, 1000, pytest.param(50257, marks=pytest.mark.slow)]
 )

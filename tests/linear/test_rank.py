@@ -81,7 +81,7 @@ def test_equal_logits_rank_by_class(classes, workspace, implementation):
     np.testing.assert_array_equal(is_best.any(1), np.asarray(found.rank) < k)
 
 
-@pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize(
     "classes",
     [3, 1000, pytest.param(50257, marks=pytest.mark.slow)],

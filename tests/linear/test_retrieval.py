@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsoft import MixedNegatives, in_batch_cross_entropy
 from tests import truth
+from tests.linear import cases
 from tests.linear.plans import PLANS, PLANS_OF_GPUS, chosen_plans
 
 __all__ = ["chosen_plans"]
@@ -164,7 +165,7 @@ def test_every_plan(plan, reduction):
             np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * size)
 
 
-@pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("count", [3, 1000, pytest.param(4001, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.many_cases

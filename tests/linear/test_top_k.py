@@ -21,7 +21,7 @@ def best_of_stored(hidden, kernel, k):
     return u, jax.lax.top_k(u, k)[1]
 
 
-@pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("classes, k", [(1, 1), (20, 20), (300, 1), (1009, 50)])
 def test_top_k_is_exact(classes, k, kind):
     hidden, kernel, _ = cases.layer(13, 8, classes, kind=kind)

@@ -17,7 +17,7 @@ TILE = 4 * 8 * 128  # the smallest tile: 8 rows × 128 classes
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", ["unit", "zero", "peaked", "offset", "negative"])
+@pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("classes", [1, 129, 1009])
 def test_statistics_match_float64(implementation, kind, classes):
     hidden, kernel, labels = cases.layer(13, 16, classes, kind)
