@@ -591,6 +591,22 @@ _LINEAR = (
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(
+        "growth-about-the-peak-before",
+        kind="dropped term",
+        file="jaxsoft/linear/folds/statistics.py",
+        before="moved = move.rescale * growth + kept.astype(growth.dtype) * by",
+        after="moved = move.rescale * growth",
+        tests=("tests/linear/test_distillation.py",),
+    ),
+    Breakage(
+        "hot-layers-by-the-ratio-of-their-sums",
+        kind="cancellation",
+        file="jaxsoft/linear/folds/divergence.py",
+        before="    near = near_s & near_t",
+        after="    near = near_s & near_t & (value < 1e7)",
+        tests=("tests/linear/test_distillation.py",),
+    ),
+    Breakage(
         "temperature-of-one-layer-of-two",
         kind="dropped term",
         file="jaxsoft/linear/folds/divergence.py",

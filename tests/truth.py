@@ -3,6 +3,7 @@
 Nothing here imports jaxsoft.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,44 @@ def divergence(p, q, name: str):
     for weight, probabilities in ((of_p, p), (of_q, q)):
         total = total + weight * from_mixture(probabilities) if weight else total
     return total
+
+
+def scaled_divergence(student, teacher, temperature, name: str):
+    """Returns τ² times a divergence, and its slopes by both arrays of logits.
+
+    At high temperatures too: the probabilities and their logarithms are those of
+    exp(c) - 1, whose digits a sum of exponentials lacks.
+    """
+    of_p, of_q, share_p, share_q = DIVERGENCES[name][1]
+    # There is nothing but the limit at 1e30.
+    tau = np.minimum(np.asarray(temperature, np.float64), 1e30)
+
+    def compared(x):
+        c = centred(x, tau)
+        growth = np.expm1(c).mean(-1, keepdims=True)
+        return np.exp(c) / x.shape[-1] / (1 + growth), c - np.log1p(growth)
+
+    (q, log_q), (p, log_p) = compared(student), compared(teacher)
+    d = log_q - log_p
+    # q - p over the mixture.
+    apart = np.where(d < 0, p, -q) * np.expm1(-np.abs(d)) / (share_p * p + share_q * q)
+
+    def terms(p, own, other, d):
+        """Returns p (m / p - 1 - r), with r = log(m / p) and m = own p + other q."""
+        r = np.log1p(other * np.expm1(d)) if own else d
+        series = sum(r**k / math.factorial(k + 2) for k in range(12))
+        return p * np.where(np.abs(r) < 0.1, r**2 * series, np.expm1(r) - r), r
+
+    loss_p, r_p = terms(p, share_p, share_q, d)
+    loss_q, r_q = terms(q, share_q, share_p, -d)
+    loss = (of_p * loss_p if of_p else 0) + (of_q * loss_q if of_q else 0)
+    s_p = of_p * (share_p * share_q * apart - r_p) - of_q * share_p**2 * apart
+    s_q = of_q * (-share_p * share_q * apart - r_q) + of_p * share_q**2 * apart
+
+    def slope(p, s):
+        return tau * p * (s - (p * s).sum(-1, keepdims=True))
+
+    return (tau**2 * loss).sum(-1), slope(q, s_q), slope(p, s_p)
 
 
 def gap(value, truth) -> float:

@@ -27,6 +27,7 @@ __all__ = [
     "inverse",
     "is_ordinary",
     "is_zero",
+    "largest_finite",
     "matmul",
     "maximum_or_nan",
     "nan_where",
@@ -181,6 +182,13 @@ def is_ordinary(temperature: float, dtype: DTypeLike = jnp.float32) -> bool:
 def is_zero(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Tells where a temperature counts as 0; a negative one, which is NaN, does not."""
     return Temperature.prepare(temperature, dtype).is_zero
+
+
+def largest_finite(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns τ, the largest finite number at τ = ∞."""
+    return jnp.minimum(
+        Temperature.prepare(temperature, dtype).value, jnp.finfo(dtype).max
+    )
 
 
 def inverse(temperature: float | jax.Array, dtype: jnp.dtype) -> jax.Array:

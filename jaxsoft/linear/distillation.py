@@ -101,7 +101,9 @@ def linear_distillation(
       teacher_kernel: [G, V] floating, or [V, G] with layout "vh".
       student_bias: [V] floating, added to the logits before the cap.
       teacher_bias: [V] floating, likewise.
-      temperature: τ in [0, ∞), a scalar or [...]. The loss is 0 at τ = 0.
+      temperature: τ in [0, ∞], a scalar or [...]. The loss is 0 at τ = 0 and, at τ = ∞,
+        half the variance over kept classes of the difference of the logits, times
+        β (1 - β) for Jensen-Shannon and (1 - α)² for a skew.
       divergence: "forward_kl", "reverse_kl" or "jensen_shannon".
       beta: β in [0, 1] of Jensen-Shannon.
       alpha: α in [0, 1), the skew of either Kullback-Leibler divergence.
@@ -140,8 +142,8 @@ def linear_distillation(
     Returns:
       A scalar, or [...] with reduction "none", float32 (float64 if an input is), >= 0;
       0, with gradient 0, for a row whose teacher has no kept class; inf where a class
-      has mass on one side only and the divergence is infinite; NaN at a traced τ = ∞,
-      and for a label outside [0, V).
+      has mass on one side only and the divergence is infinite; NaN for a label outside
+      [0, V).
 
     Raises:
       TypeError: if a dtype is wrong.
@@ -150,9 +152,9 @@ def linear_distillation(
 
     Notes:
       The terms that are added are never negative, so close distributions and high
-      temperatures lose no digits in a difference of log-sum-exps. In float32 that holds
-      for τ up to some 10⁴ times the logits' differences, beyond which the ratio of the
-      layers' sums has too few digits; `distillation_loss` has them up to τ = ∞.
+      temperatures lose no digits in a difference of log-sum-exps. A temperature that is
+      traced, or above 16, costs one more sum of each layer's tiles. Its own gradient,
+      which is tiny at high temperatures, is right to rounding of the loss over τ.
       Differentiable in reverse mode, to first order.
 
     Example:
@@ -173,7 +175,6 @@ def linear_distillation(
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
     kind = kind_of(divergence, beta, alpha)
     axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
-    checks.finite_temperature(temperature)
     student_hidden = checks.floating("student_hidden", student_hidden)
     teacher_hidden = checks.floating("teacher_hidden", teacher_hidden)
     rows = student_hidden.shape[:-1]

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.divergence import difference
-from jaxsoft._core.numerics import Temperature, finite, inverse
+from jaxsoft._core.numerics import Temperature, finite, inverse, largest_finite
 from jaxsoft.logits.arguments import (
     check_temperature,
     check_where,
@@ -19,7 +19,7 @@ from jaxsoft.logits.arguments import (
     pick_temperature,
 )
 from jaxsoft.logits.centre import centre
-from jaxsoft.logits.divergence import below_peak, largest_finite, tangent_of_loss
+from jaxsoft.logits.divergence import below_peak, tangent_of_loss
 from jaxsoft.logits.softmax import nonzero, probabilities, visible
 
 __all__ = ["codistillation_loss"]

@@ -23,7 +23,7 @@ from jaxsoft._core.divergence import (
     log_cosh_series,
     mixture_terms,
 )
-from jaxsoft._core.numerics import Temperature, finite, inverse
+from jaxsoft._core.numerics import Temperature, finite, inverse, largest_finite
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.centre import Centred, centre
 from jaxsoft.logits.softmax import nonzero
@@ -83,11 +83,6 @@ class _Side(NamedTuple):
     @property
     def probabilities(self) -> jax.Array:
         return self.weights / nonzero(self.sum)
-
-
-def largest_finite(tau, dtype) -> jax.Array:
-    """Returns τ, the largest finite number at τ = ∞."""
-    return jnp.minimum(Temperature.prepare(tau, dtype).value, jnp.finfo(dtype).max)
 
 
 class _Evenly(NamedTuple):

@@ -23,12 +23,12 @@ from jaxsoft._core.divergence import (
     mixture_terms,
 )
 from jaxsoft._core.numerics import (
-    Temperature,
     divide_by_temperature,
     finite,
     finite_peak,
     inverse,
     is_zero,
+    largest_finite,
 )
 from jaxsoft.linear.arguments import Axes, Config, Operands, axes_of
 from jaxsoft.linear.fold import Fold
@@ -48,6 +48,10 @@ from jaxsoft.linear.tiles import (
 
 __all__ = ["Layers", "Losses", "TwoLayers"]
 
+# Up to this temperature the rounding of a ratio of two sums, times τ, is no more than
+# that of a logit of this size.
+_WARM = 16.0
+
 
 class Layers(NamedTuple):
     """The arrays of a call.
@@ -62,12 +66,81 @@ class Layers(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What the first stream gives of each row, [N] each."""
+    """What the first stream gives of each row, [N] each.
+
+    Attributes:
+      student_max: the student's largest logit.
+      student_total: its Σ exp(c).
+      teacher_max: the teacher's largest logit.
+      teacher_total: its Σ exp(c).
+      shift: the logarithm of the student's sum over the teacher's.
+      scaled_shift: τ times that.
+    """
 
     student_max: Annotated[jax.Array, Axes("n")]
     student_total: Annotated[jax.Array, Axes("n")]
     teacher_max: Annotated[jax.Array, Axes("n")]
     teacher_total: Annotated[jax.Array, Axes("n")]
+    shift: Annotated[jax.Array, Axes("n")]
+    scaled_shift: Annotated[jax.Array, Axes("n")]
+
+    @classmethod
+    def of(cls, student: Saved, teacher: Saved, tau: float | jax.Array) -> "_Rows":
+        """Returns them, of both layers' statistics and a float or [N] temperatures."""
+        totals = student.total, teacher.total
+        # From the ratio of the sums: the difference of their logarithms has fewer
+        # digits.
+        shift = jnp.log(totals[0] / totals[1])
+        value = largest_finite(tau, shift.dtype)
+        scaled = value * shift
+        if student.fields.growth is not None:
+            shift, scaled = _shift_of_growth(tau, value, student, teacher, shift)
+        peaks = student.fields.max, teacher.fields.max
+        return cls(peaks[0], totals[0], peaks[1], totals[1], shift, scaled)
+
+
+def _shift_of_growth(
+    tau: float | jax.Array,
+    value: jax.Array,
+    student: Saved,
+    teacher: Saved,
+    shift: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the shift and τ times it, by the growths where both sums are near n.
+
+    With g the mean of τ (exp(c) - 1) over n classes, Σ exp(c) is n (1 + g / τ): neither
+    its logarithm nor τ times that loses a digit, at any temperature.
+
+    Args:
+      tau: τ.
+      value: τ, the largest finite number at τ = ∞.
+      student: the student's statistics.
+      teacher: the teacher's.
+      shift: the shift, from the sums.
+    """
+    over = inverse(tau, shift.dtype)
+
+    def of_mean(saved: Saved) -> tuple[jax.Array, jax.Array, jax.Array]:
+        assert saved.fields.growth is not None
+        growth = finite(saved.fields.growth)
+        step = growth * over
+        is_near = step >= -0.5
+        step = jnp.where(is_near, step, 0)
+        log, safe = jnp.log1p(step), jnp.where(step == 0, 1, step)
+        return is_near, log, growth * jnp.where(step == 0, 1, log / safe)
+
+    near_s, log_s, scaled_s = of_mean(student)
+    near_t, log_t, scaled_t = of_mean(teacher)
+    assert student.number is not None and teacher.number is not None
+    log_numbers = jnp.log1p((student.number - teacher.number) / teacher.number)
+    near = near_s & near_t
+    # XLA may contract the differences: equal layers keep 0.
+    is_same = student.fields.growth == teacher.fields.growth
+    near_shift = jnp.where(is_same, 0, log_s - log_t) + log_numbers
+    near_scaled = jnp.where(is_same, 0, scaled_s - scaled_t) + value * log_numbers
+    return jnp.where(near, near_shift, shift), jnp.where(
+        near, near_scaled, value * shift
+    )
 
 
 class _Sums(NamedTuple):
@@ -211,19 +284,25 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         self, arrays: Layers, keep: Keep | None, room: tuple[Kept, ...]
     ) -> tuple[_Saved, tuple[Kept, ...]]:
         """Runs the first stream, of each layer, and the second, of both."""
-        rows, kept, hard = [], (), None
+        first, kept, hard = [], (), None
+        static_tau = self.config.static_tau
+        is_cold = static_tau is not None and static_tau <= _WARM
+        wanted = frozenset(() if is_cold else ("growth",))
         rooms = [(each,) for each in room] or [(), ()]
         for config, layer, own in zip(
             (self.config, self.teacher), arrays, rooms, strict=True
         ):
             if layer.labels is None:
-                saved, of_layer = Statistics(config).forward(layer, keep, own)
+                saved, of_layer = Statistics(config, wanted).forward(layer, keep, own)
             else:
-                both = TwoTemperatures(config)
+                both = TwoTemperatures(config, wanted)
                 (saved, hard), of_layer = both.forward(layer, keep, own)
-            rows += [saved.fields.max, saved.total]
+            first.append(saved)
             kept += of_layer
-        second = mesh_axes.like(_Second(arrays, _Rows(*rows)), arrays.student)
+        tau = arrays.student.tau if static_tau is None else static_tau
+        assert tau is not None
+        rows = _Rows.of(first[0], first[1], tau)
+        second = mesh_axes.like(_Second(arrays, rows), arrays.student)
         tiles = self.tiles(second)
 
         def step(carry: _Sums, part: _Second, place: Place, read: Any) -> Any:
@@ -445,24 +524,22 @@ def _terms(
       The terms, the student's side and the teacher's.
     """
     rows = _Rows._make(field[:, None] for field in rows)
-    value = Temperature.prepare(tau, u_s.dtype).value
+    value, over = largest_finite(tau, u_s.dtype), inverse(tau, u_s.dtype)
     peak_s, peak_t = finite_peak(rows.student_max), finite_peak(rows.teacher_max)
     c_s = divide_by_temperature(u_s, peak_s, tau)
     c_t = divide_by_temperature(u_t, peak_t, tau)
     q, p = jnp.exp(c_s) / rows.student_total, jnp.exp(c_t) / rows.teacher_total
     kept_s, kept_t = u_s != -jnp.inf, u_t != -jnp.inf
     both, some = kept_s & kept_t, kept_s | kept_t
-    gap = jnp.where(both, (u_s - peak_s) - (u_t - peak_t), 0)
-    # XLA may contract the difference of the quotients: equal logits keep 0.
-    delta = jnp.where(both & (gap != 0), c_s - c_t, 0)
-    delta = jnp.where(jnp.isnan(delta), 0, delta)
-    # From the ratio of the sums: the difference of their logarithms has fewer digits.
-    shift = jnp.log(rows.student_total / rows.teacher_total)
-    d = jnp.where(both, delta - shift, jnp.where(kept_s, jnp.inf, -jnp.inf))
+    # Finite, so that dropped classes make no NaN of it.
+    lowest = jnp.finfo(u_s.dtype).min
+    gap = jnp.maximum(u_s - peak_s, lowest) - jnp.maximum(u_t - peak_t, lowest)
+    d = jnp.where(both, gap * over - rows.shift, jnp.where(kept_s, jnp.inf, -jnp.inf))
     d = jnp.where(some, d, 0)
-    scaled = finite(d) * value
-    student_ratio = jnp.where(q == 0, 0, -finite(scaled))
-    teacher_ratio = jnp.where(p == 0, 0, finite(scaled))
+    scaled = jnp.where(both, gap - rows.scaled_shift, finite(d) * value)
+    scaled = finite(scaled)
+    student_ratio = jnp.where(q == 0, 0, -scaled)
+    teacher_ratio = jnp.where(p == 0, 0, scaled)
     if divergence == "forward_kl":
         loss = excess(p, q, d, scaled, value)
         slope = difference(p, q, d, scaled, value)

@@ -26,12 +26,14 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxsoft._core import mesh_axes, numerics, registry
+from jaxsoft._core.divergence import difference
 from jaxsoft._core.exporting import exportable_dataclass
 from jaxsoft._core.numerics import (
     divide_by_temperature,
     finite,
     finite_peak,
     inverse,
+    largest_finite,
     over_temperature,
     times,
 )
@@ -71,6 +73,7 @@ class Fields(NamedTuple):
       argmax: int32, the lowest class that reaches m.
       rest: log Σ exp(c) over the classes that are no labels of the row.
       raw_label: the logits of the labels themselves, [N, K].
+      growth: the mean of τ (exp(c) - 1) over kept classes, that of u - m at τ = ∞.
       rank: int32, how many kept classes beat the one label; V without one that is kept.
       top_log_probs: log-probabilities of the best classes, [N, T].
       top_ids: int32, those classes, [N, T].
@@ -84,6 +87,7 @@ class Fields(NamedTuple):
     argmax: Annotated[jax.Array | None, Axes("n")] = None
     rest: Annotated[jax.Array | None, Axes("n")] = None
     raw_label: Annotated[jax.Array | None, Axes("nk")] = None
+    growth: Annotated[jax.Array | None, Axes("n")] = None
     rank: Annotated[jax.Array | None, Axes("n")] = None
     top_log_probs: Annotated[jax.Array | None, Axes("nt")] = None
     top_ids: Annotated[jax.Array | None, Axes("nt")] = None
@@ -95,7 +99,7 @@ class Saved(NamedTuple):
     Attributes:
       fields: the statistics.
       total: Σ exp(c), whose logarithm has fewer digits.
-      number: how many classes are kept; None where the mean is not wanted.
+      number: how many classes are kept; None where no mean is wanted.
       rest: Σ exp(c) over classes that are no labels; None where not wanted.
     """
 
@@ -153,6 +157,7 @@ class _Move(NamedTuple):
       peak: that, or 0 in a row without any kept class so far, whose c are all -inf.
       back: (old - peak) / τ.
       rescale: exp(back).
+      tau: τ.
     """
 
     old: jax.Array
@@ -160,13 +165,14 @@ class _Move(NamedTuple):
     peak: jax.Array
     back: jax.Array
     rescale: jax.Array
+    tau: float | jax.Array
 
     @classmethod
     def of(cls, old: jax.Array, new: jax.Array, tau: float | jax.Array) -> "_Move":
         """Returns the move from one largest logit to another."""
         peak = finite_peak(new)
         back = divide_by_temperature(old, peak, tau)
-        return cls(old, new, peak, back, jnp.exp(back))
+        return cls(old, new, peak, back, jnp.exp(back), tau)
 
 
 class _Merged(NamedTuple):
@@ -366,6 +372,58 @@ class _Mean(_Statistic):
         return jnp.where(tile.logits == -jnp.inf, 0, rows.mean)
 
 
+class _Growth(_Statistic):
+    """The mean of τ (exp(c) - 1): `growth` is its sum over `kept` classes.
+
+    Where τ is large it has the digits that Σ exp(c), close to the number, lacks.
+    """
+
+    name = "growth"
+
+    def start(self, rows, labels, dtype):
+        return {
+            "growth": jnp.zeros((rows, 1), dtype),
+            "kept": jnp.zeros((rows, 1), jnp.int32),
+        }
+
+    def moved(self, columns, move):
+        kept, growth = columns["kept"], columns["growth"]
+        by = _scaled_growth(move.back, move.rescale, move.old - move.peak, move.tau)
+        moved = move.rescale * growth + kept.astype(growth.dtype) * by
+        return {"growth": jnp.where(kept == 0, 0, moved), "kept": kept}
+
+    def merge(self, columns, new):
+        u = new.tile.logits
+        terms = _scaled_growth(new.c, new.weights, u - new.move.peak, new.move.tau)
+        counts = u.shape[1]
+        if new.tile.masked:
+            kept = u != -jnp.inf
+            terms = jnp.where(kept, terms, 0)
+            counts = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
+        return {
+            "growth": columns["growth"] + jnp.sum(terms, axis=1, keepdims=True),
+            "kept": columns["kept"] + counts,
+        }
+
+    def sums(self, columns, move, finish):
+        growth = columns["growth"]
+        return {"growth": growth, "kept": columns["kept"].astype(growth.dtype)}
+
+    def field(self, sums, total, finish):
+        return sums["growth"][:, 0] / self.saved(sums)["number"]
+
+    def saved(self, sums):
+        return {"number": jnp.maximum(sums["kept"], 1)[:, 0]}
+
+
+def _scaled_growth(
+    c: jax.Array, weights: jax.Array, gap: jax.Array, tau: float | jax.Array
+) -> jax.Array:
+    """Returns τ (exp(c) - 1), from c, exp(c) and gap = τ c."""
+    tau = largest_finite(tau, c.dtype)
+    return difference(jnp.ones_like(c), weights, c, gap, tau)
+
+
 class _Expected(_Statistic):
     """Σ p c, from `weighted` = Σ exp(c) c."""
 
@@ -458,6 +516,7 @@ _STATISTICS: tuple[_Statistic, ...] = (
     _Label(),
     _RawLabel(),
     _Mean(),
+    _Growth(),
     _Expected(),
     _Argmax(),
     _Rest(),
@@ -848,5 +907,5 @@ def of_fields(
         label = numerics.nan_where(~valid, label)
     temperature = jnp.asarray(static_tau, fields.max.dtype) if tau is None else tau
     known = fields._replace(label=label)._asdict()
-    del known["raw_label"]
+    del known["raw_label"], known["growth"]
     return LogitStatistics(**known, temperature=temperature)
