@@ -249,7 +249,10 @@ def finite_temperature(value: ArrayLike) -> None:
         return  # what is no temperature at all is refused by `temperature`
     values = known(value)
     if values is not None and np.isposinf(values.astype(np.float64)).any():
-        raise ValueError("`temperature` must be finite, got inf.")
+        raise ValueError(
+            "`temperature` must be finite, got inf: there a teacher's log-probabilities "
+            "say nothing. From the logits of both the loss has a limit."
+        )
 
 
 def known(value: ArrayLike) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from jaxsoft._core.divergence import (
     log_mixture,
     mixture_terms,
 )
-from jaxsoft._core.numerics import is_zero
+from jaxsoft._core.numerics import is_zero, nan_where
 
 __all__ = ["REMAINING", "Remaining", "listed_divergence", "needs_rest"]
 
@@ -60,10 +60,11 @@ def listed_divergence(
         are dropped.
       log_rest: [...] the student's log-probability of all other classes, where it is
         needed.
-      tau: a scalar or [...].
+      tau: a scalar or [...]; NaN in place of ∞, where log-probabilities say nothing.
       lacks: [...] whether a row has no class, and so no loss.
     """
     dtype = log_q.dtype
+    tau = nan_where(tau == jnp.inf, tau)
     gone = log_p == -jnp.inf
     # What is left of 1 is known up to the rounding of K numbers.
     noise = log_p.shape[-1] * float(jnp.finfo(log_p.dtype).eps)

@@ -188,7 +188,8 @@ def distillation_loss_top_k(
         counts as none: the class is one of the rest.
       teacher_log_probs: [..., K] floating, the teacher's log-probabilities of them, at
         the temperature τ.
-      temperature: τ in [0, ∞), of the student, as in `distillation_loss`.
+      temperature: τ in [0, ∞), of the student and the teacher, as in
+        `distillation_loss`.
       axis: the class axis.
       where: booleans that broadcast to the logits; False drops a class.
       remaining: "other", "drop", "renormalize" or "ignore".
@@ -206,16 +207,17 @@ def distillation_loss_top_k(
 
     Returns:
       [...], or a scalar with a reduction, float32 (float64 for float64 logits); NaN for
-      an id outside [0, V) that has mass, but -1; inf where the divergence is. A row
-      without any listed class has loss 0.
+      an id outside [0, V) that has mass, but -1, and for a traced τ = ∞; inf where the
+      divergence is. A row without any listed class has loss 0.
 
     Raises:
       TypeError: if a dtype is wrong.
       ValueError: if a shape does not fit or an option is out of its range.
 
     Notes:
-      As `linear_distillation_top_k`, whose logits are streamed. Differentiable in the
-      logits, the temperature and `teacher_log_probs`.
+      As `linear_distillation_top_k`, whose logits are streamed; see there what digits
+      log-probabilities have at high temperatures. Differentiable in the logits, the
+      temperature and `teacher_log_probs`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -246,6 +248,7 @@ def distillation_loss_top_k(
     checks.shape("teacher_log_probs", log_p, ids.shape, "teacher_ids.shape")
     checks.one_of("remaining", remaining, REMAINING)
     kind = kind_of(divergence, beta, alpha)
+    checks.finite_temperature(temperature)
     needs_rest(kind, remaining)
     logits = logits.astype(numerics.compute_dtype(logits))
     tau = check_temperature(temperature, logits, axis)

@@ -1,6 +1,7 @@
 """Distillation at K listed classes, streamed and of stored logits, against float64."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -369,6 +370,29 @@ def test_limits(choice):
         h, w, bad, log_p, reduction="none", **options_of(choice)
     )
     assert np.isnan(bad[0])
+
+
+@pytest.mark.parametrize("choice", [CHOICES[0], ("drop", "beta")], ids="-".join)
+def test_no_list_has_a_loss_at_an_infinite_temperature(choice):
+    """The limit is that of logits, which log-probabilities there do not hold."""
+    h, w, ids, log_p = example("unit", 301)
+    options = options_of(choice)
+
+    def streamed(tau):
+        return linear_distillation_top_k(
+            h, w, ids, log_p, temperature=tau, reduction="none", **options
+        )
+
+    def stored(tau):
+        return distillation_loss_top_k(h @ w, ids, log_p, tau, **options)
+
+    one = np.where(np.arange(ROWS) == 1, np.inf, 1).astype("float32")
+    for function in (streamed, stored):
+        for tau in (math.inf, np.float32("inf"), jnp.float32("inf"), one):
+            with pytest.raises(ValueError, match="`temperature` must be finite"):
+                function(tau)
+        found = jax.jit(function)(one)
+        np.testing.assert_array_equal(np.isnan(found), one == np.inf)
 
 
 def test_reverse_kl_is_finite_where_the_teacher_lists_all_it_has():
