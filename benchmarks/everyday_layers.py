@@ -98,6 +98,14 @@ def _masked(hidden: Any, kernel: Any, bits: Any, labels: Any) -> jax.Array:
     return _cross_entropy(jnp.where(kept, x, -jnp.inf), labels).mean()
 
 
+def _sample_with_log_prob(key: Any, hidden: Any, kernel: Any) -> tuple[jax.Array, ...]:
+    logits = _logits(hidden, kernel)
+    drawn = jax.random.categorical(key, logits)
+    log_p = jax.nn.log_softmax(logits)
+    log_prob = jnp.take_along_axis(log_p, drawn[:, None], axis=-1)[:, 0]
+    return drawn, log_prob, log_prob
+
+
 def _sample_top_k_with_log_prob(
     key: Any, hidden: Any, kernel: Any
 ) -> tuple[jax.Array, ...]:
@@ -359,6 +367,14 @@ _CASES = (
         lambda key, hidden, kernel: jax.random.categorical(
             key, _logits(hidden, kernel)
         ),
+        "key hidden kernel",
+        alike=False,
+    ),
+    Case(
+        "linear_sample",
+        "log-probabilities",
+        lambda *arrays: tuple(jaxsoft.linear_sample(*arrays, return_log_prob=True)),
+        _sample_with_log_prob,
         "key hidden kernel",
         alike=False,
     ),

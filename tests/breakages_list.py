@@ -682,6 +682,22 @@ _LINEAR = (
         tests=("tests/linear/test_sharding.py",),
     ),
     Breakage(
+        "probability-beside-one-shard-of-classes",
+        kind="missing rescale",
+        file="jaxsoft/linear/folds/draw.py",
+        before="own.total * block_sampling.exponentials(own.max, best.max, tau)",
+        after="own.total",
+        tests=("tests/linear/test_filtered_draws.py",),
+    ),
+    Breakage(
+        "sum-of-earlier-tiles-about-their-own-peak",
+        kind="missing rescale",
+        file="jaxsoft/_core/block_sampling.py",
+        before="total = old.total * exponentials(old.max, largest, tau)",
+        after="total = old.total",
+        tests=("tests/linear/test_filtered_draws.py",),
+    ),
+    Breakage(
         "no-tile-for-what-blocks-move-on",
         kind="lost last partial tile",
         file="jaxsoft/linear/folds/draw.py",

@@ -51,11 +51,31 @@ class Drawn(NamedTuple):
       max: the largest logit met; -inf before the first kept class.
       score: (log of the block's sum, centred on `max` and divided by τ) plus noise.
       class_id: int32; -1 before the first kept class.
+      total: Σ exp((u - max) / τ) of all logits u met, at least 1 from the first kept
+        class on; None where no log-probability is asked for.
+      logit: u of the class, -inf before the first kept one; None likewise.
     """
 
     max: jax.Array
     score: jax.Array
     class_id: jax.Array
+    total: jax.Array | None = None
+    logit: jax.Array | None = None
+
+    def without_nan(self) -> "Drawn":
+        """Returns the same with class -1 in rows that have met a NaN or +inf."""
+        lost = jnp.isnan(self.max) | jnp.isnan(self.score)
+        return self._replace(class_id=jnp.where(lost, -1, self.class_id))
+
+    def log_prob(self, tau: float | jax.Array) -> jax.Array:
+        """Returns the classes' log-probabilities, never above 0, -inf without a class.
+
+        Args:
+          tau: the temperature, a float, [R] or [1].
+        """
+        assert self.total is not None and self.logit is not None
+        c = divide_by_temperature(self.logit, finite_peak(self.max), tau)
+        return jnp.where(self.class_id < 0, -jnp.inf, c - jnp.log(self.total))
 
 
 def block_size(num_classes: int) -> int:
@@ -222,6 +242,7 @@ def draw(
     first_block: jax.Array | int,
     block: int,
     where: jax.Array | None = None,
+    with_log_prob: bool = False,
 ) -> Drawn:
     """Draws a class from consecutive blocks.
 
@@ -233,6 +254,7 @@ def draw(
       first_block: the number of the first block.
       block: B, the classes of a block.
       where: [R, C] or [1, C] booleans, False drops a class; None keeps all.
+      with_log_prob: whether to return what log-probabilities are made of.
 
     Returns:
       The drawn classes, numbered as `first_block` is.
@@ -243,12 +265,16 @@ def draw(
     if not isinstance(first_block, int) or first_block:
         blocks = first_block + lax.iota(jnp.int32, blocks)
     drawn, at = bits(words, blocks, zero, dtype)
-    best = _best_block(_parts(logits, block, where, dtype), tau, drawn, zero)
+    parts = _parts(logits, block, where, dtype)
+    best, of_block = _best_block(parts, tau, drawn, zero)
     inside = _inside(logits, where, tau, at, block, best)
-    class_id = first_block * block + inside
-    return Drawn(
-        best.max[:, 0], best.score, jnp.where(best.score == -jnp.inf, -1, class_id)
-    )
+    is_none = of_block.score == -jnp.inf
+    class_id = jnp.where(is_none, -1, first_block * block + inside)
+    if not with_log_prob:
+        return of_block._replace(class_id=class_id, total=None)
+    *_, take = columns(inside[:, None], 1, logits.shape[1])
+    logit = jnp.where(is_none, -jnp.inf, take(logits)[:, 0].astype(dtype))
+    return of_block._replace(class_id=class_id, logit=logit)
 
 
 class _Best(NamedTuple):
@@ -258,21 +284,17 @@ class _Best(NamedTuple):
       number: [R, 1] int32, counted from the first block.
       peak: [R, 1] what its exponentials are centred on.
       sum: [R, 1] of them.
-      max: [R, 1] the largest logit of all blocks.
-      score: [R] of the block.
     """
 
     number: jax.Array
     peak: jax.Array
     sum: jax.Array
-    max: jax.Array
-    score: jax.Array
 
 
 def _best_block(
     parts: list[jax.Array], tau: float | jax.Array, drawn: jax.Array, zero: jax.Array
-) -> _Best:
-    """Draws a block of each row by its noise [R, n]."""
+) -> tuple[_Best, Drawn]:
+    """Draws a block of each row by its noise [R, n]; the block stands for a class."""
     # Each is used more than once: none of it is to be computed again.
     tops, sums = lax.optimization_barrier(_summaries(parts, tau))
     # A block's maximum may have left NaN out; its sum never does.
@@ -283,7 +305,9 @@ def _best_block(
     best = jnp.argmax(perturbed, axis=1, keepdims=True).astype(jnp.int32)
     *_, take = columns(best, 1, tops.shape[1])
     best_score = maximum_or_nan(perturbed, axis=1)
-    return _Best(best, take(tops), take(sums), largest, best_score)
+    total = jnp.sum(sums * exponentials(tops, largest, tau), axis=1)
+    of_block = Drawn(largest[:, 0], best_score, best[:, 0], total)
+    return _Best(best, take(tops), take(sums)), of_block
 
 
 def _inside(logits, where, tau, at: Place, block, best: _Best) -> jax.Array:
@@ -347,7 +371,7 @@ def draw_row(
     number = jnp.argmax(scores(sums, drawn, zero), axis=1, keepdims=True)
     number = number.astype(jnp.int32)
     *_, take = columns(number, 1, sums.shape[1])
-    best = _Best(number, peak, take(sums), peak, total)
+    best = _Best(number, peak, take(sums))
     class_id = _inside(logits, where, tau, at, block, best)
     return jnp.where(lost, -1, class_id)
 
@@ -414,8 +438,15 @@ def later(old: Drawn, new: Drawn, tau: float | jax.Array) -> Drawn:
     before = old.score + divide_by_temperature(old.max, peak, tau)
     after = new.score + divide_by_temperature(new.max, peak, tau)
     better = (after > before) | jnp.isnan(after)
-    return Drawn(
+    both = Drawn(
         largest,
         jnp.where(better, after, before),
         jnp.where(better, new.class_id, old.class_id),
     )
+    if old.total is None or old.logit is None:
+        return both
+    assert new.total is not None and new.logit is not None
+    total = old.total * exponentials(old.max, largest, tau)
+    total += new.total * exponentials(new.max, largest, tau)
+    logit = jnp.where(better, new.logit, old.logit)
+    return both._replace(total=total, logit=logit)

@@ -61,7 +61,8 @@ def linear_sample(
 
     Exact: a block of classes is drawn by the Gumbel-max rule over the logarithms of
     the blocks' sums, then a class inside it by inversion. The logits are computed
-    once, tile by tile, and some √V random numbers are drawn for a token.
+    once, tile by tile, and some √V random numbers are drawn for a token; their sums
+    give the log-probabilities, too.
 
     Filters act one after another, in the order `top_n_sigma`, temperature, `top_k`,
     `top_p`, `min_p`: the logits of as many tokens as the workspace has room for are
@@ -102,8 +103,8 @@ def linear_sample(
       token_axes: inside `jax.shard_map`, the mesh axes of the tokens, which number
         the rows: without them every shard would draw with the same bits.
       workspace_bytes: the temporary memory that the call may take; see
-        `linear_statistics`. With filters or log-probabilities None is 256 MiB, and the
-        logits of 8 tokens are stored whatever it is.
+        `linear_statistics`. With filters None is 256 MiB, and the logits of 8 tokens
+        are stored whatever it is.
       implementation: None, "xla", or "mosaic_gpu", not yet measured: a kernel for GPUs,
         as for `linear_statistics`, without sharded classes, filters and
         log-probabilities.
@@ -163,15 +164,16 @@ def linear_sample(
     chosen = _filters(
         call, top_k=top_k, top_p=top_p, min_p=min_p, top_n_sigma=top_n_sigma
     )
-    if all(value is None for value in chosen) and not return_log_prob:
-        fold = Draw(call.config)
-        return _sample(fold, rows_over, key, call.arrays, chosen).class_id
-    if call.config.implementation != "xla":
+    has_filters = any(value is not None for value in chosen)
+    if call.config.implementation != "xla" and (has_filters or return_log_prob):
         raise NotImplementedError(
             '`implementation` must be None or "xla" with filters or log-probabilities, '
             f'got "{call.config.implementation}".'
         )
-    fold = FilteredDraw(call.config, most_of(top_k), return_log_prob)
+    if has_filters:
+        fold = FilteredDraw(call.config, most_of(top_k), return_log_prob)
+    else:
+        fold = Draw(call.config, return_log_prob)
     drawn = _sample(fold, rows_over, key, call.arrays, chosen)
     return SampledClasses(*drawn) if return_log_prob else drawn.class_id
 

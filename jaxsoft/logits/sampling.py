@@ -301,20 +301,27 @@ def draw_with_log_prob(
     shard: ClassShard = WHOLE,
 ) -> SampledClasses:
     """Draws a class of each of some rows, at least one; see `draw_rows`."""
+    tau, classes = rows.temperature(static_tau), shard.classes(rows.logits)
+    if _is_one_pass(chosen, classes, shard):
+        block = block_sampling.block_size(classes)
+        found = block_sampling.draw(
+            rows.logits, tau, words, 0, block, rows.where, with_log_prob=True
+        ).without_nan()
+        log_prob = found.log_prob(tau[:, 0] if isinstance(tau, jax.Array) else tau)
+        return SampledClasses(found.class_id, log_prob, log_prob)
     drawn = _draw(static_tau, words, rows, chosen, first, shard, with_log_sum=True)
-    tau = rows.temperature(static_tau)
     logit = shard.take(rows.logits, jnp.maximum(drawn.class_id, 0)[:, None])
     weight, log_sum = log_weights(rows, tau, logit, shard)
     lost = drawn.class_id < 0
 
-    def log_prob(log_sum: jax.Array) -> jax.Array:
+    def log_prob_of(log_sum: jax.Array) -> jax.Array:
         return jnp.where(lost, -jnp.inf, weight - log_sum)
 
-    of_all = log_prob(log_sum)
+    of_all = log_prob_of(log_sum)
     if drawn.log_sum is None:
         return SampledClasses(drawn.class_id, of_all, of_all)
     # Neither sum is rounded as the other, but fewer classes weigh no more.
-    of_kept = log_prob(jnp.clip(drawn.log_sum, weight, log_sum))
+    of_kept = log_prob_of(jnp.clip(drawn.log_sum, weight, log_sum))
     return SampledClasses(drawn.class_id, of_all, of_kept)
 
 
@@ -393,7 +400,7 @@ def _draw(
     count, classes = rows.logits.shape[0], shard.classes(rows.logits)
     few = classes <= _FEW
     keeps_all = all(value is None for value in chosen)
-    if keeps_all and not few and not shard.axes:
+    if _is_one_pass(chosen, classes, shard):
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
         return Drawn(
@@ -432,6 +439,12 @@ def _draw(
     return lax.platform_dependent(
         arrays, cpu=lambda arrays: in_tiles(tiled, arrays, count, size), default=draw
     )
+
+
+def _is_one_pass(chosen: filters.Filters, classes: int, shard: ClassShard) -> bool:
+    """Tells whether rows are drawn from by sums of blocks alone."""
+    keeps_all = all(value is None for value in chosen)
+    return keeps_all and classes > _FEW and not shard.axes
 
 
 def _within(

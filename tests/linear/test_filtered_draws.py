@@ -96,12 +96,15 @@ def test_filters_of_each_token(rows, classes, kind):
     assert (found.filtered_log_prob >= found.log_prob - 1e-6).all()
 
 
-def test_log_probabilities_without_filters():
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_log_probabilities_without_filters(workspace):
+    """In one tile of classes, and in several."""
     x = 2 * truth.logits("unit", (ROWS, CLASSES))
     hidden, kernel = exact(x)
     hidden[3] = np.nan
-    found = draw(hidden, kernel, temperature=0.8, return_log_prob=True)
-    assert (found.class_id == draw(hidden, kernel, temperature=0.8)).all()
+    options: dict[str, Any] = {"temperature": 0.8, "workspace_bytes": workspace}
+    found = draw(hidden, kernel, return_log_prob=True, **options)
+    assert (found.class_id == draw(hidden, kernel, **options)).all()
     rows = np.delete(np.arange(ROWS), 3)
     p = truth.log_softmax(x[rows], 0.8)
     of_class = p[np.arange(ROWS - 1), np.asarray(found.class_id)[rows]]
@@ -111,6 +114,51 @@ def test_log_probabilities_without_filters():
     assert found.class_id[3] == -1
     empty = draw(HIDDEN[:0], return_log_prob=True)
     assert [a.shape for a in empty] == [(0,)] * 3
+
+
+@pytest.mark.parametrize("kind", [*truth.DISTRIBUTIONS, "minus 20"])
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    [(40, 3), (40, 1000), pytest.param(9, 50_257, marks=pytest.mark.slow)],
+)
+@pytest.mark.many_cases
+def test_log_probabilities_of_the_draws_own_sums(rows, classes, kind):
+    """As exact as those of stored logits, at every temperature of a token."""
+    x = truth.logits("unit" if kind == "minus 20" else kind, (rows, classes))
+    x = x - np.float32(20 * (kind == "minus 20"))
+    tau = np.tile(np.asarray([0.0, 0.7, 1.0, np.inf], "float32"), rows)[:rows]
+    options: dict[str, Any] = {"temperature": tau, "workspace_bytes": 1}
+    found = draw(*exact(x), return_log_prob=True, **options)
+    np.testing.assert_array_equal(found.class_id, draw(*exact(x), **options))
+    stored = jaxsoft.log_softmax(x, temperature=tau[:, None])
+    of_class = np.take_along_axis(
+        np.asarray(stored), np.asarray(found.class_id)[:, None], axis=1
+    )[:, 0]
+    np.testing.assert_array_equal(found.log_prob, found.filtered_log_prob)
+    np.testing.assert_allclose(found.log_prob, of_class, rtol=2e-6, atol=2e-6)
+    assert (found.log_prob <= 0).all()
+    p = truth.log_softmax(x, np.where(tau == 0, 1, tau)[:, None])
+    for row in np.flatnonzero((tau > 0) & np.isfinite(tau)):
+        of_row = p[row, found.class_id[row]]
+        np.testing.assert_allclose(found.log_prob[row], of_row, rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("classes", [696, 104])
+def test_log_probabilities_over_a_mesh(classes):
+    """Blocks of classes that shards share, and rows without a class."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "vocab"))
+    over = jaxsoft.over_mesh(linear_sample, mesh, token_axes="data", vocab_axis="vocab")
+    hidden = HIDDEN.copy()
+    hidden[3] = np.nan
+    tau = np.tile(np.asarray([0.0, 0.7, 1.0, np.inf], "float32"), ROWS)[:ROWS]
+    options = {"temperature": tau, "return_log_prob": True}
+    expected = draw(hidden, KERNEL[:, :classes], **options)
+    found = jax.jit(lambda: over(KEY, hidden, KERNEL[:, :classes], **options))()
+    assert found.class_id[3] == -1 and found.log_prob[3] == -np.inf
+    assert (found.class_id != expected.class_id).sum() <= 1
+    same = found.class_id == expected.class_id
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(ours[same], theirs[same], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,13 @@ class _Vocabulary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
-    """One class for each row; without a derivative."""
+    """One class for each row; without a derivative.
 
+    Attributes:
+      with_log_prob: whether its log-probability is asked for.
+    """
+
+    with_log_prob: bool = False
     kernel_step: ClassVar[str | None] = "draw"
 
     def operands(self, arrays: Drawing) -> Operands:
@@ -149,11 +154,11 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
 
     def start(self, rows: int, arrays: Drawing) -> block_sampling.Drawn:
         dtype = compute_dtype(arrays.operands.hidden, arrays.operands.kernel)
-        return block_sampling.Drawn(
-            jnp.full(rows, -jnp.inf, dtype),
-            jnp.full(rows, -jnp.inf, dtype),
-            jnp.full(rows, -1, jnp.int32),
-        )
+        lowest = jnp.full(rows, -jnp.inf, dtype)
+        empty = block_sampling.Drawn(lowest, lowest, jnp.full(rows, -1, jnp.int32))
+        if not self.with_log_prob:
+            return empty
+        return empty._replace(total=jnp.zeros(rows, dtype), logit=lowest)
 
     def step(
         self, carry: block_sampling.Drawn, tile: _Blocks, part: Drawing
@@ -163,17 +168,30 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         width = tile.logits.shape[1]
         # The only block of a short vocabulary ends where that does.
         block = min(block, width)
-        new = block_sampling.draw(tile.logits, tau, part.words, tile.first, block)
+        new = block_sampling.draw(
+            tile.logits,
+            tau,
+            part.words,
+            tile.first,
+            block,
+            with_log_prob=self.with_log_prob,
+        )
         if width == classes == total:
             return new
-        row_tau = tau[:, 0] if isinstance(tau, jax.Array) else tau
-        return block_sampling.later(carry, new, row_tau)
+        return block_sampling.later(carry, new, _of_rows(tau))
 
     def finish(self, carry: block_sampling.Drawn, arrays: Drawing) -> Drawn:
         if self.config.vocab_axes:
             carry = self._meet(carry, arrays)
-        lost = jnp.isnan(carry.max) | jnp.isnan(carry.score)
-        return Drawn(jnp.where(lost, -1, carry.class_id))
+        carry = carry.without_nan()
+        if not self.with_log_prob:
+            return Drawn(carry.class_id)
+        tau = _of_rows(arrays.operands.temperature(self.config))
+        if isinstance(tau, jax.Array):
+            # It is the same on every shard of the classes, and now known to be.
+            tau = mesh_axes.maximum(tau, self.config.vocab_axes)
+        # Without filters it is the same after them.
+        return Drawn(carry.class_id, *[carry.log_prob(tau)] * 2)
 
     def result(self, saved: Drawn) -> Drawn:
         return saved
@@ -190,7 +208,8 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         it cannot beat the block.
         """
         candidates = [carry, *self._of_shared_blocks(carry, arrays)]
-        return self._agree(candidates, arrays)
+        best = self._agree(candidates, arrays)
+        return self._measure(best, candidates, arrays) if self.with_log_prob else best
 
     def _edges(self, arrays: Drawing) -> list["_Edge"]:
         """Returns this shard's parts of its first and last block, if others share."""
@@ -253,7 +272,13 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
             column = at.column(inside, edge.weights.shape[1])
             class_id = jnp.where(holder == own, first + edge.begin + column, -1)
             score = jnp.where(edge.number >= 0, score[:, 0], -jnp.inf)
-            drawn.append(block_sampling.Drawn(top, score, class_id))
+            new = block_sampling.Drawn(top, score, class_id)
+            if self.with_log_prob:
+                *_, take = block_sampling.columns(
+                    column[:, None], 1, edge.weights.shape[1]
+                )
+                new = new._replace(logit=take(edge.logits)[:, 0])
+            drawn.append(new)
         return drawn
 
     def _agree(
@@ -263,7 +288,10 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         axes = self.config.vocab_axes
         tau = arrays.operands.temperature(self.config)
         row_tau = tau.T if isinstance(tau, jax.Array) else tau
-        tops, scores, ids = (jnp.stack(a) for a in zip(*candidates, strict=True))
+        tops, scores, ids = (
+            jnp.stack([getattr(each, name) for each in candidates])
+            for name in ("max", "score", "class_id")
+        )
         top = mesh_axes.maximum(jnp.max(tops, axis=0), axes)
         scores += divide_by_temperature(tops, finite_peak(top)[None], row_tau)
         best = mesh_axes.maximum(maximum_or_nan(scores, axis=0), axes)
@@ -273,6 +301,33 @@ class Draw(Fold[Drawing, block_sampling.Drawn, Drawn, Drawn]):
         class_id = jnp.where(class_id == none, -1, class_id)
         return block_sampling.Drawn(top, best, class_id)
 
+    def _measure(
+        self,
+        best: block_sampling.Drawn,
+        candidates: list[block_sampling.Drawn],
+        arrays: Drawing,
+    ) -> block_sampling.Drawn:
+        """Returns the best candidate with its logit and the sum over all shards."""
+        own = candidates[0]
+        assert own.total is not None
+        ids, logits = (
+            jnp.stack([getattr(each, name) for each in candidates])
+            for name in ("class_id", "logit")
+        )
+        here = (ids == best.class_id[None]) & (ids >= 0)
+        # One shard alone has a class.
+        logit = jnp.max(jnp.where(here, logits, -jnp.inf), axis=0)
+        logit = jnp.where(jnp.any(here, axis=0), logit, 0)
+        tau = _of_rows(arrays.operands.temperature(self.config))
+        total = own.total * block_sampling.exponentials(own.max, best.max, tau)
+        total, logit = lax.psum(jnp.stack([total, logit]), self.config.vocab_axes)
+        return best._replace(total=total, logit=logit)
+
+
+def _of_rows(tau: float | jax.Array) -> float | jax.Array:
+    """Returns temperatures [N, 1] as [N], a float as it is."""
+    return tau[:, 0] if isinstance(tau, jax.Array) else tau
+
 
 class _Edge(NamedTuple):
     """This shard's part of a block that other shards share.
@@ -280,6 +335,7 @@ class _Edge(NamedTuple):
     Attributes:
       number: of the block; -1 if the shard has all of it.
       begin: the first class of the part, counted from the shard's first.
+      logits: [N, B] of its classes, -inf for those of other blocks.
       weights: [N, B] exp(c) of its classes about its own largest logit.
       top: [N] that logit.
       sum: [N] of the weights.
@@ -287,6 +343,7 @@ class _Edge(NamedTuple):
 
     number: jax.Array
     begin: int
+    logits: jax.Array
     weights: jax.Array
     top: jax.Array
     sum: jax.Array
@@ -313,4 +370,4 @@ class _Edge(NamedTuple):
         top = jnp.max(u, axis=1)
         tau = operands.temperature(fold.config)
         weights = jnp.exp(divide_by_temperature(u, finite_peak(top)[:, None], tau))
-        return cls(number, begin, weights, top, jnp.sum(weights, axis=1))
+        return cls(number, begin, u, weights, top, jnp.sum(weights, axis=1))
