@@ -738,6 +738,14 @@ _LINEAR = (
         tests=("tests/linear/test_rank.py", "tests/linear/test_sharding.py"),
     ),
     Breakage(
+        "rank-takes-the-whole-workspace",
+        kind="dropped factor",
+        file="jaxsoft/linear/plans.py",
+        before="room = min(room, self.layers * _STORED)",
+        after="room = min(room, 2 * _STORED)",
+        tests=("tests/linear/test_plans.py",),
+    ),
+    Breakage(
         "best-classes-do-not-move-the-log-sum",
         kind="dropped term",
         file="jaxsoft/linear/folds/ranked.py",

@@ -35,8 +35,9 @@ _TILES, _TILES_AND_SLICES = 2, 6
 # The numbers of a chunk of rows take most of the workspace, and its tiles this share.
 _SHARE_OF_CHUNK = 1 / 32
 
-# The workspace of a call that names none and stores rows for a few passes over their
-# logits; they take this share of it, and what passes give the rest.
+# A call that names no workspace and stores rows for a few passes over their logits
+# takes no more than this for a layer; rows that are drawn from take this share of it,
+# and what passes give the rest.
 _STORED, _SHARE_OF_STORED = 256 * MIB, 7 / 16
 
 # Sizes are multiples of what matrix units want.
@@ -302,10 +303,13 @@ class Layer:
           The rows whose logits are all stored at once, and their tiles; None where
           the workspace has room for too few.
         """
-        rows = self._chunk_rows(given, self.logit_bytes, kernel=False)
+        room = self.workspace(given)
+        if given is None:
+            room = min(room, self.layers * _STORED)
+        rows = self._chunk_rows(room, self.logit_bytes, kernel=False)
         if rows < min(_ROWS_OF_A_SUM, self.rows):
             return None
-        return rows, self._chunk_tiling(given, rows)
+        return rows, self._chunk_tiling(room, rows)
 
     def stored_rows(self, given: int | None, whole: bool) -> Tiling:
         """Returns tiles of so many rows that the workspace holds all of their logits.

@@ -99,8 +99,8 @@ def linear_statistics(
       `temperature`. Under `jax.vmap` with a shared kernel the batch becomes rows.
 
       A rank compares all logits with the label's, which is known after the last tile:
-      products are kept for it where the workspace has room for those of enough rows,
-      and computed twice where it has not.
+      products are kept for it where the workspace (at most 256 MiB if none is
+      named) has room for those of enough rows, and computed twice where it has not.
 
       The workspace bounds tiles of logits, the slices of the kernel that they need and
       what is kept of them. Beside it a gradient takes float32 sums: that of `hidden`

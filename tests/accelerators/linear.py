@@ -3,7 +3,7 @@
 Modes: `vmap` over 8 on one device, `tokens` (hidden states over 4 devices), `mesh`
 (hidden states and classes over 4), `explicit` (likewise, by types), `table` (the kernel
 of one device laid out by classes, and how many matrix products there are of what),
-`operands` (short kernels, adapters and packed masks, on one device). What
+`operands` (short kernels, adapters and packed masks, on one device, and ranks). What
 `functions.py` has is not here again: one device, and the contrastive losses.
 """
 
@@ -180,7 +180,7 @@ def table(platform, device):
 
 
 def operands(platform, device):
-    """Compiles the loss of short kernels, adapters and masks, and its gradients."""
+    """Compiles ranks; losses of short kernels, adapters and masks, and gradients."""
     place = SingleDeviceSharding(device)
     rank, adapters = 16, 8
 
@@ -209,6 +209,10 @@ def operands(platform, device):
             hidden, kernel, labels, lora=given, workspace_bytes=2**26
         )
 
+    def ranked(hidden, kernel, labels):
+        found = jaxsoft.linear_statistics(hidden, kernel, labels, return_rank=True)
+        return found.log_prob, found.rank
+
     def masked(hidden, bits, kernel, labels):
         return jaxsoft.linear_cross_entropy(
             hidden, kernel, labels, class_bits=bits, workspace_bytes=2**26
@@ -224,13 +228,13 @@ def operands(platform, device):
         "scale of blocks": (scaled, (0, 1), (hidden, array(*of_block), array(*short))),
         "adapters": (adapted, (0, 1, 2), (hidden, *lora, kernel)),
         "masks": (masked, (0,), (hidden, bits, kernel)),
+        "ranks": (ranked, (), (hidden, kernel)),
     }
     for name, (function, moving, arrays) in cases.items():
         arrays = (*arrays, array(*labels))
-        whats = {
-            "value": function,
-            "value_and_grad": jax.value_and_grad(function, moving),
-        }
+        whats = {"value": function}
+        if moving:
+            whats["value_and_grad"] = jax.value_and_grad(function, moving)
         for what, call in whats.items():
             _, compiled = compile_for(platform, call, arrays)
             report(name, what, compiled)

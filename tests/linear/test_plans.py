@@ -71,6 +71,18 @@ def test_the_workspace_that_nobody_names(rows, classes, mebibytes):
 
 
 @pytest.mark.parametrize(
+    "layers, given, rows", [(1, None, 232), (2, None, 232), (1, 2**29, 416)]
+)
+def test_rows_that_are_read_twice(layers, given, rows):
+    """Gemma 2's head: a layer has 256 MiB where nobody names a workspace."""
+    layer = Layer(4096, 2304, 256_000, kernel_bytes=2, layers=layers)
+    stored = layer.rows_read_twice(given)
+    assert stored is not None and stored[0] == rows
+    taken = layers * rows * 256_000 * 4 + layer.streamed(stored[1])
+    assert taken <= (given or layers * 2**28)
+
+
+@pytest.mark.parametrize(
     "sizes, workspace, options, expected",
     [
         # At the default: chunks where the loss is reduced, else as much as there is
