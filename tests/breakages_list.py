@@ -738,6 +738,14 @@ _LINEAR = (
         tests=("tests/linear/test_rank.py", "tests/linear/test_sharding.py"),
     ),
     Breakage(
+        "of-branches-the-least-is-counted",
+        kind="swapped bounds",
+        file="jaxsoft/devices/hlo.py",
+        before="max(self.dot_flops, other.dot_flops)",
+        after="min(self.dot_flops, other.dot_flops)",
+        tests=("tests/devices/test_hlo.py",),
+    ),
+    Breakage(
         "rank-takes-the-whole-workspace",
         kind="dropped factor",
         file="jaxsoft/linear/plans.py",

@@ -70,6 +70,14 @@ class Work:
             self.is_least or other.is_least,
         )
 
+    def __or__(self, other: "Work") -> "Work":
+        """Returns the most that is done where it is this or the other."""
+        return Work(
+            max(self.dot_flops, other.dot_flops),
+            max(self.accessed, other.accessed),
+            self.is_least or other.is_least,
+        )
+
     def times(self, count: int) -> "Work":
         """Returns the work of so many iterations."""
         return Work(self.dot_flops * count, self.accessed * count, self.is_least)
@@ -78,9 +86,9 @@ class Work:
 def work_of(text: str) -> Work | None:
     """Counts what a program does.
 
-    Of branches the one that moves most counts. What instructions of one fusion hand
-    each other is not moved; of an array that is sliced, or updated in place, the slice
-    is. Arrays that a processor's caches hold count as if in memory.
+    Of branches the most counts, of products and of bytes each. What instructions of one
+    fusion hand each other is not moved; of an array that is sliced, or updated in
+    place, the slice is. Arrays that a processor's caches hold count as if in memory.
 
     Args:
       text: optimized HLO, as a compiled program's `as_text()` gives it.
@@ -232,8 +240,7 @@ class _Counter:
         if one.opcode == "conditional":
             listed = _BRANCHES.search(one.rest)
             names = _OPERAND.findall(listed[1]) if listed else _EITHER.findall(one.rest)
-            works = [self.of(name) for name in names]
-            return max(works, key=lambda work: work.accessed, default=Work())
+            return functools.reduce(Work.__or__, map(self.of, names), Work())
         called = _CALLED.search(one.rest)
         if one.opcode in ("call", "async-start") and called:
             return self.of(called[1])

@@ -115,6 +115,13 @@ def test_of_branches_the_largest_counts():
 
     assert work(either, 0, x).dot_flops == 2 * 2 * 64**3
 
+    # One multiplies, the other reads: the most of each, whichever runs.
+    table = jnp.ones((512, 64, 64))
+    found = work(
+        lambda f, x, t: lax.cond(f, lambda: x @ x, lambda: t.sum(0)), True, x, table
+    )
+    assert found.dot_flops == 2 * 64**3 and found.accessed >= table.nbytes
+
 
 @pytest.mark.parametrize("end", [3, 19])
 def test_what_compilers_for_tpus_write(end):

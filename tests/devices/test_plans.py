@@ -26,7 +26,7 @@ def check(found, kind, *, most=None):
     products = {k: work.dot_flops / (N * H * V) for k, work in ran.work.items()}
     # Tiles at the end may cover what others have.
     assert 2 <= products["value"] <= 2.2
-    # Of tiles that are kept or computed again the compiler's text has both.
+    # Of tiles that are kept or computed again the most counts.
     most_products = 8 if 0 < kept < 1 else 8 - 2 * kept
     assert 8 - 2 * kept <= products["value_and_grad"] <= 1.1 * most_products
     for one in ran.work.values():
