@@ -31,6 +31,7 @@ ONE, MESH, JIT = "on one", "over a mesh", "jitted on a mesh"
 AXES = ("data", "vocab")
 
 _ROWS, _FEATURES, _CLASSES, _RAGGED, _BEST, _SAMPLES = 512, 256, 8192, 8003, 10, 1024
+_RANK = 16
 _WIDE = (4096, 2304, 256000)
 _TILE = {"workspace_bytes": 2**20}
 _PART = {"workspace_bytes": 8 * 2**20}
@@ -136,9 +137,35 @@ _CALLS = (
         _WIDE_LAYER,
         {"workspace_bytes": 2**24},
     ),
+    _Call(
+        "linear_cross_entropy scaled",
+        "hidden short labels kernel_scale=scales",
+        "hidden scales",
+        _TILE,
+        places=(ONE, MESH),
+    ),
+    _Call(
+        "linear_cross_entropy adapted",
+        "hidden kernel labels lora=lora",
+        "hidden lora",
+        _TILE,
+    ),
+    _Call(
+        "linear_cross_entropy masked",
+        "hidden kernel labels class_bits=bits",
+        _LAYER,
+        _TILE,
+        places=(ONE, MESH),
+    ),
     _Call("linear_log_prob", _LABELLED, _LAYER, _TILE, places=(ONE, MESH)),
     _Call("linear_log_prob kept", _LABELLED, _LAYER, _PART),
     _Call("linear_log_prob_at", "hidden kernel ids", _LAYER, _TILE),
+    _Call(
+        "linear_log_prob_at normalized",
+        "hidden kernel ids",
+        _LAYER,
+        _TILE | {"normalize": True},
+    ),
     _Call("linear_statistics", _LABELLED, _LAYER, _TILE, pick=_NAMES),
     _Call(
         "linear_statistics argmax",
@@ -155,6 +182,12 @@ _CALLS = (
         pick=("log_prob", "rank", "top_ids"),
     ),
     _Call(
+        "linear_statistics wide ranks",
+        _WIDE_LABELLED,
+        options={"return_rank": True},
+        pick=("log_prob", "rank"),
+    ),
+    _Call(
         "linear_expected",
         "hidden kernel values",
         "hidden kernel values",
@@ -169,6 +202,13 @@ _CALLS = (
     ),
     _Call("linear_top_k", _LAYER, "", _TILE | {"k": _BEST}, places=(ONE, MESH)),
     _Call("linear_sample", "key hidden kernel", "", _TILE, places=(ONE, MESH)),
+    _Call(
+        "linear_sample filtered",
+        "key hidden kernel",
+        "",
+        _TILE | {"top_k": 50, "top_p": 0.9, "return_log_prob": True},
+        places=(ONE, MESH),
+    ),
     _Call("linear_distillation", _PAIR, _LAYER, _TILE, True, (ONE, MESH)),
     _Call("linear_distillation default", _PAIR, _LAYER),
     _Call(
@@ -177,24 +217,44 @@ _CALLS = (
         _LAYER,
         _TILE | {"divergence": "jensen_shannon", "temperature": 2.0},
     ),
+    _Call(
+        "linear_distillation labelled",
+        "hidden kernel teacher_hidden teacher_kernel labels=labels",
+        _LAYER,
+        _TILE | {"alpha": 0.1, "temperature": 2.0},
+    ),
     _Call("linear_distillation_top_k", "hidden kernel ids listed", _LAYER, _TILE),
+    _Call(
+        "linear_distillation_top_k labelled",
+        "hidden kernel ids listed labels=labels",
+        _LAYER,
+        _TILE | {"divergence": "jensen_shannon", "temperature": 2.0},
+    ),
     _Call("linear_fit_temperature", _LABELLED, "", _TILE, places=(ONE, MESH)),
     _Call("nt_xent", "rows others", "rows others", _TILE),
     _Call("clip_loss", "rows others", "rows others", _TILE),
     _Call("supervised_contrastive", "rows rows_labels", "rows", _TILE),
     _Call("in_batch_cross_entropy", "rows others", "rows others", _TILE),
+    _Call(
+        "in_batch_cross_entropy corrected",
+        "rows others rows_numbers rows_labels",
+        "rows others",
+        _TILE,
+    ),
     _Call("softmax", "logits", "logits", {"temperature": 0.7}, True),
     _Call("log_softmax", "logits", "logits", {"temperature": 0.7}, True),
     _Call("logsumexp", "logits", "logits"),
     _Call("entropy", "logits", "logits"),
     _Call("softmax_cross_entropy", "logits labels", "logits", value=True),
     _Call("distillation_loss", "logits other_logits", "logits"),
+    _Call("distillation_loss_top_k", "logits ids listed", "logits"),
     _Call("codistillation_loss", "heads", "heads"),
     _Call("gumbel_softmax", "key logits", "logits", {"temperature": 0.7}, True),
     _Call("gumbel_softmax hard", "key logits", "logits", {"hard": True}),
     _Call("reinmax", "key logits", "logits"),
     _Call("sample", "key logits"),
     _Call("sample filtered", "key logits", options={"top_k": 50, "top_p": 0.9}),
+    _Call("speculative_sample", "key logits other_logits labels"),
     _Call(
         "hierarchical_log_prob",
         "hidden nodes labels tree",
@@ -318,6 +378,15 @@ def _arrays(dtype: str) -> dict[str, tuple[Any, P]]:
         "kernel": (array(_FEATURES, _CLASSES), columns),
         "table": (array(_CLASSES, _FEATURES), classes),
         "ragged": (array(_FEATURES, _RAGGED), P()),
+        "short": (array(_FEATURES, _CLASSES, dtype="int8"), columns),
+        "scales": (array(_CLASSES, dtype="float32"), classes),
+        "lora": (
+            jax.eval_shape(
+                jaxsoft.LoRA, array(_FEATURES, _RANK), array(_RANK, _CLASSES)
+            ),
+            P(),
+        ),
+        "bits": (array(_ROWS, _CLASSES // 32, dtype="uint32"), rows),
         "labels": (array(_ROWS, dtype="int32"), rows),
         "bias": (array(_CLASSES), classes),
         "temperatures": (array(_ROWS, dtype="float32"), rows),
@@ -335,6 +404,7 @@ def _arrays(dtype: str) -> dict[str, tuple[Any, P]]:
         "rows": (array(4 * _ROWS, _FEATURES), rows),
         "others": (array(4 * _ROWS, _FEATURES), rows),
         "rows_labels": (array(4 * _ROWS, dtype="int32"), rows),
+        "rows_numbers": (array(4 * _ROWS, dtype="float32"), rows),
         "logits": (array(_ROWS, _CLASSES), rows),
         "other_logits": (array(_ROWS, _CLASSES), rows),
         "heads": (array(4, _ROWS // 4, _CLASSES), P()),
