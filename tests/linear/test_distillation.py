@@ -217,8 +217,9 @@ def test_every_kind_of_logits(name, classes, kind, x64):
         )
 
     def stored(h, w, g, k, tau):
-        both = (jnp.matmul(*pair, precision="highest") for pair in ((h, w), (g, k)))
-        return distillation_loss(*both, tau[:, None], **options)
+        student = jnp.matmul(h, w, precision="highest")
+        teacher = jnp.matmul(g, k, precision="highest")
+        return distillation_loss(student, teacher, tau[:, None], **options)
 
     def formula(h, w, g, k, tau):
         log_q, log_p = (jax.nn.log_softmax(x / tau[:, None]) for x in (h @ w, g @ k))
