@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import asked, checks, contest, linear, peers, workloads
-from benchmarks.heads_cases import CONTRASTIVE, HEADS, TRAINING, Head
+from benchmarks import asked, checks, contest, heads_cases, linear, peers, workloads
+from benchmarks.heads_cases import Head
+from benchmarks.heads_options import IN_BATCH, OPERANDS, SERVING
 from benchmarks.session import Session, Work
 from benchmarks.workloads import LinearWorkload
 
 SUITE = "heads"
+TRAINING = (*heads_cases.TRAINING, *OPERANDS)
+HEADS = (*heads_cases.DECODING, *SERVING, *TRAINING)
+CONTRASTIVE = (*heads_cases.CONTRASTIVE, IN_BATCH)
 
 # Where the truth of every token costs more than this, fewer tokens are checked.
 _TRUTH_FLOPS = 2e11
@@ -171,7 +175,7 @@ def _observe(
     outputs: Mapping[str, jax.Array], subset: checks.Subset, tokens: int
 ) -> dict[str, jax.Array]:
     """Cuts outputs to the rows and gradients to the rows and classes compared."""
-    classes = {"dkernel": 1, "dvalues": 0}
+    classes = {"dkernel": 1, "dvalues": 0, "db": 1}
     found = {}
     for name, output in outputs.items():
         if name in classes:

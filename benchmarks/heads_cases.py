@@ -150,9 +150,39 @@ def _observe_sample(found: Outputs, truth: Outputs) -> Outputs:
     return heads_truth.sample_statistics(truth["every"], found["class_ids"])
 
 
-def _sample_truth(inputs: Any, cotangents: Any, subset: Subset) -> dict[str, Any]:
-    rows = by_rows(heads_truth.sample)(inputs, cotangents, subset)
-    return rows | heads_truth.uniform_grid(len(subset.rows))
+def sampling(
+    title: str,
+    ours: Callable[[Inputs], Outputs],
+    plain: Callable[[Inputs], Outputs],
+    kept: heads_truth.Filter = lambda log_p: log_p,
+) -> Head:
+    """Returns a sampler's head, beside the product of which it takes its logits.
+
+    Args:
+      title: what is asked.
+      ours: makes `class_ids` of `key`, `hidden` and `kernel`.
+      plain: the same with stored logits.
+      kept: what it filters.
+    """
+
+    def truth(inputs: Any, cotangents: Any, subset: Subset) -> dict[str, Any]:
+        rows = by_rows(heads_truth.filtered(kept))(inputs, cotangents, subset)
+        return rows | heads_truth.uniform_grid(len(subset.rows))
+
+    return Head(
+        title,
+        ours,
+        plain,
+        truth,
+        draws=lambda workload, key: {"key": key},
+        plain_name="jax.random",
+        part={"matmul": lambda x: {"logits": _logits(x)}},
+        observe=_observe_sample,
+        checked=256,
+        # Three standard deviations of the mean surprise of logits of unit scale; more
+        # than the distance in `place` that one right sampler in a million exceeds.
+        limit=lambda rows: 3 * rows**-0.5,
+    )
 
 
 def _our_top_k(x: Inputs) -> Outputs:
@@ -374,20 +404,7 @@ DECODING = (
         draws=_class_ids,
         per_token=("hidden", "labels", "class_ids"),
     ),
-    Head(
-        "sample",
-        _our_sample,
-        _plain_sample,
-        _sample_truth,
-        draws=lambda workload, key: {"key": key},
-        plain_name="jax.random",
-        part={"matmul": lambda x: {"logits": _logits(x)}},
-        observe=_observe_sample,
-        checked=256,
-        # Three standard deviations of the mean surprise of logits of unit scale; more
-        # than the distance in `place` that one right sampler in a million exceeds.
-        limit=lambda rows: 3 * rows**-0.5,
-    ),
+    sampling("sample", _our_sample, _plain_sample),
     Head(
         f"top_k, k = {_BEST}",
         _our_top_k,
@@ -397,7 +414,6 @@ DECODING = (
         observe=_observe_top_k,
     ),
 )
-HEADS = (*DECODING, *TRAINING)
 # Of N pairs: their similarities are N², or (2N)², logits.
 CONTRASTIVE = (
     Head(

@@ -164,6 +164,92 @@ def distillation_top_k(
     return Block({"loss": loss}, dlogits * given["loss"][:, None])
 
 
+def among(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+    """Log-probabilities and entropy of K classes alone, none of them twice."""
+    class_ids = inputs["class_ids"]
+    listed = log_probs(np.take_along_axis(log_p, class_ids, axis=1))
+    p = np.exp(listed)
+    entropy = -(p * listed).sum(axis=1)
+    outputs = {"log_prob": listed, "entropy": entropy}
+    if not given:
+        return Block(outputs)
+    upstream = given["log_prob"]
+    slope = upstream - p * upstream.sum(axis=1, keepdims=True)
+    slope -= p * (listed + entropy[:, None]) * given["entropy"][:, None]
+    dlogits = np.zeros_like(log_p)
+    np.put_along_axis(dlogits, class_ids, slope, axis=1)
+    return Block(outputs, dlogits)
+
+
+def cross_entropy(
+    log_p: Array, inputs: dict[str, Any], given: dict[str, Array]
+) -> Block:
+    """The label's cross-entropy."""
+    rows, labels = np.arange(len(log_p)), inputs["labels"]
+    loss = -log_p[rows, labels]
+    if not given:
+        return Block({"loss": loss})
+    dlogits = np.exp(log_p)
+    dlogits[rows, labels] -= 1
+    return Block({"loss": loss}, dlogits * given["loss"][:, None])
+
+
+def masked_cross_entropy(
+    log_p: Array, inputs: dict[str, Any], given: dict[str, Array]
+) -> Block:
+    """That among the classes whose bits are set, of words of 32 a row."""
+    words = inputs["bits"].astype("<u4")
+    kept = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+    kept = kept[:, : log_p.shape[1]].astype(bool)
+    return cross_entropy(log_probs(np.where(kept, log_p, -np.inf)), inputs, given)
+
+
+def with_kernel(
+    kernel_of: Callable[[dict[str, Any]], Array],
+    per_token: tuple[str, ...] = ("hidden", "labels"),
+) -> Truth:
+    """The label's cross-entropy of a layer whose kernel is made of other arrays."""
+
+    def truth(
+        inputs: Inputs, cotangents: Mapping[str, Any], subset: Subset
+    ) -> dict[str, Array]:
+        exact = {name: _exact(array) for name, array in inputs.items()}
+        exact["kernel"] = kernel_of(exact)
+        found = by_rows(cross_entropy, exact, per_token, subset, cotangents)
+        if "b" in exact and cotangents:
+            found["db"] = exact["a"].T @ found["dkernel"]
+        return found
+
+    return truth
+
+
+def scaled_kernel(inputs: dict[str, Any]) -> Array:
+    """An integer kernel times its scales, one a class."""
+    return inputs["short_kernel"] * inputs["scale"]
+
+
+def adapted_kernel(inputs: dict[str, Any]) -> Array:
+    """A kernel and a product of low rank."""
+    return inputs["kernel"] + inputs["a"] @ inputs["b"]
+
+
+def in_batch(
+    inputs: Inputs, cotangents: Mapping[str, Any], subset: Subset
+) -> dict[str, Array]:
+    """The mean cross-entropy of each query's own candidate, logQ taken off."""
+    image, text, log_q = (_exact(inputs[n]) for n in ("image", "text", "log_q"))
+    log_p = log_probs(image @ text.T - log_q)
+    own = np.arange(len(log_p))
+    share = np.exp(log_p)
+    share[own, own] -= 1
+    share *= float(cotangents["loss"]) / len(own)
+    return {
+        "loss": np.asarray(-log_p[own, own].mean()),
+        "dimage": (share @ text)[subset.rows],
+        "dtext": (share.T @ image)[subset.rows],
+    }
+
+
 def clip_loss(temperature: float) -> Truth:
     """The mean of two cross-entropies of `image @ text.T / τ`, normalised."""
 
@@ -247,6 +333,18 @@ def top_k(k: int) -> BlockTruth:
     return block
 
 
+def ranked(k: int) -> BlockTruth:
+    """The k largest log-probabilities, and what share of all is above the label's."""
+
+    def block(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+        own = np.take_along_axis(log_p, inputs["labels"][:, None], axis=1)
+        better = (log_p > own).mean(axis=1)
+        outputs = top_k(k)(log_p, inputs, given).outputs
+        return Block({"log_prob": outputs["log_prob"], "better": better})
+
+    return block
+
+
 def top_k_statistics(every: Array, class_ids: Any) -> dict[str, Array]:
     """True log-probabilities at ids `[R, K]`, and the share of them that is distinct.
 
@@ -273,6 +371,43 @@ def sample(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Blo
     return Block({"every": log_p, "logits": inputs["hidden"] @ inputs["kernel"]})
 
 
+# Of log-probabilities `[R, V]`, those after a filter: -inf for a dropped class.
+Filter = Callable[[Array], Array]
+
+
+def best(k: int) -> Filter:
+    """Keeps the k most probable classes."""
+
+    def kept(log_p: Array) -> Array:
+        least = np.partition(log_p, -k, axis=1)[:, -k, None]
+        return log_probs(np.where(log_p >= least, log_p, -np.inf))
+
+    return kept
+
+
+def most_probable(mass: float) -> Filter:
+    """Keeps the most probable classes, until those before one have the mass."""
+
+    def kept(log_p: Array) -> Array:
+        order = np.argsort(-log_p, axis=1, kind="stable")
+        p = np.exp(np.take_along_axis(log_p, order, axis=1))
+        is_kept = np.empty(log_p.shape, bool)
+        np.put_along_axis(is_kept, order, np.cumsum(p, axis=1) - p < mass, axis=1)
+        return log_probs(np.where(is_kept, log_p, -np.inf))
+
+    return kept
+
+
+def filtered(kept: Filter) -> BlockTruth:
+    """Every log-probability after a filter."""
+
+    def block(log_p: Array, inputs: dict[str, Any], given: dict[str, Array]) -> Block:
+        found = sample(log_p, inputs, given)
+        return Block(found.outputs | {"every": kept(log_p)})
+
+    return block
+
+
 def sample_statistics(every: Array, class_ids: Any) -> dict[str, Array]:
     """Two figures of one sample a row that are known whatever the distribution.
 
@@ -297,8 +432,9 @@ def sample_statistics(every: Array, class_ids: Any) -> dict[str, Array]:
     at = np.take_along_axis(every, column, axis=1)[:, 0]
     until = np.take_along_axis(np.cumsum(p, axis=1), column, axis=1)[:, 0]
     place = np.where(inside, until - np.exp(at) / 2, np.nan)
-    mean = (p * every).sum(axis=1)
-    spread = np.sqrt((p * (every - mean[:, None]) ** 2).sum(axis=1))
+    finite = np.where(p == 0, 0, every)
+    mean = (p * finite).sum(axis=1)
+    spread = np.sqrt((p * (finite - mean[:, None]) ** 2).sum(axis=1))
     excess = np.where(inside, at - mean, np.nan) / np.where(spread == 0, 1, spread)
     return {"place": np.sort(place), "surprise": np.exp(excess.mean())}
 

@@ -1,5 +1,6 @@
 """The suite of heads finds what is wrong, and its truth agrees with differences."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 
 import jaxsoft
-from benchmarks import checks, heads, heads_cases, heads_truth, report, workloads
+from benchmarks import (
+    checks,
+    heads,
+    heads_cases,
+    heads_options,
+    heads_truth,
+    report,
+    workloads,
+)
 from benchmarks.session import Session
 
 QUICK = workloads.HEADS[0].quick()
@@ -19,7 +28,7 @@ LOG_PROB_AT = BY_TITLE["log_prob_at, 16 classes: value"]
 
 def run_head(head):
     session = Session(quick=True, rounds=1)
-    pairs = head in heads_cases.CONTRASTIVE
+    pairs = head in heads.CONTRASTIVE
     heads.run_workload(session, heads.as_pairs(QUICK) if pairs else QUICK, (head,))
     return session, {result.name: result for result in session.results}
 
@@ -88,16 +97,59 @@ WRONG = {
         BY_TITLE["distillation_top_k, k = 50: value and gradient"],
         "loss is off",
     ),
+    "rank": (
+        "linear_statistics",
+        lambda found: dataclasses.replace(found, rank=found.rank + 100),
+        BY_TITLE["rank of the label and the best 50"],
+        "better is off",
+    ),
+    "samples beside the best": (
+        "linear_sample",
+        shift,
+        BY_TITLE["sample, top_k = 50"],
+        "is off",
+    ),
+    "only the best": (
+        "linear_sample",
+        lambda ids: jnp.where(ids % 2 == 0, ids, ids - 1),
+        BY_TITLE["sample, top_p = 0.9"],
+        "is off",
+    ),
+    "among kept classes": (
+        "linear_log_prob_at",
+        lambda found: (found[0], 1.01 * found[1]),
+        BY_TITLE["log_prob_at, among 8 classes: value and gradient"],
+        "entropy is off",
+    ),
+    **{
+        title: (
+            "linear_cross_entropy",
+            lambda found: 1.001 * found,
+            BY_TITLE[title + ": value and gradient"],
+            "loss is off",
+        )
+        for title in (
+            "cross-entropy, a kernel of int8",
+            "cross-entropy, an adapter of rank 16",
+            "cross-entropy, a mask of each token",
+        )
+    },
+    "in-batch": (
+        "in_batch_cross_entropy",
+        lambda found: 1.001 * found,
+        heads_options.IN_BATCH,
+        "loss is off",
+    ),
     "value of CLIP": (
         "clip_loss",
         lambda found: found + jax.lax.stop_gradient(0.001 * found),
-        heads_cases.CONTRASTIVE[0],
+        heads.CONTRASTIVE[0],
         "loss is off",
     ),
     "gradient of NT-Xent": (
         "nt_xent",
         lambda found: found + 0.01 * (found - jax.lax.stop_gradient(found)),
-        heads_cases.CONTRASTIVE[1],
+        heads.CONTRASTIVE[1],
         "dimage is off",
     ),
 }
@@ -179,6 +231,8 @@ class TestTruth:
             "labels": np.array([0, 6, 2, 2, 1]),
             "class_ids": random.integers(0, 7, size=(5, 4)),
             "values": random.normal(size=(7, 3)),
+            "bits": np.array([[0b1100001], [0b1111111], [0b0100], [0b0110], [0b1010]]),
+            "log_q": random.normal(size=5),
             "teacher_hidden": random.normal(size=(5, 2)),
             "teacher_kernel": random.normal(size=(2, 7)),
             "teacher_ids": np.array([[0, 6], [3, 1], [2, 4], [5, 6], [1, 0]]),
@@ -188,7 +242,7 @@ class TestTruth:
         }
 
     def compute(self, block, inputs, cotangents, rows=5):
-        per_token = ("hidden", "labels", "class_ids")
+        per_token = ("hidden", "labels", "class_ids", "bits")
         per_token += ("teacher_hidden", "teacher_ids", "teacher_log_probs")
         subset = checks.Subset.of(rows, 7)
         return heads_truth.by_rows(block, inputs, per_token, subset, cotangents)
@@ -234,12 +288,14 @@ class TestTruth:
         found = heads_truth.nt_xent(0.5)(pairs, upstream, subset)
         np.testing.assert_allclose(found["loss"], np.log(1 + 6 * np.exp(-2)))
 
-    @pytest.mark.parametrize("name", ["clip_loss", "nt_xent"])
-    def test_gradients_of_pairs_are_central_differences(self, name):
+    @pytest.mark.parametrize(
+        "truth",
+        [heads_truth.clip_loss(0.3), heads_truth.nt_xent(0.3), heads_truth.in_batch],
+        ids=["clip_loss", "nt_xent", "in_batch"],
+    )
+    def test_gradients_of_pairs_are_central_differences(self, truth):
         inputs, subset = self.problem(), checks.Subset.of(5, 5)
-        truth = functools.partial(
-            getattr(heads_truth, name)(0.3), inputs, {"loss": 1.7}, subset
-        )
+        truth = functools.partial(truth, inputs, {"loss": 1.7}, subset)
         found = truth()
         for key in ("image", "text"):
             differences = self.differences(lambda: 1.7 * truth()["loss"], inputs[key])
@@ -248,11 +304,22 @@ class TestTruth:
     @pytest.mark.parametrize("block_bytes", [1, 2 * 8 * 7, 2**28])
     @pytest.mark.parametrize(
         "name",
-        ["log_prob", "log_prob_at", "expected", "distillation", "distillation_top_k"],
+        [
+            "log_prob",
+            "log_prob_at",
+            "expected",
+            "distillation",
+            "distillation_top_k",
+            "among",
+            "cross_entropy",
+            "masked_cross_entropy",
+        ],
     )
     def test_gradients_are_central_differences(self, monkeypatch, name, block_bytes):
         monkeypatch.setattr(heads_truth, "_BLOCK_BYTES", block_bytes)
         block, inputs = getattr(heads_truth, name), self.problem()
+        if name == "among":
+            inputs["class_ids"] = inputs["teacher_ids"]
         if name == "distillation":
             block = block(1.7)
         random = np.random.default_rng(1)
@@ -268,6 +335,46 @@ class TestTruth:
         for key in moving:
             differences = self.differences(total, inputs[key])
             np.testing.assert_allclose(found["d" + key], differences, atol=1e-8)
+
+    def test_gradients_of_other_kernels_are_central_differences(self):
+        random = np.random.default_rng(2)
+        inputs = self.problem()
+        inputs["a"], inputs["b"] = (
+            random.normal(size=(3, 2)),
+            random.normal(size=(2, 7)),
+        )
+        upstream, subset = {"loss": random.normal(size=5)}, checks.Subset.of(5, 7)
+        truth = heads_truth.with_kernel(heads_truth.adapted_kernel)
+        found = truth(inputs, upstream, subset)
+
+        def total():
+            return np.sum(upstream["loss"] * truth(inputs, {}, subset)["loss"])
+
+        for key in ("hidden", "b"):
+            differences = self.differences(total, inputs[key])
+            np.testing.assert_allclose(found["d" + key], differences, atol=1e-8)
+
+    def test_values_of_other_kernels_ranks_and_filters(self):
+        inputs, subset = self.problem(), checks.Subset.of(5, 7)
+        short, scale = np.arange(21).reshape(3, 7) - 9, np.linspace(0.1, 0.3, 7)
+        inputs |= {"short_kernel": short, "scale": scale}
+        truth = heads_truth.with_kernel(heads_truth.scaled_kernel)
+        expected = self.compute(
+            heads_truth.cross_entropy, inputs | {"kernel": short * scale}, {}
+        )
+        np.testing.assert_allclose(truth(inputs, {}, subset)["loss"], expected["loss"])
+        log_p = np.log([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+        ranks = heads_truth.ranked(2)(log_p, {"labels": np.array([1, 1])}, {})
+        np.testing.assert_allclose(ranks.outputs["better"], [0.25, 0.5])
+        np.testing.assert_allclose(
+            np.exp(heads_truth.best(2)(log_p)),
+            [[4 / 7, 3 / 7, 0, 0], [0, 0, 3 / 7, 4 / 7]],
+        )
+        # The class that reaches the mass is kept, too.
+        np.testing.assert_allclose(
+            np.exp(heads_truth.most_probable(0.6)(log_p)),
+            [[4 / 7, 3 / 7, 0, 0], [0, 0, 3 / 7, 4 / 7]],
+        )
 
     def test_right_samples_have_the_figures_that_they_must(self):
         random = np.random.default_rng(0)
