@@ -250,8 +250,8 @@ def finite_temperature(value: ArrayLike) -> None:
     values = known(value)
     if values is not None and np.isposinf(values.astype(np.float64)).any():
         raise ValueError(
-            "`temperature` must be finite, got inf: there a teacher's log-probabilities "
-            "say nothing. From the logits of both the loss has a limit."
+            "`temperature` must be finite, got inf: there log-probabilities say "
+            "nothing. From the logits of both layers the loss has a limit."
         )
 
 
