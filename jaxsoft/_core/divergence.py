@@ -144,6 +144,14 @@ def _scaled_log_mixture(
     return jnp.where(vast, limit, scaled * slope)
 
 
+def _remainder(r: jax.Array, scaled: jax.Array, inverse: jax.Array, tau):
+    """Returns τ (exp(-r) - 1 + r), with scaled = τ·r and inverse = exp(-r)."""
+    small = jnp.abs(r) <= SMALL
+    step = jnp.where(small, r, 0)
+    near = jnp.where(small, scaled, 0) * (step * _series(-step))
+    return jnp.where(small, near, tau * (inverse - 1) + scaled)
+
+
 def mixture_terms(
     mixture: Mixture,
     p: jax.Array,
@@ -180,21 +188,27 @@ def mixture_terms(
             log_ratio, sign * d, sign * scaled, own, other, tau
         )
 
+    # Each weight is the share, as in Jensen-Shannon, or one of them is 0.
+    is_even = of_p == share_p
+    if not is_even:
+        safe = jnp.where(m == 0, 1, m)
+        gap = difference(q, p, -d, tau * -d if scaled is None else -scaled, tau) / safe
     if of_p:
         log_ratio, ratio = ratios(1, share_p, share_q)
         loss += of_p * excess(p, m, log_ratio, ratio, tau)
-        s_p += of_p * ratio
+        if is_even:
+            s_p += of_p * ratio
+        else:
+            s_q += share_q * (share_q * gap)
+            s_p += _remainder(log_ratio, ratio, p / safe, tau) - s_q
     if of_q:
         log_ratio, ratio = ratios(-1, share_q, share_p)
         loss += of_q * excess(q, m, log_ratio, ratio, tau)
-        s_q += of_q * ratio
-    skew = of_p * share_q - of_q * share_p
-    if skew:
-        # It vanishes where each weight is the share, as in Jensen-Shannon.
-        gap = difference(q, p, -d, tau * -d if scaled is None else -scaled, tau)
-        gap /= jnp.where(m == 0, 1, m)
-        s_p += skew * share_p * gap
-        s_q += skew * share_q * gap
+        if is_even:
+            s_q += of_q * ratio
+        else:
+            s_p -= share_p * (share_p * gap)
+            s_q += _remainder(log_ratio, ratio, q / safe, tau) - s_p
     s_p, s_q = (jnp.where(a == 0, 0, finite(s)) for a, s in ((p, s_p), (q, s_q)))
     return loss, s_p, s_q
 

@@ -130,6 +130,48 @@ def test_every_temperature_keeps_all_digits(kind, classes):
     check_temperatures(kind, classes, TILE)
 
 
+@pytest.mark.parametrize("kind", ["skew_forward", "skew_reverse"])
+def test_a_skew_close_to_1_keeps_the_digits_of_both_gradients(kind, monkeypatch):
+    """The divergence is of (1 - α)², and so are its gradients by both layers."""
+    alpha = 1 - 1e-6
+    options = dict(truth.DIVERGENCES[kind][0], alpha=alpha)
+    parts = (
+        (1, 0, alpha, 1 - alpha) if kind == "skew_forward" else (0, 1, 1 - alpha, alpha)
+    )
+    monkeypatch.setitem(truth.DIVERGENCES, kind, (options, parts))
+    kinds = ("unit", "zero", "peaked", "offset", "negative")
+    logits = (
+        np.concatenate([truth.logits(x, (2, CLASSES), seed) for x in kinds])
+        for seed in (1, 2)
+    )
+    student, teacher = (np.round(x * 64) / 64 for x in logits)
+    tau = np.tile(np.asarray([1, 1e5], "float32"), len(kinds))
+    hidden = np.eye(len(tau), dtype="float32")
+
+    def streamed(student, teacher):
+        return linear_distillation(
+            *(hidden, student, hidden, teacher),
+            temperature=tau,
+            teacher_gradient=True,
+            reduction="none",
+            workspace_bytes=TILE,
+            **options,
+        )
+
+    def stored(student, teacher):
+        return distillation_loss(student, teacher, tau, **options)
+
+    exact = truth.scaled_divergence(student, teacher, tau[:, None], kind)
+    for function in (streamed, stored):
+        value, pull = jax.vjp(jax.jit(function), student, teacher)
+        np.testing.assert_allclose(value, exact[0], rtol=3e-6)
+        for found, slope in zip(pull(jnp.ones_like(value)), exact[1:], strict=True):
+            most = np.abs(slope).max(1, keepdims=True)
+            # Beside its size, that of probabilities at 1 is rounded.
+            most = 3e-6 * most + 1e-7 * ((1 - alpha) ** 2 * (tau == 1))[:, None]
+            assert (np.abs(found - slope) <= most).all()
+
+
 @pytest.mark.parametrize("tau", [16.0, 17.0, 1e7, math.inf])
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_reverse"])
 @pytest.mark.many_cases
