@@ -591,6 +591,14 @@ _LINEAR = (
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(
+        "known-temperature-unchecked-under-jit",
+        kind="unvalidated input",
+        file="jaxsoft/_core/checks.py",
+        before="    _not_negative(name, value)",
+        after="    _not_negative(name, array)",
+        tests=("tests/test_temperatures.py",),
+    ),
+    Breakage(
         "growth-about-the-peak-before",
         kind="dropped term",
         file="jaxsoft/linear/folds/statistics.py",

@@ -193,11 +193,12 @@ def temperature(
             f"`{name}` must be a real number or a floating-point array, got {value!r}."
         )
     if isinstance(value, numbers.Real):
-        value = float(value)
-        _not_negative(name, value)
-        return value
+        number = float(value)
+        _not_negative(name, number)
+        return number
     array = floating(name, value)
-    _not_negative(name, array)
+    # While JAX traces a function, an array of known numbers is a tracer too.
+    _not_negative(name, value)
     return array.astype(dtype)
 
 

@@ -122,8 +122,8 @@ def keep_temperature(
     """Returns a temperature, one a token, with 1 at all tokens without weight."""
     if token_weight is None or not jnp.ndim(temperature):
         return temperature
-    tau = checks.floating("temperature", temperature)
-    rows = checks.row_temperature(tau, tau.dtype, token_weight.shape)
+    dtype = checks.floating("temperature", temperature).dtype
+    rows = checks.row_temperature(temperature, dtype, token_weight.shape)
     return keep_tokens(token_weight, jnp.asarray(rows), 1)
 
 

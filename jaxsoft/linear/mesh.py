@@ -16,6 +16,7 @@ from jaxsoft._core import checks, mesh_axes
 from jaxsoft.linear.arguments import MeshAxes
 from jaxsoft.linear.lora import LoRA
 from jaxsoft.logits.filters import Filters
+from jaxsoft.logits.sampling import check_filter
 
 __all__ = ["over_mesh"]
 
@@ -133,12 +134,16 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
         for name, value in arguments.items()
         if name in known and value is not None
     }
+    if "temperature" in arguments:
+        # What is known here is not where the function runs.
+        checks.temperature(arguments["temperature"], jnp.dtype(jnp.float32))
     for name in ("key", "temperature"):
         if hasattr(arguments.get(name), "dtype"):
             arrays[name] = jnp.asarray(arguments[name])
     # A filter of all tokens stays as known as it is.
     for name in Filters._fields:
         if np.ndim(arguments.get(name, 0)):
+            check_filter(name, arguments[name], jnp.dtype(jnp.float32))
             arrays[name] = jnp.asarray(arguments[name])
     static = {name: v for name, v in arguments.items() if name not in arrays}
     axes = {
