@@ -599,6 +599,14 @@ _LINEAR = (
         tests=("tests/test_temperatures.py",),
     ),
     Breakage(
+        "known-top-k-traced-over-a-mesh",
+        kind="ignored argument",
+        file="jaxsoft/linear/mesh.py",
+        before='options["top_k"] = BoundedTopK(options["top_k"], most)',
+        after='options["top_k"] = BoundedTopK(options["top_k"], None)',
+        tests=("tests/linear/test_filtered_draws.py",),
+    ),
+    Breakage(
         "growth-about-the-peak-before",
         kind="dropped term",
         file="jaxsoft/linear/folds/statistics.py",

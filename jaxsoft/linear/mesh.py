@@ -16,7 +16,7 @@ from jaxsoft._core import checks, mesh_axes
 from jaxsoft.linear.arguments import MeshAxes
 from jaxsoft.linear.lora import LoRA
 from jaxsoft.logits.filters import Filters
-from jaxsoft.logits.sampling import check_filter
+from jaxsoft.logits.sampling import BoundedTopK, check_filter, most_of
 
 __all__ = ["over_mesh"]
 
@@ -140,7 +140,8 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
     for name in ("key", "temperature"):
         if hasattr(arguments.get(name), "dtype"):
             arrays[name] = jnp.asarray(arguments[name])
-    # A filter of all tokens stays as known as it is.
+    # A filter of all tokens stays as known as it is, and of others what draws go by.
+    most = most_of(arguments.get("top_k"))
     for name in Filters._fields:
         if np.ndim(arguments.get(name, 0)):
             check_filter(name, arguments[name], jnp.dtype(jnp.float32))
@@ -157,6 +158,8 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
             if part in options:
                 parts.setdefault(name, {})[field] = options.pop(part)
         adapters = {name: LoRA(**fields) for name, fields in parts.items()}
+        if "top_k" in arrays:
+            options["top_k"] = BoundedTopK(options["top_k"], most)
         return function(**options, **adapters)
 
     hidden = arrays.get("hidden", arrays.get("student_hidden"))
@@ -196,7 +199,8 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
             arrays[name] = _pad(array, axis, more)
             spec[axis] = classes or None
         elif count is not None and _is_tokens(name, array):
-            arrays[name] = _pad(array, 0, rest, name == "temperature")
+            # Each as a token's that there is.
+            arrays[name] = _pad(array, 0, rest, name in ("temperature", "top_k"))
             spec[0] = tokens or None
         specs[name] = PartitionSpec(*spec)
 

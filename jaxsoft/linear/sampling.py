@@ -124,8 +124,8 @@ def linear_sample(
       The bits of a token depend on the key and the token's place alone, those of a
       block of classes on its number as well: a key draws the same classes for every
       tile size and sharding, but for ties within rounding. Where `top_k` is known, it
-      draws others than with the same `top_k` traced, as in `sample`; in `over_mesh` one
-      number a token is traced. Without a derivative; see `linear_expected` for one.
+      draws others than with the same `top_k` traced, as in `sample`. Without a
+      derivative; see `linear_expected` for one.
 
     Example:
       >>> import jax, jax.numpy as jnp

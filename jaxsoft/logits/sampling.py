@@ -22,6 +22,7 @@ from jaxsoft.logits.class_shards import WHOLE, ClassShard
 from jaxsoft.logits.rows import Rows, in_tiles, tile_rows, to_rows
 
 __all__ = [
+    "BoundedTopK",
     "Drawn",
     "SampledClasses",
     "check_filter",
@@ -189,7 +190,7 @@ def _filter(
 
 
 def check_filter(
-    name: str, value: ArrayLike | None, dtype: jnp.dtype
+    name: str, value: ArrayLike | BoundedTopK | None, dtype: jnp.dtype
 ) -> jax.Array | None:
     """Returns a filter as an array; checks what is known of it.
 
@@ -203,6 +204,8 @@ def check_filter(
     """
     if value is None:
         return None
+    if isinstance(value, BoundedTopK):
+        value = value.numbers
     whole = name == "top_k"
     dtype = jnp.dtype(jnp.int32) if whole else dtype
     if isinstance(value, bool):
@@ -232,8 +235,22 @@ def check_filter(
     return array.astype(dtype)
 
 
-def most_of(top_k: ArrayLike | None) -> int | None:
+class BoundedTopK(NamedTuple):
+    """A top_k of each row that is traced, and what is known of it nevertheless.
+
+    Attributes:
+      numbers: the array.
+      most: what `most_of` returned where it was known.
+    """
+
+    numbers: jax.Array
+    most: int | None
+
+
+def most_of(top_k: ArrayLike | BoundedTopK | None) -> int | None:
     """Returns a power of two that no row's top_k is larger than, if one is known."""
+    if isinstance(top_k, BoundedTopK):
+        return top_k.most
     known = None if top_k is None else checks.known(top_k)
     if known is None or known.size == 0 or known.min() < 1:
         return None

@@ -311,6 +311,21 @@ def test_over_a_mesh(shape, classes, workspace):
         np.testing.assert_allclose(ours[same], theirs[same], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("numbers", [[3, 8, 5], [3, 0, 5]])
+def test_a_known_top_k_of_each_token_draws_the_same_over_a_mesh(numbers):
+    """Known above 0 it is looked for in groups of classes, and draws others."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "vocab"))
+    over = jaxsoft.over_mesh(linear_sample, mesh, token_axes="data", vocab_axis="vocab")
+    layer = HIDDEN[:37], np.tile(KERNEL, 8) + np.arange(8 * CLASSES) * np.float32(1e-5)
+    top_k = np.resize(numbers, 37).astype("int32")
+    expected = draw(*layer, top_k=top_k)
+    found = jax.jit(lambda: over(KEY, *layer, top_k=top_k))()
+    assert (found != expected).sum() <= 1
+    traced = jax.jit(lambda k: linear_sample(KEY, *layer, top_k=k))(top_k)
+    differ = (np.asarray(traced) != np.asarray(expected)).sum()
+    assert differ > 9 if min(numbers) else differ <= 1
+
+
 def test_explicit_axes():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     expected = draw(**GIVEN)
