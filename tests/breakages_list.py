@@ -607,6 +607,14 @@ _LINEAR = (
         tests=("tests/linear/test_filtered_draws.py",),
     ),
     Breakage(
+        "targets-of-a-row-without-classes",
+        kind="dropped guard",
+        file="jaxsoft/logits/losses.py",
+        before="held = jnp.where(jnp.isinf(picked) | empty, 0, 1)",
+        after="held = jnp.where(jnp.isinf(picked), 0, 1)",
+        tests=("tests/logits/test_limits.py",),
+    ),
+    Breakage(
         "growth-about-the-peak-before",
         kind="dropped term",
         file="jaxsoft/linear/folds/statistics.py",

@@ -33,10 +33,12 @@ def tables_of_paths(
       The tree, and [V] int64, the classes from left to right.
 
     Raises:
-      TypeError: if a path is of bytes.
+      TypeError: if there is no path, or a branch that cannot be a name.
       ValueError: if two paths are equal, a branch of a string is empty, all are strings
         of one branch, or there are none.
     """
+    if not isinstance(paths, Iterable):
+        raise TypeError(f"`paths` must be a path for each class, got {paths!r}.")
     root: _Branches = {}
     count, deepest, all_text = 0, 0, True
     for class_id, path in enumerate(paths):
@@ -58,13 +60,21 @@ def tables_of_paths(
 
 def _branches(class_id: int, path: Sequence[Hashable] | str) -> Sequence[Hashable]:
     """Returns the branches of a path, which may be a line of text."""
-    if isinstance(path, bytes):
-        raise TypeError(
-            f"`paths` must be strings or sequences of branches, got {path!r} for class "
-            f"{class_id}."
-        )
     if not isinstance(path, str):
-        return path
+        if isinstance(path, bytes) or not isinstance(path, Iterable):
+            raise TypeError(
+                "`paths` must be strings or sequences of branches, such as 'tree > oak'"
+                f" or ('tree', 'oak'), got {path!r} for class {class_id}."
+            )
+        branches = tuple(path)
+        try:
+            hash(branches)
+        except TypeError:
+            raise TypeError(
+                "`paths` must have branches that can be hashed, such as strings, got "
+                f"{path!r} for class {class_id}."
+            ) from None
+        return branches
     names = tuple(name.strip() for name in path.split(SEPARATOR))
     if not all(names):
         raise ValueError(

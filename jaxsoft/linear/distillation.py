@@ -436,10 +436,10 @@ def linear_distillation_top_k(
     label_weight = checks.scalar_in("label_weight", label_weight, 0, 1)
     axes = mesh_axes.check_token_axes(token_axes, vocab_axis)
     hidden = checks.floating("hidden", hidden)
-    ids = checks.integer("teacher_ids", teacher_ids)
+    rows = hidden.shape[:-1]
+    ids = check_ids("teacher_ids", teacher_ids, rows)
     log_p = checks.floating("teacher_log_probs", teacher_log_probs)
     checks.shape("teacher_log_probs", log_p, ids.shape, "teacher_ids.shape")
-    rows = hidden.shape[:-1]
     token_weight = token_weights(rows, weights, labels, ignore_label)
     hidden = keep_tokens(token_weight, hidden)
     ids = keep_tokens(token_weight, ids, -1)
@@ -452,7 +452,7 @@ def linear_distillation_top_k(
         labels = checks.integer("labels", labels)
         checks.shape("labels", labels, rows, "hidden.shape[:-1]")
         labels = keep_tokens(token_weight, labels)
-        ids, apart = _with_label(check_ids("class_ids", ids, rows), labels)
+        ids, apart = _with_label(ids, labels)
     call = prepare(
         "linear_distillation_top_k",
         hidden,

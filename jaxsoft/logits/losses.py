@@ -262,9 +262,10 @@ def _row_statistics_jvp(axis, static_tau, has_mean, primals, tangents):
         picks = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) == label
         mass = 1
     else:
-        # So does a row whose targets have weight where there is no probability.
+        # So does a row whose targets have weight where there is no probability, and one
+        # without any class.
         picked = jnp.expand_dims(out[1], axis)
-        held = jnp.where(jnp.isinf(picked), 0, 1)
+        held = jnp.where(jnp.isinf(picked) | empty, 0, 1)
         mass = total(targets) * held
     tangent = [jnp.zeros_like(e, shape=empty.shape) for _ in out]
     if not has_no_tangent(dx):

@@ -319,7 +319,22 @@ def test_saved_pickled_and_passed_as_an_argument(tmp_path, kind):
         (
             TypeError,
             lambda: ClassTree.from_paths([("a",), b"b > c"]),
-            "`paths` must be strings or sequences of branches, got b'b > c' for class",
+            "such as 'tree > oak' or ('tree', 'oak'), got b'b > c' for class 1",
+        ),
+        (
+            TypeError,
+            lambda: ClassTree.from_paths([1, 2]),  # pyright: ignore
+            "such as 'tree > oak' or ('tree', 'oak'), got 1 for class 0",
+        ),
+        (
+            TypeError,
+            lambda: ClassTree.from_paths([("a",), ["b", ["c"]]]),  # pyright: ignore
+            "hashed, such as strings, got ['b', ['c']] for class 1",
+        ),
+        (
+            TypeError,
+            lambda: ClassTree.from_paths(5),  # pyright: ignore
+            "`paths` must be a path for each class, got 5",
         ),
         (
             ValueError,

@@ -601,8 +601,9 @@ def test_messages():
         linear_distillation(h, w, g, k.T)
     with pytest.raises(ValueError, match="`divergence` must be one of"):
         linear_distillation(h, w, g, k, divergence="kl")  # pyright: ignore
-    with pytest.raises(ValueError, match="`class_ids` must have shape"):
-        linear_distillation_top_k(h, w, np.zeros((3, 2), int), np.zeros((3, 2)))
+    for shape in ((3, 2), (ROWS, 0)):
+        with pytest.raises(ValueError, match="`teacher_ids` must have shape .* K >= 1"):
+            linear_distillation_top_k(h, w, np.zeros(shape, int), np.zeros(shape))
     with pytest.raises(ValueError, match="`remaining` must be one of"):
         ids = np.zeros((ROWS, 2), int)
         linear_distillation_top_k(h, w, ids, np.zeros((ROWS, 2)), remaining="all")  # pyright: ignore

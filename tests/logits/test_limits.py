@@ -335,6 +335,33 @@ def test_logsumexp_of_infinity():
     np.testing.assert_allclose(kept, 1)
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.5, np.asarray([[2], [3]], "float32")])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}])
+@pytest.mark.parametrize("by_mask", [False, True])
+def test_a_row_without_classes_has_no_gradient(tau, options, by_mask):
+    x = truth.logits("unit", (2, 3))
+    where = np.asarray([[False], [True]])
+    x, where = (x, where) if by_mask else (np.where(where, x, -np.float32("inf")), None)
+    targets = np.asarray([[0.2, 0.3, 0.5]] * 2, "float32")
+    for known in ({"targets": targets}, {"labels": np.asarray([1, 2])}):
+
+        def losses(x, targets, tau, known=known):
+            known = {"targets": targets} if "targets" in known else known
+            return jaxsoft.softmax_cross_entropy(
+                x, temperature=tau, where=where, **known, **options
+            )
+
+        arrays = x, targets, np.broadcast_to(np.asarray(tau, "float32"), (2, 1))
+        traced = jax.jit(losses)
+        static = jax.jit(functools.partial(losses, tau=tau))
+        for function, args in ((traced, arrays), (static, arrays[:2])):
+            value, pull = jax.vjp(function, *args)
+            slopes = pull(jnp.ones(2, "float32"))
+            assert value[0] == 0 and np.abs(slopes[0][1]).max() > 0
+            for slope in slopes:
+                np.testing.assert_array_equal(slope[0], 0)
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.5, np.float32(2), np.float32(np.inf)])
 def test_the_only_class_of_a_row_may_be_dropped(tau):
     """XLA leaves out where a maximum of one number starts."""
