@@ -454,6 +454,52 @@ def test_classes_of_one_layer_alone(kind):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * np.abs(e).max())
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.many_cases
+def test_overflow_and_classes_of_one_layer_at_an_infinite_temperature(kind):
+    options = truth.DIVERGENCES[kind][0]
+    hidden = np.eye(4, dtype="float32")
+    ones = np.ones(4, "float32")
+
+    def streamed(student, teacher, tau):
+        layers = hidden, student, hidden, teacher
+        return linear_distillation(
+            *layers,
+            temperature=tau,
+            teacher_gradient=True,
+            precision="highest",
+            reduction="none",
+            **options,
+        )
+
+    def stored(student, teacher, tau):
+        return distillation_loss(student, teacher, tau, **options)
+
+    logits = [truth.logits("unit", (4, 9), seed) for seed in (1, 2)]
+    bias = np.where(np.arange(9) == 3, -np.float32("inf"), 0)
+    none = np.zeros(9, "float32")
+    for own, other in ((bias, none), (none, bias)):
+        found = distillation_loss(logits[0] + own, logits[1] + other, np.inf, **options)
+        np.testing.assert_array_equal(found, np.inf)
+        found = linear_distillation(
+            *(hidden, logits[0], hidden, logits[1]),
+            student_bias=own,
+            teacher_bias=other,
+            temperature=np.inf,
+            reduction="none",
+            **options,
+        )
+        np.testing.assert_array_equal(found, np.inf)
+    for function in (streamed, stored):
+        step = jax.jit(lambda *args, f=function: jax.vjp(f, *args)[1](ones))
+        value = jax.jit(function)
+        for tau in np.asarray([1e-3, 1, 1e10, 3e38, np.inf], "float32"):
+            huge = [np.clip(x * 1e38, -3e38, 3e38).astype("float32") for x in logits]
+            args = *huge, np.full(4, tau)
+            assert not np.isnan(value(*args)).any()
+            assert all(np.isfinite(slope).all() for slope in step(*args))
+
+
 def test_masks_weights_and_reductions():
     (h, w), (g, k) = layers()
     mask = np.arange(CLASSES) % 3 > 0

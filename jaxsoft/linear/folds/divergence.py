@@ -467,7 +467,10 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
         )
         if moments is not None:
             first = mesh_axes.once(2 * sums.loss, self.config.vocab_axes)
-            change = finite((first - moments[:, 0])[:, None]) * inverse(tau, dtype)
+            change = first - moments[:, 0]
+            # Where the loss or its slope overflows there is no gradient in τ.
+            is_known = jnp.isfinite(change) | jnp.isnan(sums.loss)
+            change = jnp.where(is_known, change, 0)[:, None] * inverse(tau, dtype)
             gradients = gradients._replace(tau=change[:, 0] * cotangent)
         return gradients.of_operands()
 
