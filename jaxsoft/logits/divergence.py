@@ -146,7 +146,7 @@ def compare(student, teacher, tau, where, axis) -> Pair:
     shift = jnp.where(is_large, tau * shift - mean, finite(small) * over)
     loss = jnp.where(is_large, tau * shift, small)
     # At τ = ∞ the sums are the numbers of classes: q has one that p lacks.
-    is_lost |= (over == 0) & (z_s > z_t)
+    is_lost |= (tau == jnp.finfo(student.dtype).max) & (z_s > z_t)
     loss = jnp.where(is_lost, jnp.inf, loss)
     p, q, lacks = t.probabilities, s.probabilities, (t.sum == 0, s.sum == 0)
     return Pair(p, q, gap, finite(gap - shift), tau, loss, *lacks)
