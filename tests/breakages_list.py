@@ -108,9 +108,9 @@ _CORE = (
         "inversion-stops-at-an-empty-class",
         kind="off by one",
         file="jaxsoft/_core/block_sampling.py",
-        before="passed = (until <= target[:, None])",
-        after="passed = (until < target[:, None])",
-        tests=("tests/logits/test_draws.py",),
+        before="is_reached = (weights > 0) & (ahead",
+        after="is_reached = (ahead",
+        tests=("tests/core/test_noise.py",),
     ),
     Breakage(
         "blocks-drawn-at-temperature-one",

@@ -39,6 +39,7 @@ __all__ = [
     "later",
     "place",
     "scores",
+    "sums_before",
 ]
 
 _LEAST = 128
@@ -203,26 +204,62 @@ def invert(weights: jax.Array, target: jax.Array) -> jax.Array:
 
     Args:
       weights: [R, B] non-negative.
-      target: [R].
+      target: [R], non-negative.
 
     Returns:
       [R] int32; where rounding puts the target beyond the sum, the class that makes
-      it whole.
+      it whole. However sums are rounded, it is one with a weight, if there is one.
     """
-    rows, columns = weights.shape
-    groups = 2 ** (columns.bit_length() // 2)
-    size = -(-columns // groups)
-    weights = jnp.pad(weights, ((0, 0), (0, groups * size - columns)))
-    parts = weights.reshape(rows, groups, size)
+    return lax.platform_dependent(
+        weights, target, cpu=_invert_all, default=_invert_by_groups
+    )
+
+
+def _invert_all(weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns `invert` by the sums before all columns, in few programs to compile.
+
+    It is the last column with a weight whose sum before it is not beyond the target.
+    """
+    columns = weights.shape[1]
+    parts = _in_groups(weights, math.isqrt(columns - 1) + 1)
+    ahead = sums_before(jnp.sum(parts, axis=2))[:, :, None] + sums_before(parts)
+    ahead = ahead.reshape(ahead.shape[0], -1)[:, :columns]
+    is_reached = (weights > 0) & (ahead <= target[:, None])
+    # Floats: XLA for CPUs compiles a reduction of integers as several programs.
+    number = lax.broadcasted_iota(weights.dtype, weights.shape, 1)
+    return jnp.max(jnp.where(is_reached, number, 0), axis=1).astype(jnp.int32)
+
+
+def _invert_by_groups(weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns `invert` by a group of columns, then one of its columns."""
+    groups = 2 ** (weights.shape[1].bit_length() // 2)
+    parts = _in_groups(weights, -(-weights.shape[1] // groups))
     group, before = invert_once(jnp.sum(parts, axis=2), target)
     is_chosen = lax.broadcasted_iota(jnp.int32, parts.shape, 1) == group[:, None, None]
     chosen = jnp.sum(jnp.where(is_chosen, parts, 0), axis=1)
     inside, _ = invert_once(chosen, target - before)
-    return group * size + inside
+    return group * parts.shape[2] + inside
+
+
+def _in_groups(weights: jax.Array, size: int) -> jax.Array:
+    """Returns weights [R, B] as [R, groups, size], the last group filled up with 0."""
+    rows, columns = weights.shape
+    padded = jnp.pad(weights, ((0, 0), (0, -columns % size)))
+    return padded.reshape(rows, -1, size)
+
+
+def sums_before(weights: jax.Array) -> jax.Array:
+    """Returns the sum of all weights before each one along the last axis."""
+    shape = (*(1,) * (weights.ndim - 1), *(weights.shape[-1],) * 2)
+    mine, added = (
+        lax.broadcasted_iota(jnp.int32, shape, weights.ndim + i) for i in (-1, 0)
+    )
+    is_before = (added < mine).astype(weights.dtype)
+    return jnp.sum(weights[..., None, :] * is_before, axis=-1)
 
 
 def invert_once(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the same by comparing all columns, and the sum before what it found.
+    """Returns `invert` by comparing all columns, and the sum before what it found.
 
     Every sum adds up the same columns in the same order, those beyond it as 0: it is no
     smaller than the one before, and not larger where a weight is 0.

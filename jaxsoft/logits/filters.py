@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsoft._core.block_sampling import sums_before
 from jaxsoft._core.numerics import divide_by_temperature, finite_peak
 from jaxsoft.logits.class_shards import WHOLE, ClassShard
 
@@ -109,38 +110,49 @@ def _half_below(x: jax.Array, top: jax.Array) -> jax.Array:
     return finite_peak(top) * 0.5 - x * 0.5
 
 
-def keep(x: jax.Array, tau: float | jax.Array, filters: Filters) -> jax.Array:
+def keep(
+    x: jax.Array, tau: float | jax.Array, filters: Filters, is_sorted: bool = False
+) -> jax.Array:
     """Drops classes: by each filter in turn, of those that the one before it left.
 
     The turns are those of top_n_sigma, top_k, top_p and min_p.
 
-    Every class is compared with every other: V² comparisons a row.
+    Every class is compared with every other: V² comparisons a row, unless they are in
+    order.
 
     Args:
       x: [R, V] logits, -inf at classes that are dropped already, without NaN.
       tau: the temperature, a float or [R, 1] or [1, 1].
       filters: what to keep; the first class of the order always is.
+      is_sorted: whether the classes are in the order.
 
     Returns:
       [R, V] exp((logit - largest) / τ), 0 at dropped classes.
     """
-    top = jnp.max(x, axis=1, keepdims=True)
+    top = x[:, :1] if is_sorted else jnp.max(x, axis=1, keepdims=True)
     if filters.top_n_sigma is not None:
         x = within(x, top, reach(x, top, filters.top_n_sigma))
     c = divide_by_temperature(x, finite_peak(top), tau)
     weights = jnp.exp(c)
-    if filters.top_k is not None or filters.top_p is not None:
+    before = None
+    if not is_sorted and (filters.top_k is not None or filters.top_p is not None):
         shape = (*x.shape, x.shape[1])
         ids, others = (lax.broadcasted_iota(jnp.int32, shape, i) for i in (1, 2))
         # Whether the second class comes before the first.
         mine, theirs = x[:, :, None], x[:, None, :]
         before = (theirs > mine) | ((theirs == mine) & (others < ids))
     if filters.top_k is not None:
-        number = jnp.sum(before, axis=2, dtype=jnp.int32)
+        if before is None:
+            number = lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
+        else:
+            number = jnp.sum(before, axis=2, dtype=jnp.int32)
         weights = jnp.where(number < bound(filters.top_k), weights, 0)
     if filters.top_p is not None:
         total = jnp.sum(weights, axis=1, keepdims=True)
-        mass = jnp.sum(jnp.where(before, weights[:, None, :], 0), axis=2)
+        if before is None:
+            mass = sums_before(weights)
+        else:
+            mass = jnp.sum(jnp.where(before, weights[:, None, :], 0), axis=2)
         weights = jnp.where(mass < amount(filters.top_p, total), weights, 0)
     if filters.min_p is not None:
         weights = jnp.where(is_heavy(x, c, top, filters.min_p), weights, 0)

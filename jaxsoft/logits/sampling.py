@@ -28,7 +28,6 @@ __all__ = [
     "check_filter",
     "draw_rows",
     "draw_with_log_prob",
-    "log_weights",
     "most_of",
     "sample",
     "sharded",
@@ -248,13 +247,17 @@ class BoundedTopK(NamedTuple):
 
 
 def most_of(top_k: ArrayLike | BoundedTopK | None) -> int | None:
-    """Returns a power of two that no row's top_k is larger than, if one is known."""
+    """Returns a number that no row's top_k is larger than, if one is known.
+
+    It has four binary digits, so that few programs serve many of them.
+    """
     if isinstance(top_k, BoundedTopK):
         return top_k.most
     known = None if top_k is None else checks.known(top_k)
     if known is None or known.size == 0 or known.min() < 1:
         return None
-    return 2 ** (int(known.max()) - 1).bit_length()
+    largest = int(known.max())
+    return numerics.round_up(largest, 2 ** max(largest.bit_length() - 4, 0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
@@ -326,9 +329,10 @@ def draw_with_log_prob(
         ).without_nan()
         log_prob = found.log_prob(tau[:, 0] if isinstance(tau, jax.Array) else tau)
         return SampledClasses(found.class_id, log_prob, log_prob)
-    drawn = _draw(static_tau, words, rows, chosen, first, shard, with_log_sum=True)
+    drawn = _draw(static_tau, words, rows, chosen, first, shard, with_log_prob=True)
+    assert drawn.top is not None
     logit = shard.take(rows.logits, jnp.maximum(drawn.class_id, 0)[:, None])
-    weight, log_sum = log_weights(rows, tau, logit, shard)
+    weight, log_sum = _log_weights(rows, tau, logit, drawn.top, shard)
     lost = drawn.class_id < 0
 
     def log_prob_of(log_sum: jax.Array) -> jax.Array:
@@ -342,8 +346,12 @@ def draw_with_log_prob(
     return SampledClasses(drawn.class_id, of_all, of_kept)
 
 
-def log_weights(
-    rows: Rows, tau: float | jax.Array, logit: jax.Array, shard: ClassShard = WHOLE
+def _log_weights(
+    rows: Rows,
+    tau: float | jax.Array,
+    logit: jax.Array,
+    top: jax.Array,
+    shard: ClassShard,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns how much classes weigh beside the one of the largest logit.
 
@@ -351,14 +359,13 @@ def log_weights(
       rows: the logits.
       tau: the temperature, a float or [R, 1] or [1, 1].
       logit: [R, 1] of some classes.
+      top: [R, 1] the largest, of all shards.
       shard: which classes these are.
 
     Returns:
       [R] the logarithms of their weights, and of the sum of the weights of all classes.
     """
-    x = rows.numbers()
-    peak = shard.largest(jnp.max(x, axis=1, keepdims=True))
-    peak = numerics.finite_peak(peak)
+    x, peak = rows.numbers(), numerics.finite_peak(top)
     total = jnp.sum(jnp.exp(numerics.divide_by_temperature(x, peak, tau)), axis=1)
     total = shard.add(total)
     weight = numerics.divide_by_temperature(logit.astype(x.dtype), peak, tau)
@@ -372,10 +379,13 @@ class Drawn(NamedTuple):
       class_id: [R] int32; -1 where there is none.
       log_sum: [R] log Σ exp((logit - largest) / τ) over the classes that the filters
         keep; None where it is that of all classes, or not asked for.
+      top: [R, 1] the largest logit, of all shards; None where no log-probability is
+        asked for.
     """
 
     class_id: jax.Array
     log_sum: jax.Array | None = None
+    top: jax.Array | None = None
 
 
 def draw_rows(
@@ -411,12 +421,11 @@ def _draw(
     chosen: filters.Filters,
     first: int | None,
     shard: ClassShard,
-    with_log_sum: bool = False,
+    with_log_prob: bool = False,
 ) -> Drawn:
     """Draws a class of each of some rows; see `draw_rows`."""
     count, classes = rows.logits.shape[0], shard.classes(rows.logits)
-    few = classes <= _FEW
-    keeps_all = all(value is None for value in chosen)
+    few, keeps_all = classes <= _FEW, _keeps_all(chosen)
     if _is_one_pass(chosen, classes, shard):
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
@@ -424,28 +433,24 @@ def _draw(
             block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
         )
     size = None
-    if not few and first is not None and first <= _MOST:
+    if first is not None and first <= _MOST and not few:
         size = groups.group_size(classes, first)
     if first is not None and size is not None:
-        some, ids = groups.first_groups(rows, first, size, shard)
+        some, ids = groups.first_classes(rows, first, size, shard)
         if chosen.top_n_sigma is not None:
             some, chosen = _within(rows, some, chosen, shard)
-        rows = Rows(some, rows.tau, None)
-        place, log_sum = _draw(
-            static_tau, words, rows, chosen, None, WHOLE, with_log_sum
-        )
-        at = jnp.maximum(place, 0)[:, None]
-        *_, take = block_sampling.columns(at, 1, ids.shape[1])
-        return Drawn(jnp.where(place < 0, -1, take(ids)[:, 0]), log_sum)
+        arrays = (words, Rows(some, rows.tau, None), chosen)
+        place, *others = _draw_of_few(static_tau, with_log_prob, True, arrays)
+        *_, take = block_sampling.columns(jnp.maximum(place, 0)[:, None], 1, first)
+        return Drawn(jnp.where(place < 0, -1, take(ids)[:, 0]), *others)
     arrays = (words, rows, chosen)
-    with_log_sum &= not keeps_all
     if shard.axes:
-        return _draw_of_many(static_tau, first, with_log_sum, False, arrays, shard)
+        return _draw_of_many(static_tau, first, with_log_prob, False, arrays, shard)
     if few:
-        draw = tiled = functools.partial(_draw_of_few, static_tau, with_log_sum)
+        draw = tiled = functools.partial(_draw_of_few, static_tau, with_log_prob, False)
     else:
         draw, tiled = (
-            functools.partial(_draw_of_many, static_tau, first, with_log_sum, fill)
+            functools.partial(_draw_of_many, static_tau, first, with_log_prob, fill)
             for fill in (False, True)
         )
     # Of few classes all pairs are looked at, of many several passes over a row are
@@ -460,8 +465,11 @@ def _draw(
 
 def _is_one_pass(chosen: filters.Filters, classes: int, shard: ClassShard) -> bool:
     """Tells whether rows are drawn from by sums of blocks alone."""
-    keeps_all = all(value is None for value in chosen)
-    return keeps_all and classes > _FEW and not shard.axes
+    return _keeps_all(chosen) and classes > _FEW and not shard.axes
+
+
+def _keeps_all(chosen: filters.Filters) -> bool:
+    return all(value is None for value in chosen)
 
 
 def _within(
@@ -476,26 +484,30 @@ def _within(
 
 def _draw_of_few(
     static_tau: float | None,
-    with_log_sum: bool,
+    with_log_prob: bool,
+    is_sorted: bool,
     arrays: tuple[jax.Array, Rows, filters.Filters],
 ) -> Drawn:
     words, rows, chosen = arrays
     tau = rows.temperature(static_tau)
     x = rows.numbers()
     x = jnp.where(jnp.isnan(x), jnp.inf, x)
-    weights = filters.keep(x, tau, chosen)
+    weights = filters.keep(x, tau, chosen, is_sorted)
     total = jnp.sum(weights, axis=1)
     at = block_sampling.place(words, numerics.is_zero(tau, x.dtype), x.dtype)
     found = block_sampling.invert(at.order(weights), at.share * total)
     lost = ~(total > 0) | filters.out_of_range(chosen)[:, 0]
     class_id = jnp.where(lost, -1, at.column(found, x.shape[1]))
-    return Drawn(class_id, jnp.log(total) if with_log_sum else None)
+    if not with_log_prob:
+        return Drawn(class_id)
+    top = x[:, :1] if is_sorted else jnp.max(x, axis=1, keepdims=True)
+    return Drawn(class_id, None if _keeps_all(chosen) else jnp.log(total), top)
 
 
 def _draw_of_many(
     static_tau: float | None,
     first: int | None,
-    with_log_sum: bool,
+    with_log_prob: bool,
     fill: bool,
     arrays: tuple[jax.Array, Rows, filters.Filters],
     shard: ClassShard = WHOLE,
@@ -508,7 +520,9 @@ def _draw_of_many(
     x, shard = shard.aligned(x, shard.block(x))
     prepared = rejection.prepare(x, tau, chosen, first, shard)
     class_id = rejection.draw(words, prepared, tau, chosen)
-    if not with_log_sum:
+    if not with_log_prob:
         return Drawn(class_id)
+    if _keeps_all(chosen):
+        return Drawn(class_id, None, prepared.top)
     total = kept_sum.kept_sum(prepared, tau, chosen)
-    return Drawn(class_id, jnp.log(total)[:, 0])
+    return Drawn(class_id, jnp.log(total)[:, 0], prepared.top)

@@ -341,8 +341,24 @@ def test_blocks_are_about_the_square_root(classes):
     assert size == 128 or classes**0.5 <= size < 2 * classes**0.5 + 1
 
 
-def test_inversion_never_leaves_the_classes_with_mass():
+@pytest.mark.parametrize("columns", [5, 40])
+def test_inversion_never_leaves_the_classes_with_mass(columns):
+    """As a CPU inverts, and as all else does."""
     targets = jnp.asarray([0, 0.99, 1.0, 2.9, 3.0, 9.0], jnp.float32)
-    weights = jnp.tile(jnp.asarray([0.0, 1.0, 0.0, 2.0, 0.0]), (6, 1))
-    found = jax.jit(block_sampling.invert)(weights, targets)
-    np.testing.assert_array_equal(found, [1, 1, 3, 3, 3, 3])
+    weights = np.zeros((6, columns), "float32")
+    weights[:, 1], weights[:, columns - 2] = 1, 2
+    ways = (block_sampling.invert, block_sampling._invert_by_groups)
+    for found in jax.jit(lambda *given: [way(*given) for way in ways])(
+        weights, targets
+    ):
+        last = columns - 2
+        np.testing.assert_array_equal(found, [1, 1, last, last, last, last])
+    rng = np.random.default_rng(0)
+    weights = rng.random((500, columns)) ** 9 * (rng.random((500, columns)) < 0.5)
+    weights[:, 2] = 1e-3
+    until = np.cumsum(weights, axis=1)
+    targets = rng.random(500) * until[:, -1]
+    expected = (until <= targets[:, None]).sum(1)
+    for way in ways:
+        found = way(jnp.asarray(weights, "float32"), jnp.asarray(targets, "float32"))
+        assert (found != expected).mean() < 0.01

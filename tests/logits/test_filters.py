@@ -436,7 +436,7 @@ def test_the_first_groups_have_the_first_classes(classes):
     where = rng.random((1, classes)) < 0.9
     find = jax.jit(groups.first_groups, static_argnums=(1, 2))
     rows = Rows(jnp.asarray(x), None, jnp.asarray(where))
-    some, ids = (np.asarray(a) for a in find(rows, 8, 16))
+    some, ids, least = (np.asarray(a) for a in find(rows, 8, 16))
     masked = np.where(where, x, -np.inf)
     found = np.take_along_axis(masked, np.minimum(ids, classes - 1), axis=1)
     np.testing.assert_array_equal(some, np.where(ids < classes, found, -np.inf))
@@ -444,6 +444,14 @@ def test_the_first_groups_have_the_first_classes(classes):
     for row in range(40):
         first = np.argsort(-masked[row], kind="stable")[:8]
         assert np.isin(first[masked[row, first] > -np.inf], ids[row]).all()
+        assert masked[row, first[-1]] >= least[row]
+    best, which = jax.jit(groups.first_classes, static_argnums=(1, 2))(rows, 8, 16)
+    order = np.argsort(-masked, axis=1, kind="stable")[:, :8]
+    expected = np.take_along_axis(masked, order, axis=1)
+    np.testing.assert_array_equal(best, expected)
+    np.testing.assert_array_equal(
+        np.where(expected > -np.inf, which, -1), np.where(expected > -np.inf, order, -1)
+    )
 
 
 OF_GROUPS = [

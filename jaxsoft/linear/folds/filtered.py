@@ -77,7 +77,7 @@ class FilteredDraw(Fold[Filtering, jax.Array, Drawn, Drawn]):
     """One class for each row; without a derivative.
 
     Attributes:
-      most: what no row's top_k is larger than, a power of two, if that is known.
+      most: what no row's top_k is larger than, if that is known.
       with_log_prob: whether the log-probabilities are asked for.
     """
 
