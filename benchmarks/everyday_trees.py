@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxsoft
@@ -55,6 +56,21 @@ def _path_log_prob(hidden: Any, nodes: Any, labels: Any, tree: Any) -> jax.Array
     return jax.nn.log_sigmoid(jnp.where(places[:, 1:] & 1, z, -z)).sum(axis=-1)
 
 
+def _listed_log_prob(
+    hidden: Any, nodes: Any, labels: Any, tree: Any, paths: Any
+) -> jax.Array:
+    """Log-probabilities of a Huffman tree: tables of nodes and codes, as word2vec's."""
+    rows, codes = (table[labels] for table in paths)
+    z = jnp.einsum("nh,ndh->nd", hidden, nodes[rows])
+    log_p = jax.nn.log_sigmoid(jnp.where(codes == 1, z, -z))
+    return jnp.sum(jnp.where(codes < 0, 0, log_p), axis=-1)
+
+
+def _of_huffman(size: Size) -> bool:
+    """Tells the size at which trees of other forms than a balanced one are timed."""
+    return size.classes == 4096
+
+
 def _our_log_prob(hidden: Any, nodes: Any, kernel: Any, labels: Any, tree: Any) -> Any:
     return jaxsoft.hierarchical_log_prob(hidden, nodes, labels, tree)
 
@@ -94,6 +110,17 @@ _TREE_CASES = (
         at=_power_of_two,
     ),
     Case(
+        "hierarchical_log_prob",
+        "Huffman, beside tables of paths",
+        lambda hidden, nodes, labels, tree, paths: jaxsoft.hierarchical_log_prob(
+            hidden, nodes, labels, tree
+        ),
+        _listed_log_prob,
+        "hidden nodes frequent huffman paths",
+        "hidden nodes",
+        at=_of_huffman,
+    ),
+    Case(
         "hierarchical_log_probs",
         "",
         lambda hidden, nodes, kernel, tree: jaxsoft.hierarchical_log_probs(
@@ -127,6 +154,19 @@ _TREE_CASES = (
         alike=False,
     ),
     Case(
+        "hierarchical_sample",
+        "Huffman",
+        lambda key, hidden, nodes, kernel, tree: jaxsoft.hierarchical_sample(
+            key, hidden, nodes, tree
+        ),
+        lambda key, hidden, nodes, kernel, tree: jax.random.categorical(
+            key, hidden @ kernel
+        ),
+        "key hidden nodes kernel huffman",
+        alike=False,
+        at=_of_huffman,
+    ),
+    Case(
         "hierarchical_top_k",
         f"k = {_BEST}",
         lambda hidden, nodes, kernel, tree: jaxsoft.hierarchical_top_k(
@@ -146,6 +186,20 @@ def _full_top_k(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _tree_arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
     workload, classes = _workload(size), size.classes
+
+    def frequent() -> jax.Array:
+        """Returns classes of a law of Zipf's, as Huffman trees are made for."""
+        place = jax.random.uniform(jax.random.key(1), (size.rows,))
+        return jnp.int32((classes + 1) ** place) - 1
+
+    def huffman() -> jaxsoft.ClassTree:
+        return jaxsoft.ClassTree.huffman(1 / np.arange(1, classes + 1))
+
+    def paths() -> tuple[jax.Array, jax.Array]:
+        """Returns the nodes above each class, and which child is taken, -1 for none."""
+        path = huffman().paths(jnp.arange(classes))
+        return path.first_rows, jnp.where(path.num_rows > 0, path.choices, -1)
+
     return {
         "key": lambda: jax.random.key(2),
         "hidden": lambda: workload.hidden()[0],
@@ -153,6 +207,9 @@ def _tree_arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
         "kernel": lambda: workload.kernel(classes, "hv"),
         "labels": lambda: workload.labels(classes, 1)[0],
         "tree": lambda: jaxsoft.ClassTree.balanced(classes),
+        "frequent": frequent,
+        "huffman": huffman,
+        "paths": paths,
     }
 
 
