@@ -1105,6 +1105,22 @@ _TREES = (
         tests=("tests/hierarchical/test_sampling.py",),
     ),
     Breakage(
+        "cold-entries-drawn-among-equals",
+        kind="dropped guard",
+        file="jaxsoft/adaptive/decoding.py",
+        before="layer.row_tau is None and layer.constant > 0",
+        after="layer.row_tau is None",
+        tests=("tests/adaptive/test_adaptive.py",),
+    ),
+    Breakage(
+        "last-of-the-first-classes-dropped",
+        kind="off by one",
+        file="jaxsoft/logits/groups.py",
+        before="jnp.where(some < least, -jnp.inf, some)",
+        after="jnp.where(some <= least, -jnp.inf, some)",
+        tests=("tests/logits/test_filters.py",),
+    ),
+    Breakage(
         "first-class-of-the-second-tail",
         kind="off-by-one block",
         file="jaxsoft/adaptive/log_probs.py",

@@ -221,9 +221,12 @@ def _invert_all(weights: jax.Array, target: jax.Array) -> jax.Array:
     It is the last column with a weight whose sum before it is not beyond the target.
     """
     columns = weights.shape[1]
-    parts = _in_groups(weights, math.isqrt(columns - 1) + 1)
+    size = math.isqrt(columns - 1) + 1
+    # As many groups as each has columns: both sums are of the same places.
+    padded = jnp.pad(weights, ((0, 0), (0, size * size - columns)))
+    parts = padded.reshape(-1, size, size)
     ahead = sums_before(jnp.sum(parts, axis=2))[:, :, None] + sums_before(parts)
-    ahead = ahead.reshape(ahead.shape[0], -1)[:, :columns]
+    ahead = ahead.reshape(-1, size * size)[:, :columns]
     is_reached = (weights > 0) & (ahead <= target[:, None])
     # Floats: XLA for CPUs compiles a reduction of integers as several programs.
     number = lax.broadcasted_iota(weights.dtype, weights.shape, 1)
@@ -232,29 +235,24 @@ def _invert_all(weights: jax.Array, target: jax.Array) -> jax.Array:
 
 def _invert_by_groups(weights: jax.Array, target: jax.Array) -> jax.Array:
     """Returns `invert` by a group of columns, then one of its columns."""
-    groups = 2 ** (weights.shape[1].bit_length() // 2)
-    parts = _in_groups(weights, -(-weights.shape[1] // groups))
+    rows, columns = weights.shape
+    groups = 2 ** (columns.bit_length() // 2)
+    size = -(-columns // groups)
+    padded = jnp.pad(weights, ((0, 0), (0, groups * size - columns)))
+    parts = padded.reshape(rows, groups, size)
     group, before = invert_once(jnp.sum(parts, axis=2), target)
     is_chosen = lax.broadcasted_iota(jnp.int32, parts.shape, 1) == group[:, None, None]
     chosen = jnp.sum(jnp.where(is_chosen, parts, 0), axis=1)
     inside, _ = invert_once(chosen, target - before)
-    return group * parts.shape[2] + inside
-
-
-def _in_groups(weights: jax.Array, size: int) -> jax.Array:
-    """Returns weights [R, B] as [R, groups, size], the last group filled up with 0."""
-    rows, columns = weights.shape
-    padded = jnp.pad(weights, ((0, 0), (0, -columns % size)))
-    return padded.reshape(rows, -1, size)
+    return group * size + inside
 
 
 def sums_before(weights: jax.Array) -> jax.Array:
     """Returns the sum of all weights before each one along the last axis."""
-    shape = (*(1,) * (weights.ndim - 1), *(weights.shape[-1],) * 2)
-    mine, added = (
-        lax.broadcasted_iota(jnp.int32, shape, weights.ndim + i) for i in (-1, 0)
-    )
+    shape = (weights.shape[-1],) * 2
+    mine, added = (lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1))
     is_before = (added < mine).astype(weights.dtype)
+    is_before = is_before.reshape(*(1,) * (weights.ndim - 1), *shape)
     return jnp.sum(weights[..., None, :] * is_before, axis=-1)
 
 

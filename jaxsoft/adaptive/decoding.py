@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes
+from jaxsoft._core import checks, mesh_axes, noise
 from jaxsoft._core.numerics import nan_where
 from jaxsoft._core.registry import Implementation
 from jaxsoft.adaptive.class_bands import ClassBands
@@ -21,11 +21,14 @@ from jaxsoft.adaptive.log_probs import log_prob_of_ranks, log_probs_by_rank
 from jaxsoft.adaptive.row_blocks import RowBlocks, take
 from jaxsoft.linear.sampling import linear_sample
 from jaxsoft.linear.top_k import linear_top_k
+from jaxsoft.logits.rows import Rows
+from jaxsoft.logits.sampling import draw_rows
 
 __all__ = ["adaptive_sample", "adaptive_top_k"]
 
-# Up to so many log-probabilities, 1 MiB in float32, the best are looked for among all:
-# it takes no longer than to look only into the tails that may have some.
+# Up to so many log-probabilities, 1 MiB in float32, all are computed: it takes no
+# longer than to look only into the tails that are drawn or may have some of the best,
+# and one sampler in place of several is less to compile.
 _STORED = 2**18
 
 
@@ -68,8 +71,8 @@ def adaptive_sample(
       NotImplementedError: for implementations not available.
 
     Notes:
-      Exact. A tail costs in proportion to the tokens that come to it. Without a
-      derivative.
+      Exact. A tail costs in proportion to the tokens that come to it; of at most 2¹⁸
+      log-probabilities at one temperature all are computed. Without a derivative.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -101,6 +104,10 @@ def adaptive_sample(
 
 @functools.partial(jax.jit, inline=True)
 def _sample(key: jax.Array, layer: Layer) -> jax.Array:
+    # At τ = 0 entries are taken one after another.
+    if _is_small(layer) and layer.row_tau is None and layer.constant > 0:
+        words = noise.row_words(key, layer.hidden.shape[0])
+        return draw_rows(1.0, words, Rows(log_probs_by_rank(layer), None, None))
     operands, options = layer.call()
     entries = linear_sample(jax.random.fold_in(key, 0), *operands, **options)
     ranks = entries
@@ -265,10 +272,14 @@ class _Ranked(NamedTuple):
         return jnp.where(self.keys == lowest, -jnp.inf, self.keys)
 
 
+def _is_small(layer: Layer) -> bool:
+    """Tells whether the log-probabilities of all classes are computed."""
+    return layer.hidden.shape[0] * layer.num_classes <= _STORED
+
+
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _top_k(k: int, layer: Layer) -> tuple[jax.Array, jax.Array]:
-    few = layer.hidden.shape[0] * layer.num_classes <= _STORED
-    best = (_best_of_all if few else _best_of_bands)(k, layer)
+    best = (_best_of_all if _is_small(layer) else _best_of_bands)(k, layer)
     return best.log_probs, best.ranks
 
 

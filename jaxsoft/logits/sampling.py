@@ -429,9 +429,11 @@ def _draw(
     if _is_one_pass(chosen, classes, shard):
         tau = rows.temperature(static_tau)
         block = block_sampling.block_size(classes)
-        return Drawn(
-            block_sampling.draw_row(rows.logits, rows.where, tau, words, block)
-        )
+        x, where = rows.logits, rows.where
+        if count <= 2 * tile_rows(classes):
+            # Sums of whole blocks are one reduction.
+            x, where = rejection.whole_blocks(rows.numbers()), None
+        return Drawn(block_sampling.draw_row(x, where, tau, words, block))
     size = None
     if first is not None and first <= _MOST and not few:
         size = groups.group_size(classes, first)
@@ -454,9 +456,11 @@ def _draw(
             for fill in (False, True)
         )
     # Of few classes all pairs are looked at, of many several passes over a row are
-    # made: in cache, and a row for each of a few cores.
+    # made: in cache, and a row for each of a few cores. Two tiles are one, since what a
+    # loop slices takes long to compile.
     size = tile_rows(classes * classes if few and not keeps_all else classes, 4)
-    if count <= size:
+    size = count if count <= 2 * size else size
+    if few and count == size:
         return draw(arrays)
     return lax.platform_dependent(
         arrays, cpu=lambda arrays: in_tiles(tiled, arrays, count, size), default=draw

@@ -273,7 +273,29 @@ def test_samples_follow_the_probabilities(bands):
     many = 20_000
     hidden = np.repeat(case.hidden, many, axis=0)
     found = _sample((hidden, *case.layer[1:]), bands)
-    for row, drawn in enumerate(np.asarray(found).reshape(2, many)):
+    check_rates(case, np.asarray(found).reshape(2, many))
+
+
+@pytest.mark.parametrize("bands", BANDS)
+@pytest.mark.many_cases
+def test_samples_of_few_rows_follow_the_probabilities(bands):
+    """All log-probabilities are computed where they are few."""
+    case, draws = Case(bands, rows=2), 10_000
+    keys = jax.random.split(KEY, draws)
+
+    @jax.jit
+    def drawn(keys):
+        return jax.lax.map(
+            lambda key: case.call(functools.partial(jaxsoft.adaptive_sample, key)), keys
+        )
+
+    check_rates(case, np.asarray(drawn(keys)).T)
+
+
+def check_rates(case, found):
+    """Compares classes drawn for each row with their probabilities."""
+    many, bands = found.shape[1], case.bands
+    for row, drawn in enumerate(found):
         expected = np.exp(case.truth[row]) * many
         counts = np.bincount(drawn, minlength=bands.num_classes)
         common = expected >= 20
@@ -309,6 +331,13 @@ def test_cold_samples_are_greedy_and_cold_rows_may_stand_beside_warm_ones():
             logits = logits if tail.bias is None else logits + tail.bias
             rank = case.bands.cutoffs[entry - 10] + logits.argmax()
         assert found[row] == rank
+
+
+def test_the_first_of_equal_entries_is_taken_at_a_known_temperature_of_zero():
+    bands = ClassBands.in_order(60, (10, 30))
+    case = Case(bands, rows=8, scale=0.0)
+    greedy = functools.partial(jaxsoft.adaptive_sample, KEY)
+    np.testing.assert_array_equal(case.call(greedy, temperature=0.0), 0)
 
 
 def test_a_nan_is_not_a_class():
@@ -615,6 +644,10 @@ def test_every_part_runs_the_implementation_that_was_asked_for(monkeypatch):
         assert set(chosen.values()) == expected
     chosen.clear()
     sample = functools.partial(jaxsoft.adaptive_sample, KEY)
-    jax.eval_shape(functools.partial(case.call, sample, implementation="xla"))
+    # Of rows with temperatures of their own not all log-probabilities are stored.
+    tau = np.ones(13, np.float32)
+    jax.eval_shape(
+        functools.partial(case.call, sample, temperature=tau, implementation="xla")
+    )
     assert "linear_sample" in chosen
     assert set(chosen.values()) == {"xla"}
