@@ -507,7 +507,7 @@ class _Step(NamedTuple):
         hidden, kernel = sums.lora_hidden, sums.lora_kernel
         if hidden is not None:
             start, _ = self._classes(index)
-            columns = lora_slice(part, start, tiles.block_classes)
+            columns = lora_slice(config, part, start, tiles.block_classes)
             new = dot(d, columns, (1, 1), config.precision, dtype)
             hidden = _add_rows(hidden, new, row_start, tiles)
         if kernel is not None:

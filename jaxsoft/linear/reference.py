@@ -33,7 +33,8 @@ def logits(config: Config, operands: Operands) -> jax.Array:
     if operands.has_scale_of_class():
         u = u * jnp.expand_dims(scale_slice(operands, 0, u.shape[-1])[0], leading)
     if operands.lora_hidden is not None:
-        u = u + product(operands.lora_hidden, lora_slice(operands, 0, u.shape[-1]), 0)
+        columns = lora_slice(config, operands, 0, u.shape[-1])
+        u = u + product(operands.lora_hidden, columns, 0)
     if operands.bias is not None:
         u = u + jnp.expand_dims(operands.bias, leading).astype(dtype)
     if config.softcap is not None:

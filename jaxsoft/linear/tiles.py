@@ -25,6 +25,7 @@ from jaxsoft.linear.kept import (
     Place,
     loaded,
     stored,
+    stored_dtype,
     tiles_in_all,
 )
 from jaxsoft.linear.plans import Layer, Tiling, tiling_of
@@ -43,6 +44,7 @@ __all__ = [
     "number_slice",
     "scale_slice",
     "scatter",
+    "slice_of",
     "slice_rows",
     "tiles_of",
     "tiles_of_layer",
@@ -216,7 +218,9 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision, dtype):
     )
 
 
-def slice_rows(tree: Tree, start: jax.Array | int, rows: int) -> Tree:
+def slice_rows(
+    tree: Tree, start: jax.Array | int, rows: int, by_bits: bool = False
+) -> Tree:
     """Returns rows from `start` of every array that has rows.
 
     Args:
@@ -224,13 +228,16 @@ def slice_rows(tree: Tree, start: jax.Array | int, rows: int) -> Tree:
         its rows first.
       start: the first row.
       rows: how many.
+      by_bits: see `slice_of`.
 
     Returns:
       The tree; an array without rows is the same.
     """
 
     def cut(axes, array):
-        return lax.dynamic_slice_in_dim(array, start, rows) if axes[0] == "n" else array
+        if axes[0] != "n":
+            return array
+        return slice_of(array, start, rows, by_bits=by_bits)
 
     def cut_node(node):
         if has_axes(node):
@@ -252,11 +259,36 @@ def number_slice(
     config: Config, operands: Operands, tiles: Tiling, start: jax.Array | int
 ) -> jax.Array:
     """Returns a tile's classes of the kernel as they are stored."""
-    size, kernel = tiles.block_classes, operands.kernel
-    if config.moves_bits and tiles.class_blocks > 1:
-        kernel = stored(kernel)
-    kernel = lax.dynamic_slice_in_dim(kernel, start, size, config.class_axis)
-    return loaded(kernel, operands.kernel.dtype)
+    kernel, size = operands.kernel, tiles.block_classes
+    if tiles.class_blocks == 1:
+        return kernel
+    axis, by_bits = config.class_axis, config.moves_bits
+    return slice_of(kernel, start, size, axis, by_bits=by_bits)
+
+
+def slice_of(
+    array: jax.Array,
+    start: jax.Array | int,
+    size: int,
+    axis: int = 0,
+    *,
+    by_bits: bool = False,
+) -> jax.Array:
+    """Returns a part of a large array along an axis.
+
+    Args:
+      array: the array.
+      start: where the part starts.
+      size: of the part.
+      axis: the axis.
+      by_bits: whether to move 16-bit floats as bits; see `Config.moves_bits`.
+    """
+    dtype = array.dtype
+    if by_bits and stored_dtype(dtype) != dtype:
+        # XLA would take the bits of all of it before a loop, in a copy.
+        array, start = lax.optimization_barrier((array, start))
+        array = stored(array)
+    return loaded(lax.dynamic_slice_in_dim(array, start, size, axis), dtype)
 
 
 def whole_kernel(config: Config, operands: Operands) -> jax.Array:
@@ -284,10 +316,13 @@ def scale_slice(operands: Operands, start: jax.Array | int, size: int) -> jax.Ar
     return scale.astype(compute_dtype(operands.hidden, operands.kernel))
 
 
-def lora_slice(operands: Operands, start: jax.Array | int, size: int) -> jax.Array:
+def lora_slice(
+    config: Config, operands: Operands, start: jax.Array | int, size: int
+) -> jax.Array:
     """Returns some classes of the adapters' kernel, in the dtype of their states."""
     assert operands.lora_kernel is not None and operands.lora_hidden is not None
-    columns = lax.dynamic_slice_in_dim(operands.lora_kernel, start, size, 1)
+    by_bits = config.moves_bits
+    columns = slice_of(operands.lora_kernel, start, size, 1, by_bits=by_bits)
     return columns.astype(operands.lora_hidden.dtype)
 
 
@@ -336,7 +371,7 @@ def compute_tile(
         summed = summed * scale_slice(operands, start, size)
     if operands.lora_hidden is not None and operands.lora_kernel is not None:
         states = operands.lora_hidden
-        columns = lora_slice(operands, start, size)
+        columns = lora_slice(config, operands, start, size)
         summed = summed + dot(states, columns, (1, 0), config.precision, dtype)
     bias = None
     if operands.bias is not None:
@@ -436,7 +471,13 @@ def fold_tiles(
     return cast(Any, joined), room
 
 
-def map_rows(function: Callable[[Tree], Any], tree: Tree, rows: int, size: int) -> Any:
+def map_rows(
+    function: Callable[[Tree], Any],
+    tree: Tree,
+    rows: int,
+    size: int,
+    by_bits: bool = False,
+) -> Any:
     """Returns what a function gives for one block of rows after another.
 
     Args:
@@ -444,6 +485,7 @@ def map_rows(function: Callable[[Tree], Any], tree: Tree, rows: int, size: int) 
       tree: the arrays; see `slice_rows`.
       rows: N, at least 1.
       size: R; the last block may start earlier, over rows of the one before.
+      by_bits: see `slice_of`.
 
     Returns:
       The arrays of N rows.
@@ -454,7 +496,7 @@ def map_rows(function: Callable[[Tree], Any], tree: Tree, rows: int, size: int) 
 
     def block(index):
         first = jnp.minimum(index * size, rows - size)
-        return function(slice_rows(tree, first, size))
+        return function(slice_rows(tree, first, size, by_bits))
 
     found = lax.map(block, jnp.arange(blocks.row_blocks))
     return jax.tree.map(lambda a: _join_rows(a, blocks), found)

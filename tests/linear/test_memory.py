@@ -45,6 +45,24 @@ def test_issue_bound_at_2048_512_65536(layout, reduction):
     assert temporaries(gradient, 2048, 512, 65536, layout) <= 128 * MIB
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["hv", "vh"])
+def test_short_floats_are_not_copied(layout, dtype):
+    """A kernel of 64 MiB, and tiles of it."""
+    loss = functools.partial(linear_cross_entropy, kernel_layout=layout)
+    assert temporaries(loss, 512, 512, 65536, layout, dtype) <= 16 * MIB
+
+
+def test_short_values_are_not_copied():
+    """Values of 32 MiB, as many as the kernel."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = (shape((512, 256)), shape((256, 65536)), shape((65536, 256)))
+    expected = functools.partial(jaxsoft.linear_expected, workspace_bytes=4 * MIB)
+    analysis = jax.jit(expected).lower(*args).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes <= 8 * MIB
+
+
 @functools.cache
 def by_workspace(workspace, reduction: Any = "mean"):
     def loss(hidden, kernel, labels):

@@ -20,7 +20,7 @@ from jaxsoft.linear.fold import Fold
 from jaxsoft.linear.gradients import Gradients, Into, Share, Wanted, accumulate
 from jaxsoft.linear.kept import Kept, KeptTile
 from jaxsoft.linear.plans import Tiling
-from jaxsoft.linear.tiles import Tile, dot
+from jaxsoft.linear.tiles import Tile, dot, slice_of
 
 __all__ = ["Mixed", "Mixture"]
 
@@ -156,7 +156,8 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
         peak = finite_peak(largest)
         weights = jnp.exp(divide_by_temperature(u, peak, tau))
         rescale = jnp.exp(divide_by_temperature(carry.max, peak, tau))
-        rows = lax.dynamic_slice_in_dim(part.values, tile.start, u.shape[1])
+        by_bits = self.config.moves_bits
+        rows = slice_of(part.values, tile.start, u.shape[1], by_bits=by_bits)
         mixed = dot(
             weights.astype(rows.dtype),
             rows,
@@ -234,7 +235,8 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
             # As the forward pass has it, so that XLA computes one tile's weights once.
             c = divide_by_temperature(u, finite_peak(rows.max[:, None]), tau)
             p = jnp.exp(c) / rows.total[:, None]
-            of_tile = lax.dynamic_slice_in_dim(values, tile.start, u.shape[1])
+            by_bits = self.config.moves_bits
+            of_tile = slice_of(values, tile.start, u.shape[1], by_bits=by_bits)
             gain = dot(rows.cotangent, of_tile, (1, 1), self.config.precision, dtype)
             d = p * (gain - rows.mean[:, None])
             moments = None

@@ -232,7 +232,8 @@ class _Ranked(Statistics):
         def saved(part: Operands) -> Saved:
             return fold._of_kept(part, keep, fold.room(part, keep))[0]
 
-        return map_rows(saved, arrays, layer.rows, rows), ()
+        by_bits = self.config.moves_bits
+        return map_rows(saved, arrays, layer.rows, rows, by_bits), ()
 
     def _stream(
         self, arrays: Operands, keep: Keep | None, room: tuple[Kept, ...]
