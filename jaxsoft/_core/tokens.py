@@ -12,6 +12,7 @@ from jaxsoft._core import checks
 
 __all__ = [
     "Reduction",
+    "keep_labels",
     "keep_temperature",
     "keep_tokens",
     "labelled_tokens",
@@ -86,6 +87,33 @@ def keep_tokens(
     return jnp.where(token_weight.reshape(token_weight.shape + ones) != 0, array, other)
 
 
+def keep_labels(
+    labels: ArrayLike | None,
+    rows: tuple[int, ...],
+    weights: ArrayLike | None,
+    ignore_label: int | None = None,
+    legend: str = "hidden.shape[:-1]",
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Checks the labels and the weights of tokens.
+
+    Args:
+      labels: [...] integers, or None.
+      rows: their shape.
+      weights: [...] booleans or reals, or None.
+      ignore_label: the label whose tokens have weight 0, or None.
+      legend: what `rows` is, for messages.
+
+    Returns:
+      Labels, 0 where the weight is, and what `token_weights` returns.
+    """
+    ids = None
+    if labels is not None:
+        ids = checks.integer("labels", labels)
+        checks.shape("labels", ids, rows, legend)
+    weight = token_weights(rows, weights, labels, ignore_label, legend)
+    return None if ids is None else keep_tokens(weight, ids), weight
+
+
 def labelled_tokens(
     hidden: ArrayLike,
     labels: ArrayLike,
@@ -109,11 +137,9 @@ def labelled_tokens(
       ValueError: if a shape is not `hidden.shape[:-1]`.
     """
     hidden = checks.floating("hidden", hidden)
-    ids = checks.integer("labels", labels)
-    rows = hidden.shape[:-1]
-    checks.shape("labels", ids, rows, "hidden.shape[:-1]")
-    weight = token_weights(rows, weights, labels, ignore_label)
-    return keep_tokens(weight, hidden), keep_tokens(weight, ids), weight
+    ids, weight = keep_labels(labels, hidden.shape[:-1], weights, ignore_label)
+    assert ids is not None
+    return keep_tokens(weight, hidden), ids, weight
 
 
 def keep_temperature(

@@ -19,10 +19,10 @@ from jaxsoft._core.numerics import finite_peak, nan_where, scaled
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import (
     Reduction,
+    keep_labels,
     keep_temperature,
     keep_tokens,
     reduce_losses,
-    token_weights,
 )
 from jaxsoft.linear.arguments import (
     Axes,
@@ -184,11 +184,8 @@ def linear_distillation(
             f"is {rows} and G, got {teacher_hidden.shape}."
         )
     label_weight = checks.scalar_in("label_weight", label_weight, 0, 1)
-    token_weight = token_weights(rows, weights, labels, ignore_label)
-    if labels is not None:
-        labels = checks.integer("labels", labels)
-        checks.shape("labels", labels, rows, "student_hidden.shape[:-1]")
-        labels = keep_tokens(token_weight, labels)
+    legend = "student_hidden.shape[:-1]"
+    labels, token_weight = keep_labels(labels, rows, weights, ignore_label, legend)
     student_hidden = keep_tokens(token_weight, student_hidden)
     teacher_hidden = keep_tokens(token_weight, teacher_hidden)
     shared = {
@@ -440,7 +437,7 @@ def linear_distillation_top_k(
     ids = check_ids("teacher_ids", teacher_ids, rows)
     log_p = checks.floating("teacher_log_probs", teacher_log_probs)
     checks.shape("teacher_log_probs", log_p, ids.shape, "teacher_ids.shape")
-    token_weight = token_weights(rows, weights, labels, ignore_label)
+    labels, token_weight = keep_labels(labels, rows, weights, ignore_label)
     hidden = keep_tokens(token_weight, hidden)
     ids = keep_tokens(token_weight, ids, -1)
     log_p = keep_tokens(token_weight, log_p, -jnp.inf)
@@ -449,9 +446,6 @@ def linear_distillation_top_k(
     gone = log_p == -jnp.inf
     ids, apart = jnp.where(gone, -1, ids), None
     if labels is not None:
-        labels = checks.integer("labels", labels)
-        checks.shape("labels", labels, rows, "hidden.shape[:-1]")
-        labels = keep_tokens(token_weight, labels)
         ids, apart = _with_label(ids, labels)
     call = prepare(
         "linear_distillation_top_k",

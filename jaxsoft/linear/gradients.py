@@ -103,6 +103,10 @@ class Gradients(NamedTuple):
         pairs = zip(self, wanted, strict=True)
         return Gradients._make(array if wants else None for array, wants in pairs)
 
+    def with_tau(self, moments: jax.Array | None) -> "Gradients":
+        """Returns the same with τ's, minus the moments [N, 1] over it, if wanted."""
+        return self if moments is None else self._replace(tau=-moments[:, 0])
+
     def of_operands(self) -> Operands:
         """Returns the cotangents in the places of their operands."""
         found = self._asdict()

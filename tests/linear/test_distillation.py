@@ -641,6 +641,10 @@ def test_messages():
     (h, w), (g, k) = layers()
     with pytest.raises(ValueError, match="`teacher_hidden` must have shape"):
         linear_distillation(h, w, g[:3], k)
+    with pytest.raises(TypeError, match="`labels` must have an integer dtype"):
+        linear_distillation(h, w, g, k, labels=h[:, 0], ignore_label=-100)
+    with pytest.raises(ValueError, match=r"shape student_hidden.shape\[:-1\]"):
+        linear_distillation(h, w, g, k, weights=np.ones(ROWS + 1, "f"))
     with pytest.raises(ValueError, match="`teacher_kernel` must have the student's V"):
         linear_distillation(h, w, g, k[:, :300])
     with pytest.raises(ValueError, match="`teacher_kernel` must have shape"):

@@ -258,6 +258,5 @@ class Mixture(Fold[Mixed, _Carry, _Saved, _Result]):
             values=values,
         )
         if moments is not None:
-            scale = inverse(operands.temperature(self.config), dtype)
-            gradients = gradients._replace(tau=-(moments * scale)[:, 0])
-        return Mixed.gradients(gradients)
+            moments = moments * inverse(operands.temperature(self.config), dtype)
+        return Mixed.gradients(gradients.with_tau(moments))

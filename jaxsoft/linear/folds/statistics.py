@@ -693,9 +693,7 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
                 kept=kept,
                 into=None if into is None else into.of(into.sums),
             )
-        if moments is not None:
-            gradients = gradients._replace(tau=-moments[:, 0])
-        return gradients.of_operands()
+        return gradients.with_tau(moments).of_operands()
 
     def rows(self, operands: Operands, saved: Saved, cotangents: Fields) -> Rows:
         """Returns the coefficients of the derivative, over τ."""

@@ -122,9 +122,7 @@ class TwoTemperatures(
             kept=kept,
             into=None if into is None else into.of(into.sums),
         )
-        if moments is not None:
-            gradients = gradients._replace(tau=-moments[:, 0])
-        return gradients.of_operands()
+        return gradients.with_tau(moments).of_operands()
 
 
 def _last(tile: Tile) -> Tile:
