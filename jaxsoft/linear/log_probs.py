@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +154,56 @@ def linear_log_prob(
     of_tokens = statistics(call, ("expected",)).with_one_label()
     log_prob = weigh_tokens(token_weight, of_tokens.log_prob)
     return log_prob, weigh_tokens(token_weight, of_tokens.entropy)
+
+
+@overload
+def linear_log_prob_at(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    class_ids: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
+    weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    normalize: Literal[False] = False,
+    kernel_layout: KernelLayout = "hv",
+    precision: jax.lax.PrecisionLike = None,
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
+    workspace_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array: ...
+
+
+@overload
+def linear_log_prob_at(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    class_ids: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    logit_softcap: float | None = None,
+    class_mask: ArrayLike | None = None,
+    class_bits: ArrayLike | None = None,
+    kernel_scale: ArrayLike | None = None,
+    lora: LoRA | None = None,
+    weights: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    normalize: Literal[True],
+    kernel_layout: KernelLayout = "hv",
+    precision: jax.lax.PrecisionLike = None,
+    vocab_axis: MeshAxes = None,
+    token_axes: MeshAxes = (),
+    workspace_bytes: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 @mesh_axes.accepts_explicit("hidden", kernel="kernel")
