@@ -1590,6 +1590,22 @@ _AROUND = (
         tests=("tests/devices/test_measuring.py", "tests/cli/test_devices.py"),
     ),
     Breakage(
+        "schedule-runs-what-is-predicated-off",
+        kind="inverted condition",
+        file="jaxsoft/devices/control.py",
+        before="if predicate and bool(registers[predicate]) == negated:",
+        after="if predicate and bool(registers[predicate]) != negated:",
+        tests=("tests/devices/test_schedule.py",),
+    ),
+    Breakage(
+        "schedule-counts-a-part-once",
+        kind="dropped factor",
+        file="jaxsoft/devices/schedule.py",
+        before="sum(part.runs * part.cycles for part in parts),",
+        after="sum(part.cycles for part in parts),",
+        tests=("tests/devices/test_schedule.py",),
+    ),
+    Breakage(
         "devices-ignores-tokens-and-dtype",
         kind="CLI flag ignored",
         file="jaxsoft/cli/devices.py",

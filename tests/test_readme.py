@@ -71,7 +71,7 @@ def test_commands_on_tables_are_ones_that_exist():
 
 def test_commands_on_devices_are_ones_that_exist():
     lines = re.findall(r"^\$ jaxsoft (devices(?:.*\\\n)*.*)$", README, re.M)
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         words = shlex.split(line.replace("\\\n", " "))
         parsed = commands.parser().parse_args(words)

@@ -26,7 +26,7 @@ _TOKENS, _DTYPE = 4096, "bfloat16"
 # Two tails, each with a class at least, and a shortlist.
 _FEWEST_CLASSES = 3
 _SIZES = ("model", "tokens", "hidden", "vocabulary", "dtype", "workspace")
-_FIELDS = ("target", "op", *_SIZES, "json")
+_FIELDS = ("target", "op", *_SIZES, "schedule", "json")
 
 
 def add_commands(commands: Any) -> None:
@@ -81,6 +81,12 @@ def add_commands(commands: Any) -> None:
         "without --op those alone are shown (default: each function's own)",
     )
     devices.add_argument(
+        "--schedule",
+        action="store_true",
+        help="read the compiled code too: the least time that bytes, products and, on "
+        "TPUs, bundles of instructions take, and which units the main loop fills",
+    )
+    devices.add_argument(
         "--json", action="store_true", help="print one JSON document instead"
     )
 
@@ -88,7 +94,7 @@ def add_commands(commands: Any) -> None:
 def _devices(parsed: argparse.Namespace) -> int:
     """Runs `jaxsoft devices`."""
     # Tables and compilers only where they are used.
-    from jaxsoft.devices import report
+    from jaxsoft.devices import report, report_schedule
     from jaxsoft.devices.operations import operations
     from jaxsoft.devices.surveying import DeviceError, device_of, survey
 
@@ -98,22 +104,40 @@ def _devices(parsed: argparse.Namespace) -> int:
             names = _with_workspace(names, operations(), asked=bool(parsed.op))
         targets = _named("target", parsed.target, (HERE, *TARGETS), [HERE])
         shapes = _shapes(parsed)
+        _check_schedule(parsed.schedule, targets, shapes)
     code, surveyed = 0, []
     for target in targets:
         device, found, problem = device_of(target), [], None
         try:
-            for one in _watched(target, len(names), survey(target, names, shapes)):
+            told = survey(target, names, shapes, schedule=parsed.schedule)
+            for one in _watched(target, len(names), told):
                 found.append(one)
         except DeviceError as error:
             code, problem = 1, str(error)
             print(f"jaxsoft devices: {one_line(problem)}", file=sys.stderr)
             found = list(survey(target, names, None))
         surveyed.append(report.Surveyed(target, device, found, problem))
-        if not parsed.json:
+        if parsed.json:
+            continue
+        if parsed.schedule and problem is None and shapes is not None:
+            report_schedule.show(surveyed[-1], shapes)
+        else:
             report.show(surveyed[-1], shapes)
     if parsed.json:
         print(report.as_json(surveyed, shapes))
     return code
+
+
+def _check_schedule(
+    asked: bool, targets: Sequence[str], shapes: "Shapes | None"
+) -> None:
+    """Requires what there is code of."""
+    if asked and HERE in targets:
+        raise ValueError(
+            f"`schedule` must be given with `target` {', '.join(TARGETS)}, got {HERE}."
+        )
+    if asked and shapes is None:
+        raise ValueError("`schedule` must be given with sizes, such as `model` llama3.")
 
 
 def _named(

@@ -9,9 +9,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxsoft._core.registry import compiling_for
+from jaxsoft.devices.chips import CHIPS
 from jaxsoft.devices.measuring import Device, describe
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import TARGETS
@@ -26,10 +28,17 @@ def main(request: Mapping[str, Any]) -> None:
     """Prints a line for each function.
 
     Args:
-      request: "target" and "operations", names, and "shapes", the fields of `Shapes`.
+      request: "target" and "operations", names, "shapes", the fields of `Shapes`, and
+        "dumps", where the compiler writes code, or None.
     """
     target = TARGETS[request["target"]]
-    device = Device(target.platform, target.description, target.devices()[0])
+    device = Device(
+        target.platform,
+        target.description,
+        target.devices()[0],
+        CHIPS[target.name],
+        Path(request["dumps"]) if request["dumps"] else None,
+    )
     with compiling_for(target.gpu):
         shapes = Shapes(**request["shapes"])
         for found in describe(device, request["operations"], shapes):

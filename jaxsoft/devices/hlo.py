@@ -4,22 +4,16 @@ A compiler's own `cost_analysis()` takes the body of a loop once, and those for 
 that are elsewhere have none; here a body counts as often as it runs.
 """
 
-import collections
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
-__all__ = ["Work", "work_of"]
+from jaxsoft.devices.hlo_text import OPERAND, Computation, Instruction, parse
 
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_NAMED = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
-_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
-_OPERAND = re.compile(r"%([\w.\-]+)")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](\{[^}]*\})?")
-# A number that a TPU keeps on the chip is not in its memory.
-_ON_CHIP = re.compile(r"S\([1-9]\d*\)")
+__all__ = ["Work", "runs_of", "work_of"]
+
 _CALLED = re.compile(r"(?:calls|to_apply)=%([\w.\-]+)")
 _LOOP = re.compile(r"condition=%([\w.\-]+), body=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -96,126 +90,35 @@ def work_of(text: str) -> Work | None:
     Returns:
       The work; None where the text is not such.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     if entry is None:
         return None
     return _Counter(computations).of(entry)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    """An array's number of elements, bytes of one, sizes and place."""
+def runs_of(text: str, weights: Mapping[str, int]) -> tuple[dict[str, int], bool]:
+    """Counts how often each instruction outside of fusions runs.
 
-    shape: tuple[int, ...]
-    bits: int
-    on_chip: bool
+    Args:
+      text: optimized HLO.
+      weights: of instructions by name; of branches the heaviest counts.
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    def bytes_of(self, elements: int) -> int:
-        """Returns the bytes of so many elements; none where they are on the chip."""
-        return 0 if self.on_chip else elements * self.bits // 8
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """A line of a computation."""
-
-    name: str
-    arrays: tuple[_Array, ...]
-    opcode: str
-    operands: tuple[str, ...]
-    # What is between the parentheses, and after them.
-    inside: str
-    rest: str
-
-    @property
-    def size(self) -> int:
-        return sum(array.size for array in self.arrays)
-
-    def moved(self) -> int:
-        """Returns the bytes of the whole result."""
-        return sum(array.bytes_of(array.size) for array in self.arrays)
-
-
-class _Computation:
-    """Instructions by name, and who uses each."""
-
-    def __init__(self):
-        self.instructions: dict[str, _Instruction] = {}
-        self.users: dict[str, list[_Instruction]] = collections.defaultdict(list)
-        self.root: _Instruction | None = None
-
-    def add(self, one: _Instruction, *, is_root: bool) -> None:
-        self.instructions[one.name] = one
-        for name in dict.fromkeys(one.operands):
-            self.users[name].append(one)
-        if is_root:
-            self.root = one
-
-    def operands(self, one: _Instruction) -> list[_Instruction]:
-        return [self.instructions[n] for n in one.operands if n in self.instructions]
-
-    def parameter(self, index: int) -> _Instruction | None:
-        for one in self.instructions.values():
-            if one.opcode == "parameter" and one.inside == str(index):
-                return one
-        return None
-
-
-def _parse(text: str) -> tuple[dict[str, _Computation], str | None]:
-    """Returns the computations by name, and the name of the entry."""
-    computations: dict[str, _Computation] = {}
-    entry = current = None
-    for line in text.splitlines():
-        if current is None:
-            if header := _HEADER.match(line):
-                current = computations[header[2]] = _Computation()
-                entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif named := _NAMED.match(line):
-            one = _instruction(named[2], line[named.end() :])
-            if one is not None:
-                current.add(one, is_root=named[1] is not None)
-    return computations, entry
-
-
-def _instruction(name: str, text: str) -> _Instruction | None:
-    """Parses what stands behind the equals sign."""
-    end = _closing(text, 0) if text.startswith("(") else text.find(" ")
-    found = _OPCODE.match(text, end)
-    if end < 0 or found is None:
-        return None
-    close = _closing(text, found.end() - 1)
-    inside = text[found.end() : close - 1]
-    arrays = tuple(_arrays(text[:end]))
-    operands = tuple(_OPERAND.findall(inside))
-    return _Instruction(name, arrays, found[1], operands, inside, text[close:])
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the place behind the parenthesis that closes the one at `start`."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if not depth:
-            return place + 1
-    return len(text)
-
-
-def _arrays(text: str) -> Iterator[_Array]:
-    for _, bits, sizes, layout in _ARRAY.findall(text):
-        shape = tuple(int(size) for size in sizes.split(",") if size)
-        yield _Array(shape, int(bits or 8), _ON_CHIP.search(layout) is not None)
+    Returns:
+      The counts by name, and whether they are all: a loop of which nobody knows how
+      often it runs counts as run once.
+    """
+    computations, entry = parse(text)
+    found: dict[str, int] = {}
+    if entry is None:
+        return found, False
+    known = _Counter(computations).add_runs(entry, 1, weights, found)
+    return found, known
 
 
 class _Counter:
     """Counts computations, each once."""
 
-    def __init__(self, computations: dict[str, _Computation]):
+    def __init__(self, computations: dict[str, Computation]):
         self._computations = computations
         self._done: dict[str, Work] = {}
 
@@ -232,15 +135,14 @@ class _Counter:
             )
         return self._done[name]
 
-    def _of_one(self, where: _Computation, one: _Instruction) -> Work:
+    def _of_one(self, where: Computation, one: Instruction) -> Work:
         if one.opcode in _FREE or one.opcode.endswith("-done"):
             return Work()
         if one.opcode == "while":
             return self._of_loop(where, one)
         if one.opcode == "conditional":
-            listed = _BRANCHES.search(one.rest)
-            names = _OPERAND.findall(listed[1]) if listed else _EITHER.findall(one.rest)
-            return functools.reduce(Work.__or__, map(self.of, names), Work())
+            works = (self.of(name) for name in self._called(one))
+            return functools.reduce(Work.__or__, works, Work())
         called = _CALLED.search(one.rest)
         if one.opcode in ("call", "async-start") and called:
             return self.of(called[1])
@@ -250,19 +152,73 @@ class _Counter:
             return self._of_custom_call(where, one)
         return Work(_dot_flops(where, one), self._moved(where, one))
 
-    def _of_loop(self, where: _Computation, one: _Instruction) -> Work:
+    def _of_loop(self, where: Computation, one: Instruction) -> Work:
         names = _LOOP.search(one.rest)
         assert names is not None
         work = self.of(names[1]) + self.of(names[2])
-        if known := _TRIPS.search(one.rest):
-            return work.times(int(known[1]))
-        count = self._iterations(where, one, self._computations[names[1]])
+        count = self._trips(where, one)
         if count is None:
             return dataclasses.replace(work, is_least=True)
         return work.times(count)
 
+    def add_runs(
+        self, name: str, times: int, weights: Mapping[str, int], found: dict[str, int]
+    ) -> bool:
+        """Adds how often each instruction runs where a computation runs so often.
+
+        Args:
+          name: the computation's.
+          times: how often it runs.
+          weights: of instructions; of branches the heaviest runs.
+          found: by the names of instructions; it grows.
+
+        Returns:
+          Whether all of it is known.
+        """
+        where, known = self._computations[name], True
+        for one in where.instructions.values():
+            names, trips = self._called(one), 1
+            if one.opcode == "while":
+                counted = self._trips(where, one)
+                known &= counted is not None
+                trips = 1 if counted is None else counted
+            elif one.opcode == "conditional":
+                names = sorted(names, key=lambda n: self._weight(n, weights))[-1:]
+            elif one.opcode not in ("call", "async-start"):
+                names = []
+            if not names:
+                found[one.name] = found.get(one.name, 0) + times
+            for inner in names:
+                known &= self.add_runs(inner, times * trips, weights, found)
+        return known
+
+    def _weight(self, name: str, weights: Mapping[str, int]) -> int:
+        """Returns the weight of a computation, its loops' iterations counted."""
+        found: dict[str, int] = {}
+        self.add_runs(name, 1, weights, found)
+        return sum(times * weights.get(one, 0) for one, times in found.items())
+
+    def _called(self, one: Instruction) -> list[str]:
+        """Returns the computations that an instruction runs, or runs one of."""
+        if one.opcode == "while":
+            names = _LOOP.search(one.rest)
+            return [*names.groups()] if names else []
+        if one.opcode == "conditional":
+            listed = _BRANCHES.search(one.rest)
+            return OPERAND.findall(listed[1]) if listed else _EITHER.findall(one.rest)
+        called = _CALLED.search(one.rest)
+        return [called[1]] if called else []
+
+    def _trips(self, where: Computation, loop: Instruction) -> int | None:
+        """Returns how often a loop runs, if that is written."""
+        if known := _TRIPS.search(loop.rest):
+            return int(known[1])
+        names = _LOOP.search(loop.rest)
+        assert names is not None
+        return self._iterations(where, loop, self._computations[names[1]])
+
     def _iterations(
-        self, where: _Computation, loop: _Instruction, condition: _Computation
+        self, where: Computation, loop: Instruction, condition: Computation
     ) -> int | None:
         """Returns how often a loop runs that counts up by 1 to a number."""
         compare = condition.root
@@ -287,7 +243,7 @@ class _Counter:
             return None
         return max(int(end.inside) - int(first.inside), 0)
 
-    def _of_custom_call(self, where: _Computation, one: _Instruction) -> Work:
+    def _of_custom_call(self, where: Computation, one: Instruction) -> Work:
         target = (_TARGET.search(one.rest) or ("", ""))[1]
         if target.startswith(_NO_WORK):
             return Work()
@@ -314,7 +270,7 @@ class _Counter:
                 found += self._flops_within(called[1])
         return found
 
-    def _moved(self, where: _Computation, one: _Instruction) -> int:
+    def _moved(self, where: Computation, one: Instruction) -> int:
         """Returns the bytes that an instruction reads and writes."""
         if one.opcode.endswith("-start"):
             return _moved_by_start(one)
@@ -326,7 +282,7 @@ class _Counter:
                 read += array.arrays[0].bytes_of(elements)
         return read + self._written(where, one)
 
-    def _read(self, user: _Instruction, name: str) -> int:
+    def _read(self, user: Instruction, name: str) -> int:
         """Returns how many elements of an array an instruction needs, at the most."""
         everything = 2**62
         places = [i for i, operand in enumerate(user.operands) if operand == name]
@@ -341,7 +297,7 @@ class _Counter:
         parameters = [inner.parameter(place) for place in places]
         return sum(self._needed(inner, one) for one in parameters if one is not None)
 
-    def _needed(self, where: _Computation, one: _Instruction) -> int:
+    def _needed(self, where: Computation, one: Instruction) -> int:
         """Returns how many elements of an instruction in a fusion its users need."""
         found = 0
         for user in where.users[one.name]:
@@ -352,7 +308,7 @@ class _Counter:
         # Several users need the same slice.
         return min(found, one.size)
 
-    def _is_one_by_one(self, one: _Instruction) -> bool:
+    def _is_one_by_one(self, one: Instruction) -> bool:
         """Tells whether an element of the result is made of one of the operand."""
         called = _CALLED.search(one.rest) if one.opcode == "fusion" else None
         if called is None:
@@ -360,7 +316,7 @@ class _Counter:
         inner = self._computations[called[1]].instructions.values()
         return all(i.opcode in (*_ONE_BY_ONE, "parameter") for i in inner)
 
-    def _written(self, where: _Computation, one: _Instruction) -> int:
+    def _written(self, where: Computation, one: Instruction) -> int:
         """Returns the bytes of the result that are written."""
         updated = self._updated(where, one)
         if len(updated) != len(one.arrays):
@@ -370,7 +326,7 @@ class _Counter:
             for array, size in zip(one.arrays, updated, strict=True)
         )
 
-    def _updated(self, where: _Computation, one: _Instruction) -> Sequence[int | None]:
+    def _updated(self, where: Computation, one: Instruction) -> Sequence[int | None]:
         """Returns how many elements of each result are new; None for all."""
         if one.opcode == _UPDATE:
             return [where.instructions[one.operands[1]].size]
@@ -386,7 +342,7 @@ class _Counter:
         return [None] * len(one.arrays)
 
 
-def _moved_by_start(one: _Instruction) -> int:
+def _moved_by_start(one: Instruction) -> int:
     """Returns the bytes that an asynchronous copy or slice reads and writes."""
     if len(one.arrays) < 2:
         return one.moved()
@@ -398,7 +354,7 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-def _dot_flops(where: _Computation, one: _Instruction) -> int:
+def _dot_flops(where: Computation, one: Instruction) -> int:
     """Returns the flops of an instruction that is a product, 0 of others."""
     if one.opcode == "dot":
         left = where.operands(one)[0].arrays[0].shape

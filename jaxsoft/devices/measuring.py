@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ from jax.sharding import SingleDeviceSharding
 from jaxsoft._core import registry
 from jaxsoft._core.exporting import PyTree
 from jaxsoft._core.registry import platform_of
+from jaxsoft.devices.chips import Chip, Least, least_time
 from jaxsoft.devices.hlo import Work, work_of
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Operation, Program, Shapes
+from jaxsoft.devices.schedule import Schedule, schedule_of
 from jaxsoft.linear.plans import Plan, Tiling
 from jaxsoft.linear.program import plans_in
 
@@ -27,11 +30,15 @@ class Device:
       platform: as `jax.lax.platform_dependent` has it.
       description: in words.
       device: one of JAX's, perhaps an abstract one; None to compile nothing.
+      chip: what it can do; None where nobody asks.
+      dumps: where its compiler writes code, by `bundles.FLAGS`; None if it writes none.
     """
 
     platform: str
     description: str
     device: Any = None
+    chip: Chip | None = None
+    dumps: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Ran:
       refused: why it cannot run there, or cannot at these shapes; None if it can.
       work: what it computes and moves, by the same names.
       plans: what the gradients of layers do; () without any.
+      schedules: what a TPU's compiler scheduled, by the same names; empty where nobody
+        asked.
     """
 
     name: str
@@ -52,6 +61,20 @@ class Ran:
     refused: str | None = None
     work: Mapping[str, Work | None] = dataclasses.field(default_factory=dict)
     plans: tuple[Plan, ...] = ()
+    schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
+
+    def least(self, kind: str, chip: Chip) -> Least | None:
+        """Returns the least time of a program; None if it is not known what it does.
+
+        Args:
+          kind: "value" or "value_and_grad".
+          chip: what it runs on.
+        """
+        work, schedule = self.work.get(kind), self.schedules.get(kind)
+        if work is None:
+            return None
+        cycles = 0 if schedule is None else schedule.cycles
+        return least_time(chip, work.accessed, work.dot_flops, cycles)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Ran":
@@ -64,7 +87,12 @@ class Ran:
             Plan(**plan | {"tiles": Tiling(**plan["tiles"])})
             for plan in fields.get("plans", ())
         )
-        return cls(**{**fields, "work": work, "plans": plans})
+        schedules = {
+            kind: Schedule.from_json(one)
+            for kind, one in fields.get("schedules", {}).items()
+        }
+        made = {"work": work, "plans": plans, "schedules": schedules}
+        return cls(**{**fields, **made})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,20 +167,21 @@ def _run(
         return Ran(name, refused=f"it is for {only}")
     if only is None and not compiles:
         return Ran(name)
-    temporaries, work, plans = {}, {}, ()
+    temporaries, work, plans, schedules, reason = {}, {}, (), {}, None
     try:
         for kind, function, arrays in program.calls(options):
             if compiles:
                 donated = program.donated if kind == "value" else ()
                 found = _compiled(device, function, arrays, donated)
-                temporaries[kind], work[kind], chosen = found
+                temporaries[kind], work[kind], chosen, schedule = found
                 plans = tuple(dict.fromkeys([*plans, *chosen]))
+                if schedule is not None:
+                    schedules[kind] = schedule
             else:
                 jax.eval_shape(function, *arrays)
     except (NotImplementedError, ImportError, jax.errors.JaxRuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        return Ran(name, temporaries, reason, work, plans)
-    return Ran(name, temporaries, None, work, plans)
+    return Ran(name, temporaries, reason, work, plans, schedules)
 
 
 def _compiled(
@@ -160,8 +189,8 @@ def _compiled(
     function: Callable[..., PyTree],
     arrays: tuple[PyTree, ...],
     donated: tuple[int, ...],
-) -> tuple[int | None, Work | None, list[Plan]]:
-    """Returns the bytes beside arguments and results, the work, and the plans.
+) -> tuple[int | None, Work | None, list[Plan], Schedule | None]:
+    """Returns the bytes beside arguments and results, work, plans and schedule.
 
     Args:
       device: what to compile for.
@@ -174,7 +203,13 @@ def _compiled(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arrays
     )
     traced = jax.jit(function, donate_argnums=donated).trace(*arrays)
-    compiled = traced.lower(lowering_platforms=(device.platform,)).compile()
+    lowered = traced.lower(lowering_platforms=(device.platform,))
+    for old in device.dumps.iterdir() if device.dumps else ():
+        old.unlink()
+    compiled = lowered.compile()
     temporaries = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
     plans = list(plans_in(traced.jaxpr.jaxpr, device.platform))
-    return temporaries, work_of(compiled.as_text() or ""), plans
+    text, schedule = compiled.as_text() or "", None
+    if device.dumps is not None and device.chip is not None:
+        schedule = schedule_of(device.dumps, text, device.chip.branch_delay)
+    return temporaries, work_of(text), plans, schedule

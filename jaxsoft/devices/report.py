@@ -5,14 +5,15 @@ import importlib.util
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from jaxsoft._core.registry import platform_of
+from jaxsoft.devices.chips import CHIPS
 from jaxsoft.devices.measuring import Device, Found, Ran
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.linear.plans import Plan
 
-__all__ = ["Surveyed", "as_json", "show"]
+__all__ = ["Surveyed", "as_json", "named", "notes", "print_table", "show"]
 
 _MIB, _GIB = 2**20, 2**30
 _WIDTH, _WIDEST = 88, 1000
@@ -55,13 +56,24 @@ def as_json(surveyed: Sequence[Surveyed], shapes: Shapes | None) -> str:
                     "platform": one.device.platform,
                     "description": one.device.description,
                     "problem": one.problem,
-                    "functions": [dataclasses.asdict(found) for found in one.found],
+                    "functions": [_fields(found, one.name) for found in one.found],
                 }
                 for one in surveyed
             ],
         },
         indent=2,
     )
+
+
+def _fields(found: Found, name: str) -> dict[str, Any]:
+    """Returns what is known of a function, least times on a target with it."""
+    fields, chip = dataclasses.asdict(found), CHIPS.get(name)
+    for ran, each in zip(found.implementations, fields["implementations"], strict=True):
+        least = {kind: ran.least(kind, chip) for kind in ran.work} if chip else {}
+        each["least_seconds"] = {
+            kind: None if one is None else one.seconds for kind, one in least.items()
+        }
+    return fields
 
 
 def show(one: Surveyed, shapes: Shapes | None) -> None:
@@ -81,13 +93,13 @@ def show(one: Surveyed, shapes: Shapes | None) -> None:
             f"temporaries in MiB, N = {shapes.tokens:,}, H = {shapes.hidden:,}, "
             f"V = {shapes.vocabulary:,}, {shapes.dtype}{words}"
         )
-        _print_table(_COLUMNS, [row for found in one.found for row in _rows(found)])
+        print_table(_COLUMNS, [row for found in one.found for row in _rows(found)])
         print("matrix products in N·H·V flops, and GiB read and written")
         rows = [row for found in one.found for row in _work_rows(found, shapes)]
-        _print_table(_WORK_COLUMNS, rows)
+        print_table(_WORK_COLUMNS, rows)
         for line in _plans(one.found, shapes):
             print(textwrap.fill(line, _WIDTH, subsequent_indent="  "))
-    for note in _notes(one):
+    for note in notes(one):
         print(textwrap.fill(note, _WIDTH, subsequent_indent="  "))
 
 
@@ -112,13 +124,13 @@ def _choices(found: Sequence[Found]) -> Iterator[str]:
 
 def _rows(found: Found) -> Iterator[tuple[str, ...]]:
     """Yields a function's rows, one for each implementation that runs."""
-    for names, ran in _named(found):
+    for names, ran in named(found):
         yield (*names, *(_mib(ran, kind) for kind in _KINDS))
 
 
 def _work_rows(found: Found, shapes: Shapes) -> Iterator[tuple[str, ...]]:
     """Yields a function's rows of what it computes and moves."""
-    for names, ran in _named(found):
+    for names, ran in named(found):
         yield (
             *names,
             *(_products(ran, kind, shapes) for kind in _KINDS),
@@ -126,8 +138,12 @@ def _work_rows(found: Found, shapes: Shapes) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _named(found: Found) -> Iterator[tuple[tuple[str, str], Ran]]:
-    """Yields implementations that run, with the names in their rows."""
+def named(found: Found) -> Iterator[tuple[tuple[str, str], Ran]]:
+    """Yields implementations that run, with the names in their rows.
+
+    Args:
+      found: a function; its own name stands in the first row alone.
+    """
     first = found.operation
     for ran in found.implementations:
         if ran.refused is not None and ran.name != found.uses:
@@ -202,8 +218,12 @@ def _words(plan: Plan, shapes: Shapes) -> str:
     return f"recomputes, {by}"
 
 
-def _notes(one: Surveyed) -> Iterator[str]:
-    """Yields why implementations for this platform do not run, each reason once."""
+def notes(one: Surveyed) -> Iterator[str]:
+    """Yields why implementations for this platform do not run, each reason once.
+
+    Args:
+      one: a device.
+    """
     reasons: dict[tuple[str, str], list[str]] = {}
     for found in one.found:
         for ran in found.implementations:
@@ -215,10 +235,18 @@ def _notes(one: Surveyed) -> Iterator[str]:
         yield f"no {name} for {', '.join(names)}: {reason}"
 
 
-def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
-    """Prints a table, by rich if it is installed."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[tuple[str, ...]], words: int = 2
+) -> None:
+    """Prints a table, by rich if it is installed.
+
+    Args:
+      columns: their names.
+      rows: of cells.
+      words: how many of the first columns have words, the others numbers.
+    """
     if importlib.util.find_spec("rich") is None:
-        for line in _plain(columns, rows):
+        for line in _plain(columns, rows, words):
             print(line)
         return
     from rich import box
@@ -227,7 +255,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Non
 
     console, table = Console(), Table(box=box.MARKDOWN)
     for index, name in enumerate(columns):
-        justify: Literal["left", "right"] = "left" if index < 2 else "right"
+        justify: Literal["left", "right"] = "left" if index < words else "right"
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*row)
@@ -237,12 +265,14 @@ def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Non
     console.print(table, markup=False, highlight=False)
 
 
-def _plain(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def _plain(
+    columns: Sequence[str], rows: Sequence[tuple[str, ...]], words: int
+) -> Iterator[str]:
     """Yields the lines of a table, as rich would have them."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for place, row in enumerate((columns, *rows)):
         cells = [
-            cell.ljust(width) if index < 2 else cell.rjust(width)
+            cell.ljust(width) if index < words else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield f"| {' | '.join(cells)} |"

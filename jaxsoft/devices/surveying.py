@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from jaxsoft._core.registry import compiling_for
 from jaxsoft.devices import child
+from jaxsoft.devices.bundles import FLAGS
 from jaxsoft.devices.measuring import Device, Found, describe, here
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.target import ENVIRONMENT, HERE, TARGETS, Target
 
-__all__ = ["DeviceError", "device_of", "survey"]
+__all__ = ["DeviceError", "device_of", "dumping_to", "survey"]
 
 
 class DeviceError(RuntimeError):
@@ -33,7 +35,11 @@ def device_of(name: str) -> Device:
 
 
 def survey(
-    name: str, operations: Sequence[str], shapes: Shapes | None
+    name: str,
+    operations: Sequence[str],
+    shapes: Shapes | None,
+    *,
+    schedule: bool = False,
 ) -> Iterator[Found]:
     """Yields what each function does on a device, as it becomes known.
 
@@ -41,6 +47,7 @@ def survey(
       name: of a target, or "here".
       operations: names of functions.
       shapes: sizes to compile for; None compiles nothing.
+      schedule: whether to read the code that a TPU's compiler makes.
 
     Raises:
       DeviceError: if the target's compiler is not installed or fails.
@@ -51,7 +58,7 @@ def survey(
         with compiling_for(TARGETS[name].gpu):
             yield from describe(device_of(name), operations, None)
     elif TARGETS[name].installed():
-        yield from _elsewhere(TARGETS[name], operations, shapes)
+        yield from _elsewhere(TARGETS[name], operations, shapes, schedule)
     else:
         raise DeviceError(
             f"memory on {name} needs {TARGETS[name].package}, which the extra `aot` "
@@ -60,14 +67,38 @@ def survey(
 
 
 def _elsewhere(
-    target: Target, operations: Sequence[str], shapes: Shapes
+    target: Target, operations: Sequence[str], shapes: Shapes, schedule: bool
 ) -> Iterator[Found]:
     """Yields what a process finds that compiles for the target."""
-    request = {
-        "target": target.name,
-        "operations": list(operations),
-        "shapes": dataclasses.asdict(shapes),
-    }
+    with tempfile.TemporaryDirectory(prefix="jaxsoft-code-") as folder:
+        dumps = folder if schedule and target.platform == "tpu" else None
+        request = {
+            "target": target.name,
+            "operations": list(operations),
+            "shapes": dataclasses.asdict(shapes),
+            "dumps": dumps,
+        }
+        yield from _told(target.name, request, dumping_to(dumps))
+
+
+def dumping_to(folder: str | None) -> dict[str, str]:
+    """Returns the variables by which a TPU's compiler writes its code to a folder.
+
+    They are read when the compiler is loaded, once in a process.
+
+    Args:
+      folder: it is there; None has nothing written.
+    """
+    if folder is None:
+        return {}
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {"LIBTPU_INIT_ARGS": f"{given} {FLAGS.format(folder=folder)}".strip()}
+
+
+def _told(
+    name: str, request: Mapping[str, Any], variables: dict[str, str]
+) -> Iterator[Found]:
+    """Yields what a child says."""
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
         subprocess.Popen(
@@ -75,7 +106,7 @@ def _elsewhere(
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | variables,
         ) as process,
     ):
         try:
@@ -91,6 +122,5 @@ def _elsewhere(
             said.seek(0)
             last = [line for line in said.read().splitlines() if line.strip()][-1:]
             raise DeviceError(
-                f"the compiler for {target.name} failed, exit code {code}: "
-                + " ".join(last)
+                f"the compiler for {name} failed, exit code {code}: " + " ".join(last)
             )

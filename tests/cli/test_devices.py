@@ -11,6 +11,7 @@ import pytest
 
 from jaxsoft.cli.main import main
 from jaxsoft.devices import child, report
+from jaxsoft.devices.bundles import UNITS
 from jaxsoft.devices.target import TARGETS, Target
 
 TINY = "--tokens 8 --hidden 4 --vocabulary 16 --dtype float32".split()
@@ -165,6 +166,54 @@ def test_a_compiler_that_dies_is_named(capsys, monkeypatch, tmp_path):
     )
 
 
+def test_a_schedule_as_text_and_as_json(capsys, monkeypatch, tmp_path):
+    busy = dict.fromkeys(UNITS, 0.25) | {"mxu": 0.75}
+    loop = {"bundles": 90, "trips": 1000, "cycles": 80_000, "busy": busy}
+    end = {"bundles": 4000, "trips": None, "cycles": 9_900, "busy": busy}
+    rare = {"bundles": 5, "trips": 7, "cycles": 100, "busy": busy}
+    part = {"name": "a_kernel", "runs": 2, "cycles": 90_000, "is_least": False}
+    parts = [part | {"loops": [loop, end, rare]}]
+    schedule = {"cycles": 180_000, "is_least": True, "busy": busy, "parts": parts}
+    work = {"dot_flops": 918 * 10**6, "accessed": 1638 * 10**3, "is_least": False}
+    ran = {"name": "xla", "temporaries": {"value": 0}, "work": {"value": work}}
+    ran |= {"schedules": {"value": schedule}}
+    found = {"operation": "sample", "uses": "xla", "implementations": [ran]}
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!/bin/sh\necho '{child.PREFIX}{json.dumps(found)}'\n"
+        'echo "$@" >arguments\necho "$LIBTPU_INIT_ARGS" >flags\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", os.fspath(script))
+    monkeypatch.setattr(Target, "installed", lambda self: True)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--given=1")
+    words = ["devices", "--target", "v6e", "--op", "sample", *TINY, "--schedule"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    for pattern in (
+        r"v6e: TPU v6e, 1\.75 GHz, 1,638 GB/s, 918 TFLOP/s\n",
+        r"least times in ms, N = 8, H = 4, V = 16, float32",
+        # Cycles bind: 180,000 of them, at least.
+        r"sample +\| xla \(default\) +\| value +\| +≥ 0\.103 \| +0\.001 \| +0\.001 "
+        r"\| +≥ 0\.103 \|",
+        r"a_kernel \| +0\.89 \| +90 \| +2,000 \| +0\.75 \| +0\.25 ",
+        r"a_kernel \| +0\.11 \| +4,000 \| +\? \| +0\.75 ",
+    ):
+        assert re.search(pattern, said), (pattern, said)
+    assert "temporaries" not in said and said.count("a_kernel") == 2
+    _, request = (tmp_path / "arguments").read_text().split("child ", 1)
+    folder = json.loads(request)["dumps"]
+    flags = (tmp_path / "flags").read_text().split()
+    assert flags[0] == "--given=1" and f"--xla_jf_dump_to={folder}" in flags
+    assert not os.path.exists(folder)
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (one,) = said["devices"][0]["functions"][0]["implementations"]
+    assert one["schedules"] == {"value": schedule}
+    assert one["least_seconds"] == {"value": pytest.approx(180_000 / 1.751e9, rel=1e-3)}
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -190,6 +239,8 @@ def test_a_compiler_that_dies_is_named(capsys, monkeypatch, tmp_path):
             "--model qwen3 --op linear_sample --op softmax --workspace 1G",
             r"--workspace must be left out with --op softmax, which takes none",
         ),
+        ("--model qwen3 --schedule", r"--schedule must be given with --target h100, "),
+        ("--target v6e --schedule", r"--schedule must be given with sizes, such as"),
         ("--tokens many", r"argument --tokens: invalid int value: 'many'"),
     ],
 )

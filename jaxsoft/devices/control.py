@@ -1,0 +1,297 @@
+"""How often each bundle of a TPU's code runs, found by running its scalar unit.
+
+Loops of the code count up to numbers that are written there, and what a kernel does in
+its first or last step is jumped over in others. All of it is scalar arithmetic: what
+branches depend on is computed here, and nothing else. A branch on what is not known,
+such as a number that the program is given, counts as taken where it jumps over code and
+as not taken where it repeats code, so that the counts are the least.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from jaxsoft.devices.bundles import Bundle, Operation
+
+__all__ = ["Counts", "Loop", "count"]
+
+_BRANCH, _STORE, _LOAD, _PHI = "sbr", "sst", "sld", "sphi"
+# Longer programs are given up: their loops count as run once.
+_MOST_OPERATIONS = 5_000_000
+_BITS = 2**32
+
+
+def _signed(number: int) -> int:
+    return (number ^ 2**31) - 2**31
+
+
+def _of_signed(compare: Callable[[int, int], bool]) -> Callable[[int, int], bool]:
+    return lambda a, b: compare(_signed(a), _signed(b))
+
+
+_COMPARISONS = {
+    name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
+}
+# By opcode, of unsigned numbers of 32 bits or of bools; others are not known.
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "smov": lambda a: a,
+    "sadd.s32": operator.add,
+    "ssub.s32": operator.sub,
+    "smul.u32": operator.mul,
+    "sand.u32": operator.and_,
+    "sor.u32": operator.or_,
+    "sxor.u32": operator.xor,
+    "sshll.u32": lambda a, b: a << b if b < 32 else 0,
+    "sshrl.u32": lambda a, b: a >> b,
+    "sshra.s32": lambda a, b: _signed(a) >> b,
+    "scalar_select": lambda p, a, b: a if p else b,
+    "pmov": lambda p: p,
+    "pneg": lambda p: not p,
+    "pand": lambda p, q: p and q,
+    "por": lambda p, q: p or q,
+    "pxor": lambda p, q: p != q,
+    "pnand": lambda p, q: not (p and q),
+    "pnor": lambda p, q: not (p or q),
+    _LOAD: lambda a: a,
+    _STORE: lambda a: a,
+}
+for _name, _compare in _COMPARISONS.items():
+    _FUNCTIONS[f"scmp.{_name}.u32.totalorder"] = _compare
+    _FUNCTIONS[f"scmp.{_name}.s32.totalorder"] = _of_signed(_compare)
+
+
+class Loop(NamedTuple):
+    """Bundles that a branch repeats.
+
+    Attributes:
+      first: the place of the first one.
+      end: the place behind the last one.
+      trips: how often the first one runs; None if a branch on something unknown
+        decides.
+    """
+
+    first: int
+    end: int
+    trips: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How often bundles run.
+
+    Attributes:
+      times: of each bundle.
+      is_least: whether some run more often, or nobody knows whether they run.
+      loops: in order of their first bundles.
+    """
+
+    times: tuple[int, ...]
+    is_least: bool
+    loops: tuple[Loop, ...]
+
+
+class _Step(NamedTuple):
+    """An operation that branches depend on; places are registers and memory."""
+
+    target: str
+    function: Callable[..., int]
+    operands: tuple[str | int, ...]
+    predicate: str
+    negated: bool
+
+
+class _Branch(NamedTuple):
+    """A branch; its predicate is None where it is not known."""
+
+    place: int
+    target: int
+    predicate: str | None
+    negated: bool
+
+
+def count(bundles: Sequence[Bundle], delay: int) -> Counts:
+    """Returns how often each bundle runs in one run of the code.
+
+    Args:
+      bundles: the code.
+      delay: how many bundles behind a branch run before it jumps.
+    """
+    branches = list(_branches(bundles))
+    known = _known(bundles)
+    branches = [
+        branch
+        if not branch.predicate or branch.predicate in known
+        else branch._replace(predicate=None)
+        for branch in branches
+    ]
+    steps = _steps(bundles, branches, known)
+    times, finished = _Machine(steps, branches, delay).run()
+    unknown = [branch for branch in branches if branch.predicate is None]
+    loops = []
+    for first in sorted({b.target for b in branches if b.target <= b.place}):
+        back = [b for b in branches if b.target == first and b.target <= b.place]
+        end = min(max(b.place for b in back) + delay + 1, len(bundles))
+        inside = any(first <= b.place < end for b in unknown if b in back)
+        trips = None if inside or not finished else times[first]
+        loops.append(Loop(first, end, trips))
+    return Counts(tuple(times), bool(unknown) or not finished, tuple(loops))
+
+
+def _branches(bundles: Sequence[Bundle]) -> Iterator[_Branch]:
+    starts = {n: place for place, one in enumerate(bundles) for n in one.regions}
+    for place, bundle in enumerate(bundles):
+        for one in bundle.scalars:
+            if one.opcode.startswith(_BRANCH) and one.operands:
+                region = one.operands[-1].removeprefix("$region")
+                target = starts.get(int(region)) if region.isdigit() else None
+                if target is not None:
+                    yield _Branch(place, target, one.predicate, one.negated)
+
+
+def _reads(one: Operation) -> Iterator[str]:
+    """Yields the names and the scalar memory that an operation reads."""
+    for operand in one.operands[one.opcode == _STORE :]:
+        if not operand.isdigit():
+            yield operand.removeprefix("%")
+    if one.predicate:
+        yield one.predicate
+
+
+def _writes(one: Operation) -> str:
+    return one.operands[0] if one.opcode == _STORE and one.operands else one.result
+
+
+def _definitions(bundles: Sequence[Bundle]) -> dict[str, list[Operation]]:
+    """Returns what writes each name and each place of scalar memory."""
+    found: dict[str, list[Operation]] = {}
+    for bundle in bundles:
+        for one in bundle.scalars:
+            if one.opcode in _FUNCTIONS or one.opcode == _PHI:
+                found.setdefault(_writes(one), []).append(one)
+    return found
+
+
+def _known(bundles: Sequence[Bundle]) -> set[str]:
+    """Returns the names and places whose numbers follow from what is written."""
+    defined = _definitions(bundles)
+    unknown: set[str] = set()
+    while True:
+        new = {
+            name
+            for name, writers in defined.items()
+            if name not in unknown
+            and any(
+                read not in defined or read in unknown
+                for one in writers
+                for read in _reads(one)
+            )
+        }
+        if not new:
+            return set(defined) - unknown
+        unknown |= new
+
+
+def _steps(
+    bundles: Sequence[Bundle], branches: Sequence[_Branch], known: set[str]
+) -> list[list[_Step]]:
+    """Returns for each bundle the operations that branches depend on."""
+    defined = _definitions(bundles)
+    needed: set[str] = set()
+    waiting = [b.predicate for b in branches if b.predicate]
+    while waiting:
+        name = waiting.pop()
+        if name in needed:
+            continue
+        needed.add(name)
+        for one in defined.get(name, ()):
+            waiting += [read for read in _reads(one) if read in known]
+    return [
+        [
+            _Step(
+                _register(_writes(one)),
+                _FUNCTIONS[one.opcode],
+                tuple(
+                    int(o) % _BITS if o.isdigit() else _register(o.removeprefix("%"))
+                    for o in one.operands[one.opcode == _STORE :]
+                ),
+                _register(one.predicate),
+                one.negated,
+            )
+            for one in bundle.scalars
+            if one.opcode in _FUNCTIONS and _writes(one) in needed
+        ]
+        for bundle in bundles
+    ]
+
+
+def _register(name: str) -> str:
+    """Returns the register of a name; memory keeps its address.
+
+    What joins two names where two ways meet, a phi, has the register of both.
+    """
+    return name if name.startswith("[") else name.rpartition("_")[2]
+
+
+class _Machine:
+    """Runs the steps of blocks of bundles, and counts the blocks."""
+
+    def __init__(
+        self,
+        steps: Sequence[Sequence[_Step]],
+        branches: Sequence[_Branch],
+        delay: int,
+    ):
+        self._size = len(steps)
+        self._steps = steps
+        self._branches = {branch.place: branch for branch in branches}
+        jumps = {min(b.place + delay + 1, self._size) for b in branches}
+        self._starts = sorted({0, *jumps, *(b.target for b in branches)} - {self._size})
+        self._registers: dict[str, int] = {}
+
+    def run(self) -> tuple[list[int], bool]:
+        """Returns how often each bundle runs, and whether that is all."""
+        ends = dict(zip(self._starts, [*self._starts[1:], self._size], strict=True))
+        blocks = {
+            start: [
+                place
+                for place in range(start, end)
+                if self._steps[place] or place in self._branches
+            ]
+            for start, end in ends.items()
+        }
+        times = dict.fromkeys(ends, 0)
+        done, block = 0, 0
+        while block < self._size:
+            times[block] += 1
+            following = ends[block]
+            for place in blocks[block]:
+                self._do(self._steps[place])
+                done += len(self._steps[place]) + 1
+                branch = self._branches.get(place)
+                if branch is not None and self._is_taken(branch):
+                    following = branch.target
+            block = following
+            if done > _MOST_OPERATIONS:
+                break
+        counted = [0] * self._size
+        for start, end in ends.items():
+            counted[start:end] = [times[start]] * (end - start)
+        return counted, done <= _MOST_OPERATIONS
+
+    def _is_taken(self, branch: _Branch) -> bool:
+        if branch.predicate is None:
+            return branch.target > branch.place
+        if not branch.predicate:
+            return True
+        return bool(self._registers[_register(branch.predicate)]) != branch.negated
+
+    def _do(self, steps: Sequence[_Step]) -> None:
+        """Runs what issues at once: everything is read before anything is written."""
+        registers, new = self._registers, []
+        for target, function, operands, predicate, negated in steps:
+            if predicate and bool(registers[predicate]) == negated:
+                continue
+            values = (o if isinstance(o, int) else registers[o] for o in operands)
+            new.append((target, function(*values) % _BITS))
+        registers.update(new)

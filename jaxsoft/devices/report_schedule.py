@@ -1,0 +1,98 @@
+"""What `jaxsoft devices --schedule` prints: the least times, and what takes them."""
+
+import textwrap
+from collections.abc import Iterator
+
+from jaxsoft.devices.chips import CHIPS, Chip
+from jaxsoft.devices.measuring import Found, Ran
+from jaxsoft.devices.programs import Shapes
+from jaxsoft.devices.report import Surveyed, named, notes, print_table
+
+__all__ = ["show"]
+
+_WIDTH, _LONGEST = 88, 30
+_KINDS = {"value": "value", "value_and_grad": "gradient"}
+_NAMES = ("function", "implementation", "of")
+_TIMES = (*_NAMES, "least ms", "memory", "products", "bundles")
+_LOOPS = (*_NAMES, "part", "share", "bundles", "trips")
+# Of the units those that bind, and what registers too few cost.
+_SHOWN = ("mxu", "xlu", "valu", "eup", "vload", "vstore", "fill", "spill")
+# Loops that take less of a program are left out.
+_LEAST_SHARE = 0.1
+
+
+def show(one: Surveyed, shapes: Shapes) -> None:
+    """Prints the least times on a device, and the main loops of a TPU.
+
+    Args:
+      one: the device.
+      shapes: what was compiled.
+    """
+    chip = CHIPS[one.name]
+    print(
+        f"{one.name}: {one.device.description}, {chip.clock / 1e9:.2f} GHz, "
+        f"{chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s\n"
+        f"least times in ms, N = {shapes.tokens:,}, H = {shapes.hidden:,}, "
+        f"V = {shapes.vocabulary:,}, {shapes.dtype}"
+    )
+    rows = [row for found in one.found for row in _time_rows(found, chip)]
+    print_table(_TIMES, rows, len(_NAMES))
+    loops = [row for found in one.found for row in _loop_rows(found)]
+    if loops:
+        print("loops that take a tenth of the bundles, and the slots that they fill")
+        print_table((*_LOOPS, *_SHOWN), loops, len(_NAMES) + 1)
+    for note in notes(one):
+        print(textwrap.fill(note, _WIDTH, subsequent_indent="  "))
+
+
+def _programs(found: Found) -> Iterator[tuple[tuple[str, str, str], Ran, str]]:
+    """Yields programs, the names of a row before each."""
+    for (function, implementation), ran in named(found):
+        kinds = [kind for kind in _KINDS if kind in ran.temporaries]
+        for kind in kinds:
+            yield (function, implementation, _KINDS[kind]), ran, kind
+            function = implementation = ""
+
+
+def _time_rows(found: Found, chip: Chip) -> Iterator[tuple[str, ...]]:
+    for names, ran, kind in _programs(found):
+        least = ran.least(kind, chip)
+        if least is None:
+            yield (*names, *("?" for _ in _TIMES[len(names) :]))
+            continue
+        schedule, work = ran.schedules.get(kind), ran.work[kind]
+        assert work is not None
+        bundles = "-" if schedule is None else _ms(least.issue, schedule.is_least)
+        is_least = work.is_least or (schedule is not None and schedule.is_least)
+        yield (
+            *names,
+            _ms(least.seconds, is_least),
+            _ms(least.memory, work.is_least),
+            _ms(least.products, work.is_least),
+            bundles,
+        )
+
+
+def _loop_rows(found: Found) -> Iterator[tuple[str, ...]]:
+    for names, ran, kind in _programs(found):
+        schedule = ran.schedules.get(kind)
+        if schedule is None:
+            continue
+        for part, loop in schedule.loops:
+            share = part.runs * loop.cycles / schedule.cycles
+            if share < _LEAST_SHARE:
+                break
+            trips = "?" if loop.trips is None else f"{part.runs * loop.trips:,}"
+            shares = (f"{loop.busy[unit]:.2f}" for unit in _SHOWN)
+            numbers = (f"{share:.2f}", f"{loop.bundles:,}", trips)
+            yield (*names, _cut(part.name), *numbers, *shares)
+            names = ("", "", "")
+
+
+def _cut(name: str) -> str:
+    """Returns a name that fits into a column."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+
+def _ms(seconds: float, is_least: bool) -> str:
+    return f"{'≥ ' if is_least else ''}{seconds * 1e3:,.3f}"
