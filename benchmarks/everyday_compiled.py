@@ -1,18 +1,23 @@
 """`python -m benchmarks everyday --compiled v6e,h100`: devices that are not here.
 
-Their compilers say what a program takes of memory, and how many bytes its instructions
-read and write, those of a loop as often as it runs. Nothing is run, so that no cell has
-a time. A step that carries its state has no cell: `programs` has such a step.
+Their compilers say what a program takes of memory, how many bytes its instructions read
+and write, those of a loop as often as it runs, and on TPUs how many bundles of
+instructions, each a cycle if nothing waits. Nothing is run, so that no cell has a time.
+A step that carries its state has no cell: `programs` has such a step.
 """
 
+import contextlib
+import functools
 import json
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import programs, report
@@ -27,6 +32,9 @@ from benchmarks.everyday_case import (
 from benchmarks.programs_cases import Program
 from benchmarks.programs_figures import measure
 from jaxsoft._core.registry import compiling_for
+from jaxsoft.devices.chips import CHIPS
+from jaxsoft.devices.surveying import dumping_to
+from jaxsoft.devices.target import TARGETS
 
 __all__ = ["ask", "print_table", "save_text", "sizes_of", "tell"]
 
@@ -38,10 +46,15 @@ _COLUMNS = (
     "moved MiB",
     "plain",
     "ratio",
+    "bundles",
+    "plain",
+    "ratio",
     "temp MiB",
     "plain",
 )
 _MIB = 2**20
+# Some ten microseconds of a TPU.
+_FEW_BUNDLES = 2**14
 
 
 def ask(
@@ -69,8 +82,22 @@ def tell(
     target: str, rooms: Sequence[Room], only: Sequence[str], sizes: Sequence[str]
 ) -> None:
     """Prints a line for each cell, for the parent; see `ask`."""
-    mesh, platform, gpu = programs.target_mesh(target)
-    with compiling_for(gpu):
+    with contextlib.ExitStack() as stack:
+        folder, delay = None, 0
+        if target in TARGETS and TARGETS[target].platform == "tpu":
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            delay = CHIPS[target].branch_delay
+        # The compiler reads it when it is loaded, with the first topology.
+        os.environ |= dumping_to(folder)
+        mesh, platform, gpu = programs.target_mesh(target)
+        stack.enter_context(compiling_for(gpu))
+        measured = functools.partial(
+            measure,
+            mesh=mesh,
+            platform=platform,
+            dumps=Path(folder) if folder else None,
+            delay=delay,
+        )
         for room in rooms:
             for case in room.cases:
                 if case.chained or (only and case.function not in only):
@@ -78,7 +105,7 @@ def tell(
                 for size in sizes_of(room, case, sizes):
                     for what in case.whats:
                         start = time.perf_counter()
-                        cell = _cell(room, case, what, size, mesh, platform)
+                        cell = _cell(room, case, what, size, measured)
                         programs.tell(case.name, cell, time.perf_counter() - start)
 
 
@@ -92,7 +119,11 @@ def sizes_of(room: Room, case: Case, names: Sequence[str]) -> list[Size]:
 
 
 def _cell(
-    room: Room, case: Case, what: str, size: Size, mesh: Mesh, platform: str
+    room: Room,
+    case: Case,
+    what: str,
+    size: Size,
+    measured: Callable[[Program], dict[str, int]],
 ) -> dict[str, Any]:
     cell: dict[str, Any] = {
         "function": case.function,
@@ -107,7 +138,7 @@ def _cell(
         both, arguments = functions(case, what, arrays)
         specs = (P(),) * len(arguments)
         figures = {
-            name: measure(Program(function, arguments, specs), mesh, platform)
+            name: measured(Program(function, arguments, specs))
             for name, function in both.items()
         }
     except Exception as error:  # A failure is a result, not ours to raise.
@@ -117,6 +148,12 @@ def _cell(
         ("temporary_bytes", "temporaries"),
     ):
         cell[field] = {name: found.get(figure, 0) for name, found in figures.items()}
+    if all("bundles" in found for found in figures.values()):
+        cell["bundles"] = {name: found["bundles"] for name, found in figures.items()}
+        # Of these there may be more.
+        cell["open_bundles"] = [
+            n for n, found in figures.items() if found["open bundles"]
+        ]
     return cell
 
 
@@ -132,9 +169,11 @@ def print_table(cells: Sequence[dict[str, Any]]) -> None:
 
 
 def _ratio(cell: dict[str, Any]) -> float:
-    """Returns the worse ratio of both figures, in which a mebibyte makes little."""
-    pairs = (cell["moved_bytes"], cell["temporary_bytes"])
-    return max((pair[OURS] + _MIB) / (pair[PLAIN] + _MIB) for pair in pairs)
+    """Returns the worst ratio of the figures, in which what is little makes little."""
+    pairs = [(cell["moved_bytes"], _MIB), (cell["temporary_bytes"], _MIB)]
+    if "bundles" in cell:
+        pairs.append((cell["bundles"], _FEW_BUNDLES))
+    return max((pair[OURS] + few) / (pair[PLAIN] + few) for pair, few in pairs)
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
@@ -148,9 +187,22 @@ def _row(cell: dict[str, Any]) -> list[str]:
         f"{moved[OURS] / _MIB:.4g}" if known else "",
         f"{moved[PLAIN] / _MIB:.4g}" if known else "",
         f"{moved[OURS] / moved[PLAIN]:.2f}" if known else "",
+        *_bundles(cell),
         f"{temporaries[OURS] / _MIB:.4g}",
         f"{temporaries[PLAIN] / _MIB:.4g}",
     ]
+
+
+def _bundles(cell: dict[str, Any]) -> list[str]:
+    """Returns the cells of bundles, empty where a compiler tells none."""
+    if not cell.get("bundles", {}).get(PLAIN):
+        return [""] * 3
+    found = cell["bundles"]
+    said = [
+        f"{'≥ ' * (name in cell['open_bundles'])}{found[name]:,}"
+        for name in (OURS, PLAIN)
+    ]
+    return [*said, f"{found[OURS] / found[PLAIN]:.2f}"]
 
 
 def save_text(cells: Sequence[dict[str, Any]]) -> str:

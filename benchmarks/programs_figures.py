@@ -17,6 +17,8 @@ The figures of a program; one that is absent is 0:
   and their `bytes` of results: collectives of the optimized HLO, each once.
 - `moved`: bytes that instructions of the optimized HLO read and write in the device's
   memory, those of a loop as often as it runs; `jaxsoft devices` counts the same.
+- `bundles`, `open bundles`: of a TPU whose compiler writes its code to a folder, those
+  that run, and 1 if they may be more: `jaxsoft devices --schedule` counts the same.
 - `flops`, `accessed`: operations and bytes by the compiler's `cost_analysis()`, which
   takes a loop's body once; compilers for GPUs that are not here do not tell.
 
@@ -30,6 +32,7 @@ import functools
 import math
 import operator
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +42,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from benchmarks import programs_cases as cases
 from jaxsoft.devices.hlo import work_of
+from jaxsoft.devices.schedule import forget, schedule_of
 
 __all__ = ["COLLECTIVES", "measure"]
 
@@ -58,7 +62,13 @@ _ASKED = {f"stablehlo.{name}" for name in COLLECTIVES.replace("-", "_").split("|
 _ONCE = ("dots", "open loops")
 
 
-def measure(program: cases.Program, mesh: Mesh, platform: str) -> dict[str, int]:
+def measure(
+    program: cases.Program,
+    mesh: Mesh,
+    platform: str,
+    dumps: Path | None = None,
+    delay: int = 0,
+) -> dict[str, int]:
     """Returns the figures of a program.
 
     Args:
@@ -66,6 +76,8 @@ def measure(program: cases.Program, mesh: Mesh, platform: str) -> dict[str, int]
       mesh: of devices, perhaps abstract ones; the first is what a program runs on
         that runs on one.
       platform: of the devices, by JAX's name.
+      dumps: where a TPU's compiler writes code, see `surveying.dumping_to`, or None.
+      delay: the TPU's `Chip.branch_delay`.
     """
     arrays = []
     for tree, spec in zip(program.arrays, program.specs, strict=True):
@@ -76,6 +88,8 @@ def measure(program: cases.Program, mesh: Mesh, platform: str) -> dict[str, int]
         arrays.append(jax.tree.map(put, tree))
     jitted = jax.jit(program.function, donate_argnums=program.donated)
     lowered = jitted.trace(*arrays).lower(lowering_platforms=(platform,))
+    if dumps is not None:
+        forget(dumps)
     compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
@@ -92,6 +106,10 @@ def measure(program: cases.Program, mesh: Mesh, platform: str) -> dict[str, int]
     work = work_of(text)
     figures += collections.Counter(moved=work.accessed if work else 0)
     figures += _of_machine(text)
+    if dumps is not None:
+        schedule = schedule_of(dumps, text, delay)
+        figures["bundles"] = schedule.cycles
+        figures["open bundles"] = int(schedule.is_least)
     return dict(figures)
 
 

@@ -15,7 +15,7 @@ from jaxsoft.devices.chips import Chip, Least, least_time
 from jaxsoft.devices.hlo import Work, work_of
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Operation, Program, Shapes
-from jaxsoft.devices.schedule import Schedule, schedule_of
+from jaxsoft.devices.schedule import Schedule, forget, schedule_of
 from jaxsoft.linear.plans import Plan, Tiling
 from jaxsoft.linear.program import plans_in
 
@@ -204,8 +204,8 @@ def _compiled(
     )
     traced = jax.jit(function, donate_argnums=donated).trace(*arrays)
     lowered = traced.lower(lowering_platforms=(device.platform,))
-    for old in device.dumps.iterdir() if device.dumps else ():
-        old.unlink()
+    if device.dumps is not None:
+        forget(device.dumps)
     compiled = lowered.compile()
     temporaries = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
     plans = list(plans_in(traced.jaxpr.jaxpr, device.platform))

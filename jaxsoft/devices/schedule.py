@@ -9,7 +9,7 @@ from jaxsoft.devices import control
 from jaxsoft.devices.bundles import UNITS, Code, codes
 from jaxsoft.devices.hlo import runs_of
 
-__all__ = ["Loop", "Part", "Schedule", "schedule_of"]
+__all__ = ["Loop", "Part", "Schedule", "forget", "schedule_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,16 @@ class Schedule:
             for part in fields["parts"]
         )
         return cls(**{**fields, "parts": parts})
+
+
+def forget(folder: Path) -> None:
+    """Empties the folder of `schedule_of`, before another program is compiled.
+
+    Args:
+      folder: where libtpu writes code.
+    """
+    for old in folder.iterdir():
+        old.unlink()
 
 
 def schedule_of(folder: Path, text: str, delay: int) -> Schedule:

@@ -1,6 +1,7 @@
 """Everything public is compared with a formula, and what is wrong is not timed."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -247,14 +248,22 @@ class TestCompiled:
                 ("softmax", 2**23, 2**23),
                 ("entropy", 2**25, 0),
                 ("reinmax", 0, 2**26),
+                ("logsumexp", 0, 0),
             )
         ]
+        cells[-1] |= {
+            "bundles": {PLAIN: 10**6, OURS: 5 * 10**6},
+            "open_bundles": [OURS],
+        }
         failed = {"target": "v6e", "function": "sample", "error": "too large"}
         everyday_compiled.print_table([*cells, failed])
         said = capsys.readouterr().out
-        places = [said.index(name) for name in ("reinmax", "entropy", "softmax")]
+        places = [
+            said.index(name) for name in ("logsumexp", "reinmax", "entropy", "softmax")
+        ]
         assert places == sorted(places)
         assert "v6e · sample: too large" in said
+        assert re.search(r"≥ 5,000,000 +\|? *1,000,000 +\|? *5\.00", said), said
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
