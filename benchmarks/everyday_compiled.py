@@ -88,7 +88,7 @@ def tell(
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             delay = CHIPS[target].branch_delay
         # The compiler reads it when it is loaded, with the first topology.
-        os.environ |= dumping_to(folder)
+        os.environ |= dumping_to(folder, "tpu")
         mesh, platform, gpu = programs.target_mesh(target)
         stack.enter_context(compiling_for(gpu))
         measured = functools.partial(

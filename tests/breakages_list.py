@@ -1606,6 +1606,14 @@ _AROUND = (
         tests=("tests/devices/test_schedule.py",),
     ),
     Breakage(
+        "occupancy-by-single-registers",
+        kind="dropped guard",
+        file="jaxsoft/devices/ptx.py",
+        before="warps * 32 * (-(-registers // 8) * 8)",
+        after="warps * 32 * registers",
+        tests=("tests/devices/test_ptx.py",),
+    ),
+    Breakage(
         "devices-ignores-tokens-and-dtype",
         kind="CLI flag ignored",
         file="jaxsoft/cli/devices.py",

@@ -84,7 +84,8 @@ def add_commands(commands: Any) -> None:
         "--schedule",
         action="store_true",
         help="read the compiled code too: the least time that bytes, products and, on "
-        "TPUs, bundles of instructions take, and which units the main loop fills",
+        "TPUs, bundles of instructions take, and which units loops fill; of GPUs "
+        "registers, spills and matrix instructions",
     )
     devices.add_argument(
         "--json", action="store_true", help="print one JSON document instead"

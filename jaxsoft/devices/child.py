@@ -38,6 +38,7 @@ def main(request: Mapping[str, Any]) -> None:
         target.devices()[0],
         CHIPS[target.name],
         Path(request["dumps"]) if request["dumps"] else None,
+        target.limits if request["dumps"] else None,
     )
     with compiling_for(target.gpu):
         shapes = Shapes(**request["shapes"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxsoft.devices.chips import Chip, Least, least_time
 from jaxsoft.devices.hlo import Work, work_of
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Operation, Program, Shapes
+from jaxsoft.devices.ptx import Kernel, Limits, kernels_of, printed
 from jaxsoft.devices.schedule import Schedule, forget, schedule_of
 from jaxsoft.linear.plans import Plan, Tiling
 from jaxsoft.linear.program import plans_in
@@ -31,7 +33,9 @@ class Device:
       description: in words.
       device: one of JAX's, perhaps an abstract one; None to compile nothing.
       chip: what it can do; None where nobody asks.
-      dumps: where its compiler writes code, by `bundles.FLAGS`; None if it writes none.
+      dumps: where its compiler writes code, by `surveying.dumping_to`; None if it
+        writes none.
+      limits: of a GPU's multiprocessor; None for others.
     """
 
     platform: str
@@ -39,6 +43,7 @@ class Device:
     device: Any = None
     chip: Chip | None = None
     dumps: Path | None = None
+    limits: Limits | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Ran:
       plans: what the gradients of layers do; () without any.
       schedules: what a TPU's compiler scheduled, by the same names; empty where nobody
         asked.
+      kernels: of a GPU, likewise.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Ran:
     work: Mapping[str, Work | None] = dataclasses.field(default_factory=dict)
     plans: tuple[Plan, ...] = ()
     schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
+    kernels: Mapping[str, Sequence[Kernel]] = dataclasses.field(default_factory=dict)
 
     def least(self, kind: str, chip: Chip) -> Least | None:
         """Returns the least time of a program; None if it is not known what it does.
@@ -91,8 +98,12 @@ class Ran:
             kind: Schedule.from_json(one)
             for kind, one in fields.get("schedules", {}).items()
         }
-        made = {"work": work, "plans": plans, "schedules": schedules}
-        return cls(**{**fields, **made})
+        kernels = {
+            kind: [Kernel(**one) for one in found]
+            for kind, found in fields.get("kernels", {}).items()
+        }
+        made = {"work": work, "plans": plans}
+        return cls(**{**fields, **made, "schedules": schedules, "kernels": kernels})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,21 +178,24 @@ def _run(
         return Ran(name, refused=f"it is for {only}")
     if only is None and not compiles:
         return Ran(name)
-    temporaries, work, plans, schedules, reason = {}, {}, (), {}, None
+    temporaries, work, plans, reason = {}, {}, (), None
+    schedules, kernels = {}, {}
     try:
         for kind, function, arrays in program.calls(options):
             if compiles:
                 donated = program.donated if kind == "value" else ()
                 found = _compiled(device, function, arrays, donated)
-                temporaries[kind], work[kind], chosen, schedule = found
+                temporaries[kind], work[kind], chosen, code = found
                 plans = tuple(dict.fromkeys([*plans, *chosen]))
-                if schedule is not None:
-                    schedules[kind] = schedule
+                if isinstance(code, Schedule):
+                    schedules[kind] = code
+                elif code is not None:
+                    kernels[kind] = code
             else:
                 jax.eval_shape(function, *arrays)
     except (NotImplementedError, ImportError, jax.errors.JaxRuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-    return Ran(name, temporaries, reason, work, plans, schedules)
+    return Ran(name, temporaries, reason, work, plans, schedules, kernels)
 
 
 def _compiled(
@@ -189,8 +203,8 @@ def _compiled(
     function: Callable[..., PyTree],
     arrays: tuple[PyTree, ...],
     donated: tuple[int, ...],
-) -> tuple[int | None, Work | None, list[Plan], Schedule | None]:
-    """Returns the bytes beside arguments and results, work, plans and schedule.
+) -> tuple[int | None, Work | None, list[Plan], Schedule | list[Kernel] | None]:
+    """Returns the bytes beside arguments and results, work, plans and code.
 
     Args:
       device: what to compile for.
@@ -206,10 +220,13 @@ def _compiled(
     lowered = traced.lower(lowering_platforms=(device.platform,))
     if device.dumps is not None:
         forget(device.dumps)
-    compiled = lowered.compile()
+    with printed() if device.limits is not None else nullcontext([]) as said:
+        compiled = lowered.compile()
     temporaries = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
     plans = list(plans_in(traced.jaxpr.jaxpr, device.platform))
-    text, schedule = compiled.as_text() or "", None
-    if device.dumps is not None and device.chip is not None:
-        schedule = schedule_of(device.dumps, text, device.chip.branch_delay)
-    return temporaries, work_of(text), plans, schedule
+    text, code = compiled.as_text() or "", None
+    if device.dumps is not None and device.limits is not None:
+        code = kernels_of(device.dumps, said[0], text, device.limits)
+    elif device.dumps is not None and device.chip is not None:
+        code = schedule_of(device.dumps, text, device.chip.branch_delay)
+    return temporaries, work_of(text), plans, code

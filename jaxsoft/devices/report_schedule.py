@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from jaxsoft.devices.chips import CHIPS, Chip
 from jaxsoft.devices.measuring import Found, Ran
 from jaxsoft.devices.programs import Shapes
+from jaxsoft.devices.ptx import Kernel
 from jaxsoft.devices.report import Surveyed, named, notes, print_table
 
 __all__ = ["show"]
@@ -15,6 +16,21 @@ _KINDS = {"value": "value", "value_and_grad": "gradient"}
 _NAMES = ("function", "implementation", "of")
 _TIMES = (*_NAMES, "least ms", "memory", "products", "bundles")
 _LOOPS = (*_NAMES, "part", "share", "bundles", "trips")
+_KERNELS = (
+    *_NAMES,
+    "kernel",
+    "threads",
+    "registers",
+    "spills",
+    "shared",
+    "occupancy",
+    "copies",
+    "in loop",
+    "matrix",
+    "copies",
+)
+# So many kernels of a program are shown; the JSON has all.
+_MOST_KERNELS = 3
 # Of the units those that bind, and what registers too few cost.
 _SHOWN = ("mxu", "xlu", "valu", "eup", "vload", "vstore", "fill", "spill")
 # Loops that take less of a program are left out.
@@ -41,6 +57,10 @@ def show(one: Surveyed, shapes: Shapes) -> None:
     if loops:
         print("loops that take a tenth of the bundles, and the slots that they fill")
         print_table((*_LOOPS, *_SHOWN), loops, len(_NAMES) + 1)
+    kernels = [row for found in one.found for row in _kernel_rows(found)]
+    if kernels:
+        print("kernels by their matrix instructions, and the main loop's instructions")
+        print_table(_KERNELS, kernels, len(_NAMES) + 1)
     for note in notes(one):
         print(textwrap.fill(note, _WIDTH, subsequent_indent="  "))
 
@@ -87,6 +107,34 @@ def _loop_rows(found: Found) -> Iterator[tuple[str, ...]]:
             numbers = (f"{share:.2f}", f"{loop.bundles:,}", trips)
             yield (*names, _cut(part.name), *numbers, *shares)
             names = ("", "", "")
+
+
+def _kernel_rows(found: Found) -> Iterator[tuple[str, ...]]:
+    for names, ran, kind in _programs(found):
+        kernels = sorted(ran.kernels.get(kind, ()), key=_weight, reverse=True)
+        for kernel in kernels[:_MOST_KERNELS]:
+            loop = kernel.loop or {}
+            numbers = (
+                kernel.threads,
+                kernel.registers,
+                kernel.spills,
+                kernel.shared,
+                None if kernel.occupancy is None else f"≤ {kernel.occupancy:.2f}",
+                kernel.copies,
+                *(loop.get(name) for name in ("instructions", "matrix", "copies")),
+            )
+            # Code without a loop has none; without a disassembler nobody knows.
+            said = ["unknown" if n is None else str(n) for n in numbers]
+            if kernel.loop is None and kernel.copies is not None:
+                said[-3:] = ["-"] * 3
+            yield (*names, _cut(kernel.name), *said)
+            names = ("", "", "")
+
+
+def _weight(kernel: Kernel) -> tuple[int, int, int]:
+    """Returns what sorts kernels: those of matrix units, then the largest."""
+    loop = kernel.loop or {}
+    return loop.get("matrix", 0), kernel.spills or 0, kernel.registers or 0
 
 
 def _cut(name: str) -> str:

@@ -14,6 +14,7 @@ from jaxsoft.devices import child
 from jaxsoft.devices.bundles import FLAGS
 from jaxsoft.devices.measuring import Device, Found, describe, here
 from jaxsoft.devices.programs import Shapes
+from jaxsoft.devices.ptx import VARIABLES
 from jaxsoft.devices.target import ENVIRONMENT, HERE, TARGETS, Target
 
 __all__ = ["DeviceError", "device_of", "dumping_to", "survey"]
@@ -47,7 +48,7 @@ def survey(
       name: of a target, or "here".
       operations: names of functions.
       shapes: sizes to compile for; None compiles nothing.
-      schedule: whether to read the code that a TPU's compiler makes.
+      schedule: whether to read the code that the target's compiler makes.
 
     Raises:
       DeviceError: if the target's compiler is not installed or fails.
@@ -71,28 +72,32 @@ def _elsewhere(
 ) -> Iterator[Found]:
     """Yields what a process finds that compiles for the target."""
     with tempfile.TemporaryDirectory(prefix="jaxsoft-code-") as folder:
-        dumps = folder if schedule and target.platform == "tpu" else None
+        dumps = folder if schedule else None
         request = {
             "target": target.name,
             "operations": list(operations),
             "shapes": dataclasses.asdict(shapes),
             "dumps": dumps,
         }
-        yield from _told(target.name, request, dumping_to(dumps))
+        yield from _told(target.name, request, dumping_to(dumps, target.platform))
 
 
-def dumping_to(folder: str | None) -> dict[str, str]:
-    """Returns the variables by which a TPU's compiler writes its code to a folder.
+def dumping_to(folder: str | None, platform: str) -> dict[str, str]:
+    """Returns the variables by which a compiler writes its code to a folder.
 
     They are read when the compiler is loaded, once in a process.
 
     Args:
       folder: it is there; None has nothing written.
+      platform: of the target.
     """
     if folder is None:
         return {}
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    return {"LIBTPU_INIT_ARGS": f"{given} {FLAGS.format(folder=folder)}".strip()}
+    new = {"LIBTPU_INIT_ARGS": FLAGS} if platform == "tpu" else VARIABLES
+    return {
+        name: f"{os.environ.get(name, '')} {value.format(folder=folder)}".strip()
+        for name, value in new.items()
+    }
 
 
 def _told(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jaxsoft._core.registry import Gpu
+    from jaxsoft.devices.ptx import Limits
 
 __all__ = ["ENVIRONMENT", "HERE", "TARGETS", "Target"]
 
@@ -64,6 +65,18 @@ class Target:
             return f"TPU {self.name}"
         (words,) = self._read(r'device_description_str: "(.*)"')
         return f"{words}, compute capability {self.gpu.compute_capability}"
+
+    @property
+    def limits(self) -> "Limits | None":
+        """What a multiprocessor of the GPU has; None for TPUs."""
+        if self.platform != "cuda":
+            return None
+        from jaxsoft.devices.ptx import Limits
+
+        (threads,) = self._read(r"threads_per_core_limit: (\d+)")
+        (registers,) = self._read(r"registers_per_core_limit: (\d+)")
+        (shared,) = self._read(r"shared_memory_per_core: (\d+)")
+        return Limits(int(threads), int(registers), int(shared))
 
     def installed(self) -> bool:
         """Whether the compiler is here."""

@@ -36,7 +36,7 @@ def main(target):
     )
     with tempfile.TemporaryDirectory() as folder:
         # The compiler reads it when it is loaded, with the first topology.
-        os.environ |= dumping_to(folder)
+        os.environ |= dumping_to(folder, "tpu")
         place = SingleDeviceSharding(TARGETS[target].devices()[0])
         arrays = [jax.ShapeDtypeStruct(*s, sharding=place) for s in shapes]
         _, compiled = compile_for("tpu", jax.value_and_grad(_sum, (0, 1, 2)), arrays)

@@ -1,5 +1,6 @@
 """`jaxsoft devices`: choices, memory, targets, JSON, and input that cannot be."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 from jaxsoft.cli.main import main
 from jaxsoft.devices import child, report
 from jaxsoft.devices.bundles import UNITS
+from jaxsoft.devices.ptx import Kernel
 from jaxsoft.devices.target import TARGETS, Target
 
 TINY = "--tokens 8 --hidden 4 --vocabulary 16 --dtype float32".split()
@@ -212,6 +214,48 @@ def test_a_schedule_as_text_and_as_json(capsys, monkeypatch, tmp_path):
     (one,) = said["devices"][0]["functions"][0]["implementations"]
     assert one["schedules"] == {"value": schedule}
     assert one["least_seconds"] == {"value": pytest.approx(180_000 / 1.751e9, rel=1e-3)}
+
+
+def test_kernels_of_a_gpu_as_text(capsys, monkeypatch, tmp_path):
+    loop = {"instructions": 51, "matrix": 4, "copies": 0}
+    kernels = [
+        Kernel("a_fusion", 256, 30, 0, 32, 1.0, None, 0),
+        Kernel("a_long_name_of_a_kernel_of_mosaic", 384, 168, 8, None, 0.1875, loop, 9),
+        Kernel("a_copy", 128),
+    ]
+    found = {
+        "operation": "sample",
+        "uses": "xla",
+        "implementations": [
+            {
+                "name": "xla",
+                "temporaries": {"value": 0},
+                "work": {"value": {"dot_flops": 989 * 10**9}},
+                "kernels": {"value": [dataclasses.asdict(one) for one in kernels]},
+            }
+        ],
+    }
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!/bin/sh\necho '{child.PREFIX}{json.dumps(found)}'\n"
+        'echo "$XLA_FLAGS" >flags\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", os.fspath(script))
+    monkeypatch.setattr(Target, "installed", lambda self: True)
+    words = ["devices", "--target", "h100", "--op", "sample", *TINY, "--schedule"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    for pattern in (
+        r"xla \(default\) +\| value +\| +1\.000 \| +0\.000 \| +1\.000 \| +- \|",
+        r"a_long_name_of_a_kernel_of_mo… \| +384 \| +168 \| +8 \| unknown \| +≤ 0\.19 "
+        r"\| +9 \| +51 \| +4 \| +0 \|",
+        r"a_fusion +\| +256 \| +30 \| +0 \| +32 \| +≤ 1\.00 \| +0 \| +- \| +- \| +- \|",
+        r"a_copy +\| +128 \| +unknown \|",
+    ):
+        assert re.search(pattern, said), (pattern, said)
+    assert "--xla_dump_to=" in (tmp_path / "flags").read_text()
 
 
 @pytest.mark.parametrize(
