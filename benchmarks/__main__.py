@@ -19,6 +19,7 @@ from benchmarks import (
     programs,
     regression,
     report,
+    schedule,
     softmax,
     trees,
     watch,
@@ -53,7 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
       The exit code: 1 if a function of ours was wrong or raised, otherwise 0.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    commands = {"everyday": everyday.main, "programs": programs.main}
+    commands = {
+        "everyday": everyday.main,
+        "programs": programs.main,
+        "schedule": schedule.main,
+    }
     if given[:1] and given[0] in commands:
         return commands[given[0]](given[1:])
     parser = _parser()
