@@ -1593,8 +1593,8 @@ _AROUND = (
         "schedule-runs-what-is-predicated-off",
         kind="inverted condition",
         file="jaxsoft/devices/control.py",
-        before="if predicate and bool(registers[predicate]) == negated:",
-        after="if predicate and bool(registers[predicate]) != negated:",
+        before="if predicate and bool(registers.get(predicate, 0)) == negated:",
+        after="if predicate and bool(registers.get(predicate, 0)) != negated:",
         tests=("tests/devices/test_schedule.py",),
     ),
     Breakage(

@@ -18,7 +18,7 @@ __all__ = ["Counts", "Loop", "count"]
 
 _BRANCH, _STORE, _LOAD, _PHI = "sbr", "sst", "sld", "sphi"
 # Longer programs are given up: their loops count as run once.
-_MOST_OPERATIONS = 5_000_000
+_MOST_OPERATIONS = 2_000_000
 _BITS = 2**32
 
 
@@ -59,6 +59,12 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {
 for _name, _compare in _COMPARISONS.items():
     _FUNCTIONS[f"scmp.{_name}.u32.totalorder"] = _compare
     _FUNCTIONS[f"scmp.{_name}.s32.totalorder"] = _of_signed(_compare)
+
+
+# How many operands they have, where it is not two.
+_OPERANDS = dict.fromkeys(("smov", "pmov", "pneg", _LOAD), 1) | {"scalar_select": 3}
+# Scalar memory that nothing but the scalar unit writes: registers that were too many.
+_SPILLED = "_spill]"
 
 
 class Loop(NamedTuple):
@@ -167,9 +173,18 @@ def _definitions(bundles: Sequence[Bundle]) -> dict[str, list[Operation]]:
     found: dict[str, list[Operation]] = {}
     for bundle in bundles:
         for one in bundle.scalars:
-            if one.opcode in _FUNCTIONS or one.opcode == _PHI:
+            if one.opcode == _PHI or _is_readable(one):
                 found.setdefault(_writes(one), []).append(one)
     return found
+
+
+def _is_readable(one: Operation) -> bool:
+    """Tells whether what an operation does follows from its text."""
+    if one.opcode not in _FUNCTIONS:
+        return False
+    if one.opcode in (_LOAD, _STORE) and _SPILLED not in "".join(one.operands[:1]):
+        return False
+    return len(one.operands) == _OPERANDS.get(one.opcode, 2)
 
 
 def _known(bundles: Sequence[Bundle]) -> set[str]:
@@ -219,7 +234,7 @@ def _steps(
                 one.negated,
             )
             for one in bundle.scalars
-            if one.opcode in _FUNCTIONS and _writes(one) in needed
+            if _is_readable(one) and _writes(one) in needed
         ]
         for bundle in bundles
     ]
@@ -284,14 +299,19 @@ class _Machine:
             return branch.target > branch.place
         if not branch.predicate:
             return True
-        return bool(self._registers[_register(branch.predicate)]) != branch.negated
+        holds = bool(self._registers.get(_register(branch.predicate), 0))
+        return holds != branch.negated
 
     def _do(self, steps: Sequence[_Step]) -> None:
         """Runs what issues at once: everything is read before anything is written."""
         registers, new = self._registers, []
         for target, function, operands, predicate, negated in steps:
-            if predicate and bool(registers[predicate]) == negated:
+            if predicate and bool(registers.get(predicate, 0)) == negated:
                 continue
-            values = (o if isinstance(o, int) else registers[o] for o in operands)
+            # What was never written is read where the result does not matter.
+            values = (
+                operand if isinstance(operand, int) else registers.get(operand, 0)
+                for operand in operands
+            )
             new.append((target, function(*values) % _BITS))
         registers.update(new)

@@ -161,6 +161,26 @@ def test_what_depends_on_a_given_number_is_not_guessed(tmp_path):
     assert counts.times == (*[1] * 13, 0, 1)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "smov [#allocation3]",
+        "sld [smem:[%s7_s7]]",
+        "sld [smem:[#allocation4]]",
+        "scalar_lea.smem [#allocation3], %s1_s1",
+    ],
+)
+def test_addresses_and_memory_that_others_write_are_not_known(tmp_path, given):
+    # The numbers at these addresses would be read for the bound of the loop.
+    known = GIVEN.replace("sld [smem:[%s7_s7]]", "smov 3").replace("%p8_p8", "%p1_p1")
+    _, counts = read(tmp_path, known)
+    assert counts.loops[0].trips == 3 and not counts.is_least
+    bound = known.replace("smov 3", f"{given}  ;;  %s7_s7 = smov 3")
+    stored = "%9 = sst [smem:[#allocation4]] %s1_s1  ;;  %s1_s1"
+    _, counts = read(tmp_path, bound.replace("%s1_s1", stored, 1))
+    assert counts.loops[0].trips is None and counts.is_least
+
+
 def test_a_loop_that_takes_too_long_to_follow_is_not_known(tmp_path, monkeypatch):
     monkeypatch.setattr(control, "_MOST_OPERATIONS", 100)
     _, counts = read(tmp_path, NESTED.replace("TRIPS", "1000"))
