@@ -181,8 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda text: text.split(","),
         default=[],
         metavar="TARGETS",
-        help="run nothing: bytes by the compilers for these, separated by commas, at "
-        f"the largest sizes if none is named: {','.join(('cpu', *TARGETS))}",
+        help="run nothing: bytes, and bundles of TPUs, by the compilers for these, "
+        "separated by commas, at the largest sizes if none is named: "
+        f"{','.join(('cpu', *TARGETS))}",
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
