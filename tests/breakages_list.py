@@ -97,6 +97,14 @@ _CORE = (
         tests=("tests/core/test_noise.py",),
     ),
     Breakage(
+        "noise-without-the-rounding-of-its-number",
+        kind="wrong rounding",
+        file="jaxsoft/_core/noise.py",
+        before="u - (1 - v) - jnp.log(v)",
+        after="-jnp.log(v)",
+        tests=("tests/core/test_noise.py",),
+    ),
+    Breakage(
         "later-of-equal-draws",
         kind="tie broken the wrong way",
         file="jaxsoft/_core/block_sampling.py",
@@ -402,8 +410,8 @@ _LOGITS = (
         "edge-belongs-to-the-upper-bin",
         kind="tie broken the wrong way",
         file="jaxsoft/logits/calibration.py",
-        before='jnp.searchsorted(edges, confidence, side="left")',
-        after='jnp.searchsorted(edges, confidence, side="right")',
+        before="edges[:, None] < confidence[None]",
+        after="edges[:, None] <= confidence[None]",
         tests=("tests/logits/test_calibration.py",),
     ),
     Breakage(

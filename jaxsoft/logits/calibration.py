@@ -215,8 +215,11 @@ def expected_calibration_error(
       Probabilities Using Bayesian Binning, AAAI 2015.
     """
     bins = calibration_bins(probabilities, labels, num_bins, weights=weights)
+    error = jnp.sum(jnp.abs(bins.gap))
+    if weights is None:
+        return error / max(jnp.size(labels), 1)
     total = jnp.sum(bins.weight)
-    return jnp.sum(jnp.abs(bins.gap)) / jnp.where(total == 0, 1, total)
+    return error / jnp.where(total == 0, 1, total)
 
 
 class CalibrationBins(NamedTuple):
@@ -290,13 +293,17 @@ def _bins(number, probabilities, labels, weights) -> CalibrationBins:
     weight = weight.astype(dtype)
     # Rounded to the dtype of the confidences, as these are.
     edges = jnp.asarray(np.arange(1, number, dtype=dtype) / np.asarray(number, dtype))
-    place = jnp.searchsorted(edges, confidence, side="left")
-    values = jnp.stack([jnp.ones_like(weight), confidence, correct])
-    values = jnp.concatenate([values, (correct - confidence)[None]])
-    values = weight[None] * jnp.where(weight == 0, 0, values)
+    # A search is a loop; a row belongs to the bin after all edges below it.
+    place = jnp.sum(edges[:, None] < confidence[None], axis=0, dtype=jnp.int32)
+    of_bin = place[None] == jnp.arange(number, dtype=jnp.int32)[:, None]
+
     # Sums over rows, not a scatter, whose additions are one by one.
-    of_bin = place[:, None] == jnp.arange(number, dtype=place.dtype)[None]
-    sums = jnp.sum(jnp.where(of_bin[None], values[..., None], 0), axis=1)
+    def sum_in_bins(values):
+        values = weight * jnp.where(weight == 0, 0, values)
+        return jnp.sum(jnp.where(of_bin, values[None], 0), axis=1)
+
+    sums = (jnp.ones_like(weight), confidence, correct, correct - confidence)
+    sums = [sum_in_bins(values) for values in sums]
     return CalibrationBins(*sums)
 
 

@@ -100,6 +100,15 @@ def all_noise(words, generator):
 
 
 GUMBEL_OF_BITS = jax.jit(noise.gumbel_of_bits)
+# What a CPU computes, and what a kernel and other platforms do.
+OF_BITS = pytest.mark.parametrize(
+    "of_bits",
+    [
+        jax.jit(lambda bits: noise._to_gumbel(bits, jnp.dtype("float32"))),
+        GUMBEL_OF_BITS,
+    ],
+    ids=["cpu", "kernel"],
+)
 
 
 def test_noise_is_made_of_the_bits(generator, bits):
@@ -304,21 +313,34 @@ def test_places_keep_all_bits_at_both_ends():
     np.testing.assert_array_equal(from_one, middles > 0.5)
 
 
-def test_noise_is_finite_and_monotonic_at_the_edges_of_the_bits():
+@OF_BITS
+def test_noise_is_finite_and_monotonic_at_the_edges_of_the_bits(of_bits):
     edges = jnp.asarray([[0, 1, 2**31, 2**32 - 2, 2**32 - 1]], jnp.uint32)
-    drawn = noise.gumbel_of_bits(edges)
+    drawn = of_bits(edges)
     assert np.isfinite(drawn).all() and drawn.max() > 22 and drawn.min() > -3
-    assert (np.diff(np.asarray(drawn)) <= 0).all()
+    assert (np.diff(np.asarray(drawn, np.float32)) <= 0).all()
 
 
+@OF_BITS
+def test_noise_is_that_of_its_uniform_number(of_bits):
+    scattered = 2.0 ** np.random.default_rng(0).uniform(0, 32, 20000)
+    bits = np.concatenate([np.arange(3000), 2**31 + np.arange(3000), scattered])
+    bits = np.concatenate([bits, 2**32 - 1 - bits]).astype(np.uint32)
+    middles = (bits.astype(np.float32) + np.float32(0.5)) / np.float32(2**32)
+    middles = np.minimum(middles, np.float32(1 - 2**-24))
+    truth = -np.log(-np.log1p(-middles.astype(np.float64)))
+    np.testing.assert_allclose(of_bits(bits), truth, rtol=4e-7, atol=4e-7)
+
+
+@OF_BITS
 @pytest.mark.parametrize("power", [1, 2, 8, 16, 24, 28, 30])
-def test_tails_have_their_probability(power):
+def test_tails_have_their_probability(of_bits, power):
     """How many of all 2³² words give noise beyond a bound, found by bisection."""
     bound = -np.log(-np.log1p(-(2.0**-power)))
     low, high = 0, 2**32  # Large noise comes of small words.
     while low < high:
         middle = (low + high) // 2
-        if float(GUMBEL_OF_BITS(np.uint32(middle))) > bound:
+        if float(of_bits(np.uint32(middle))) > bound:
             low = middle + 1
         else:
             high = middle
