@@ -26,7 +26,6 @@ __all__ = [
     "difference",
     "excess",
     "kind_of",
-    "log_cosh_series",
     "log_mixture",
     "mixture_terms",
 ]
@@ -82,6 +81,8 @@ def kind_of(divergence: Divergence, beta: object, alpha: object) -> Kind:
 SMALL = 0.5
 # Beyond this |d| the smaller of two probabilities is 0.
 _FAR = 1000
+# A probability so many times another leaves nothing of it, times a logarithm.
+_HUGE = 1e36
 
 
 def _series(d: jax.Array) -> jax.Array:
@@ -129,27 +130,66 @@ def _log_share(own: float, other: float) -> float:
     return math.log(own) if own < other else math.log1p(-other)
 
 
-def _scaled_log_mixture(
-    log_ratio: jax.Array,
-    d: jax.Array,
-    scaled: jax.Array,
-    own: float,
-    other: float,
-    tau: jax.Array,
-) -> jax.Array:
-    """Returns τ log(own + other exp(d)) from that logarithm, with scaled = τ·d."""
-    tiny, vast = jnp.abs(d) < 1e-12, jnp.abs(d) >= _FAR
-    slope = jnp.where(tiny, other, log_ratio / jnp.where(tiny | vast, 1, d))
-    limit = jnp.where(d > 0, scaled, tau * _log_share(own, other))
-    return jnp.where(vast, limit, scaled * slope)
+class _Series(NamedTuple):
+    """Coefficients of series in d; see `mixture_terms`.
+
+    Attributes:
+      share: b.
+      loss: those of d², d³, … in the terms over p + b (q - p) and τ².
+      of_p: those of d, d², … in s of p over τ.
+      of_q: likewise of q.
+    """
+
+    share: float
+    loss: list[float]
+    of_p: list[float]
+    of_q: list[float]
 
 
-def _remainder(r: jax.Array, scaled: jax.Array, inverse: jax.Array, tau):
-    """Returns τ (exp(-r) - 1 + r), with scaled = τ·r and inverse = exp(-r)."""
+def _series_of(mixture: Mixture, count: int) -> _Series:
+    """Returns `count` coefficients of each; see `mixture_terms`."""
+    of_p, of_q, share_p, share_q = mixture
+    exp = [1 / math.factorial(n) for n in range(count + 2)]
+    # Of m / p, its logarithm and (q - p) / m: M L' = M' and M g = exp(d) - 1.
+    m = [1.0, *(share_q * x for x in exp[1:])]
+    log_m, gap = [0.0], [0.0]
+    for n in range(1, count + 2):
+        inner = range(1, n)
+        log_m.append(m[n] - sum(k * log_m[k] * m[n - k] for k in inner) / n)
+        gap.append(exp[n] - sum(m[k] * gap[n - k] for k in inner))
+    # log(m / q) is log(m / p) - d.
+    log_m_q = [0.0, log_m[1] - 1, *log_m[2:]]
+    over_p = []
+    for n in range(2, count + 2):
+        times = sum(exp[n - k] * log_m_q[k] for k in range(1, n + 1))
+        over_p.append(of_p * (m[n] - log_m[n]) + of_q * (m[n] - exp[n] - times))
+    # With this share an error of d in all classes changes the sum of terms least: by
+    # no more than its product with Σ d³, as Σ p exp(d) is 1.
+    share, loss = min(max(3 * over_p[1] / over_p[0] - 1, 0), 1), []
+    for n, term in enumerate(over_p):
+        loss.append(term - share * sum(exp[n - k] * loss[k] for k in range(n)))
+    skew = of_q * share_p - of_p * share_q
+    logs = zip(log_m[1:], log_m_q[1:], gap[1:], strict=True)
+    both = [
+        (of_p * a + skew * share_p * g, of_q * b + skew * share_q * g)
+        for a, b, g in logs
+    ]
+    return _Series(share, loss, *map(list, zip(*both[:count], strict=True)))
+
+
+def _polynomial(coefficients: list[float], x: jax.Array) -> jax.Array:
+    result = jnp.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        result = result * x + coefficient
+    return result
+
+
+def _remainder(r: jax.Array, inverse: jax.Array, tau: jax.Array) -> jax.Array:
+    """Returns τ (exp(-r) - 1 + r), with inverse = exp(-r)."""
     small = jnp.abs(r) <= SMALL
     step = jnp.where(small, r, 0)
-    near = jnp.where(small, scaled, 0) * (step * _series(-step))
-    return jnp.where(small, near, tau * (inverse - 1) + scaled)
+    near = step * (step * _series(-step))
+    return tau * jnp.where(small, near, (inverse - 1) + r)
 
 
 def mixture_terms(
@@ -163,7 +203,8 @@ def mixture_terms(
     """Returns a divergence from a mixture class by class, τ² included.
 
     With s what is returned beside it, the derivative by the logits of p is
-    -p (s - Σ p s), and that by the logits of q likewise.
+    -p (s - Σ p s), and that by the logits of q likewise. Over p and τ all three are
+    functions of d alone, and series where it is small.
 
     Args:
       mixture: which divergence.
@@ -177,57 +218,51 @@ def mixture_terms(
       The terms, s of p and s of q, both finite and 0 where the probability is.
     """
     of_p, of_q, share_p, share_q = mixture
+    near = jnp.abs(d) <= SMALL
+    # What is left out is below 2⁻²⁷ of the sums, in float64 below 2⁻⁵⁵.
+    series = _series_of(mixture, 21 if d.dtype == jnp.float64 else 10)
+    step = jnp.where(near, d, 0)
+    close = tau * step if scaled is None else jnp.where(near, scaled, 0)
     m = share_p * p + share_q * q
+    tiny = jnp.finfo(m.dtype).tiny
+    # log(m / p) and log(m / q), by one logarithm: their difference is d.
+    larger = jnp.maximum(jnp.maximum(p, q), tiny)
+    log_m = jnp.log(jnp.maximum(m / larger, tiny))
+    d = jnp.clip(d, -_FAR, _FAR)
     loss = s_p = s_q = jnp.zeros_like(m)
 
-    def ratios(sign, own, other):
-        log_ratio = log_mixture(sign * d, own, other)
-        if scaled is None:
-            return log_ratio, tau * log_ratio
-        return log_ratio, _scaled_log_mixture(
-            log_ratio, sign * d, sign * scaled, own, other, tau
-        )
+    def part(prob, rest, d, other):
+        """Returns τ² times the terms of p or of q, and log(m / p)."""
+        ratio = log_m + jnp.maximum(d, 0)
+        if other < 0.5:
+            # That has few digits where m is nearly p alone.
+            more = (rest - prob) / jnp.maximum(prob, tiny)
+            ratio = jnp.log1p(other * jnp.minimum(more, _HUGE))
+        return excess(prob, m, ratio, tau * ratio, tau), ratio
 
     # Each weight is the share, as in Jensen-Shannon, or one of them is 0.
     is_even = of_p == share_p
-    if not is_even:
-        safe = jnp.where(m == 0, 1, m)
-        gap = difference(q, p, -d, tau * -d if scaled is None else -scaled, tau) / safe
+    gap = tau * ((p - q) / jnp.maximum(m, tiny))
     if of_p:
-        log_ratio, ratio = ratios(1, share_p, share_q)
-        loss += of_p * excess(p, m, log_ratio, ratio, tau)
+        terms, ratio = part(p, q, d, share_q)
+        loss += of_p * terms
         if is_even:
-            s_p += of_p * ratio
+            s_p += of_p * (tau * ratio)
         else:
             s_q += share_q * (share_q * gap)
-            s_p += _remainder(log_ratio, ratio, p / safe, tau) - s_q
+            s_p += _remainder(ratio, p / jnp.maximum(m, tiny), tau) - s_q
     if of_q:
-        log_ratio, ratio = ratios(-1, share_q, share_p)
-        loss += of_q * excess(q, m, log_ratio, ratio, tau)
+        terms, ratio = part(q, p, -d, share_p)
+        loss += of_q * terms
         if is_even:
-            s_q += of_q * ratio
+            s_q += of_q * (tau * ratio)
         else:
             s_p -= share_p * (share_p * gap)
-            s_q += _remainder(log_ratio, ratio, q / safe, tau) - s_p
+            s_q += _remainder(ratio, q / jnp.maximum(m, tiny), tau) - s_p
+    about = p + series.share * (q - p)
+    terms = about * close * (close * _polynomial(series.loss, step))
+    loss = jnp.where(near, terms, loss)
+    s_p = jnp.where(near, close * _polynomial(series.of_p, step), s_p)
+    s_q = jnp.where(near, close * _polynomial(series.of_q, step), s_q)
     s_p, s_q = (jnp.where(a == 0, 0, finite(s)) for a, s in ((p, s_p), (q, s_q)))
     return loss, s_p, s_q
-
-
-def log_cosh_series(square: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (a tanh a - log cosh a) / a² and log(cosh a) / a², for a² <= 1/4."""
-    # With log cosh a = Σ c_n a^{2n}, a tanh a is Σ 2n c_n a^{2n}. What is left out is
-    # below 2⁻²⁸ of the sum, in float64 below 2⁻⁵⁷.
-    number = 18 if square.dtype == jnp.float64 else 9
-    excess = log_cosh = jnp.zeros_like(square)
-    for n, tangent in reversed(list(enumerate(_tangent_series(number), 1))):
-        log_cosh = log_cosh * square + tangent / (2 * n)
-        excess = excess * square + tangent * (2 * n - 1) / (2 * n)
-    return excess, log_cosh
-
-
-def _tangent_series(number: int) -> list[float]:
-    """Returns the coefficients of tanh at a, a³, …: its derivative is 1 - tanh²."""
-    t = [1.0]
-    for n in range(1, number):
-        t.append(-sum(t[i] * t[n - 1 - i] for i in range(n)) / (2 * n + 1))
-    return t

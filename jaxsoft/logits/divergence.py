@@ -4,9 +4,7 @@ With p the teacher's probabilities, q the student's, g the student's centred log
 the teacher's and ḡ = Σ p g, the Kullback-Leibler divergence is
 `log Σ p exp((g - ḡ) / τ)`. Below 1 it is log(1 + Σ p φ), with φ = exp(δ) - 1 - δ >= 0
 of δ = (g - ḡ) / τ, so that nothing cancels; above 1 it is `log(Z_q / Z_p) - ḡ / τ`.
-Jensen-Shannon is `Σ r (a tanh a - log cosh a)` with r = (p + q) / 2 and
-a = log(q / p) / 2, again without a negative term; divergences from other mixtures are
-sums of the terms of `_core/divergence.py`.
+Divergences from a mixture are sums of the terms of `_core/divergence.py`.
 """
 
 import functools
@@ -16,19 +14,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsoft._core import mesh_axes
 from jaxsoft._core.divergence import (
+    HALVES,
     Mixture,
     difference,
     excess,
-    log_cosh_series,
     mixture_terms,
 )
 from jaxsoft._core.numerics import Temperature, finite, inverse, largest_finite
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.centre import Centred, centre
+from jaxsoft.logits.rows import in_tiles, tile_rows
 from jaxsoft.logits.softmax import nonzero
 
 __all__ = ["Pair", "below_peak", "compare", "scaled_divergence", "tangent_of_loss"]
+
+# Of more logits the arrays beside them are new memory of a process at every call.
+_MANY = 2**20
 
 
 class Pair(NamedTuple):
@@ -68,21 +71,29 @@ class _Side(NamedTuple):
       centred: the logits.
       weights: exp(c).
       sum: Σ exp(c), 0 in a row without any class.
+      share: 1 / Σ exp(c), 1 in such a row.
     """
 
     centred: Centred
     weights: jax.Array
     sum: jax.Array
+    share: jax.Array
 
     @classmethod
     def of(cls, logits, tau, where, axis) -> "_Side":
         centred = centre(logits, tau, where, axis)
         weights = jnp.exp(centred.values)
-        return cls(centred, weights, jnp.sum(weights, axis, keepdims=True))
+        total = jnp.sum(weights, axis, keepdims=True)
+        return cls(centred, weights, total, 1 / nonzero(total))
 
     @property
     def probabilities(self) -> jax.Array:
-        return self.weights / nonzero(self.sum)
+        return self.weights * self.share
+
+
+def _log_of_sums(s: _Side, t: _Side) -> jax.Array:
+    """Returns log(Z_s / Z_t)."""
+    return jnp.log(nonzero(s.sum) * t.share)
 
 
 class _Evenly(NamedTuple):
@@ -106,15 +117,13 @@ def _compare_evenly(student, teacher, tau, where, axis) -> _Evenly:
     """
     s, t = (_Side.of(logits, tau, where, axis) for logits in (student, teacher))
     tau = largest_finite(tau, student.dtype)
-    z_s, z_t = nonzero(s.sum), nonzero(t.sum)
     gap = below_peak(s.centred) - below_peak(t.centred)
-    halves = t.weights * (0.5 / z_t) + s.weights * (0.5 / z_s)
-    mean = jnp.sum(halves * gap, axis, keepdims=True)
-    shift = jnp.log(z_s) - jnp.log(z_t)
+    p, q = t.probabilities, s.probabilities
+    mean = 0.5 * jnp.sum((p + q) * gap, axis, keepdims=True)
+    shift = _log_of_sums(s, t)
     rounding = float(jnp.finfo(student.dtype).eps) ** 0.75
     is_close = jnp.abs(shift - mean * inverse(tau, student.dtype)) <= rounding
     log_ratio = finite(gap - jnp.where(is_close, mean, tau * shift))
-    p, q = t.probabilities, s.probabilities
     return _Evenly(p, q, log_ratio, tau, t.sum == 0, s.sum == 0)
 
 
@@ -124,29 +133,28 @@ def compare(student, teacher, tau, where, axis) -> Pair:
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     tau = largest_finite(tau, student.dtype)
     over = inverse(tau, student.dtype)
-    z_s, z_t = nonzero(s.sum), nonzero(t.sum)
     # A class with mass on the teacher's side alone makes the mean infinite.
     lost = (s.centred.logits == -jnp.inf) & (t.weights > 0)
     gap = below_peak(s.centred) - below_peak(t.centred)
     gap = jnp.where(lost, -jnp.inf, gap)
-    mean = total(t.weights * gap) / z_t
+    mean = total(t.weights * gap) * t.share
     is_lost = mean == -jnp.inf
     mean = jnp.where(is_lost, 0, finite(mean))
     gap = finite(gap - mean)
     scale = jnp.exp(jnp.clip(-mean * over, -80, 80))
     # The smaller divergences, from exp(KL) - 1 = Σ p φ.
     terms = excess(t.weights, s.weights * scale, gap * over, gap, tau)
-    small = total(terms) / z_t
+    small = total(terms) * t.share
     growth = jnp.where(small == jnp.inf, 0, small) * over * over
     safe = jnp.where(growth == 0, 1, growth)
     small = small * jnp.where(growth == 0, 1, jnp.log1p(safe) / safe)
     # The larger ones, from the sums of exponentials.
-    shift = jnp.log(z_s) - jnp.log(z_t)
+    shift = _log_of_sums(s, t)
     is_large = is_lost | (shift - mean * over > 1)
     shift = jnp.where(is_large, tau * shift - mean, finite(small) * over)
     loss = jnp.where(is_large, tau * shift, small)
     # At τ = ∞ the sums are the numbers of classes: q has one that p lacks.
-    is_lost |= (tau == jnp.finfo(student.dtype).max) & (z_s > z_t)
+    is_lost |= (tau == jnp.finfo(student.dtype).max) & (s.sum > t.sum)
     loss = jnp.where(is_lost, jnp.inf, loss)
     p, q, lacks = t.probabilities, s.probabilities, (t.sum == 0, s.sum == 0)
     return Pair(p, q, gap, finite(gap - shift), tau, loss, *lacks)
@@ -168,9 +176,64 @@ def scaled_divergence(kind, axis, static_tau, student, teacher, tau, where):
     Returns:
       One value per row.
     """
-    return _value_and_slopes(
-        kind, axis, student, teacher, pick_temperature(static_tau, tau), where
-    )[0]
+    arrays = student, teacher, tau, where
+    return _in_tiles(kind, axis, static_tau, arrays, (False, False))[0]
+
+
+def _in_tiles(kind, axis, static_tau, arrays, wanted):
+    """Returns the divergence and its derivatives by student and teacher logits.
+
+    A dozen arrays as large as the logits would be new memory of the process at every
+    call, which takes a CPU longer than computing them: of many logits a few rows are
+    compared at a time there.
+
+    Args:
+      kind: which divergence.
+      axis: the class axis.
+      static_tau: the temperature, if it is a Python float.
+      arrays: student, teacher, temperature and mask.
+      wanted: whether the derivative by the student is, and that by the teacher.
+    """
+
+    def compared(axis, arrays):
+        student, teacher, tau, where = arrays
+        tau = pick_temperature(static_tau, tau)
+        loss, *slopes = _value_and_slopes(kind, axis, student, teacher, tau, where)
+        pairs = zip(slopes, wanted, strict=True)
+        return loss, *(slope if wants else None for slope, wants in pairs)
+
+    student = arrays[0]
+    at_once = functools.partial(compared, axis)
+    is_last = axis == student.ndim - 1
+    if not is_last or student.size <= _MANY or mesh_axes.may_be_shared(student):
+        return at_once(arrays)
+    classes = student.shape[axis]
+
+    def in_parts(arrays):
+        rows = jax.tree.map(functools.partial(_as_rows, student.shape), arrays)
+        found = in_tiles(
+            functools.partial(compared, 1),
+            rows,
+            student.size // classes,
+            tile_rows(classes),
+        )
+        return jax.tree.map(
+            lambda a: a.reshape(student.shape[: a.ndim + student.ndim - 2]), found
+        )
+
+    return jax.lax.platform_dependent(arrays, cpu=in_parts, default=at_once)
+
+
+def _as_rows(shape: tuple[int, ...], array: jax.Array) -> jax.Array:
+    """Returns an array of the rank of the logits as [R, V], [R, 1], [1, V] or [1, 1].
+
+    Args:
+      shape: of the logits.
+      array: one that broadcasts against them.
+    """
+    if math.prod(array.shape[:-1]) > 1:
+        array = jnp.broadcast_to(array, (*shape[:-1], array.shape[-1]))
+    return array.reshape(-1, array.shape[-1])
 
 
 def _value_and_slopes(kind, axis, student, teacher, tau, where):
@@ -178,20 +241,16 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     is_reverse = kind == "reverse_kl"
     sides = (teacher, student) if is_reverse else (student, teacher)
-    if kind == "jensen_shannon":
-        pair = _compare_evenly(*sides, tau, where, axis)
-        loss, to_p, to_q = _jensen_shannon(pair, total)
-        by_student = _less_mean(0.5, pair.q, to_q, pair.lacks_q, total)
-        by_teacher = _less_mean(0.5, pair.p, to_p, pair.lacks_p, total)
-    elif isinstance(kind, Mixture):
+    mixture = HALVES if kind == "jensen_shannon" else kind
+    if isinstance(mixture, Mixture):
         pair = _compare_evenly(*sides, tau, where, axis)
         d = pair.log_ratio * inverse(pair.tau, student.dtype)
         terms, to_p, to_q = mixture_terms(
-            kind, pair.p, pair.q, d, pair.log_ratio, pair.tau
+            mixture, pair.p, pair.q, d, pair.log_ratio, pair.tau
         )
         loss = total(terms)
-        by_student = _less_mean(1, pair.q, to_q, pair.lacks_q, total)
-        by_teacher = _less_mean(1, pair.p, to_p, pair.lacks_p, total)
+        by_student = _less_mean(pair.q, to_q, pair.lacks_q, total)
+        by_teacher = _less_mean(pair.p, to_p, pair.lacks_p, total)
     else:
         pair = compare(*sides, tau, where, axis)
         loss = pair.loss
@@ -213,45 +272,23 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     return jnp.squeeze(loss, axis), by_student, by_teacher
 
 
-def _less_mean(factor, p, values, lacks, total):
-    """Returns -p (v - Σ p v) of values v, times a factor; 0 where a row lacks p."""
-    # After a select XLA for CPUs stores p v, and takes the mean from it in place. It
-    # would store the values and an array of halves beside it.
-    weighted = jnp.where(lacks, 0, p * (values * -factor))
-    return weighted - p * total(weighted)
-
-
-def _jensen_shannon(pair: _Evenly, total):
-    """Returns τ² times the divergence, and τ log(r / p) and τ log(r / q)."""
-    p, q, tau = pair.p, pair.q, pair.tau
-    over = inverse(tau, p.dtype)
-    r = (p + q) / 2
-    # Beyond 1000 the smaller of the two probabilities is 0.
-    d = jnp.minimum(jnp.abs(pair.log_ratio) * over, 1000)
-    # Series in a where it is at most 1/2, and without cancellation beyond.
-    is_near = d <= 1
-    half = jnp.where(is_near, pair.log_ratio / 2, 0)
-    a = half * over
-    of_loss, of_log_cosh = log_cosh_series(a * a)
-    log_mean = jnp.log(1 + jnp.exp(-d)) - math.log(2)
-    far = -r * log_mean - d * jnp.minimum(p, q) / 2
-    loss = total(jnp.where(is_near, r * half * (half * of_loss), tau * (tau * far)))
-
-    def log_mean_over(log_ratio):
-        near = log_ratio / 2 + half * (a * of_log_cosh)
-        above = jnp.maximum(log_ratio, 0) + tau * log_mean
-        return finite(jnp.where(is_near, near, above))
-
-    return loss, log_mean_over(pair.log_ratio), log_mean_over(-pair.log_ratio)
+def _less_mean(p, values, lacks, total):
+    """Returns -p (v - Σ p v) of values v, 0 where a row lacks p."""
+    # XLA for CPUs stores what a select gives, and of a sum that one follows no more:
+    # it would store what the sum is taken from once for each of its factors.
+    weighted = jnp.where(lacks, 0, p * -values)
+    return weighted - p * jnp.where(lacks, 0, total(weighted))
 
 
 def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):
     student, teacher, tau_array, where = primals
     ds, dt, dtau, _ = tangents
     tau = pick_temperature(static_tau, tau_array)
-    loss, by_student, by_teacher = _value_and_slopes(
-        kind, axis, student, teacher, tau, where
+    # By Euler's identity the temperature's needs both.
+    wanted = tuple(
+        not (has_no_tangent(own) and has_no_tangent(dtau)) for own in (ds, dt)
     )
+    loss, by_student, by_teacher = _in_tiles(kind, axis, static_tau, primals, wanted)
     sides = ((by_student, student, ds), (by_teacher, teacher, dt))
     return loss, tangent_of_loss(axis, tau, where, loss, sides, dtau)
 

@@ -258,6 +258,33 @@ def test_the_ends_of_a_mixture():
     np.testing.assert_array_equal(mixed(beta=0.5), mixed())
 
 
+def test_gradients_near_the_ends_of_a_mixture():
+    """A mixture that is nearly one of both is compared with it by their difference."""
+    student, teacher = (truth.logits("unit", (4, 9), seed=s) for s in (1, 2))
+    q, p = (truth.softmax(x, 2.0) for x in (student, teacher))
+    cases: Any = [
+        ({"beta": beta, "divergence": "jensen_shannon"}, (beta, 1 - beta) * 2)
+        for beta in (1e-3, 1 - 1e-3)
+    ]
+    cases += [
+        ({"alpha": 0.95}, (1, 0, 0.95, 0.05)),
+        ({"alpha": 0.95, "divergence": "reverse_kl"}, (0, 1, 0.05, 0.95)),
+    ]
+    for options, parts in cases:
+
+        @jax.jit
+        def step(student, teacher, options=options):
+            losses = functools.partial(jaxsoft.distillation_loss, **options)
+            value, pull = jax.vjp(
+                lambda *logits: losses(*logits, 2.0), student, teacher
+            )
+            return pull(jnp.ones_like(value))
+
+        exacts = _slopes(p, q, parts)
+        for slope, exact in zip(step(student, teacher), exacts, strict=True):
+            assert truth.error(slope, 2 * exact) < 2e-5
+
+
 def test_one_class_and_no_rows():
     x = jnp.zeros((3, 1))
     np.testing.assert_array_equal(jaxsoft.softmax(x, temperature=0.3), np.ones((3, 1)))

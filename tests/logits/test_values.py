@@ -8,6 +8,7 @@ import pytest
 
 import jaxsoft
 from jaxsoft.logits import centre
+from jaxsoft.logits import divergence as logits_divergence
 from tests import truth
 
 FUNCTIONS = ("softmax", "log_softmax", "logsumexp", "entropy")
@@ -242,3 +243,35 @@ def test_distillation_of_close_and_hot_distributions_keeps_its_digits(name):
     np.testing.assert_array_equal(zero, np.zeros(4))
     cold = jaxsoft.distillation_loss(student, teacher, 0.0, **options)
     np.testing.assert_array_equal(cold, np.zeros(4))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "beta"])
+def test_distillation_by_tiles_is_that_of_all_rows(name, monkeypatch):
+    """Of many logits a CPU compares a few rows at a time."""
+    # Rows that several devices may share are not sliced.
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    student, teacher = (truth.logits("unit", (2, 7, 5), seed=s) for s in (1, 2))
+    tau = np.linspace(0.5, 3, 14, dtype="float32").reshape(2, 7, 1)
+    where = np.arange(5) != 3
+    options = truth.DIVERGENCES[name][0]
+
+    def step():
+        def loss(student, tau):
+            return jaxsoft.distillation_loss(
+                student, teacher, tau, where=where, **options
+            )
+
+        def total(student, tau):
+            return (loss(student, tau) ** 2).sum()
+
+        by_both = jax.grad(total, (0, 1))
+        return jax.jit(lambda *arrays: (loss(*arrays), by_both(*arrays)))(student, tau)
+
+    at_once = step()
+    monkeypatch.setattr(logits_divergence, "_MANY", 0)
+    monkeypatch.setattr(logits_divergence, "tile_rows", lambda classes: 4)
+    jax.clear_caches()
+    by_tiles = step()
+    jax.clear_caches()
+    for found, exact in zip(*map(jax.tree.leaves, (by_tiles, at_once)), strict=True):
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-7)
