@@ -1,27 +1,81 @@
 """Divergences of distributions that are known at K listed classes."""
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxsoft._core.divergence import (
     HALVES,
     Kind,
     Mixture,
+    difference,
     excess,
     log_mixture,
     mixture_terms,
 )
 from jaxsoft._core.numerics import is_zero, nan_where
 
-__all__ = ["REMAINING", "Remaining", "listed_divergence", "needs_rest"]
+__all__ = [
+    "FEW",
+    "REMAINING",
+    "Remaining",
+    "at_listed",
+    "is_listed",
+    "listed_divergence",
+    "needs_rest",
+]
 
 Remaining = Literal["other", "drop", "renormalize", "ignore"]
 REMAINING: tuple[Remaining, ...] = get_args(Remaining)
 
+# All classes are compared with so many ids of a row: a scatter takes them one by one.
+FEW = 16
 # Beyond this |log(q / p)| one of two probabilities counts as 0.
 _FAR = 1000
+
+
+def is_listed(ids: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Tells of which classes a row has the id, `shape`.
+
+    Args:
+      ids: [..., K] int32, the ids on `axis`, at most `FEW`; -1 stands for none.
+      shape: [..., V], of the classes.
+      axis: their axis.
+    """
+    classes = lax.broadcasted_iota(jnp.int32, shape, axis)
+    found = jnp.zeros(shape, bool)
+    for own in _one_by_one(ids, axis):
+        found |= classes == own
+    return found
+
+
+def at_listed(
+    ids: jax.Array, values: jax.Array, shape: tuple[int, ...], axis: int
+) -> jax.Array:
+    """Returns the sums of the values [..., K] that ids have, by classes; `is_listed`'s.
+
+    Args:
+      ids: [..., K] int32, on `axis`, at most `FEW`; -1 stands for none.
+      values: [..., K], of the ids.
+      shape: [..., V], of the classes.
+      axis: their axis.
+    """
+    classes = lax.broadcasted_iota(jnp.int32, shape, axis)
+    placed = jnp.zeros(shape, values.dtype)
+    pairs = zip(_one_by_one(ids, axis), _one_by_one(values, axis), strict=True)
+    for own, value in pairs:
+        placed += jnp.where(classes == own, value, 0)
+    return placed
+
+
+def _one_by_one(array: jax.Array, axis: int) -> list[jax.Array]:
+    return [
+        lax.slice_in_dim(array, k, k + 1, axis=axis) for k in range(array.shape[axis])
+    ]
 
 
 def needs_rest(kind: Kind, remaining: Remaining) -> bool:
@@ -94,7 +148,7 @@ def listed_divergence(
                 rest = _log_rest(kind, log_p, log_rest, noise)
             log_p = jnp.concatenate([log_p, rest[..., None]], axis=-1)
             log_q = jnp.concatenate([log_q, log_rest[..., None]], axis=-1)
-        loss = jnp.sum(_whole(kind, log_p, log_q, tau), axis=-1)
+        loss = _whole(kind, log_p, log_q, tau)
     return jnp.where(none & ~jnp.isnan(loss), 0, loss)
 
 
@@ -110,8 +164,7 @@ def _log_rest(
     kind: Kind, log_p: jax.Array, log_rest: jax.Array, noise: float
 ) -> jax.Array:
     """Returns the teacher's log-probability of all classes that are not listed."""
-    listed = jnp.minimum(_log_total(log_p)[..., 0], 0)
-    mass = -jnp.expm1(listed)
+    mass = 1 - jnp.sum(jnp.exp(log_p), axis=-1)
     if kind == "forward_kl":
         # Where the student has no other class, mass of rounding would be infinite.
         mass = jnp.where((log_rest == -jnp.inf) & (mass <= noise), 0, mass)
@@ -141,20 +194,55 @@ def _as_they_are(
     return -of_teacher - of_q * q * log_mixture(-d, share_q, share_p)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _whole(kind: Kind, log_p: jax.Array, log_q: jax.Array, tau: jax.Array) -> jax.Array:
-    """Returns the terms, none of them negative, of two distributions that sum to 1."""
+    """Returns τ² times the divergences of two distributions that sum to 1."""
+    return _whole_and_slopes(kind, log_p, log_q, tau)[0]
+
+
+@functools.partial(_whole.defjvp, symbolic_zeros=True)
+def _whole_jvp(
+    kind: Kind,
+    primals: tuple[jax.Array, jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, ...],
+) -> tuple[jax.Array, jax.Array]:
+    loss, *slopes = _whole_and_slopes(kind, *primals)
+    tangent = jnp.zeros_like(loss)
+    for slope, change in zip(slopes, tangents[:2], strict=True):
+        if not isinstance(change, SymbolicZero):
+            tangent += jnp.sum(slope * change, axis=-1)
+    if not isinstance(tangents[2], SymbolicZero):
+        tangent += loss * jnp.squeeze(2 * tangents[2] / primals[2], -1)
+    return loss, tangent
+
+
+def _whole_and_slopes(
+    kind: Kind, log_p: jax.Array, log_q: jax.Array, tau: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the sum of terms that are never negative, and its derivatives.
+
+    These are by log_p and log_q, as if each were free.
+    """
     if kind == "reverse_kl":
-        log_p, log_q = log_q, log_p
+        loss, by_q, by_p = _whole_and_slopes("forward_kl", log_q, log_p, tau)
+        return loss, by_p, by_q
     gone, empty = log_p == -jnp.inf, log_q == -jnp.inf
-    log_p = jnp.where(gone, 0, log_p)
-    p = jnp.where(gone, 0, jnp.exp(log_p))
-    q = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, log_q)))
-    if kind in ("forward_kl", "reverse_kl"):
+    p, q = (_exp(x, none) for x, none in ((log_p, gone), (log_q, empty)))
+    if kind == "forward_kl":
         d = jnp.where(gone, 0, log_q - log_p)
-        terms = excess(p, q, d, tau * jnp.where(jnp.isinf(d), 0, d), tau)
+        scaled = tau * jnp.where(jnp.isinf(d), 0, d)
         # Where p is 0, p (exp(d) - 1 - d) is q.
-        return jnp.where(gone, tau * (tau * q), terms)
+        alone = tau * q
+        terms = jnp.where(gone, tau * alone, excess(p, q, d, scaled, tau))
+        by_q = tau * jnp.where(gone, alone, difference(p, q, d, scaled, tau))
+        return jnp.sum(terms, axis=-1), -tau * (p * scaled), by_q
     mixture = kind if isinstance(kind, Mixture) else HALVES
-    d = jnp.where(empty, 0, log_q) - log_p
+    d = jnp.where(empty, 0, log_q) - jnp.where(gone, 0, log_p)
     d = jnp.where(gone, _FAR, jnp.where(empty, -_FAR, d))
-    return mixture_terms(mixture, p, q, d, None, tau)[0]
+    terms, s_p, s_q = mixture_terms(mixture, p, q, d, None, tau)
+    return jnp.sum(terms, axis=-1), -tau * (p * s_p), -tau * (q * s_q)
+
+
+def _exp(x: jax.Array, none: jax.Array) -> jax.Array:
+    """Returns exp(x), 0 without a derivative where there is none."""
+    return jnp.where(none, 0, jnp.exp(jnp.where(none, 0, x)))

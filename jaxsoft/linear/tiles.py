@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core import mesh_axes
+from jaxsoft._core.listed import FEW, at_listed, is_listed
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Config, Operands, axes_of, has_axes
 from jaxsoft.linear.kept import (
@@ -104,14 +105,17 @@ class Tile(NamedTuple):
             if self.masked:
                 here = here & (self.logits != -jnp.inf)
             return jnp.where(here, values, 0)
-        placed = scatter(jnp.zeros_like(self.logits), self.labels, "add", values)
+        if self.labels.shape[1] <= FEW:
+            placed = at_listed(self.labels, values, self.logits.shape, 1)
+        else:
+            placed = scatter(jnp.zeros_like(self.logits), self.labels, "add", values)
         return jnp.where(self.logits == -jnp.inf, 0, placed) if self.masked else placed
 
     def without_labels(self, values: jax.Array) -> jax.Array:
         """Returns values [R, B] with 0 at the labels."""
         assert self.labels is not None
-        if self.labels.shape[1] == 1:
-            return jnp.where(self._is_label(), 0, values)
+        if self.labels.shape[1] <= FEW:
+            return jnp.where(is_listed(self.labels, values.shape, 1), 0, values)
         return scatter(values, self.labels, "set", 0)
 
     def at_label(self, label: jax.Array, values: jax.Array) -> jax.Array:

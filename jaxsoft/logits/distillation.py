@@ -10,7 +10,14 @@ from jax.typing import ArrayLike
 
 from jaxsoft._core import checks, mesh_axes, numerics
 from jaxsoft._core.divergence import Divergence, kind_of
-from jaxsoft._core.listed import REMAINING, Remaining, listed_divergence, needs_rest
+from jaxsoft._core.listed import (
+    FEW,
+    REMAINING,
+    Remaining,
+    is_listed,
+    listed_divergence,
+    needs_rest,
+)
 from jaxsoft._core.numerics import divide_stored, scaled
 from jaxsoft._core.tokens import Reduction, keep_tokens, reduce_losses
 from jaxsoft.logits.arguments import (
@@ -288,16 +295,10 @@ def _of_listed(options, logits, ids, log_p, tau, where):
     else:
         log_q = divide_stored(listed, centred.peak, tau) - log_total
     if needs_rest(kind, remaining):
-        place = jnp.where(valid & ~gone, ids, classes)
-        is_listed = jnp.put_along_axis(
-            jnp.zeros(logits.shape, bool),
-            place,
-            True,
-            axis,
-            inplace=False,
-            mode="drop",
+        place = jnp.where(valid & ~gone, ids.astype(jnp.int32), -1)
+        rest = jnp.sum(
+            jnp.where(_are_listed(place, logits.shape, axis), 0, weights), axis
         )
-        rest = jnp.sum(jnp.where(is_listed, 0, weights), axis)
         none = rest == 0
         log_rest = jnp.where(none, -jnp.inf, jnp.log(jnp.where(none, 1, rest)))
         log_rest -= jnp.squeeze(log_total, axis)
@@ -312,3 +313,12 @@ def _of_listed(options, logits, ids, log_p, tau, where):
         jnp.asarray(tau, logits.dtype),
         jnp.squeeze(sums == 0, axis),
     )
+
+
+def _are_listed(ids, shape, axis):
+    """Tells which classes a row lists; an id of -1 is none."""
+    if ids.shape[axis] <= FEW:
+        return is_listed(ids, shape, axis)
+    place = jnp.where(ids < 0, shape[axis], ids)
+    zeros = jnp.zeros(shape, bool)
+    return jnp.put_along_axis(zeros, place, True, axis, inplace=False, mode="drop")

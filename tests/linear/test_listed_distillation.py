@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxsoft import (
     linear_log_prob_at,
     linear_top_k,
 )
+from jaxsoft._core.listed import FEW
 from tests import truth
 from tests.linear import cases
 
@@ -158,6 +160,12 @@ def test_gradients(choice, x64):
                 a = np.asarray(a, "float64")
                 e = np.where(some, e, 0) if index == 2 else np.asarray(e)
                 assert np.abs(a - e).max() < bound * np.abs(e).max()
+
+
+def test_gradients_of_a_long_list(monkeypatch, x64):
+    """Of classes that are too many to compare each with all."""
+    monkeypatch.setattr(sys.modules[__name__], "LISTED", FEW + 2)
+    test_gradients(("other", "beta"), x64)
 
 
 @pytest.mark.parametrize("remaining", REMAINING)
