@@ -18,7 +18,7 @@ from jaxsoft.logits.rows import in_tiles, tile_rows
 
 __all__ = ["Centred", "centre", "mean_gap", "mean_of_kept"]
 
-# What a CPU sums up at once: a loop over more parts takes longer.
+# What a CPU selects at once: a loop over more parts takes longer.
 _PART = 2**20
 # Memory for more numbers than this is new to a process each time that it asks for it.
 _MANY = 2**23
@@ -188,33 +188,11 @@ def _mean_of_kept(axis, static_tau, logits, peak, tau):
 def _mean_of_all(axis, static_tau, logits, peak, tau):
     """Returns the mean, on a CPU: nothing is selected where no class is dropped.
 
-    XLA for CPUs stores what a select gives before it adds it, and of many rows what a
-    difference gives too: these are taken in parts, into memory that is there already.
+    XLA for CPUs stores what a select gives before it adds it, and what c is made of
+    for a second use: the sum is of quarters, and c is not.
     """
-    if axis != logits.ndim - 1 or mesh_axes.may_be_shared(logits):
-        return _unless_dropped(axis, static_tau, (logits, peak, tau))
     classes = logits.shape[axis]
-
-    def rows(array):
-        if array is None or array.size == 1:
-            return array if array is None else array.reshape(1, 1)
-        return jnp.broadcast_to(array, peak.shape).reshape(-1, 1)
-
-    arrays = logits.reshape(-1, classes), rows(peak), rows(tau)
-    of_rows = functools.partial(_unless_dropped, 1, static_tau)
-    size = tile_rows(classes, numbers=_PART)
-    parts = in_tiles(of_rows, arrays, peak.size, size)
-    return tuple(part.reshape(peak.shape) for part in parts)
-
-
-def _unless_dropped(axis, static_tau, arrays):
-    """Returns the mean by a sum over all classes, unless that is -inf."""
-    logits, peak, tau = arrays
-    # To XLA it is no number that c is made of: that it would store for all classes.
-    scale = _scale(peak)
-    same = peak * scale / scale
-    classes = logits.shape[axis]
-    total = jnp.sum(logits - same, axis, keepdims=True)
+    total = 4 * jnp.sum(logits * 0.25 - peak * 0.25, axis, keepdims=True)
 
     def mean():
         temperature = pick_temperature(static_tau, tau)
@@ -222,7 +200,23 @@ def _unless_dropped(axis, static_tau, arrays):
         return mean, mesh_axes.like(jnp.full_like(total, classes), mean)
 
     def of_kept():
-        return _mean_of_kept(axis, static_tau, *arrays)
+        if axis != logits.ndim - 1 or mesh_axes.may_be_shared(logits):
+            return _mean_of_kept(axis, static_tau, logits, peak, tau)
+
+        def rows(array):
+            if array is None or array.size == 1:
+                return array if array is None else array.reshape(1, 1)
+            return jnp.broadcast_to(array, peak.shape).reshape(-1, 1)
+
+        arrays = logits.reshape(-1, classes), rows(peak), rows(tau)
+        size = tile_rows(classes, numbers=_PART)
+        parts = in_tiles(
+            lambda arrays: _mean_of_kept(1, static_tau, *arrays),
+            arrays,
+            peak.size,
+            size,
+        )
+        return tuple(part.reshape(peak.shape) for part in parts)
 
     # A minimum may leave NaN out.
     return jax.lax.cond(jnp.min(total, initial=jnp.inf) > -jnp.inf, mean, of_kept)
