@@ -172,7 +172,15 @@ class _Move(NamedTuple):
         """Returns the move from one largest logit to another."""
         peak = finite_peak(new)
         back = divide_by_temperature(old, peak, tau)
-        return cls(old, new, peak, back, jnp.exp(back), tau)
+        # Of the first tile XLA knows that, and leaves out what was summed before.
+        rescale = jnp.where(old == -jnp.inf, 0, jnp.exp(back))
+        return cls(old, new, peak, back, rescale, tau)
+
+    @classmethod
+    def none(cls, largest: jax.Array, tau: float | jax.Array) -> "_Move":
+        """Returns a move from the largest logit to itself."""
+        zero = jnp.zeros((), largest.dtype)
+        return cls(largest, largest, finite_peak(largest), zero, zero + 1, tau)
 
 
 class _Merged(NamedTuple):
@@ -597,7 +605,9 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
         axes = self.config.vocab_axes
         tau = arrays.temperature(self.config)
         largest = mesh_axes.maximum(carry["max"], axes)
-        move = _Move.of(carry["max"], largest, tau)
+        move = _Move.none(largest, tau)
+        if axes:
+            move = _Move.of(carry["max"], largest, tau)
         finish = _Finish(
             arrays,
             carry,
