@@ -129,8 +129,7 @@ def _codistillation(head_axis, axis, static_tau, logits, tau, where):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _losses(head_axis, axis, static_tau, x, tau, where):
     """Returns the loss of every head and example."""
-    tau = pick_temperature(static_tau, tau)
-    return _loss_and_slope(head_axis, axis, x, tau, where)[0]
+    return _loss_and_slope(head_axis, axis, static_tau, x, tau, where)[0]
 
 
 @functools.partial(_losses.defjvp, symbolic_zeros=True)
@@ -139,11 +138,8 @@ def _losses_jvp(head_axis, axis, static_tau, primals, tangents):
     dx, dtau, _ = tangents
     tau = pick_temperature(static_tau, tau_array)
     loss = _losses(head_axis, axis, static_tau, x, tau_array, where)
-    # A temperature that is known stays a number, so that what the loss has computed is
-    # not computed again for an array.
-    fixed = pick_temperature(static_tau, jax.lax.stop_gradient(tau_array))
-    still = jax.lax.stop_gradient(x)
-    _, slope, has_loss = _loss_and_slope(head_axis, axis, still, fixed, where)
+    still = jax.lax.stop_gradient((x, tau_array))
+    _, slope, has_loss = _loss_and_slope(head_axis, axis, static_tau, *still, where)
     slope = _with_own_slope(axis, static_tau, slope, has_loss, x, tau_array, where)
     return loss, tangent_of_loss(axis, tau, where, loss, ((slope, x, dx),), dtau)
 
@@ -170,7 +166,9 @@ def _with_own_slope_jvp(axis, static_tau, primals, tangents):
     return slope, tangent + jnp.where(has_loss, p * (change - mean), 0)
 
 
-def _loss_and_slope(head_axis, axis, x, tau, where):
+# Compiled by itself it is traced once, for the value and for the derivative.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _loss_and_slope(head_axis, axis, static_tau, x, tau, where):
     """Returns losses, slopes by the own head's logits, τ (p - q), and which have them.
 
     Probabilities are compared with those of the first head that has a class, p_0: with
@@ -178,6 +176,7 @@ def _loss_and_slope(head_axis, axis, x, tau, where):
     Where a class is close to p_0, τ (e - e_0) is exact to the first order, and so is
     τ (p - q), at any temperature.
     """
+    tau = pick_temperature(static_tau, tau)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     centred = centre(x, tau, where, axis)
     weights = jnp.exp(centred.values)
