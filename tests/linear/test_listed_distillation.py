@@ -490,3 +490,16 @@ def test_a_list_of_all_classes_leaves_no_rest_but_rounding(dtype):
     rtol = 1e-4 if dtype == "float32" else 0.02
     for found in (streamed, distillation_loss_top_k(student, ids, given)):
         np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol)
+
+
+def test_the_gradient_where_the_teacher_has_no_rest():
+    """The student's rest still takes mass from the listed classes."""
+    x = truth.logits("unit", (3, 5))
+    ids = np.broadcast_to(np.array([1, 3]), (3, 2))
+    log_p = np.full((3, 2), np.log(np.float32(0.5)))
+
+    def total(x):
+        return distillation_loss_top_k(x, ids, log_p).sum()
+
+    exact = truth.softmax(x) - np.array([0, 0.5, 0, 0.5, 0])
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(x), exact, atol=1e-6)
