@@ -305,7 +305,8 @@ def _draw(document: dict[str, Any], path: pathlib.Path) -> None:
     names = list(dict.fromkeys(cell["implementation"] for cell in cells))
     if not cells:
         return
-    figure = Figure(figsize=(3 + 3.5 * len(targets), 1.5 + 0.2 * len(rows)))
+    size = 3 + 3.5 * len(targets), 2 + 0.2 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
     for panel, target in zip(panels, targets, strict=True):
         for colour, name in enumerate(names):
@@ -329,9 +330,10 @@ def _draw(document: dict[str, Any], path: pathlib.Path) -> None:
         panel.grid(axis="y", color="0.92")
     panels[0].set_yticks(range(len(rows)), rows, fontsize=6)
     panels[0].invert_yaxis()
-    panels[0].legend(fontsize=7)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(names))
     figure.supxlabel("time of bundles over that of memory or products", fontsize=8)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path, dpi=150)
 
 
 def _above(cell: dict[str, Any]) -> float:
