@@ -133,7 +133,7 @@ def test_what_no_tool_says_is_not_known(tools, folder):
         # 65536 registers are enough for 384 threads of 168 once.
         (384, 168, 0, 384 / 2048),
         # 33 registers are given as 40.
-        (1024, 33, 0, 1024 / 2048),
+        (256, 33, 0, 6 * 256 / 2048),
         (256, 32, 233472 // 2, 512 / 2048),
         (None, 32, 0, None),
     ],
