@@ -56,8 +56,8 @@ def test_short_kernels_adapters_masks_and_ranks(target):
     found = results("linear", target, "operands")
     assert len(found) == 9
     for result in found:
-        # A kernel of int8 has 562 MiB, and one of bfloat16 1,125. A TPU takes the 125
-        # of a mask once more, laid out by words.
+        # A kernel of int8 has 562 MiB, and one of bfloat16 1,125. With a mask a TPU
+        # lays out what is kept of tiles twice, by rows and by classes.
         is_small = result["what"] == "value" and result["name"] != "ranks"
         assert result["mib"] <= (64 if is_small else 256), result
 
