@@ -407,6 +407,22 @@ _LOGITS = (
         tests=("tests/logits/test_straight_through.py",),
     ),
     Breakage(
+        "quotients-that-vanish-at-large-temperatures",
+        kind="missing temperature factor",
+        file="jaxsoft/_core/numerics.py",
+        before="divisor = jnp.where(x == 0, 1, divisor)",
+        after="divisor = 1 * divisor",
+        tests=("tests/core/test_numerics.py",),
+    ),
+    Breakage(
+        "means-of-differences-that-are-cut",
+        kind="missing temperature factor",
+        file="jaxsoft/logits/centre.py",
+        before="and temperature <= _MODERATE",
+        after="and temperature <= 1e38",
+        tests=("tests/logits/test_values.py",),
+    ),
+    Breakage(
         "edge-belongs-to-the-upper-bin",
         kind="tie broken the wrong way",
         file="jaxsoft/logits/calibration.py",

@@ -204,7 +204,11 @@ def over_temperature(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
         return x
     tau = Temperature.prepare(temperature, x.dtype)
     limit = jnp.where(x == 0, 0, jnp.copysign(jnp.inf, x))
-    quotient = jnp.where(tau.value == jnp.inf, x * 0, x * tau.scale / tau.divisor)
+    divisor = tau.divisor
+    if isinstance(temperature, float) and temperature * jnp.finfo(x.dtype).tiny > 1:
+        # XLA would multiply by one constant, 1/τ, which is subnormal and counts as 0.
+        divisor = jnp.where(x == 0, 1, divisor)
+    quotient = jnp.where(tau.value == jnp.inf, x * 0, x * tau.scale / divisor)
     return jnp.where(tau.is_zero, limit, quotient)
 
 

@@ -148,11 +148,12 @@ def _compiled_operator(axis, static_tau, values, tau, where):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _operator(axis, static_tau, x, tau, where):
-    centred = centre(x, pick_temperature(static_tau, tau), where, axis)
+    temperature = pick_temperature(static_tau, tau)
+    centred = centre(x, temperature, where, axis)
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
     e = jnp.exp(centred.values)
     sums = total(e)
-    gap, scale = mean_gap(centred, e, nonzero(sums), axis)
+    gap, scale = mean_gap(centred, temperature, e, nonzero(sums), axis)
     mean = (centred.peak * scale + gap) / scale
     return jnp.squeeze(jnp.where(sums == 0, 0, mean), axis)
 

@@ -22,6 +22,8 @@ __all__ = ["Centred", "centre", "mean_gap", "mean_of_kept"]
 _PART = 2**20
 # Memory for more numbers than this is new to a process each time that it asks for it.
 _MANY = 2**23
+# Up to this temperature a class so far below the peak has an exponential of 0.
+_MODERATE, _FAR = 2.0**64, 2.0**100
 
 
 class Centred(NamedTuple):
@@ -92,28 +94,37 @@ def _scale(peak: jax.Array) -> jax.Array:
 
 
 def mean_gap(
-    centred: Centred, e: jax.Array, total: jax.Array, axis: int
+    centred: Centred,
+    temperature: float | jax.Array,
+    e: jax.Array,
+    total: jax.Array,
+    axis: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns Σ p (x - m) s of each row, finite, and s.
 
-    What is dropped counts as the lowest number. s is 1/4 where |m| is above 1, so that
-    differences stay finite. XLA for CPUs computes them anew beside c, which it would
-    store for a second use, and stores each factor of such a sum: of very many logits
-    it is taken in parts, into memory that is there already.
+    What is dropped counts as a finite number. s is 1; at temperatures that may be very
+    large it is 1/4 where |m| is above 1, so that differences stay finite. XLA for CPUs
+    computes them anew beside c, which it would store for a second use, and stores each
+    factor of such a sum: of very many logits it is taken in parts, into memory that is
+    there already.
 
     Args:
       centred: the logits.
+      temperature: τ.
       e: exp(c), of their shape.
       total: their sums over classes, 1 where there is no class.
       axis: the class axis, which the results keep.
     """
-    scale = _scale(centred.peak)
-    arrays = e, 1 / total, centred.logits, centred.peak * scale, scale
-
-    def sums(axis, arrays):
-        e, share, logits, peak, scale = arrays
-        gap = jnp.maximum(logits, jnp.finfo(logits.dtype).min) * scale - peak
-        return jnp.sum(e * share * gap, axis, keepdims=True)
+    moderate = isinstance(temperature, float) and temperature <= _MODERATE
+    if moderate:
+        scale = jnp.ones_like(total)
+        # To XLA it is not the number that c is made of: that it would store for all.
+        peak = jnp.minimum(centred.peak, jnp.finfo(e.dtype).max)
+        sums, arrays = _gaps, (e, centred.logits, peak)
+    else:
+        scale = _scale(centred.peak)
+        peak = centred.peak * scale
+        sums, arrays = _scaled_gaps, (e, centred.logits, peak, 1 / total, scale)
 
     def in_parts(arrays):
         rows = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), arrays)
@@ -124,8 +135,23 @@ def mean_gap(
 
     at_once = functools.partial(sums, axis)
     if axis != e.ndim - 1 or e.size <= _MANY or mesh_axes.may_be_shared(e):
-        return at_once(arrays), scale
-    return jax.lax.platform_dependent(arrays, cpu=in_parts, default=at_once), scale
+        gap = at_once(arrays)
+    else:
+        gap = jax.lax.platform_dependent(arrays, cpu=in_parts, default=at_once)
+    return (gap / total if moderate else gap), scale
+
+
+def _gaps(axis, arrays):
+    """Returns Σ exp(c) (x - m)."""
+    e, logits, peak = arrays
+    return jnp.sum(e * jnp.maximum(logits - peak, -_FAR), axis, keepdims=True)
+
+
+def _scaled_gaps(axis, arrays):
+    """Returns Σ p (x - m) s."""
+    e, logits, peak, share, scale = arrays
+    gap = jnp.maximum(logits, jnp.finfo(logits.dtype).min) * scale - peak
+    return jnp.sum(e * share * gap, axis, keepdims=True)
 
 
 def mean_of_kept(

@@ -438,7 +438,7 @@ def _entropy(axis, static_tau, x, tau, where):
     tau = pick_temperature(static_tau, tau)
     centred = centre(x, tau, where, axis)
     e, total = exponentials(centred, axis)
-    gap, scale = mean_gap(centred, e, total, axis)
+    gap, scale = mean_gap(centred, tau, e, total, axis)
     expected = over_temperature(gap, tau) / scale
     return jnp.squeeze(jnp.log(total) - expected, axis)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxsoft
-from jaxsoft._core.numerics import matmul
+from jaxsoft._core.numerics import matmul, over_temperature
 from tests.accelerators.mosaic_tpu import products
 
 
@@ -77,6 +77,13 @@ def test_first_and_second_derivatives_in_wide_dtypes():
     b = pair("float32")[1]
     found = jax.vmap(lambda a: matmul(a, b, None, jnp.dtype("float32")))(batch)
     np.testing.assert_allclose(found, batch @ np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [8e37, 1e38, 3e38])
+def test_quotients_by_temperatures_whose_inverse_is_subnormal(temperature):
+    x = np.asarray([-3e38, 0, 1e37, 3e38], np.float32)
+    found = jax.jit(over_temperature, static_argnums=1)(x, temperature)
+    np.testing.assert_allclose(found, x / temperature, rtol=1e-6)
 
 
 def test_debug_nans_without_jit():

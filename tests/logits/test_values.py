@@ -71,9 +71,17 @@ def test_huge_logits_are_finite_and_equal_under_jit(size, tau):
 
 def test_the_widest_range_at_a_huge_temperature():
     x = jnp.asarray([3e38, -3e38], jnp.float32)
+    p = np.asarray([0.9975273768, 0.0024726232])
     for tau in (1e38, jnp.float32(1e38)):
+        np.testing.assert_allclose(jaxsoft.softmax(x, temperature=tau), p, rtol=1e-5)
         np.testing.assert_allclose(
-            jaxsoft.softmax(x, temperature=tau), [0.99752738, 0.00247262], rtol=1e-5
+            jaxsoft.entropy(x, temperature=tau), -np.sum(p * np.log(p)), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            jaxsoft.logsumexp(x, temperature=tau), 3 - np.log(p[0]), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            jaxsoft.boltzmann_operator(x, tau), 3e38 * (p[0] - p[1]), rtol=1e-5
         )
 
 
