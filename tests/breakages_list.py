@@ -1018,6 +1018,22 @@ _LINEAR = (
         tests=("tests/kernels/test_mosaic_tpu.py",),
     ),
     Breakage(
+        "tpu-label-of-another-lane",
+        kind="off-by-one block",
+        file="jaxsoft/linear/tiles.py",
+        before="return jnp.where(here, picked, -jnp.inf)",
+        after="return picked",
+        tests=("tests/kernels/test_mosaic_tpu.py",),
+    ),
+    Breakage(
+        "tpu-lanes-joined-about-their-own-maxima",
+        kind="dropped factor",
+        file="jaxsoft/linear/folds/statistics.py",
+        before='_Move.of(columns["max"], parts.spread(largest), tau)',
+        after='_Move.of(columns["max"], columns["max"], tau)',
+        tests=("tests/kernels/test_mosaic_tpu.py",),
+    ),
+    Breakage(
         "tpu-sum-of-the-block-before",
         kind="stale cache",
         file="jaxsoft/kernels/layer/mosaic_tpu/backward.py",

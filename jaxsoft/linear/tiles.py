@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.listed import FEW, at_listed, is_listed
@@ -72,6 +73,8 @@ class Tile(NamedTuple):
         exp((u - peak) / τ); None for logits.
       is_of_xla: whether it is no tile of a kernel's.
       alike: [R, B] whether a class is of the row's group; None without groups.
+      axis: of the classes in `logits`, 1; or 0 where these are [B / L, R, L], labels
+        [1, R, 1], and every lane of L is merged on its own.
     """
 
     start: jax.Array
@@ -84,12 +87,43 @@ class Tile(NamedTuple):
     peak: jax.Array | None = None
     is_of_xla: bool = False
     alike: jax.Array | None = None
+    axis: int = 1
+
+    def by_lanes(self, lanes: int) -> "Tile":
+        """Returns the tile with logits [B / L, R, L], for statistics of every lane."""
+        size = self.logits.shape[1]
+        parts = [self.logits[:, i : i + lanes] for i in range(0, size, lanes)]
+        labels = None if self.labels is None else self.labels[None]
+        return self._replace(logits=jnp.stack(parts), labels=labels, axis=0)
+
+    def sum(self, values: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+        """Adds up values of classes: [R, 1], or [1, R, L] for every lane."""
+        return jnp.sum(values, self.axis, dtype=dtype, keepdims=True)
+
+    def largest(self) -> jax.Array:
+        """Returns the largest logits: [R, 1], or [1, R, L] for every lane."""
+        return jnp.max(self.logits, self.axis, keepdims=True)
+
+    def argmax(self) -> jax.Array:
+        """Returns the lowest classes with the largest logits: [R, 1] or [1, R, L]."""
+        if self.axis == 1:
+            return self.start + lax.argmax(self.logits, 1, jnp.int32)[:, None]
+        best = self.logits[:1]
+        at = jnp.zeros(best.shape, jnp.int32)
+        for index in range(1, self.logits.shape[0]):
+            part = self.logits[index : index + 1]
+            at = jnp.where(part > best, index, at)
+            best = jnp.maximum(part, best)
+        lane = lax.broadcasted_iota(jnp.int32, at.shape, 2)
+        return self.start + at * at.shape[2] + lane
 
     def pick(self) -> jax.Array:
         """Returns the labels' logits, [R, K]; -inf for labels of other tiles."""
         assert self.labels is not None
-        if self.labels.shape[1] > 1:
+        if self.labels.shape[-1] > 1:
             return _gathered(self.logits, self.labels)
+        if self.axis == 0:
+            return _selected_by_lanes(self.logits, self.labels)
         if not self.is_of_xla:
             return _selected(self.logits, self.labels)
         # A compiler for GPUs and TPUs selects in the pass that takes the maximum.
@@ -114,6 +148,8 @@ class Tile(NamedTuple):
     def without_labels(self, values: jax.Array) -> jax.Array:
         """Returns values [R, B] with 0 at the labels."""
         assert self.labels is not None
+        if self.labels.shape[-1] == 1:
+            return jnp.where(self._is_label(), 0, values)
         if self.labels.shape[1] <= FEW:
             return jnp.where(is_listed(self.labels, values.shape, 1), 0, values)
         return scatter(values, self.labels, "set", 0)
@@ -128,13 +164,32 @@ class Tile(NamedTuple):
 
 
 def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels
+    if logits.ndim == 2:
+        return lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels
+    parts, lane = (lax.broadcasted_iota(jnp.int32, logits.shape, i) for i in (0, 2))
+    return parts * logits.shape[2] + lane == labels
 
 
 def _selected(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the logits at one label a row, in a pass over all of them."""
     picked = jnp.where(_is_label(logits, labels), logits, -jnp.inf)
     return jnp.max(picked, axis=1, keepdims=True)
+
+
+def _selected_by_lanes(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the logits at one label a row, [1, R, L], -inf in all other lanes.
+
+    A class costs one comparison with a constant; the lane is compared once.
+    """
+    lanes = logits.shape[2]
+    picked = jnp.full((1, *logits.shape[1:]), -jnp.inf, logits.dtype)
+    labels = jnp.broadcast_to(labels, picked.shape)
+    # `lanes` is a power of two; kernels do not divide integers.
+    part, lane = labels >> (lanes.bit_length() - 1), labels & (lanes - 1)
+    for index in range(logits.shape[0]):
+        picked = jnp.where(part == index, logits[index : index + 1], picked)
+    here = lax.broadcasted_iota(jnp.int32, picked.shape, 2) == lane
+    return jnp.where(here, picked, -jnp.inf)
 
 
 def _gathered(logits: jax.Array, labels: jax.Array) -> jax.Array:

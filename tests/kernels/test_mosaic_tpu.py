@@ -5,7 +5,7 @@ Blocks are small: there are several of each kind, and the last ones are not full
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ import jaxsoft
 from jaxsoft import linear_cross_entropy, linear_log_prob, linear_statistics
 from jaxsoft.kernels.layer.mosaic_tpu import backward, forward
 from jaxsoft.kernels.layer.mosaic_tpu import blocks as choices
-from jaxsoft.kernels.layer.mosaic_tpu.blocks import LayerShape, TpuBlocks
+from jaxsoft.kernels.layer.mosaic_tpu.blocks import LANES, LayerShape, TpuBlocks
+from jaxsoft.linear.folds.statistics import Statistics
+from jaxsoft.linear.tiles import Tile, columns_of
 from tests import truth
 from tests.kernels.interpreters import tpu_interpreter
 from tests.linear import cases
@@ -34,8 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Takes blocks of 128 classes and of 32 rows in two strips; of 16 backward."""
-    monkeypatch.setattr(choices, "_STRIP", 16)
+    """Takes blocks of 128 classes and of 32 rows; of 16 backward."""
     monkeypatch.setattr(backward, "CHUNK", 16)
     for module, name, rows in (
         (forward, "choose_forward", 32),
@@ -224,6 +225,50 @@ def test_a_single_row_and_class_and_a_batch(interpreter):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.parametrize("kind", truth.DISTRIBUTIONS)
+@pytest.mark.parametrize("classes", [3, 1000, 50257])
+def test_statistics_of_lanes_join_to_those_of_rows(classes, kind):
+    """Without a kernel, whose interpreter is slow: every lane starts and ends alone."""
+    rows, tau, size = 8, 0.7, 1024
+    wanted = frozenset({"label", "mean", "expected", "argmax"})
+    fold = Statistics(cast(Any, None), wanted)
+    u = truth.logits(kind, (rows, classes))
+    labels = jnp.asarray(np.linspace(0, classes - 1, rows), jnp.int32)[:, None]
+    padded = np.full((rows, -(-classes // size) * size), -np.inf, np.float32)
+    padded[:, :classes] = u
+    columns = {
+        name: jnp.broadcast_to(a[None], (1, rows, LANES))
+        for name, a in fold.empty(rows, 1, jnp.float32).items()
+    }
+    merge = jax.jit(
+        lambda columns, u, start: fold.merge(
+            columns,
+            Tile(start, u, u, True, columns_of(labels, start, size), None).by_lanes(
+                LANES
+            ),
+            tau,
+        )
+    )
+    for start in range(0, padded.shape[1], size):
+        columns = merge(columns, jnp.asarray(padded[:, start : start + size]), start)
+    got = {
+        name: np.asarray(a)[:, 0]
+        for name, a in fold.join_lanes(
+            {k: a[0] for k, a in columns.items()}, tau
+        ).items()
+    }
+    c = truth.centred(u, tau)
+    total = np.exp(c).sum(1)
+    np.testing.assert_array_equal(got["max"], u.max(1))
+    np.testing.assert_array_equal(got["argmax"], u.argmax(1))
+    np.testing.assert_array_equal(got["label"], u[np.arange(rows), labels[:, 0]])
+    np.testing.assert_array_equal(got["number"], classes)
+    np.testing.assert_allclose(got["sum"], total, rtol=1e-5)
+    np.testing.assert_allclose(got["gap"] / classes, c.mean(1) * tau, rtol=1e-5)
+    weighted = (np.exp(c) * c).sum(1)
+    np.testing.assert_allclose(got["weighted"], weighted, rtol=2e-5, atol=1e-6)
+
+
 def _results_of_kernels(function, *args):
     """Returns the shapes that each kernel of a program writes, by its name."""
     found = {}
@@ -305,7 +350,7 @@ def test_blocks_fit_and_are_balanced():
     both = [choices.choose_backward(llama, True, True, vmem) for vmem in (small, large)]
     assert [(b.rows, b.classes) for b in both] == [(256, 512), (256, 1024)]
     few = choices.choose_forward(LayerShape(1100, 64, 300, 4, 4, 4), small)
-    assert (few.rows, few.classes, few.strip) == (768, 384, 256)
-    for rows, classes, vmem in ((8, 128, 1), (272, 128, 1), (16, 64, 1), (16, 128, 0)):
+    assert (few.rows, few.classes) == (560, 384)
+    for rows, classes, vmem in ((8, 128, 1), (24, 128, 1), (16, 64, 1), (16, 128, 0)):
         with pytest.raises(ValueError, match="must be"):
             TpuBlocks(rows, classes, vmem)

@@ -183,6 +183,26 @@ class _Move(NamedTuple):
         return cls(largest, largest, finite_peak(largest), zero, zero + 1, tau)
 
 
+class _Parts(NamedTuple):
+    """Parts of the classes whose columns are joined.
+
+    Attributes:
+      axis: of the parts, 0 in columns [P, R, 1], 1 in columns [R, P].
+    """
+
+    axis: int
+
+    def reduce(
+        self, reduction: Callable[..., jax.Array], column: jax.Array
+    ) -> jax.Array:
+        """Returns a reduction of a column over the parts, [R, 1]."""
+        return reduction(column, axis=self.axis, keepdims=self.axis == 1)
+
+    def spread(self, column: jax.Array) -> jax.Array:
+        """Returns a column [R, 1] as it broadcasts against the parts."""
+        return column[None] if self.axis == 0 else column
+
+
 class _Merged(NamedTuple):
     """A tile as it is merged.
 
@@ -216,10 +236,10 @@ class _Statistic(abc.ABC):
     def merge(self, columns: Columns, new: _Merged) -> Columns:
         """Returns its columns, moved already but for `max` and `sum`, with a tile."""
 
-    def join(self, columns: Columns, move: _Move) -> Columns:
-        """Returns its columns of all parts, [P, R, 1], that were moved already."""
+    def join(self, columns: Columns, move: _Move, parts: _Parts) -> Columns:
+        """Returns its columns of all parts that were moved already."""
         del move
-        return {name: jnp.sum(columns[name], axis=0) for name in columns}
+        return {name: parts.reduce(jnp.sum, columns[name]) for name in columns}
 
     def sums(self, columns: Columns, move: _Move, finish: "_Finish") -> Columns:
         """Returns what adds up over shards, of columns that were moved already."""
@@ -289,8 +309,8 @@ class _Label(_Statistic):
     def merge(self, columns, new):
         return {"label": jnp.maximum(columns["label"], new.tile.pick())}
 
-    def join(self, columns, move):
-        return {"label": jnp.max(columns["label"], axis=0)}
+    def join(self, columns, move, parts):
+        return {"label": parts.reduce(jnp.max, columns["label"])}
 
     def sums(self, columns, move, finish):
         label = divide_by_temperature(columns["label"], move.peak, finish.tau)
@@ -345,9 +365,9 @@ class _Mean(_Statistic):
         if new.tile.alike is not None:
             kept = kept & new.tile.alike
         gaps = jnp.where(kept, u - new.move.peak, 0)
-        counts = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
+        counts = new.tile.sum(kept, jnp.int32)
         return {
-            "gap": columns["gap"] + jnp.sum(gaps, axis=1, keepdims=True),
+            "gap": columns["gap"] + new.tile.sum(gaps),
             "number": columns["number"] + counts,
         }
 
@@ -403,13 +423,13 @@ class _Growth(_Statistic):
     def merge(self, columns, new):
         u = new.tile.logits
         terms = _scaled_growth(new.c, new.weights, u - new.move.peak, new.move.tau)
-        counts = u.shape[1]
+        counts = u.shape[new.tile.axis]
         if new.tile.masked:
             kept = u != -jnp.inf
             terms = jnp.where(kept, terms, 0)
-            counts = jnp.sum(kept, axis=1, keepdims=True, dtype=jnp.int32)
+            counts = new.tile.sum(kept, jnp.int32)
         return {
-            "growth": columns["growth"] + jnp.sum(terms, axis=1, keepdims=True),
+            "growth": columns["growth"] + new.tile.sum(terms),
             "kept": columns["kept"] + counts,
         }
 
@@ -446,7 +466,7 @@ class _Expected(_Statistic):
 
     def merge(self, columns, new):
         terms = times(new.weights, new.c)
-        return {"weighted": columns["weighted"] + jnp.sum(terms, axis=1, keepdims=True)}
+        return {"weighted": columns["weighted"] + new.tile.sum(terms)}
 
     def field(self, sums, total, finish):
         return (sums["weighted"] / total)[:, 0]
@@ -469,14 +489,13 @@ class _Argmax(_Statistic):
         return {"argmax": columns["argmax"]}
 
     def merge(self, columns, new):
-        best = new.tile.start + lax.argmax(new.tile.logits, 1, jnp.int32)[:, None]
         is_new = new.move.new > new.move.old
-        return {"argmax": jnp.where(is_new, best, columns["argmax"])}
+        return {"argmax": jnp.where(is_new, new.tile.argmax(), columns["argmax"])}
 
-    def join(self, columns, move):
+    def join(self, columns, move, parts):
         none = jnp.iinfo(jnp.int32).max
         reached = move.old == move.new
-        argmax = jnp.min(jnp.where(reached, columns["argmax"], none), axis=0)
+        argmax = parts.reduce(jnp.min, jnp.where(reached, columns["argmax"], none))
         # NaN logits equal no maximum.
         return {"argmax": jnp.where(argmax == none, 0, argmax)}
 
@@ -502,7 +521,7 @@ class _Rest(_Statistic):
 
     def merge(self, columns, new):
         others = new.tile.without_labels(new.weights)
-        return {"rest": columns["rest"] + jnp.sum(others, axis=1, keepdims=True)}
+        return {"rest": columns["rest"] + new.tile.sum(others)}
 
     def field(self, sums, total, finish):
         return jnp.log(self.saved(sums)["rest"])
@@ -572,17 +591,19 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
         return self.merge(carry, tile, part.temperature(self.config))
 
     def merge(self, columns: Columns, tile: Tile, tau: float | jax.Array) -> Columns:
-        """Returns the columns with one more tile; `tau` is a float or [R, 1]."""
+        """Returns the columns with one more tile; `tau` is a float or [R, 1].
+
+        For a tile by lanes columns are [1, R, L], and `tau` is a float or [1, R, 1].
+        """
         # Any centre gives the same statistics but for itself: it counts as fixed, in
         # their tangents as in their gradients.
-        largest = lax.stop_gradient(jnp.max(tile.logits, axis=1, keepdims=True))
+        largest = lax.stop_gradient(tile.largest())
         move = _Move.of(columns["max"], jnp.maximum(columns["max"], largest), tau)
         c = divide_by_temperature(tile.logits, move.peak, tau)
         new = _Merged(tile, c, jnp.exp(c), move)
         merged = {
             "max": move.new,
-            "sum": move.rescale * columns["sum"]
-            + jnp.sum(new.weights, axis=1, keepdims=True),
+            "sum": move.rescale * columns["sum"] + tile.sum(new.weights),
         }
         for statistic in self.statistics:
             merged |= statistic.merge(statistic.moved(columns, move), new)
@@ -591,14 +612,21 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
     def join(self, columns: Columns, tau: float | jax.Array) -> Columns:
         """Merges P parts of the classes, [P, R, 1] each, in the order of classes."""
         tau = tau[None] if isinstance(tau, jax.Array) else tau
-        largest = jnp.max(columns["max"], axis=0)
-        move = _Move.of(columns["max"], largest[None], tau)
+        return self._join(columns, tau, _Parts(0))
+
+    def join_lanes(self, columns: Columns, tau: float | jax.Array) -> Columns:
+        """Merges the columns [R, L] of tiles by lanes; `tau` is a float or [R, 1]."""
+        return self._join(columns, tau, _Parts(1))
+
+    def _join(self, columns: Columns, tau: float | jax.Array, parts: _Parts) -> Columns:
+        largest = parts.reduce(jnp.max, columns["max"])
+        move = _Move.of(columns["max"], parts.spread(largest), tau)
         joined = {
             "max": largest,
-            "sum": jnp.sum(move.rescale * columns["sum"], axis=0),
+            "sum": parts.reduce(jnp.sum, move.rescale * columns["sum"]),
         }
         for statistic in self.statistics:
-            joined |= statistic.join(statistic.moved(columns, move), move)
+            joined |= statistic.join(statistic.moved(columns, move), move, parts)
         return joined
 
     def finish(self, carry: Columns, arrays: Operands) -> Saved:

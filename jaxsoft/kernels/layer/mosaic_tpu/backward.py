@@ -228,15 +228,14 @@ def _gradients_kernel(
     """
     block, row_block = pl.program_id(0), pl.program_id(1)
     values = jax.tree.map(lambda ref: ref[...], rows)
-    strip = pl.Slice(0, blocks.rows)
     sums = None
     if slots_ref is not None:
         assert results.sums is not None and reads is not None and writes is not None
         sums = _RowSums(results.sums, slots_ref, reads, writes, blocks.rows)
 
     def step(ragged: bool) -> None:
-        tile = tiles.compute_tile(problem, inputs, blocks, block, strip, ragged)
-        tau = inputs.temperature(problem.config, strip)
+        tile = tiles.compute_tile(problem, inputs, blocks, block, ragged)
+        tau = inputs.temperature(problem.config)
         d, moments = fold.slope(tau, values, tile, wanted.tau)
         if tile.slope is not None:
             d = d * tile.slope

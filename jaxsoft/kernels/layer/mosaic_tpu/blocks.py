@@ -14,11 +14,15 @@ __all__ = ["LANES", "LayerShape", "TpuBlocks", "choose_backward", "choose_forwar
 LANES = 128
 _ROW_MULTIPLE = 16
 
-# Rows are worked on in strips: the compiler unrolls what is done to one, and holds its
-# tiles beside the blocks.
-_STRIP = 256
+# The most statistics of a row that run along, of every lane.
+_RUNNING = 8
 
+# The compiler unrolls a step, and computes exponentials of one part of its tile beside
+# products of another: the more rows there are, the more products for each part of the
+# kernel that a matrix unit is loaded with, and the fewer ends at which it idles.
 _ROWS = (1024, 768, 512, 256, 128, 64, 32, 16)
+# Backward the sums of a block's rows are on their way while it is worked on.
+_MOST_ROWS_BACKWARD = 256
 _CLASSES = (1024, 768, 512, 384, 256, 128)
 
 # The cost of a choice is _KEPT over the size of the block that stays in VMEM plus
@@ -29,8 +33,10 @@ _CLASSES = (1024, 768, 512, 384, 256, 128)
 _KEPT = 400
 _STREAMED = 128
 
-# The float32 tiles of logits that a step holds at once, beside its operands.
-_TILES = 6
+# The float32 tiles of logits that a step holds at once, beside its operands: forward,
+# where registers hold what becomes of a tile, and backward.
+_TILES_FORWARD = 2
+_TILES_BACKWARD = 6
 
 # The features of a chunk, where products are added up chunk by chunk.
 CHUNK = 512
@@ -41,7 +47,7 @@ class TpuBlocks:
     """The sizes of the blocks of a kernel.
 
     Attributes:
-      rows: of a block, a multiple of 16 and, beyond a strip, of 256.
+      rows: of a block, a multiple of 16.
       classes: of a block, a multiple of 128.
       vmem_bytes: the most bytes of VMEM that the kernel may take.
     """
@@ -52,21 +58,14 @@ class TpuBlocks:
 
     def __post_init__(self):
         """Requires what the tiles of registers and of HBM require."""
-        if self.rows < 1 or self.rows % _row_multiple(self.rows):
-            raise ValueError(
-                f"`rows` must be a multiple of 16, or of 256 beyond, got {self.rows}."
-            )
+        if self.rows < 1 or self.rows % _ROW_MULTIPLE:
+            raise ValueError(f"`rows` must be a multiple of 16, got {self.rows}.")
         if self.classes < 1 or self.classes % LANES:
             raise ValueError(
                 f"`classes` must be a multiple of 128, got {self.classes}."
             )
         if self.vmem_bytes < 1:
             raise ValueError(f"`vmem_bytes` must be positive, got {self.vmem_bytes}.")
-
-    @property
-    def strip(self) -> int:
-        """The rows of a strip."""
-        return min(self.rows, _STRIP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +121,9 @@ def choose_forward(layer: LayerShape, vmem: int = SMALLEST_VMEM) -> TpuBlocks:
 
     def used(rows: int, classes: int) -> int:
         # Labels, temperatures and two outputs, padded to lanes, two of each in turn.
-        columns = 4 * 2 * rows * LANES * 4
-        return (
-            layer.operand_bytes(rows, classes)
-            + columns
-            + _TILES * min(rows, _STRIP) * classes * 4
-        )
+        columns = (4 * 2 + _RUNNING) * rows * LANES * 4
+        tiles = _TILES_FORWARD * rows * classes * 4
+        return layer.operand_bytes(rows, classes) + columns + tiles
 
     return _choose(layer, vmem, used, lambda r, c: _KEPT / r + _STREAMED / c, _ROWS)
 
@@ -154,7 +150,7 @@ def choose_backward(
         # Labels, temperatures and six coefficients, padded to lanes.
         columns = 8 * 2 * rows * LANES * 4
         total = layer.operand_bytes(rows, classes) + columns
-        total += _TILES * min(rows, _STRIP) * classes * 4
+        total += _TILES_BACKWARD * rows * classes * 4
         # Two slots of float32 sums, and the moments.
         total += 2 * rows * ((layer.width if hidden else 0) + LANES) * 4
         if kernel:
@@ -163,8 +159,7 @@ def choose_backward(
         # The products of a chunk of features.
         return total + (rows + classes) * min(CHUNK, layer.width) * 4
 
-    # A block has one strip: its sums are on their way while it is worked on.
-    rows = [size for size in _ROWS if size <= _STRIP]
+    rows = [size for size in _ROWS if size <= _MOST_ROWS_BACKWARD]
     return _choose(layer, vmem, used, lambda r, c: _KEPT / c + _STREAMED / r, rows)
 
 
@@ -180,7 +175,6 @@ def _choose(
     pairs = itertools.product(all_rows, _CLASSES)
     for rows, classes in sorted(pairs, key=lambda pair: cost(*pair)):
         rows = _balanced(layer.rows, rows, _ROW_MULTIPLE)
-        rows = round_up(rows, _row_multiple(rows))
         classes = _balanced(layer.classes, classes, LANES)
         if used(rows, classes) <= budget:
             return TpuBlocks(rows, classes, budget)
@@ -189,11 +183,6 @@ def _choose(
         f"{layer.features}: the smallest blocks take {used(_ROW_MULTIPLE, LANES)} "
         f'bytes of VMEM, of {budget}. Use implementation="xla".'
     )
-
-
-def _row_multiple(rows: int) -> int:
-    """Returns what the rows of a block must be a multiple of."""
-    return _STRIP if rows > _STRIP else _ROW_MULTIPLE
 
 
 def _balanced(size: int, block: int, multiple: int) -> int:

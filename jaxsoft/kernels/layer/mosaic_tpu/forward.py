@@ -2,9 +2,11 @@
 
 The grid has blocks of rows and, inside, of classes. A block of `hidden` stays in VMEM
 while blocks of the kernel stream past it; each tile of logits lives in VMEM alone and
-is merged into running statistics of its rows, one a lane of the output's block:
-2·N·H·V flops, one read of the kernel for each block of rows, a few hundred bytes a row
-written. `backward.py` has the derivative.
+is merged into running statistics of its rows: 2·N·H·V flops, one read of the kernel for
+each block of rows, a few hundred bytes a row written. `backward.py` has the derivative.
+
+Every lane has statistics of its own, of the classes that fall into it: nothing moves
+across lanes before the last block, where the lanes are joined.
 
 The last block of classes may reach beyond the arrays: its logits there are -inf. The
 last block of rows may too: its rows there are computed from arbitrary numbers, and not
@@ -59,8 +61,12 @@ def _run(fold: Statistics, operands: Operands) -> Columns:
     types = [mesh_axes.type_of(inputs.hidden, shape, jnp.float32)]
     if integers:
         types.append(mesh_axes.type_of(inputs.hidden, shape, jnp.int32))
+    running = [
+        pltpu.VMEM((blocks.rows, LANES), column.dtype)
+        for column in _initial(fold, inputs, 1).values()
+    ]
     body = functools.partial(
-        _statistics_kernel, fold=fold, problem=problem, blocks=blocks
+        _statistics_kernel, fold=fold, problem=problem, blocks=blocks, types=len(types)
     )
     row_blocks = pl.cdiv(layer.rows, blocks.rows)
     outputs = pl.pallas_call(
@@ -69,6 +75,7 @@ def _run(fold: Statistics, operands: Operands) -> Columns:
         in_specs=[tiles.input_specs(problem, inputs, blocks, row_axis=0)],
         out_specs=[rows] * len(types),
         out_shape=types,
+        scratch_shapes=running,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,
@@ -105,42 +112,48 @@ def _names(columns: Columns) -> tuple[list[str], list[str]]:
 
 def _statistics_kernel(
     inputs: TpuInputs[Ref],
-    *outputs: Ref,
+    *refs: Ref,
     fold: Statistics,
     problem: Problem,
     blocks: TpuBlocks,
+    types: int,
 ) -> None:
-    """Merges the tile of one step into the statistics of its rows.
+    """Merges the tiles of one step into the statistics of their rows.
 
     Args:
       inputs: references to blocks.
-      *outputs: references to running statistics: [R, 128] float32 and, where some are
-        integers, [R, 128] int32.
+      *refs: references to the results: [R, 128] float32, with one statistic a lane, and
+        where some are integers [R, 128] int32; then to running statistics [R, 128].
       fold: which statistics.
       problem: what is known of the work.
       blocks: the sizes of the blocks.
+      types: how many results there are.
     """
     block = pl.program_id(1)
-    start = _initial(fold, inputs, blocks.rows)
-    columns = [
-        (name, ref, lane)
-        for names, ref in zip(_names(start), outputs, strict=False)
-        for lane, name in enumerate(names)
-    ]
+    start = _initial(fold, inputs, 1)
+    outputs, running = refs[:types], dict(zip(start, refs[types:], strict=True))
 
     @pl.when(block == 0)
     def _():
-        for name, ref, lane in columns:
-            ref[:, lane : lane + 1] = start[name]
+        for name, ref in running.items():
+            ref[...] = jnp.broadcast_to(start[name], ref.shape)
+
+    tau = inputs.temperature(problem.config)
 
     def step(ragged: bool) -> None:
-        tiles.each_strip(blocks, functools.partial(merge, ragged))
-
-    def merge(ragged: bool, strip: pl.Slice) -> None:
-        tile = tiles.compute_tile(problem, inputs, blocks, block, strip, ragged)
-        old = {name: ref[strip, lane : lane + 1] for name, ref, lane in columns}
-        new = fold.merge(old, tile, inputs.temperature(problem.config, strip))
-        for name, ref, lane in columns:
-            ref[strip, lane : lane + 1] = new[name]
+        tile = tiles.compute_tile(problem, inputs, blocks, block, ragged)
+        old = {name: ref[...][None] for name, ref in running.items()}
+        by_row = tau[None] if isinstance(tau, jax.Array) else tau
+        new = fold.merge(old, tile.by_lanes(LANES), by_row)
+        for name, ref in running.items():
+            ref[...] = new[name][0]
 
     tiles.each_block(1, problem.layer.classes, blocks.classes, step)
+
+    @pl.when(block == pl.num_programs(1) - 1)
+    def _():
+        columns = {name: ref[...] for name, ref in running.items()}
+        joined = fold.join_lanes(columns, tau)
+        for names, ref in zip(_names(start), outputs, strict=False):
+            for lane, name in enumerate(names):
+                ref[:, lane : lane + 1] = joined[name]

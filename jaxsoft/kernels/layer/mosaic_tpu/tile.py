@@ -21,7 +21,6 @@ __all__ = [
     "TpuInputs",
     "compute_tile",
     "each_block",
-    "each_strip",
     "input_specs",
     "inside",
     "problem_and_inputs",
@@ -49,10 +48,10 @@ class TpuInputs(NamedTuple, Generic[_Array]):
     tau: _Array | None
     labels: _Array | None
 
-    def temperature(self: "TpuInputs[Ref]", config: Config, strip: pl.Slice) -> Tau:
-        """The temperature of a strip's rows, as a float or as [R, 1]."""
+    def temperature(self: "TpuInputs[Ref]", config: Config) -> Tau:
+        """The temperature of a block's rows, as a float or as [R, 1]."""
         if self.tau is not None:
-            return self.tau[strip, :]
+            return self.tau[...]
         assert config.static_tau is not None
         return config.static_tau
 
@@ -169,34 +168,20 @@ def each_block(axis: int, size: int, block: int, step: Callable[[bool], None]) -
     pl.when(pl.program_id(axis) == last)(functools.partial(step, True))
 
 
-def each_strip(blocks: TpuBlocks, step: Callable[[pl.Slice], None]) -> None:
-    """Runs a step for the slice of every strip of rows of a block."""
-    size = blocks.strip
-    if size == blocks.rows:
-        step(pl.Slice(0, size))
-        return
-
-    @pl.loop(0, blocks.rows // size)
-    def _(index):
-        step(pl.Slice(pl.multiple_of(index * size, size), size))
-
-
 def compute_tile(
     problem: Problem,
     inputs: TpuInputs[Ref],
     blocks: TpuBlocks,
     block: jax.Array,
-    strip: pl.Slice,
     ragged: bool,
 ) -> Tile:
-    """Computes the tile of a strip of the rows that are in VMEM.
+    """Computes the tile of the rows and classes that are in VMEM.
 
     Args:
       problem: what is known of the work.
       inputs: references to the blocks.
       blocks: their sizes.
       block: the index of the block of classes.
-      strip: the slice of the rows.
       ragged: whether that block reaches beyond the kernel: what it holds there is
         arbitrary, and counts for nothing.
 
@@ -205,7 +190,7 @@ def compute_tile(
     """
     config, size = problem.config, blocks.classes
     start = block * size
-    hidden = inputs.hidden[strip, :].astype(problem.dtype)
+    hidden = inputs.hidden[...].astype(problem.dtype)
     kernel = inputs.kernel[...].astype(problem.dtype)
     axes = (1, 1 - config.class_axis)
     u = dot(hidden, kernel, axes, config.precision, jnp.float32)
@@ -219,7 +204,7 @@ def compute_tile(
         slope = None if slope is None else inside(problem, start, slope, 1, 0)
     labels = None
     if inputs.labels is not None:
-        labels = columns_of(inputs.labels[strip, :], start, size)
+        labels = columns_of(inputs.labels[...], start, size)
     masked = ragged or offsets is not None
     return Tile(start, kernel, u, masked, labels, slope)
 
