@@ -3,6 +3,7 @@
 The texts are made up, in the form in which the tools write them.
 """
 
+import dataclasses
 import os
 import stat
 
@@ -102,6 +103,15 @@ OF_FUSION = Kernel("loop_fusion", 256, 168, 40, 40000, 256 / 2048, LOOP, 2)
 
 def test_a_fusion_that_xla_wrote(tools, folder):
     assert kernels_of(folder, "", "", LIMITS) == [OF_FUSION]
+
+
+def test_shared_memory_that_a_launch_chooses_is_not_known(tools, folder):
+    extern = ".extern .shared .align 16 .b8 global_smem[];\n.visible .entry"
+    (folder / "module_0001.jit_f.1.ptx").write_text(
+        FUSION.replace(".visible .entry", extern)
+    )
+    (kernel,) = kernels_of(folder, "", "", LIMITS)
+    assert kernel == dataclasses.replace(OF_FUSION, shared=None)
 
 
 def test_a_kernel_that_mosaic_printed_is_known_when_it_comes_again(tools, folder):
