@@ -1678,6 +1678,22 @@ _AROUND = (
         tests=("tests/devices/test_schedule.py",),
     ),
     Breakage(
+        "schedule-trips-of-a-loop-inside-an-open-one",
+        kind="dropped guard",
+        file="jaxsoft/devices/control.py",
+        before="return branch.target in [start for start, _ in around]",
+        after="return branch.target == first",
+        tests=("tests/devices/test_schedule.py",),
+    ),
+    Breakage(
+        "no-shared-memory-where-a-launch-chooses-it",
+        kind="dropped case",
+        file="jaxsoft/devices/ptx.py",
+        before='r"__dynamic_shmem__|\\.extern \\.shared "',
+        after='r"__dynamic_shmem__"',
+        tests=("tests/devices/test_ptx.py",),
+    ),
+    Breakage(
         "occupancy-by-single-registers",
         kind="dropped guard",
         file="jaxsoft/devices/ptx.py",

@@ -17,7 +17,7 @@ from jaxsoft.devices.bundles import Bundle, Operation
 __all__ = ["Counts", "Loop", "count"]
 
 _BRANCH, _STORE, _LOAD, _PHI = "sbr", "sst", "sld", "sphi"
-# Longer programs are given up: their loops count as run once.
+# Longer programs are given up: what ran until then counts.
 _MOST_OPERATIONS = 2_000_000
 _BITS = 2**32
 
@@ -74,7 +74,7 @@ class Loop(NamedTuple):
       first: the place of the first one.
       end: the place behind the last one.
       trips: how often the first one runs; None if a branch on something unknown
-        decides.
+        decides on that, its own or one around it.
     """
 
     first: int
@@ -134,14 +134,33 @@ def count(bundles: Sequence[Bundle], delay: int) -> Counts:
     steps = _steps(bundles, branches, known)
     times, finished = _Machine(steps, branches, delay).run()
     unknown = [branch for branch in branches if branch.predicate is None]
+    ends: dict[int, int] = {}
+    for branch in branches:
+        if branch.target <= branch.place:
+            behind = min(branch.place + delay + 1, len(bundles))
+            ends[branch.target] = max(behind, ends.get(branch.target, 0))
     loops = []
-    for first in sorted({b.target for b in branches if b.target <= b.place}):
-        back = [b for b in branches if b.target == first and b.target <= b.place]
-        end = min(max(b.place for b in back) + delay + 1, len(bundles))
-        inside = any(first <= b.place < end for b in unknown if b in back)
-        trips = None if inside or not finished else times[first]
+    for first, end in sorted(ends.items()):
+        around = [(a, b) for a, b in ends.items() if a <= first and end <= b]
+        is_open = any(_decides(branch, first, around) for branch in unknown)
+        trips = None if is_open or not finished else times[first]
         loops.append(Loop(first, end, trips))
     return Counts(tuple(times), bool(unknown) or not finished, tuple(loops))
+
+
+def _decides(branch: _Branch, first: int, around: Sequence[tuple[int, int]]) -> bool:
+    """Tells whether a branch decides how often a loop's first bundle runs.
+
+    Args:
+      branch: it repeats a loop, jumps over the bundle, or leaves a loop early.
+      first: the bundle's place.
+      around: the first place of each loop that has the bundle, and the one behind it.
+    """
+    if branch.target <= branch.place:
+        return branch.target in [start for start, _ in around]
+    return branch.place < first < branch.target or any(
+        start <= branch.place < end <= branch.target for start, end in around
+    )
 
 
 def _branches(bundles: Sequence[Bundle]) -> Iterator[_Branch]:

@@ -96,7 +96,7 @@ def work_of(text: str) -> Work | None:
     return _Counter(computations).of(entry)
 
 
-def runs_of(text: str, weights: Mapping[str, int]) -> tuple[dict[str, int], bool]:
+def runs_of(text: str, weights: Mapping[str, int]) -> tuple[dict[str, int], set[str]]:
     """Counts how often each instruction outside of fusions runs.
 
     Args:
@@ -104,15 +104,15 @@ def runs_of(text: str, weights: Mapping[str, int]) -> tuple[dict[str, int], bool
       weights: of instructions by name; of branches the heaviest counts.
 
     Returns:
-      The counts by name, and whether they are all: a loop of which nobody knows how
-      often it runs counts as run once.
+      The counts by name, and the names of those that may run more often: a loop of
+      which nobody knows how often it runs counts as run once.
     """
     computations, entry = parse(text)
     found: dict[str, int] = {}
-    if entry is None:
-        return found, False
-    known = _Counter(computations).add_runs(entry, 1, weights, found)
-    return found, known
+    more: set[str] = set()
+    if entry is not None:
+        _Counter(computations).add_runs(entry, 1, weights, found, more)
+    return found, more
 
 
 class _Counter:
@@ -162,8 +162,14 @@ class _Counter:
         return work.times(count)
 
     def add_runs(
-        self, name: str, times: int, weights: Mapping[str, int], found: dict[str, int]
-    ) -> bool:
+        self,
+        name: str,
+        times: int,
+        weights: Mapping[str, int],
+        found: dict[str, int],
+        more: set[str],
+        is_least: bool = False,
+    ) -> None:
         """Adds how often each instruction runs where a computation runs so often.
 
         Args:
@@ -171,16 +177,15 @@ class _Counter:
           times: how often it runs.
           weights: of instructions; of branches the heaviest runs.
           found: by the names of instructions; it grows.
-
-        Returns:
-          Whether all of it is known.
+          more: the names of those that may run more often; it grows.
+          is_least: whether the computation may.
         """
-        where, known = self._computations[name], True
+        where = self._computations[name]
         for one in where.instructions.values():
-            names, trips = self._called(one), 1
+            names, trips, is_open = self._called(one), 1, is_least
             if one.opcode == "while":
                 counted = self._trips(where, one)
-                known &= counted is not None
+                is_open |= counted is None
                 trips = 1 if counted is None else counted
             elif one.opcode == "conditional":
                 names = sorted(names, key=lambda n: self._weight(n, weights))[-1:]
@@ -188,14 +193,14 @@ class _Counter:
                 names = []
             if not names:
                 found[one.name] = found.get(one.name, 0) + times
+                more |= {one.name} if is_open else set()
             for inner in names:
-                known &= self.add_runs(inner, times * trips, weights, found)
-        return known
+                self.add_runs(inner, times * trips, weights, found, more, is_open)
 
     def _weight(self, name: str, weights: Mapping[str, int]) -> int:
         """Returns the weight of a computation, its loops' iterations counted."""
         found: dict[str, int] = {}
-        self.add_runs(name, 1, weights, found)
+        self.add_runs(name, 1, weights, found, set())
         return sum(times * weights.get(one, 0) for one, times in found.items())
 
     def _called(self, one: Instruction) -> list[str]:

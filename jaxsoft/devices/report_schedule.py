@@ -82,13 +82,15 @@ def _time_rows(found: Found, chip: Chip) -> Iterator[tuple[str, ...]]:
             continue
         schedule, work = ran.schedules.get(kind), ran.work[kind]
         assert work is not None
+        # A kernel that does not tell has none of its products counted.
+        products = "?" if work.is_least and not work.dot_flops else None
         bundles = "-" if schedule is None else _ms(least.issue, schedule.is_least)
         is_least = work.is_least or (schedule is not None and schedule.is_least)
         yield (
             *names,
             _ms(least.seconds, is_least),
             _ms(least.memory, work.is_least),
-            _ms(least.products, work.is_least),
+            products or _ms(least.products, work.is_least),
             bundles,
         )
 
@@ -102,7 +104,9 @@ def _loop_rows(found: Found) -> Iterator[tuple[str, ...]]:
             share = part.runs * loop.cycles / schedule.cycles
             if share < _LEAST_SHARE:
                 break
-            trips = "?" if loop.trips is None else f"{part.runs * loop.trips:,}"
+            trips = "?"
+            if loop.trips is not None:
+                trips = f"{'≥ ' * part.runs_are_least}{part.runs * loop.trips:,}"
             shares = (f"{loop.busy[unit]:.2f}" for unit in _SHOWN)
             numbers = (f"{share:.2f}", f"{loop.bundles:,}", trips)
             yield (*names, _cut(part.name), *numbers, *shares)

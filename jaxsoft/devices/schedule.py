@@ -41,6 +41,7 @@ class Part:
       cycles: of one run, at the least.
       is_least: whether there may be more.
       loops: what takes the most cycles first.
+      runs_are_least: whether it may run more often.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Part:
     cycles: int
     is_least: bool
     loops: tuple[Loop, ...]
+    runs_are_least: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ def schedule_of(folder: Path, text: str, delay: int) -> Schedule:
     weights = {
         name: sum(counts.times) for code, counts in read.values() for name in code.alike
     }
-    times, known = runs_of(text, weights)
+    times, more = runs_of(text, weights)
     parts, used, slots = [], [0] * len(UNITS), [0] * len(UNITS)
     for code, counts in read.values():
         runs = sum(times.get(name, 0) for name in code.alike)
@@ -117,7 +119,9 @@ def schedule_of(folder: Path, text: str, delay: int) -> Schedule:
             continue
         cycles = sum(counts.times)
         loops = sorted(_loops(code, counts), key=lambda loop: -loop.cycles)
-        parts.append(Part(code.name, runs, cycles, counts.is_least, tuple(loops)))
+        is_open = not more.isdisjoint(code.alike)
+        part = Part(code.name, runs, cycles, counts.is_least, tuple(loops), is_open)
+        parts.append(part)
         for unit, most in enumerate(code.capacity):
             taken = _taken(code, counts.times, range(len(code.bundles)), unit)
             used[unit] += runs * taken
@@ -125,7 +129,7 @@ def schedule_of(folder: Path, text: str, delay: int) -> Schedule:
     parts.sort(key=lambda part: -part.runs * part.cycles)
     return Schedule(
         sum(part.runs * part.cycles for part in parts),
-        not known or any(part.is_least for part in parts),
+        not times or any(part.is_least or part.runs_are_least for part in parts),
         {n: u / max(s, 1) for n, u, s in zip(UNITS, used, slots, strict=True)},
         tuple(parts),
     )

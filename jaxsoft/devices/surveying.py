@@ -62,8 +62,8 @@ def survey(
         yield from _elsewhere(TARGETS[name], operations, shapes, schedule)
     else:
         raise DeviceError(
-            f"memory on {name} needs {TARGETS[name].package}, which the extra `aot` "
-            'installs: pip install "jaxsoft[aot]"'
+            f"compiling for {name} needs {TARGETS[name].package}, which the extra "
+            '`aot` installs: pip install "jaxsoft[aot]"'
         )
 
 

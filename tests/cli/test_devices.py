@@ -126,13 +126,14 @@ def test_only_functions_that_take_a_workspace_are_shown_with_one(capsys):
     assert not {"softmax", "adaptive_log_prob", "sampled_softmax_loss"} & set(names)
 
 
-def test_memory_on_a_target_needs_an_extra(capsys, monkeypatch):
+def test_compiling_for_a_target_needs_an_extra(capsys, monkeypatch):
     monkeypatch.setattr(Target, "installed", lambda self: False)
     words = ["devices", "--target", "v6e", "--op", "linear_log_prob", *TINY]
     assert main(words) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("jaxsoft devices: memory on v6e needs libtpu")
+    said = "jaxsoft devices: compiling for v6e needs libtpu, which the extra `aot` "
+    assert line.startswith(said)
     assert line.endswith('pip install "jaxsoft[aot]"')
     # The rest needs none.
     assert "xla; reference or mosaic_tpu if asked for" in captured.out
@@ -174,7 +175,7 @@ def test_a_schedule_as_text_and_as_json(capsys, monkeypatch, tmp_path):
     end = {"bundles": 4000, "trips": None, "cycles": 9_900, "busy": busy}
     rare = {"bundles": 5, "trips": 7, "cycles": 100, "busy": busy}
     part = {"name": "a_kernel", "runs": 2, "cycles": 90_000, "is_least": False}
-    parts = [part | {"loops": [loop, end, rare]}]
+    parts = [part | {"loops": [loop, end, rare], "runs_are_least": True}]
     schedule = {"cycles": 180_000, "is_least": True, "busy": busy, "parts": parts}
     work = {"dot_flops": 918 * 10**6, "accessed": 1638 * 10**3, "is_least": False}
     ran = {"name": "xla", "temporaries": {"value": 0}, "work": {"value": work}}
@@ -199,7 +200,7 @@ def test_a_schedule_as_text_and_as_json(capsys, monkeypatch, tmp_path):
         # Cycles bind: 180,000 of them, at least.
         r"sample +\| xla \(default\) +\| value +\| +≥ 0\.103 \| +0\.001 \| +0\.001 "
         r"\| +≥ 0\.103 \|",
-        r"a_kernel \| +0\.89 \| +90 \| +2,000 \| +0\.75 \| +0\.25 ",
+        r"a_kernel \| +0\.89 \| +90 \| +≥ 2,000 \| +0\.75 \| +0\.25 ",
         r"a_kernel \| +0\.11 \| +4,000 \| +\? \| +0\.75 ",
     ):
         assert re.search(pattern, said), (pattern, said)
@@ -229,8 +230,11 @@ def test_kernels_of_a_gpu_as_text(capsys, monkeypatch, tmp_path):
         "implementations": [
             {
                 "name": "xla",
-                "temporaries": {"value": 0},
-                "work": {"value": {"dot_flops": 989 * 10**9}},
+                "temporaries": {"value": 0, "value_and_grad": 0},
+                "work": {
+                    "value": {"dot_flops": 989 * 10**9},
+                    "value_and_grad": {"accessed": 3352 * 10**6, "is_least": True},
+                },
                 "kernels": {"value": [dataclasses.asdict(one) for one in kernels]},
             }
         ],
@@ -249,6 +253,8 @@ def test_kernels_of_a_gpu_as_text(capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     for pattern in (
         r"xla \(default\) +\| value +\| +1\.000 \| +0\.000 \| +1\.000 \| +- \|",
+        # Of products that a kernel does not tell nothing is known.
+        r"gradient +\| +≥ 1\.000 \| +≥ 1\.000 \| +\? \| +- \|",
         r"a_long_name_of_a_kernel_of_mo… \| +384 \| +168 \| +8 \| unknown \| +≤ 0\.19 "
         r"\| +9 \| +51 \| +4 \| +0 \|",
         r"a_fusion +\| +256 \| +30 \| +0 \| +32 \| +≤ 1\.00 \| +0 \| +- \| +- \| +- \|",

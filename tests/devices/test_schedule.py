@@ -162,6 +162,25 @@ def test_what_depends_on_a_given_number_is_not_guessed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "known, unknown",
+    [
+        # The outer loop repeats, the inner one is jumped over, the outer one is left.
+        ("%43 = sbr.rel (!%p5_p4)", "%43 = sbr.rel (!%p9_p9)"),
+        ("%40 = sbr.rel (%p3_p2)", "%40 = sbr.rel (%p9_p9)"),
+        ("0xc   : >> {", "0xc   : >> { %44 = sbr.rel (%p9_p9) target = $region8  ;;"),
+    ],
+)
+def test_loops_in_and_around_which_something_unknown_decides(tmp_path, known, unknown):
+    text = NESTED.replace("TRIPS", "3").replace("/* exit", "/* Start region 8 */ /*")
+    changed = text.replace(known, unknown)
+    assert changed != text
+    _, counts = read(tmp_path, changed)
+    outer, inner = counts.loops
+    assert counts.is_least and inner.trips is None
+    assert outer.trips == (5 if "%40" in known else None)
+
+
+@pytest.mark.parametrize(
     "given",
     [
         "smov [#allocation3]",
@@ -238,11 +257,25 @@ def test_runs_of_instructions():
     assert runs_of(HLO, {}) == (
         {"x": 1, "again": 1, "given.1": 1}
         | {"state": 3, "nested": 3, "next": 3, "state.1": 3, "given": 3},
-        True,
+        set(),
     )
     unknown = HLO.replace("known_trip_count", "trip_count_unknown")
-    times, known = runs_of(unknown, {})
-    assert times["nested"] == 1 and not known
+    times, more = runs_of(unknown, {})
+    assert times["nested"] == 1
+    assert more == {"state", "nested", "next", "state.1", "given"}
+
+
+def test_a_part_of_a_loop_that_runs_nobody_knows_how_often(tmp_path):
+    write(tmp_path, "nested", NESTED.replace("TRIPS", "3"))
+    write(tmp_path, "again", NESTED.replace("TRIPS", "3"))
+    unknown = HLO.replace("known_trip_count", "trip_count_unknown")
+    schedule = schedule_of(tmp_path, unknown, DELAY)
+    assert {part.name: part.runs_are_least for part in schedule.parts} == {
+        "nested": True,
+        "again": False,
+    }
+    assert schedule.is_least and not any(part.is_least for part in schedule.parts)
+    assert schedule_of(tmp_path, "no HLO", DELAY).is_least
 
 
 @pytest.mark.parametrize("heavy, light", [("a", "b"), ("b", "a")])
@@ -261,7 +294,7 @@ ENTRY %main (i: s32[], x: f32[]) -> f32[] {
   ROOT %c = f32[] conditional(%i, %x, %x), branch_computations={%left, %right}
 }
 """
-    assert runs_of(text, {heavy: 2, light: 1}) == ({heavy: 1}, True)
+    assert runs_of(text, {heavy: 2, light: 1}) == ({heavy: 1}, set())
 
 
 def test_the_least_time_is_that_of_what_binds():
