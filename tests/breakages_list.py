@@ -1678,6 +1678,14 @@ _AROUND = (
         tests=("tests/devices/test_schedule.py",),
     ),
     Breakage(
+        "devices-counts-all-loops-by-one",
+        kind="dropped factor",
+        file="jaxsoft/devices/hlo.py",
+        before="return max(-((int(first.inside) - int(end.inside)) // step), 0)",
+        after="return max(int(end.inside) - int(first.inside), 0)",
+        tests=("tests/devices/test_hlo.py",),
+    ),
+    Breakage(
         "schedule-trips-of-a-loop-inside-an-open-one",
         kind="dropped guard",
         file="jaxsoft/devices/control.py",

@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jaxsoft.devices.hlo_text import OPERAND, Computation, Instruction, parse
 
@@ -113,6 +114,14 @@ def runs_of(text: str, weights: Mapping[str, int]) -> tuple[dict[str, int], set[
     if entry is not None:
         _Counter(computations).add_runs(entry, 1, weights, found, more)
     return found, more
+
+
+class _Place(NamedTuple):
+    """An instruction of a computation, and the fusion that this one is, if it is."""
+
+    where: Computation
+    one: Instruction
+    fusion: "_Place | None" = None
 
 
 class _Counter:
@@ -220,12 +229,17 @@ class _Counter:
             return int(known[1])
         names = _LOOP.search(loop.rest)
         assert names is not None
-        return self._iterations(where, loop, self._computations[names[1]])
+        condition, body = (self._computations[name] for name in names.groups())
+        return self._iterations(where, loop, condition, body)
 
     def _iterations(
-        self, where: Computation, loop: Instruction, condition: Computation
+        self,
+        where: Computation,
+        loop: Instruction,
+        condition: Computation,
+        body: Computation,
     ) -> int | None:
-        """Returns how often a loop runs that counts up by 1 to a number."""
+        """Returns how often a loop runs that counts up by a number to another."""
         compare = condition.root
         if compare is None:
             return None
@@ -237,16 +251,64 @@ class _Counter:
         counter, end = operands
         index = re.search(r"index=(\d+)", counter.rest)
         (start,) = where.operands(loop)[:1] or (None,)
-        if index is None or end.opcode != "constant" or start is None:
+        if index is None or not _is_whole(end) or start is None:
             return None
         if start.opcode != "tuple":
             return None
         first = where.instructions[start.operands[int(index[1])]]
         while first.opcode in _ONE_BY_ONE and first.operands:
             first = where.instructions[first.operands[0]]
-        if first.opcode != "constant":
+        step = self._step(body, int(index[1]))
+        if not _is_whole(first) or not step:
             return None
-        return max(int(end.inside) - int(first.inside), 0)
+        return max(-((int(first.inside) - int(end.inside)) // step), 0)
+
+    def _step(self, body: Computation, index: int) -> int | None:
+        """Returns by how much a loop's counter grows, if that is a number above 0."""
+        if body.root is None or body.root.opcode != "tuple":
+            return None
+        new = body.instructions[body.root.operands[index]]
+        found = self._source(_Place(body, new))
+        if found.one.opcode != "add":
+            return None
+        terms = [
+            self._source(found._replace(one=one))
+            for one in found.where.operands(found.one)
+        ]
+        old, step = sorted((t.one for t in terms), key=lambda one: one.opcode)[::-1]
+        if old.opcode != "get-tuple-element" or not _is_whole(step):
+            return None
+        is_old = f"index={index}," in f"{old.rest},"
+        of_body = body.instructions.get(old.operands[0])
+        if not is_old or of_body is None or of_body.opcode != "parameter":
+            return None
+        return max(int(step.inside), 0)
+
+    def _source(self, place: "_Place") -> "_Place":
+        """Returns what makes a number, through copies, into fusions and out of them."""
+        result = 0
+        while True:
+            where, one, fusion = place
+            called = _CALLED.search(one.rest) if one.opcode == "fusion" else None
+            if one.opcode in _ONE_BY_ONE and one.operands:
+                place = place._replace(one=where.instructions[one.operands[0]])
+            elif called is not None:
+                inner = self._computations[called[1]]
+                root = inner.root
+                assert root is not None
+                if root.opcode == "tuple":
+                    root = inner.operands(root)[result]
+                place = _Place(inner, root, place)
+            elif one.opcode == "parameter" and fusion is not None:
+                operand = fusion.one.operands[int(one.inside)]
+                place = fusion._replace(one=fusion.where.instructions[operand])
+            elif one.opcode == "get-tuple-element" and (
+                where.operands(one)[0].opcode == "fusion"
+            ):
+                result = int(one.rest.partition("index=")[2].partition(",")[0])
+                place = place._replace(one=where.operands(one)[0])
+            else:
+                return place
 
     def _of_custom_call(self, where: Computation, one: Instruction) -> Work:
         target = (_TARGET.search(one.rest) or ("", ""))[1]
@@ -357,6 +419,11 @@ def _moved_by_start(one: Instruction) -> int:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _is_whole(one: Instruction) -> bool:
+    """Tells whether an instruction is a whole number that is written in it."""
+    return one.opcode == "constant" and re.fullmatch(r"-?\d+", one.inside) is not None
 
 
 def _dot_flops(where: Computation, one: Instruction) -> int:

@@ -27,7 +27,18 @@ TPU = """HloModule jit_f, is_scheduled=true
   %product = f32[64,32]{1,0:T(8,128)S(1)} fusion(%x, %w, %at), calls=%fused
   %copy-start = (f32[64,32], f32[64,32]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%product)
   %copy-done = f32[64,32]{1,0} copy-done(%copy-start)
-  ROOT %next = (s32[]{:T(128)}, bf16[64,128]) tuple(%at, %x)
+  %kept = s32[]{:T(128)S(6)} copy(%at)
+  %step = s32[]{:T(128)} constant(STEP)
+  %counted = (s32[]{:T(128)}, s32[]) fusion(%step, %kept), calls=%counting
+  %after = s32[]{:T(128)} get-tuple-element(%counted), index=0
+  ROOT %next = (s32[]{:T(128)}, bf16[64,128]) tuple(%after, %x)
+}
+
+%counting (by: s32[], from: s32[]) -> (s32[], s32[]) {
+  %by = s32[]{:T(128)} parameter(0)
+  %from = s32[]{:T(128)} parameter(1)
+  %more = s32[]{:T(128)} add(%from, %by)
+  ROOT %both = (s32[]{:T(128)}, s32[]) tuple(%more, %from)
 }
 
 %condition (state.1: (s32[], bf16[64,128])) -> pred[] {
@@ -123,17 +134,37 @@ def test_of_branches_the_largest_counts():
     assert found.dot_flops == 2 * 64**3 and found.accessed >= table.nbytes
 
 
-@pytest.mark.parametrize("end", [3, 19])
-def test_what_compilers_for_tpus_write(end):
-    found = work_of(TPU.replace("END", str(end)))
+@pytest.mark.parametrize("end, step", [(3, 1), (19, 1), (19, 4), (20, 4), (3, 2)])
+def test_what_compilers_for_tpus_write(end, step):
+    runs = -(-(end - 3) // step)
+    found = work_of(TPU.replace("END", str(end)).replace("STEP", str(step)))
     # States, a slice of the kernel, and the copy out of the chip's own memory.
-    step = 2 * 64 * 128 + 2 * 128 * 32 + 4 * 64 * 32
-    runs = end - 3
+    moved = 2 * 64 * 128 + 2 * 128 * 32 + 4 * 64 * 32
     loop = 2 * 64 * 128 * 32 * runs
     assert found is not None
     assert found.dot_flops == loop + 1000
-    # The counter's loop reads two scalars, where they are not on the chip.
-    assert 0 <= found.accessed - (step * runs + 100) <= 16 * (runs + 1)
+    # The counter's loop reads and writes some scalars, where they are not on the chip.
+    assert 0 <= found.accessed - (moved * runs + 100) <= 40 * (runs + 1)
+    assert not found.is_least
+
+
+@pytest.mark.parametrize(
+    "given, other",
+    [
+        ("add(%from, %by)", "add(%from, %from)"),
+        ("add(%from, %by)", "multiply(%from, %by)"),
+        ("get-tuple-element(%counted), index=0", "negate(%kept)"),
+        ("constant(STEP)", "constant(-1)"),
+        ("constant(STEP)", "constant(0.5)"),
+        ("constant(END)", "constant(inf)"),
+        ("constant(3)", "constant(2.5)"),
+    ],
+)
+def test_a_loop_that_does_not_count_up_by_a_number_counts_once(given, other):
+    text = TPU.replace(given, other).replace("END", "19").replace("STEP", "1")
+    found = work_of(text)
+    assert found is not None and found.is_least
+    assert found.dot_flops == 2 * 64 * 128 * 32 + 1000
 
 
 def test_of_what_is_laid_out_anew_only_what_is_needed_moves():
@@ -141,7 +172,11 @@ def test_of_what_is_laid_out_anew_only_what_is_needed_moves():
 
 
 def test_a_kernel_that_does_not_tell():
-    text = TPU.replace('"cost_estimate"', '"other"').replace("END", "3")
+    text = (
+        TPU.replace('"cost_estimate"', '"other"')
+        .replace("END", "3")
+        .replace("STEP", "1")
+    )
     assert work_of(text) == Work(0, 2 * 64 * 128 + 4, is_least=True)
 
 
