@@ -1686,6 +1686,14 @@ _AROUND = (
         tests=("tests/devices/test_hlo.py",),
     ),
     Breakage(
+        "schedule-runs-on-into-the-next-region",
+        kind="dropped guard",
+        file="jaxsoft/devices/control.py",
+        before="behind = min(place + delay + 1, following)",
+        after="behind = min(place + delay + 1, len(bundles))",
+        tests=("tests/devices/test_schedule.py",),
+    ),
+    Breakage(
         "schedule-trips-of-a-loop-inside-an-open-one",
         kind="dropped guard",
         file="jaxsoft/devices/control.py",

@@ -18,7 +18,8 @@ class Chip:
       bandwidth: bytes a second from and to its memory.
       flops: operations a second in products of bfloat16 that are summed in float32.
       source: where bandwidth and flops are written.
-      branch_delay: of TPUs, bundles behind a branch that run before it jumps.
+      branch_delay: of TPUs, bundles behind a branch that run before it jumps, at the
+        most.
     """
 
     clock: float

@@ -7,6 +7,7 @@ such as a number that the program is given, counts as taken where it jumps over 
 as not taken where it repeats code, so that the counts are the least.
 """
 
+import bisect
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -108,9 +109,13 @@ class _Step(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """A branch; its predicate is None where it is not known."""
+    """A branch, and what is behind the bundles that run before it jumps.
+
+    Its predicate is None where it is not known.
+    """
 
     place: int
+    behind: int
     target: int
     predicate: str | None
     negated: bool
@@ -121,9 +126,10 @@ def count(bundles: Sequence[Bundle], delay: int) -> Counts:
 
     Args:
       bundles: the code.
-      delay: how many bundles behind a branch run before it jumps.
+      delay: how many bundles behind a branch run before it jumps, at the most: none of
+        the next region, before which a 7x has one empty bundle in place of several.
     """
-    branches = list(_branches(bundles))
+    branches = list(_branches(bundles, delay))
     known = _known(bundles)
     branches = [
         branch
@@ -132,13 +138,12 @@ def count(bundles: Sequence[Bundle], delay: int) -> Counts:
         for branch in branches
     ]
     steps = _steps(bundles, branches, known)
-    times, finished = _Machine(steps, branches, delay).run()
+    times, finished = _Machine(steps, branches).run()
     unknown = [branch for branch in branches if branch.predicate is None]
     ends: dict[int, int] = {}
     for branch in branches:
         if branch.target <= branch.place:
-            behind = min(branch.place + delay + 1, len(bundles))
-            ends[branch.target] = max(behind, ends.get(branch.target, 0))
+            ends[branch.target] = max(branch.behind, ends.get(branch.target, 0))
     loops = []
     for first, end in sorted(ends.items()):
         around = [(a, b) for a, b in ends.items() if a <= first and end <= b]
@@ -163,15 +168,18 @@ def _decides(branch: _Branch, first: int, around: Sequence[tuple[int, int]]) -> 
     )
 
 
-def _branches(bundles: Sequence[Bundle]) -> Iterator[_Branch]:
+def _branches(bundles: Sequence[Bundle], delay: int) -> Iterator[_Branch]:
     starts = {n: place for place, one in enumerate(bundles) for n in one.regions}
+    begins = [*sorted(set(starts.values())), len(bundles)]
     for place, bundle in enumerate(bundles):
         for one in bundle.scalars:
             if one.opcode.startswith(_BRANCH) and one.operands:
                 region = one.operands[-1].removeprefix("$region")
                 target = starts.get(int(region)) if region.isdigit() else None
                 if target is not None:
-                    yield _Branch(place, target, one.predicate, one.negated)
+                    following = begins[bisect.bisect_right(begins, place)]
+                    behind = min(place + delay + 1, following)
+                    yield _Branch(place, behind, target, one.predicate, one.negated)
 
 
 def _reads(one: Operation) -> Iterator[str]:
@@ -274,13 +282,12 @@ class _Machine:
         self,
         steps: Sequence[Sequence[_Step]],
         branches: Sequence[_Branch],
-        delay: int,
     ):
         self._size = len(steps)
         self._steps = steps
         self._branches = {branch.place: branch for branch in branches}
-        jumps = {min(b.place + delay + 1, self._size) for b in branches}
-        self._starts = sorted({0, *jumps, *(b.target for b in branches)} - {self._size})
+        jumps = {place for b in branches for place in (b.behind, b.target)}
+        self._starts = sorted({0, *jumps} - {self._size})
         self._registers: dict[str, int] = {}
 
     def run(self) -> tuple[list[int], bool]:

@@ -153,6 +153,16 @@ def test_bundles_behind_a_branch_are_the_chips(tmp_path):
     }
 
 
+def test_no_bundle_of_the_next_region_runs_before_a_jump(tmp_path):
+    # A 7x's compiler writes an empty bundle for several behind a branch.
+    text = NESTED.replace("TRIPS", "3")
+    shorter = text.replace("minus four */ }", "minus four */ } /* Start region 4 */")
+    assert shorter != text
+    _, counts = read(tmp_path, shorter, delay=6)
+    assert [loop.trips for loop in counts.loops] == [5, 3 * 7]
+    assert counts.times[4:9] == (5, 5, 5, 3, 3)
+
+
 def test_what_depends_on_a_given_number_is_not_guessed(tmp_path):
     _, counts = read(tmp_path, GIVEN)
     (loop,) = counts.loops
