@@ -181,7 +181,9 @@ def _of_functions(
             left.remove(found.operation)
             yield cells_of(target, found)
     except DeviceError as error:
-        yield [{"function": left[0], "error": str(error)[:300]}]
+        # It may fail behind the last one, which is known then.
+        if left:
+            yield [{"function": left[0], "error": str(error)[:300]}]
 
 
 def cells_of(target: str, found: Found) -> list[dict[str, Any]]:

@@ -47,7 +47,8 @@ def show(one: Surveyed, shapes: Shapes) -> None:
     chip = CHIPS[one.name]
     print(
         f"{one.name}: {one.device.description}, {chip.clock / 1e9:.2f} GHz, "
-        f"{chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s\n"
+        f"{chip.bandwidth / 1e9:,.0f} GB/s, {chip.flops / 1e12:,.0f} TFLOP/s "
+        "of bfloat16\n"
         f"least times in ms, N = {shapes.tokens:,}, H = {shapes.hidden:,}, "
         f"V = {shapes.vocabulary:,}, {shapes.dtype}"
     )

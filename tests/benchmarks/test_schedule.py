@@ -116,3 +116,16 @@ def test_another_file_is_refused(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit):
         run(path)
     assert message in capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_behind_the_last_function(tmp_path, monkeypatch):
+    def survey(target, names, shapes, *, schedule):
+        yield from map(found, names)
+        raise DeviceError("exit code -6")
+
+    monkeypatch.setattr(schedule, "survey", survey)
+    path = tmp_path / "record.json"
+    options = ["--targets", "v6e", "--models", "gemma3", "--only", "softmax"]
+    assert run(path, *options) == 0
+    (cell,) = [c for c in json.loads(path.read_text())["cells"] if "what" in c]
+    assert cell["function"] == "softmax"

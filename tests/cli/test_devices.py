@@ -195,7 +195,7 @@ def test_a_schedule_as_text_and_as_json(capsys, monkeypatch, tmp_path):
     assert main(words) == 0
     said = capsys.readouterr().out
     for pattern in (
-        r"v6e: TPU v6e, 1\.75 GHz, 1,638 GB/s, 918 TFLOP/s\n",
+        r"v6e: TPU v6e, 1\.75 GHz, 1,638 GB/s, 918 TFLOP/s of bfloat16\n",
         r"least times in ms, N = 8, H = 4, V = 16, float32",
         # Cycles bind: 180,000 of them, at least.
         r"sample +\| xla \(default\) +\| value +\| +≥ 0\.103 \| +0\.001 \| +0\.001 "
