@@ -130,7 +130,7 @@ def count(bundles: Sequence[Bundle], delay: int) -> Counts:
         the next region, before which a 7x has one empty bundle in place of several.
     """
     branches = list(_branches(bundles, delay))
-    known = _known(bundles)
+    known = _known(bundles, branches)
     branches = [
         branch
         if not branch.predicate or branch.predicate in known
@@ -214,8 +214,11 @@ def _is_readable(one: Operation) -> bool:
     return len(one.operands) == _OPERANDS.get(one.opcode, 2)
 
 
-def _known(bundles: Sequence[Bundle]) -> set[str]:
-    """Returns the names and places whose numbers follow from what is written."""
+def _known(bundles: Sequence[Bundle], branches: Sequence[_Branch]) -> set[str]:
+    """Returns the names and places whose numbers follow from what is written.
+
+    What is written where an unknown branch may jump over it is not known.
+    """
     defined = _definitions(bundles)
     unknown: set[str] = set()
     while True:
@@ -229,8 +232,14 @@ def _known(bundles: Sequence[Bundle]) -> set[str]:
                 for read in _reads(one)
             )
         }
+        known = set(defined) - unknown - new
+        for branch in branches:
+            if branch.predicate and branch.predicate not in known:
+                jumped = bundles[branch.behind : branch.target]
+                written = (_writes(one) for bundle in jumped for one in bundle.scalars)
+                new |= known.intersection(written)
         if not new:
-            return set(defined) - unknown
+            return known
         unknown |= new
 
 

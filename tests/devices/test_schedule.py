@@ -210,6 +210,25 @@ def test_addresses_and_memory_that_others_write_are_not_known(tmp_path, given):
     assert counts.loops[0].trips is None and counts.is_least
 
 
+@pytest.mark.parametrize("bound, trips", [("%s9_s9", 3), ("%s11_s9", None)])
+def test_what_may_be_jumped_over_is_not_known(tmp_path, bound, trips):
+    start = """
+     0   :  { %s9_s9 = smov 3  ;;  %9 = sbr.rel (%p8_p8) target = $region7 }
+     1   :  {}
+     1   :  {}
+     1   :  {}
+     1   :  {}
+     1   :  { %s10_s9 = smov 2 }
+     1   :  { %s11_s9 = sphi %s9_s9, %s10_s9  ;;  %s1_s1 = smov 0 } /* Start region 7 */
+"""
+    text = start.replace("  1  ", "0x1  ") + "".join(
+        f"{line}\n" for line in GIVEN.splitlines()[2:]
+    ).replace("%s9_s9", bound)
+    _, counts = read(tmp_path, text)
+    assert [loop.trips for loop in counts.loops] == [trips]
+    assert counts.is_least
+
+
 def test_a_loop_that_takes_too_long_to_follow_is_not_known(tmp_path, monkeypatch):
     monkeypatch.setattr(control, "_MOST_OPERATIONS", 100)
     _, counts = read(tmp_path, NESTED.replace("TRIPS", "1000"))
