@@ -1188,8 +1188,16 @@ _TREES = (
         "cold-entries-drawn-among-equals",
         kind="dropped guard",
         file="jaxsoft/adaptive/decoding.py",
-        before="layer.row_tau is None and layer.constant > 0",
+        before="layer.row_tau is None and not is_cold",
         after="layer.row_tau is None",
+        tests=("tests/adaptive/test_adaptive.py",),
+    ),
+    Breakage(
+        "entries-drawn-among-equals-at-a-subnormal-temperature",
+        kind="dropped guard",
+        file="jaxsoft/adaptive/decoding.py",
+        before="is_cold = layer.constant < float(jnp.finfo(layer.dtype).tiny)",
+        after="is_cold = layer.constant == 0",
         tests=("tests/adaptive/test_adaptive.py",),
     ),
     Breakage(

@@ -105,7 +105,8 @@ def adaptive_sample(
 @functools.partial(jax.jit, inline=True)
 def _sample(key: jax.Array, layer: Layer) -> jax.Array:
     # At τ = 0 entries are taken one after another.
-    if _is_small(layer) and layer.row_tau is None and layer.constant > 0:
+    is_cold = layer.constant < float(jnp.finfo(layer.dtype).tiny)
+    if _is_small(layer) and layer.row_tau is None and not is_cold:
         words = noise.row_words(key, layer.hidden.shape[0])
         return draw_rows(1.0, words, Rows(log_probs_by_rank(layer), None, None))
     operands, options = layer.call()

@@ -333,11 +333,14 @@ def test_cold_samples_are_greedy_and_cold_rows_may_stand_beside_warm_ones():
         assert found[row] == rank
 
 
-def test_the_first_of_equal_entries_is_taken_at_a_known_temperature_of_zero():
+@pytest.mark.parametrize("temperature", [0.0, 1e-40])
+def test_the_first_of_equal_entries_is_taken_at_a_known_temperature_of_zero(
+    temperature,
+):
     bands = ClassBands.in_order(60, (10, 30))
     case = Case(bands, rows=8, scale=0.0)
     greedy = functools.partial(jaxsoft.adaptive_sample, KEY)
-    np.testing.assert_array_equal(case.call(greedy, temperature=0.0), 0)
+    np.testing.assert_array_equal(case.call(greedy, temperature=temperature), 0)
 
 
 def test_a_nan_is_not_a_class():
