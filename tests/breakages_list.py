@@ -1201,6 +1201,14 @@ _TREES = (
         tests=("tests/adaptive/test_adaptive.py",),
     ),
     Breakage(
+        "filters-of-tokens-wrap-over-a-mesh",
+        kind="wrapped integer",
+        file="jaxsoft/linear/mesh.py",
+        before="arrays[name] = numbers",
+        after="arrays[name] = jnp.asarray(arguments[name])",
+        tests=("tests/linear/test_filtered_draws.py",),
+    ),
+    Breakage(
         "last-of-the-first-classes-dropped",
         kind="off by one",
         file="jaxsoft/logits/groups.py",

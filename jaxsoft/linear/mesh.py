@@ -141,11 +141,12 @@ def _call(function, mesh, classes, tokens, arguments: dict[str, Any]) -> Any:
         if hasattr(arguments.get(name), "dtype"):
             arrays[name] = jnp.asarray(arguments[name])
     # A filter of all tokens stays as known as it is, and of others what draws go by.
-    most = most_of(arguments.get("top_k"))
     for name in Filters._fields:
         if np.ndim(arguments.get(name, 0)):
-            check_filter(name, arguments[name], jnp.dtype(jnp.float32))
-            arrays[name] = jnp.asarray(arguments[name])
+            numbers = check_filter(name, arguments[name], jnp.result_type(float))
+            assert numbers is not None
+            arrays[name] = numbers
+    most = most_of(arguments["top_k"]) if "top_k" in arrays else None
     static = {name: v for name, v in arguments.items() if name not in arrays}
     axes = {
         name: _axis_of_classes(name, array.ndim, static)

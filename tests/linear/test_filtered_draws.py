@@ -326,6 +326,18 @@ def test_a_known_top_k_of_each_token_draws_the_same_over_a_mesh(numbers):
     assert differ > 9 if min(numbers) else differ <= 1
 
 
+def test_a_top_k_beyond_int32_keeps_all_over_a_mesh():
+    over = jaxsoft.over_mesh(linear_sample, jax.make_mesh((8,), ("d",)), token_axes="d")
+    layer, top_k = (HIDDEN[:8], KERNEL), np.full(8, 10**12)
+    np.testing.assert_array_equal(over(KEY, *layer, top_k=top_k), draw(*layer))
+
+
+def test_a_top_k_that_is_no_integer_has_its_message_over_a_mesh():
+    over = jaxsoft.over_mesh(linear_sample, jax.make_mesh((8,), ("d",)), token_axes="d")
+    with pytest.raises(TypeError, match="`top_k` must be an int, got nan"):
+        over(KEY, HIDDEN[:8], KERNEL, top_k=float("nan"))
+
+
 def test_explicit_axes():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     expected = draw(**GIVEN)
