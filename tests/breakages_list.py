@@ -679,6 +679,22 @@ _LINEAR = (
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(
+        "remainder-of-a-skew-that-has-little-of-its-own",
+        kind="cancellation",
+        file="jaxsoft/_core/divergence.py",
+        before="        if own > 0.5:",
+        after="        if own > 0:",
+        tests=("tests/logits/test_limits.py",),
+    ),
+    Breakage(
+        "series-of-a-skew-in-floats",
+        kind="cancellation",
+        file="jaxsoft/_core/divergence.py",
+        before="share_q = map(Fraction, mixture)",
+        after="share_q = map(float, mixture)",
+        tests=("tests/logits/test_limits.py", "tests/linear/test_distillation.py"),
+    ),
+    Breakage(
         "class-of-one-layer-has-no-ratio",
         kind="wrong limit",
         file="jaxsoft/_core/divergence.py",

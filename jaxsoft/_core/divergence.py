@@ -7,7 +7,9 @@ term of the second form is non-negative. Where d is small it is a series in d, a
 factor τ² neither overflows nor amplifies rounding.
 """
 
+import functools
 import math
+from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -146,19 +148,24 @@ class _Series(NamedTuple):
     of_q: list[float]
 
 
+@functools.cache
 def _series_of(mixture: Mixture, count: int) -> _Series:
     """Returns `count` coefficients of each; see `mixture_terms`."""
-    of_p, of_q, share_p, share_q = mixture
-    exp = [1 / math.factorial(n) for n in range(count + 2)]
+    # In fractions, since they are of (1 - α)² where the skew α is close to 1.
+    of_p, of_q, share_p, share_q = map(Fraction, mixture)
+    # The larger share is rounded.
+    share_p = share_p if share_p < share_q else 1 - share_q
+    share_q = 1 - share_p
+    exp = [Fraction(1, math.factorial(n)) for n in range(count + 2)]
     # Of m / p, its logarithm and (q - p) / m: M L' = M' and M g = exp(d) - 1.
-    m = [1.0, *(share_q * x for x in exp[1:])]
-    log_m, gap = [0.0], [0.0]
+    m = [Fraction(1), *(share_q * x for x in exp[1:])]
+    log_m, gap = [Fraction()], [Fraction()]
     for n in range(1, count + 2):
         inner = range(1, n)
-        log_m.append(m[n] - sum(k * log_m[k] * m[n - k] for k in inner) / n)
+        log_m.append(m[n] - sum(k * log_m[k] * m[n - k] for k in inner) / Fraction(n))
         gap.append(exp[n] - sum(m[k] * gap[n - k] for k in inner))
     # log(m / q) is log(m / p) - d.
-    log_m_q = [0.0, log_m[1] - 1, *log_m[2:]]
+    log_m_q = [Fraction(), log_m[1] - 1, *log_m[2:]]
     over_p = []
     for n in range(2, count + 2):
         times = sum(exp[n - k] * log_m_q[k] for k in range(1, n + 1))
@@ -174,7 +181,8 @@ def _series_of(mixture: Mixture, count: int) -> _Series:
         (of_p * a + skew * share_p * g, of_q * b + skew * share_q * g)
         for a, b, g in logs
     ]
-    return _Series(share, loss, *map(list, zip(*both[:count], strict=True)))
+    series = loss, *zip(*both[:count], strict=True)
+    return _Series(float(share), *([float(x) for x in each] for each in series))
 
 
 def _polynomial(coefficients: list[float], x: jax.Array) -> jax.Array:
@@ -240,6 +248,13 @@ def mixture_terms(
             ratio = jnp.log1p(other * jnp.minimum(more, _HUGE))
         return excess(prob, m, ratio, tau * ratio, tau), ratio
 
+    def skewed(prob, ratio, own, other, far):
+        """Returns s of p or of q alone from a mixture, with far that of the other."""
+        if own > 0.5:
+            # The terms of the sum below are nearly opposite.
+            return _remainder(ratio, prob / jnp.maximum(m, tiny), tau) - far
+        return tau * ratio + own / other * far
+
     # Each weight is the share, as in Jensen-Shannon, or one of them is 0.
     is_even = of_p == share_p
     gap = tau * ((p - q) / jnp.maximum(m, tiny))
@@ -250,7 +265,7 @@ def mixture_terms(
             s_p += of_p * (tau * ratio)
         else:
             s_q += share_q * (share_q * gap)
-            s_p += _remainder(ratio, p / jnp.maximum(m, tiny), tau) - s_q
+            s_p += skewed(p, ratio, share_p, share_q, s_q)
     if of_q:
         terms, ratio = part(q, p, -d, share_p)
         loss += of_q * terms
@@ -258,7 +273,7 @@ def mixture_terms(
             s_q += of_q * (tau * ratio)
         else:
             s_p -= share_p * (share_p * gap)
-            s_q += _remainder(ratio, q / jnp.maximum(m, tiny), tau) - s_p
+            s_q += skewed(q, ratio, share_q, share_p, s_p)
     about = p + series.share * (q - p)
     terms = about * close * (close * _polynomial(series.loss, step))
     loss = jnp.where(near, terms, loss)

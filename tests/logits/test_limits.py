@@ -285,6 +285,36 @@ def test_gradients_near_the_ends_of_a_mixture():
             assert truth.error(slope, 2 * exact) < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("alpha", [1e-6, 1 - 1e-6, 1 - 1e-9])
+def test_skews_near_their_ends_keep_all_digits(kind, alpha, monkeypatch):
+    """Of close distributions, and of a peaked one that the other lacks."""
+    shares = (alpha, 1 - alpha) if kind == "forward_kl" else (1 - alpha, alpha)
+    parts = (float(kind == "forward_kl"), float(kind == "reverse_kl"), *shares)
+    monkeypatch.setitem(truth.DIVERGENCES, "skew", ({}, parts))
+    # Numbers whose differences are exact.
+    one, other = (np.round(truth.logits("unit", 9, s) * 64) / 64 for s in (1, 2))
+    peaked = np.float32(30) * (np.arange(9) == 1)
+    student = np.stack([one, one, peaked])
+    teacher = np.stack([other / 64 + one, peaked, one]).astype("float32")
+
+    @jax.jit
+    def step(student, teacher):
+        loss = functools.partial(
+            jaxsoft.distillation_loss, divergence=kind, alpha=alpha
+        )
+        value, pull = jax.vjp(loss, student, teacher)
+        return value, pull(jnp.ones_like(value))
+
+    value, slopes = step(student, teacher)
+    exact, *exacts = truth.scaled_divergence(student, teacher, 1.0, "skew")
+    np.testing.assert_allclose(value, exact, rtol=3e-6)
+    for slope, exact_slope in zip(slopes, exacts, strict=True):
+        # Beside its size, that of probabilities at 1 is rounded.
+        most = 1e-5 * np.abs(exact_slope).max(-1) + 3e-7 * exact
+        assert (np.abs(slope - exact_slope).max(-1) <= most).all()
+
+
 def test_one_class_and_no_rows():
     x = jnp.zeros((3, 1))
     np.testing.assert_array_equal(jaxsoft.softmax(x, temperature=0.3), np.ones((3, 1)))
