@@ -663,6 +663,14 @@ _LINEAR = (
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(
+        "slopes-with-the-error-of-a-ratio-of-sums",
+        kind="cancellation",
+        file="jaxsoft/linear/folds/divergence.py",
+        before="self.slope - self.prob * jnp.where(jnp.isfinite(total), total, 0)",
+        after="self.slope",
+        tests=("tests/linear/test_distillation.py",),
+    ),
+    Breakage(
         "skew-without-its-second-term",
         kind="dropped term",
         file="jaxsoft/_core/divergence.py",

@@ -172,6 +172,35 @@ def test_a_skew_close_to_1_keeps_the_digits_of_both_gradients(kind, monkeypatch)
             assert (np.abs(found - slope) <= most).all()
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("tau", [1.0, np.float32(100)])
+def test_gradients_of_close_layers_keep_their_digits(kind, tau):
+    """An error of the ratio of the layers' sums is in no class's slope."""
+    # Numbers whose differences are exact.
+    teacher, noise = (truth.logits("unit", (4, 1000), seed) for seed in (1, 2))
+    teacher = np.round(teacher * 64) / 64
+    student = teacher + np.round(noise * 16) / 4096
+    hidden = np.eye(4, dtype="float32")
+
+    @jax.jit
+    def slopes(student, teacher):
+        def loss(student, teacher):
+            return linear_distillation(
+                *(hidden, student, hidden, teacher),
+                temperature=tau,
+                divergence=kind,
+                teacher_gradient=True,
+                reduction="sum",
+                workspace_bytes=TILE,
+            )
+
+        return jax.grad(loss, (0, 1))(student, teacher)
+
+    exact = truth.scaled_divergence(student, teacher, tau, kind)[1:]
+    for slope, exact_slope in zip(slopes(student, teacher), exact, strict=True):
+        assert truth.error(slope, exact_slope) < 2e-6
+
+
 @pytest.mark.parametrize("tau", [16.0, 17.0, 1e7, math.inf])
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_reverse"])
 @pytest.mark.many_cases

@@ -148,7 +148,7 @@ class _Sums(NamedTuple):
 
     Attributes:
       loss: τ² times the divergence.
-      student: the mean of the student's log-ratios; see `_Side`.
+      student: the total of the student's side; see `_Side`.
       teacher: that of the teacher's.
     """
 
@@ -439,8 +439,8 @@ class TwoLayers(Fold[Layers, _Sums, _Saved, Losses]):
             u_s, u_t = logits
             tau = part.temperature(configs[0])
             _, *sides = _terms(self.divergence, tau, u_s, u_t, other.rows)
-            means = (other.sums.student[:, None], other.sums.teacher[:, None])
-            slopes = [s.derivative(m) for s, m in zip(sides, means, strict=True)]
+            totals = (other.sums.student[:, None], other.sums.teacher[:, None])
+            slopes = [s.derivative(t) for s, t in zip(sides, totals, strict=True)]
             moments = None
             if wanted.tau:
                 # Euler: the loss is homogeneous of degree 2 in logits and temperature.
@@ -486,29 +486,29 @@ class _Side(NamedTuple):
     """A layer's part in a tile of the divergence, [R, B] each.
 
     The derivative by the layer's logits is -p (s - Σ p s) or, where `slope` is known,
-    that.
+    that. An error of all log-ratios together, as that of a ratio of sums, cancels.
 
     Attributes:
       prob: p, the layer's probabilities.
       ratio: s, τ times a log-ratio of probabilities, or what else it is made of.
-      slope: the derivative, or None.
+      slope: the derivative, whose sum is 0 but for rounding, or None.
     """
 
     prob: jax.Array
     ratio: jax.Array
     slope: jax.Array | None = None
 
-    def derivative(self, mean: jax.Array) -> jax.Array:
-        """Returns the derivative by the logits, from Σ p s [R, 1]."""
-        if self.slope is not None:
-            return self.slope
-        return -self.prob * (self.ratio - mean)
+    def derivative(self, total: jax.Array) -> jax.Array:
+        """Returns the derivative by the logits, from the total of a row [R, 1]."""
+        if self.slope is None:
+            return -self.prob * (self.ratio - total)
+        # The sum overflows before the slopes do.
+        return self.slope - self.prob * jnp.where(jnp.isfinite(total), total, 0)
 
     def total(self) -> jax.Array:
-        """Returns Σ p s over the tile, [R, 1]; 0 where it is not needed."""
-        if self.slope is not None:
-            return jnp.zeros((self.prob.shape[0], 1), self.prob.dtype)
-        return jnp.sum(self.prob * self.ratio, axis=1, keepdims=True)
+        """Returns the sum over the tile of p s or of the known slope, [R, 1]."""
+        terms = self.prob * self.ratio if self.slope is None else self.slope
+        return jnp.sum(terms, axis=1, keepdims=True)
 
 
 def _terms(
