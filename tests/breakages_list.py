@@ -671,6 +671,14 @@ _LINEAR = (
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(
+        "slopes-of-what-all-classes-have-in-common",
+        kind="cancellation",
+        file="jaxsoft/linear/folds/divergence.py",
+        before="ratio = finite(jnp.where(both, gap, scaled))",
+        after="ratio = scaled",
+        tests=("tests/linear/test_distillation.py",),
+    ),
+    Breakage(
         "skew-without-its-second-term",
         kind="dropped term",
         file="jaxsoft/_core/divergence.py",

@@ -541,8 +541,10 @@ def _terms(
     d = jnp.where(some, d, 0)
     scaled = jnp.where(both, gap - rows.scaled_shift, finite(d) * value)
     scaled = finite(scaled)
-    student_ratio = jnp.where(q == 0, 0, -scaled)
-    teacher_ratio = jnp.where(p == 0, 0, scaled)
+    # What all classes have in common is in no derivative, and would take digits of it.
+    ratio = finite(jnp.where(both, gap, scaled))
+    student_ratio = jnp.where(q == 0, 0, -ratio)
+    teacher_ratio = jnp.where(p == 0, 0, ratio)
     if divergence == "forward_kl":
         loss = excess(p, q, d, scaled, value)
         slope = difference(p, q, d, scaled, value)
