@@ -293,7 +293,7 @@ def test_skews_near_their_ends_keep_all_digits(kind, alpha, monkeypatch):
     parts = (float(kind == "forward_kl"), float(kind == "reverse_kl"), *shares)
     monkeypatch.setitem(truth.DIVERGENCES, "skew", ({}, parts))
     # Numbers whose differences are exact.
-    one, other = (np.round(truth.logits("unit", 9, s) * 64) / 64 for s in (1, 2))
+    one, other = (np.round(truth.logits("unit", (9,), s) * 64) / 64 for s in (1, 2))
     peaked = np.float32(30) * (np.arange(9) == 1)
     student = np.stack([one, one, peaked])
     teacher = np.stack([other / 64 + one, peaked, one]).astype("float32")
