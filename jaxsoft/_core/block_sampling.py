@@ -249,12 +249,9 @@ def _invert_by_groups(weights: jax.Array, target: jax.Array) -> jax.Array:
 
 def sums_before(weights: jax.Array) -> jax.Array:
     """Returns the sum of all weights before each one along the last axis."""
-    shape = (weights.shape[-1],) * 2
-    mine, added = (lax.broadcasted_iota(jnp.int32, shape, i) for i in (0, 1))
-    is_before = (added < mine).reshape(*(1,) * (weights.ndim - 1), *shape)
-    # A selection: of a product's sum XLA for CPUs makes a call of a library that
-    # crashes with 20,000 rows.
-    return jnp.sum(jnp.where(is_before, weights[..., None, :], 0), axis=-1)
+    size = weights.shape[-1]
+    is_before = jnp.triu(jnp.ones((size, size), weights.dtype), 1)
+    return jnp.matmul(weights, is_before, precision="highest")
 
 
 def invert_once(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
