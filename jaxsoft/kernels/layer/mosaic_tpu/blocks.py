@@ -33,9 +33,8 @@ _CLASSES = (1024, 768, 512, 384, 256, 128)
 _KEPT = 400
 _STREAMED = 128
 
-# The float32 tiles of logits that a step holds at once, beside its operands: forward,
-# where registers hold what becomes of a tile, and backward.
-_TILES_FORWARD = 2
+# The float32 tiles of logits that a step holds at once, beside its operands.
+_TILES_FORWARD = 3
 _TILES_BACKWARD = 6
 
 # The features of a chunk, where products are added up chunk by chunk.
