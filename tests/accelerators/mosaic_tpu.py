@@ -140,12 +140,20 @@ def _over_mesh(devices):
 
 
 def products(jaxpr):
-    """Returns the dtypes of the operands of every matrix product of a program."""
+    """Returns the dtypes of the operands of every matrix product of a program.
+
+    What is for CPUs alone is not compiled here and does not count.
+    """
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             found.append([str(v.aval.dtype) for v in equation.invars])
-        for value in jax.tree.leaves(list(equation.params.values())):
+        params = dict(equation.params)
+        platforms = params.get("branches_platforms")
+        if platforms:
+            pairs = zip(params["branches"], platforms, strict=True)
+            params["branches"] = [b for b, names in pairs if names != ("cpu",)]
+        for value in jax.tree.leaves(list(params.values())):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 found += products(inner)
