@@ -89,6 +89,16 @@ def _our_row_gradient(
     return jaxsoft.hierarchical_value_and_row_grad(hidden, nodes, labels, tree)
 
 
+def _our_sample(key: Any, hidden: Any, nodes: Any, kernel: Any, tree: Any) -> jax.Array:
+    return jaxsoft.hierarchical_sample(key, hidden, nodes, tree)
+
+
+def _full_sample(
+    key: Any, hidden: Any, nodes: Any, kernel: Any, tree: Any
+) -> jax.Array:
+    return jax.random.categorical(key, hidden @ kernel)
+
+
 _TREE_CASES = (
     Case(
         "hierarchical_log_prob",
@@ -144,24 +154,16 @@ _TREE_CASES = (
     Case(
         "hierarchical_sample",
         "",
-        lambda key, hidden, nodes, kernel, tree: jaxsoft.hierarchical_sample(
-            key, hidden, nodes, tree
-        ),
-        lambda key, hidden, nodes, kernel, tree: jax.random.categorical(
-            key, hidden @ kernel
-        ),
+        _our_sample,
+        _full_sample,
         "key hidden nodes kernel tree",
         alike=False,
     ),
     Case(
         "hierarchical_sample",
         "Huffman",
-        lambda key, hidden, nodes, kernel, tree: jaxsoft.hierarchical_sample(
-            key, hidden, nodes, tree
-        ),
-        lambda key, hidden, nodes, kernel, tree: jax.random.categorical(
-            key, hidden @ kernel
-        ),
+        _our_sample,
+        _full_sample,
         "key hidden nodes kernel huffman",
         alike=False,
         at=_of_huffman,

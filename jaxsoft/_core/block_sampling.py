@@ -249,6 +249,8 @@ def _invert_by_groups(weights: jax.Array, target: jax.Array) -> jax.Array:
 
 def sums_before(weights: jax.Array) -> jax.Array:
     """Returns the sum of all weights before each one along the last axis."""
+    # The sum of a selection stores what is selected on CPUs, and that of a product
+    # becomes a library's call there which crashes with 20,000 rows.
     size = weights.shape[-1]
     is_before = jnp.triu(jnp.ones((size, size), weights.dtype), 1)
     return jnp.matmul(weights, is_before, precision="highest")
