@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-_PIPED_WIDTH = 160
+# A file has lines of any length: none is folded.
+_PIPED_WIDTH = 10_000
 
 COLUMNS = (
     "case",

@@ -674,8 +674,16 @@ _LINEAR = (
         "slopes-of-what-all-classes-have-in-common",
         kind="cancellation",
         file="jaxsoft/linear/folds/divergence.py",
-        before="ratio = finite(jnp.where(both, gap, scaled))",
+        before="ratio = finite(jnp.where(both, gap - rows.common, scaled))",
         after="ratio = scaled",
+        tests=("tests/linear/test_distillation.py",),
+    ),
+    Breakage(
+        "slopes-of-log-ratios-that-are-not-centred",
+        kind="cancellation",
+        file="jaxsoft/linear/folds/divergence.py",
+        before="ratio = finite(jnp.where(both, gap - rows.common, scaled))",
+        after="ratio = finite(jnp.where(both, gap, scaled))",
         tests=("tests/linear/test_distillation.py",),
     ),
     Breakage(

@@ -75,6 +75,7 @@ class _Rows(NamedTuple):
       teacher_total: its Σ exp(c).
       shift: the logarithm of the student's sum over the teacher's.
       scaled_shift: τ times that.
+      common: of that what the logits make, and not the numbers of classes.
     """
 
     student_max: Annotated[jax.Array, Axes("n")]
@@ -83,6 +84,7 @@ class _Rows(NamedTuple):
     teacher_total: Annotated[jax.Array, Axes("n")]
     shift: Annotated[jax.Array, Axes("n")]
     scaled_shift: Annotated[jax.Array, Axes("n")]
+    common: Annotated[jax.Array, Axes("n")]
 
     @classmethod
     def of(cls, student: Saved, teacher: Saved, tau: float | jax.Array) -> "_Rows":
@@ -92,21 +94,29 @@ class _Rows(NamedTuple):
         # digits.
         shift = jnp.log(totals[0] / totals[1])
         value = largest_finite(tau, shift.dtype)
-        scaled = value * shift
+        shifts = _Shifts(shift, value * shift, value * shift)
         if student.fields.growth is not None:
-            shift, scaled = _shift_of_growth(tau, value, student, teacher, shift)
+            shifts = _shifts_of_growth(tau, value, student, teacher, shifts)
         peaks = student.fields.max, teacher.fields.max
-        return cls(peaks[0], totals[0], peaks[1], totals[1], shift, scaled)
+        return cls(peaks[0], totals[0], peaks[1], totals[1], *shifts)
 
 
-def _shift_of_growth(
+class _Shifts(NamedTuple):
+    """The last three of `_Rows`."""
+
+    shift: jax.Array
+    scaled_shift: jax.Array
+    common: jax.Array
+
+
+def _shifts_of_growth(
     tau: float | jax.Array,
     value: jax.Array,
     student: Saved,
     teacher: Saved,
-    shift: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the shift and τ times it, by the growths where both sums are near n.
+    of_sums: _Shifts,
+) -> _Shifts:
+    """Returns the shifts, by the growths where both sums are near n.
 
     With g the mean of τ (exp(c) - 1) over n classes, Σ exp(c) is n (1 + g / τ): neither
     its logarithm nor τ times that loses a digit, at any temperature.
@@ -116,9 +126,9 @@ def _shift_of_growth(
       value: τ, the largest finite number at τ = ∞.
       student: the student's statistics.
       teacher: the teacher's.
-      shift: the shift, from the sums.
+      of_sums: the shifts, from the sums.
     """
-    over = inverse(tau, shift.dtype)
+    over = inverse(tau, of_sums.shift.dtype)
 
     def of_mean(saved: Saved) -> tuple[jax.Array, jax.Array, jax.Array]:
         assert saved.fields.growth is not None
@@ -137,10 +147,9 @@ def _shift_of_growth(
     # XLA may contract the differences: equal layers keep 0.
     is_same = student.fields.growth == teacher.fields.growth
     near_shift = jnp.where(is_same, 0, log_s - log_t) + log_numbers
-    near_scaled = jnp.where(is_same, 0, scaled_s - scaled_t) + value * log_numbers
-    return jnp.where(near, near_shift, shift), jnp.where(
-        near, near_scaled, value * shift
-    )
+    common = jnp.where(is_same, 0, scaled_s - scaled_t)
+    of_growth = _Shifts(near_shift, common + value * log_numbers, common)
+    return jax.tree.map(functools.partial(jnp.where, near), of_growth, of_sums)
 
 
 class _Sums(NamedTuple):
@@ -541,8 +550,9 @@ def _terms(
     d = jnp.where(some, d, 0)
     scaled = jnp.where(both, gap - rows.scaled_shift, finite(d) * value)
     scaled = finite(scaled)
-    # What all classes have in common is in no derivative, and would take digits of it.
-    ratio = finite(jnp.where(both, gap, scaled))
+    # What the numbers of classes add to all of them is in no derivative, and would
+    # take digits of it; without the rest, the totals would be large, and their rounding.
+    ratio = finite(jnp.where(both, gap - rows.common, scaled))
     student_ratio = jnp.where(q == 0, 0, -ratio)
     teacher_ratio = jnp.where(p == 0, 0, ratio)
     if divergence == "forward_kl":
