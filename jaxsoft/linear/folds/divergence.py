@@ -550,8 +550,8 @@ def _terms(
     d = jnp.where(some, d, 0)
     scaled = jnp.where(both, gap - rows.scaled_shift, finite(d) * value)
     scaled = finite(scaled)
-    # What the numbers of classes add to all of them is in no derivative, and would
-    # take digits of it; without the rest, the totals would be large, and their rounding.
+    # What the numbers of classes add to all of them is in no derivative, and would take
+    # digits of it. The rest is taken: the totals would be large, and so their rounding.
     ratio = finite(jnp.where(both, gap - rows.common, scaled))
     student_ratio = jnp.where(q == 0, 0, -ratio)
     teacher_ratio = jnp.where(p == 0, 0, ratio)
