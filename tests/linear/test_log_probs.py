@@ -1,5 +1,6 @@
 """Log-probabilities of given classes and entropies, against float64."""
 
+import functools
 from typing import Any
 
 import jax
@@ -202,6 +203,62 @@ def test_gradients_among_kept_classes(layout, x64):
         return (log_p * factors).sum() + (entropy**2).sum()
 
     same_derivatives(ours, plain, hidden, kernel, bias, tau)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize(
+    "classes", [3, 1000, pytest.param(50257, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.many_cases
+def test_values_and_gradients_of_every_kind_of_logits(normalize, classes, kind, x64):
+    hidden, kernel, labels = map(np.asarray, cases.layer(ROWS, FEATURES, classes, kind))
+    ids = np.stack([labels, (labels + 1) % classes, -np.ones_like(labels)], 1)
+    ids[::3, 1] = -1
+    kept, factors = ids >= 0, np.cos(np.arange(3.0 * ROWS)).reshape(ROWS, 3)
+    arrays = hidden, kernel, np.linspace(0.7, 2, ROWS, dtype="float32")
+
+    def ours(hidden, kernel, tau):
+        # Without `normalize` an id is a class.
+        found = linear_log_prob_at(
+            hidden,
+            kernel,
+            ids if normalize else np.maximum(ids, 0),
+            temperature=tau,
+            normalize=normalize,
+            workspace_bytes=max(TILE, 4 * classes),
+        )
+        return found if normalize else (found, jnp.zeros_like(found[:, 0]))
+
+    def formula(hidden, kernel, tau):
+        logits = hidden @ kernel / tau[:, None]
+        picked = jnp.take_along_axis(logits, np.maximum(ids, 0), 1)
+        if not normalize:
+            log_p = picked - jax.nn.logsumexp(logits, 1)[:, None]
+            return log_p, jnp.zeros_like(log_p[:, 0])
+        log_p = jax.nn.log_softmax(jnp.where(kept, picked, -1e30))
+        entropy = -jnp.sum(jnp.where(kept, jnp.exp(log_p) * log_p, 0), 1)
+        return jnp.where(kept, log_p, 0), entropy
+
+    def step(function, *arrays):
+        def total(*arrays):
+            log_probs, entropy = found = function(*arrays)
+            weighted = log_probs * factors.astype(log_probs.dtype)
+            return weighted.sum() + entropy.sum(), found
+
+        (_, found), slopes = jax.value_and_grad(total, range(3), has_aux=True)(*arrays)
+        return *found, *slopes
+
+    wide = [a.astype("float64") for a in arrays]
+    exact = jax.jit(functools.partial(step, formula))(*wide)
+    found, plain = jax.jit(lambda *a: [step(f, *a) for f in (ours, formula)])(*arrays)
+    # The products of float32 round by some of the largest logit's digits.
+    rounding = 2e-7 * max(np.abs(wide[0] @ wide[1]).max(), 8)
+    # Slopes add up to 0 within theirs, times what they are multiplied by.
+    slopes_round = 5e-7 * max(np.abs(a).max() for a in wide[:2])
+    for a, b, e in zip(found, plain, exact, strict=True):
+        slack = rounding * np.abs(e).max() + slopes_round
+        assert truth.gap(a, e) <= truth.gap(b, e) + slack
 
 
 def test_kept_classes_that_are_dropped_bad_or_none():
