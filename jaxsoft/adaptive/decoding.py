@@ -63,7 +63,7 @@ def adaptive_sample(
       implementation: None or "xla".
 
     Returns:
-      [...] int32 in [0, V); -1 where a NaN was met.
+      [...] int32 in [0, V); -1 where a NaN was met, or all classes are masked.
 
     Raises:
       TypeError: if a type or dtype is wrong.

@@ -260,7 +260,7 @@ def prepare(
     return Layer(
         folded,
         kernel,
-        bias,
+        _head_bias(kernel, bias, checked),
         checked,
         row_tau,
         constant,
@@ -269,6 +269,27 @@ def prepare(
         mesh_axes.explicit_shards(),
         shape,
     )
+
+
+def _head_bias(
+    kernel: jax.Array, bias: jax.Array | None, tails: tuple[AdaptiveTail, ...]
+) -> jax.Array | None:
+    """Returns the bias of the head, -inf at tails whose classes are all masked.
+
+    What the head gave such a tail would be the probability of no class.
+    """
+    if all(tail.bias is None for tail in tails):
+        return bias
+    empty = [
+        jnp.full((), False)
+        if tail.bias is None
+        else jnp.all(jnp.asarray(tail.bias) == -jnp.inf)
+        for tail in tails
+    ]
+    shortlist = kernel.shape[1] - len(tails)
+    is_empty = jnp.concatenate([jnp.zeros(shortlist, bool), jnp.stack(empty)])
+    bias = jnp.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias
+    return jnp.where(is_empty, -jnp.inf, bias)
 
 
 def _checked_tail(

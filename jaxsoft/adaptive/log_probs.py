@@ -88,7 +88,8 @@ def adaptive_log_prob(
     Notes:
       Differentiable in reverse mode in all but the labels, with dense gradients. No
       [N, V] array is stored, and a tail costs in proportion to the tokens whose label
-      is in it, rounded up to blocks. Over all classes the probabilities add up to 1.
+      is in it, rounded up to blocks. Over all classes the probabilities add up to 1: a
+      tail whose bias masks all of its classes by -inf is left out of the head.
 
     Example:
       >>> import jax.numpy as jnp

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -299,7 +300,8 @@ def check_rates(case, found):
         expected = np.exp(case.truth[row]) * many
         counts = np.bincount(drawn, minlength=bands.num_classes)
         common = expected >= 20
-        statistic = ((counts - expected) ** 2 / expected)[common].sum()
+        off, of = counts[common] - expected[common], expected[common]
+        statistic = (off**2 / of).sum()
         degrees = common.sum()
         assert statistic < degrees + 6 * np.sqrt(2 * degrees) + 6
         rest = counts[~common].sum(), expected[~common].sum()
@@ -341,6 +343,55 @@ def test_the_first_of_equal_entries_is_taken_at_a_known_temperature_of_zero(
     case = Case(bands, rows=8, scale=0.0)
     greedy = functools.partial(jaxsoft.adaptive_sample, KEY)
     np.testing.assert_array_equal(case.call(greedy, temperature=temperature), 0)
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("has_head_bias", [True, False])
+def test_a_tail_without_any_class_is_no_entry_of_the_head(has_head_bias):
+    """However many rows there are, the other classes share its probability."""
+    bands, many = ClassBands.in_order(9, (2, 5)), 5000
+    case = Case(bands, rows=2)
+    case.bias = case.bias * has_head_bias
+    case.bias[3] = -np.inf
+    case.truth = _definition(case.hidden, case.head, case.bias, case.tails, bands)
+    masked = case.tails[1]._replace(bias=np.full(4, -np.inf))
+    tails, bias = [case.tails[0], masked], np.where(np.isinf(case.bias), 4, case.bias)
+
+    @jax.jit
+    def results(hidden, head, bias, tails, labels):
+        own_bias = bias if has_head_bias else None
+        options: dict[str, Any] = {"head_bias": own_bias}
+        layer = hidden, head, tails
+
+        def total(head):
+            own = jaxsoft.adaptive_log_prob(
+                hidden, head, tails, labels, bands, **options
+            )
+            return jnp.sum(jnp.where(labels < 5, own, 0)), own
+
+        _, pull, own = jax.vjp(total, head, has_aux=True)
+        best = jaxsoft.adaptive_top_k(*layer, 9, bands, **options)
+        return (
+            jaxsoft.adaptive_log_probs(*layer, bands, **options),
+            own,
+            best,
+            pull(jnp.ones(()))[0],
+            jaxsoft.adaptive_sample(KEY, *layer, bands, **options),
+        )
+
+    with jax.enable_x64(True):
+        hidden = np.repeat(case.hidden, many, axis=0)
+        every, own, best, gradient, drawn = jax.device_get(
+            results(hidden, case.head, bias, tails, np.array([4, 8] * many))
+        )
+    np.testing.assert_allclose(every[::many], case.truth, atol=1e-12)
+    np.testing.assert_allclose(own[0], case.truth[0, 4], atol=1e-12)
+    assert (own[1::2] == -np.inf).all()
+    order = np.argsort(-case.truth, axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(best[1][::many, :5], order)
+    assert (best[1][:, 5:] == -1).all() or (best[0][:, 5:] == -np.inf).all()
+    assert np.isfinite(gradient).all()
+    check_rates(case, drawn.reshape(2, many))
 
 
 def test_a_nan_is_not_a_class():
