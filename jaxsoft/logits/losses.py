@@ -230,13 +230,32 @@ def _row_statistics(axis, static_tau, has_mean, x, tau, where, labels, targets):
 
 
 def _at_label(x, where, label, axis):
-    """Returns the logits of labels, -inf where their class is dropped."""
+    """Returns the logits of labels, -inf where their class is dropped.
+
+    Compilers for GPUs and TPUs select them in the pass that takes the maximum.
+    """
     index = jnp.clip(label, 0, x.shape[axis] - 1)
+    return jax.lax.platform_dependent(
+        x,
+        where,
+        index,
+        cpu=functools.partial(_gathered, axis),
+        default=functools.partial(_selected, axis),
+    )
+
+
+def _gathered(axis, x, where, index):
     logit = jnp.take_along_axis(x, index, axis)
     if where is None:
         return logit
     keeps = jnp.take_along_axis(jnp.broadcast_to(where, x.shape), index, axis)
     return jnp.where(keeps, logit, -jnp.inf)
+
+
+def _selected(axis, x, where, index):
+    here = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) == index.astype(jnp.int32)
+    x = x if where is None else jnp.where(where, x, -jnp.inf)
+    return jnp.max(jnp.where(here, x, -jnp.inf), axis, keepdims=True)
 
 
 @functools.partial(_row_statistics.defjvp, symbolic_zeros=True)

@@ -130,6 +130,41 @@ def test_cross_entropy_of_labels_smoothing_and_z_loss():
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["int32", "uint8"])
+def test_what_accelerators_select_is_what_cpus_gather(axis, dtype, monkeypatch):
+    logits = np.array(truth.logits("unit", (8, 37)))
+    kept = np.ones(logits.shape, bool)
+    labels = np.array([0, 36, 5, 5, 5, 5, 37, 7])
+    logits[2, 5], logits[3, 5], logits[4, 6] = -np.inf, np.nan, np.nan
+    kept[5, 5], kept[7, 6] = False, False
+    logits, kept = (jnp.asarray(np.moveaxis(a, 1, axis)) for a in (logits, kept))
+
+    def with_gradient(where):
+        value, pull = jax.vjp(
+            lambda x: jaxsoft.softmax_cross_entropy(
+                x, labels.astype(dtype), axis=axis, where=where
+            ),
+            logits,
+        )
+        return value, pull(jnp.ones_like(value))[0]
+
+    def on(platform):
+        def chosen(*arrays, default, **others):
+            return others.get(platform, default)(*arrays)
+
+        jax.clear_caches()
+        monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+        return [*with_gradient(None), *with_gradient(kept)]
+
+    found = on("tpu")
+    for selected, gathered in zip(found, on("cpu"), strict=True):
+        np.testing.assert_array_equal(selected, gathered)
+    jax.clear_caches()
+    assert np.isnan(found[0][jnp.array([3, 4, 6])]).all()
+    assert found[0][2] == jnp.inf and found[2][5] == jnp.inf
+
+
 def test_smoothed_labels_of_no_rows():
     x, labels = np.zeros((0, 5), "float32"), np.zeros(0, "int32")
     assert jaxsoft.softmax_cross_entropy(x, labels, label_smoothing=0.1).shape == (0,)
