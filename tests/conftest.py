@@ -47,6 +47,7 @@ _PROCESSES = (
 )
 _INTERPRETERS = (
     "test_kernel_gumbel.py",
+    "test_kernel_logarithms.py",
     "test_kernel_rows.py",
     "test_mosaic_gpu.py",
     "test_mosaic_gpu_sample.py",

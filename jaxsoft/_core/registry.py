@@ -37,14 +37,16 @@ _STREAMED: tuple[Implementation, ...] = ("xla", "reference")
 # No kernel is a default before it was measured.
 _STATISTICS: tuple[Implementation, ...] = (*_STREAMED, "mosaic_tpu", "mosaic_gpu")
 _ROWS: tuple[Implementation, ...] = ("xla", "mosaic_tpu", "mosaic_gpu")
+_XLA_OR_GPU: tuple[Implementation, ...] = ("xla", "mosaic_gpu")
 
 # The implementations of every public function that takes `implementation`; the default
 # is the first.
 _OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "softmax": _ROWS,
-    "log_softmax": _XLA,
-    "logsumexp": _XLA,
-    "entropy": _XLA,
+    "log_softmax": _XLA_OR_GPU,
+    "logsumexp": _XLA_OR_GPU,
+    "entropy": _XLA_OR_GPU,
+    "softmax_cross_entropy": _XLA_OR_GPU,
     "gumbel_softmax": _ROWS,
     "linear_statistics": _STATISTICS,
     "linear_cross_entropy": _STATISTICS,
@@ -54,7 +56,7 @@ _OPERATIONS: dict[str, tuple[Implementation, ...]] = {
     "linear_distillation": _XLA,
     "linear_distillation_top_k": _STREAMED,
     "linear_expected": _XLA,
-    "linear_sample": ("xla", "mosaic_gpu"),
+    "linear_sample": _XLA_OR_GPU,
     "linear_top_k": _XLA,
     "nt_xent": _STREAMED,
     "clip_loss": _STREAMED,
@@ -105,11 +107,25 @@ _KERNELS: dict[tuple[str, str], _Kernel] = {
     ("rows_slope", "mosaic_tpu"): _Kernel(f"{_OF_ROWS}.mosaic_tpu.call:backward"),
     ("rows", "mosaic_gpu"): _Kernel(f"{_OF_ROWS}.mosaic_gpu.call:forward", _GPU_ROWS),
     ("rows_slope", "mosaic_gpu"): _Kernel(f"{_OF_ROWS}.mosaic_gpu.call:backward"),
+    ("rows_log", "mosaic_gpu"): _Kernel(
+        f"{_OF_ROWS}.mosaic_gpu.call:log_forward", _GPU_ROWS
+    ),
+    ("rows_statistics", "mosaic_gpu"): _Kernel(
+        f"{_OF_ROWS}.mosaic_gpu.call:statistics", _GPU_ROWS
+    ),
 } | {
-    # Functions of rows share one primitive and its derivative, whatever the chip.
-    (name, implementation): _Kernel(f"{_OF_ROWS}.primitive:{name}")
-    for name in ("softmax", "gumbel_softmax")
-    for implementation in ("mosaic_tpu", "mosaic_gpu")
+    # Functions of rows share primitives and their derivatives, whatever the chip.
+    (name, implementation): _Kernel(f"{_OF_ROWS}.{module}:{name}")
+    for module, implementations, names in (
+        ("primitive", _ROWS[1:], ("softmax", "gumbel_softmax")),
+        (
+            "statistics",
+            _XLA_OR_GPU[1:],
+            ("log_softmax", "logsumexp", "entropy", "cross_entropy_statistics"),
+        ),
+    )
+    for name in names
+    for implementation in implementations
 }
 
 

@@ -86,11 +86,14 @@ def supported_gpu(capabilities: Collection[str]) -> Gpu:
     return Gpu(found.pop(), min(device.core_count for device in devices))
 
 
-def static_tau_factors(tau: float | None) -> tuple[float, float | None]:
+def static_tau_factors(
+    tau: float | None, natural: bool = False
+) -> tuple[float, float | None]:
     """Returns a and b of `tau_factors` as floats, for a temperature that is static.
 
     Args:
       tau: the temperature if it is static.
+      natural: whether to divide in base e, not in base 2.
 
     Returns:
       Both for an ordinary temperature, whose c is 1; 1 and None for all others.
@@ -99,10 +102,10 @@ def static_tau_factors(tau: float | None) -> tuple[float, float | None]:
         return 1.0, None
     # As in numerics.py: a difference of logits must not overflow before τ divides.
     scale = 0.25 if tau > 1 else 1.0
-    return scale, _LOG2_E / (tau * scale)
+    return scale, _unit(natural) / (tau * scale)
 
 
-def tau_factors(tau: float | jax.Array, rows: int) -> jax.Array:
+def tau_factors(tau: float | jax.Array, rows: int, natural: bool = False) -> jax.Array:
     """Returns the factors a, b and c of every row's differences of logits.
 
     `(x a - m a) b c` is (x - m) / τ in base 2. The third factor c differs from 1 only
@@ -113,6 +116,7 @@ def tau_factors(tau: float | jax.Array, rows: int) -> jax.Array:
     Args:
       tau: the temperature, a float or [N, 1].
       rows: N.
+      natural: whether to divide in base e, not in base 2.
 
     Returns:
       [3, N] float32.
@@ -124,8 +128,14 @@ def tau_factors(tau: float | jax.Array, rows: int) -> jax.Array:
     is_infinite = jnp.isinf(parts.value)
     limit = jnp.where(parts.is_zero, info.max, info.tiny)
     at_limit = parts.is_zero | is_infinite
-    b = jnp.where(at_limit, limit, _LOG2_E / jnp.where(is_infinite, 1, parts.divisor))
+    divisor = jnp.where(is_infinite, 1, parts.divisor)
+    b = jnp.where(at_limit, limit, _unit(natural) / divisor)
     # A negative temperature is NaN, and so is everything computed from it.
     b = jnp.where(jnp.isnan(parts.value), jnp.nan, b)
     c = jnp.where(at_limit, limit, 1)
     return jnp.stack([parts.scale[:, 0], b[:, 0], c[:, 0]])
+
+
+def _unit(natural: bool) -> float:
+    """Returns 1 in the base of logarithms that differences of logits have."""
+    return 1.0 if natural else _LOG2_E

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes, numerics
+from jaxsoft._core import checks, mesh_axes, numerics, registry
 from jaxsoft._core.numerics import (
     divide_stored,
     finite,
@@ -17,6 +17,7 @@ from jaxsoft._core.numerics import (
     over_temperature,
     times,
 )
+from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import (
     Reduction,
     keep_tokens,
@@ -50,6 +51,7 @@ def softmax_cross_entropy(
     weights: ArrayLike | None = None,
     ignore_label: int | None = None,
     reduction: Reduction = "none",
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Cross-entropy between labels or target distributions and a tempered softmax.
 
@@ -74,6 +76,9 @@ def softmax_cross_entropy(
       ignore_label: the label whose rows have weight 0, such as -100, or None.
       reduction: "none", "sum", or "mean" (Σ weight · loss / Σ weight, 0 if the weights
         sum to 0). The streamed twin's default is "mean".
+      implementation: None, "xla", or "mosaic_gpu", not yet measured: a kernel for
+        labels on Hopper and Blackwell GPUs, float32, bfloat16 or float16 (needs
+        absl-py).
 
     Returns:
       [...], or a scalar with a reduction, float32 (float64 for float64 logits). NaN
@@ -84,6 +89,7 @@ def softmax_cross_entropy(
       TypeError: if `logits` or `targets` is not floating, or `labels` not integer.
       ValueError: if not exactly one of `labels` and `targets` is given, a shape does
         not fit, or an option or a known temperature is out of its range.
+      NotImplementedError: for what the implementation does not have.
 
     Notes:
       Differentiable in `logits`, `targets` and `temperature`, in both modes. The loss
@@ -126,8 +132,14 @@ def softmax_cross_entropy(
     if ids is not None:
         ids = keep_tokens(weight, ids)
     checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+    chosen = registry.resolve("softmax_cross_entropy", implementation)
+    if targets is not None and registry.platform_of(chosen) is not None:
+        raise NotImplementedError(
+            f'`targets` must be None with implementation "{chosen}". Use '
+            'implementation="xla".'
+        )
     static_tau, tau = (tau, None) if isinstance(tau, float) else (None, tau)
-    options = _Options(axis, static_tau, smoothing, z_weight)
+    options = _Options(axis, static_tau, smoothing, z_weight, chosen)
     keep = None if weight is None else weight != 0
     loss = _cross_entropy(options, logits, tau, where, ids, targets, keep)
     return reduce_losses(loss, weight, reduction)
@@ -155,12 +167,14 @@ class _Options(NamedTuple):
     static_tau: float | None
     smoothing: float
     z_weight: float
+    implementation: Implementation
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _cross_entropy(options, logits, tau, where, labels, targets, keep):
-    axis, static_tau, smoothing, z_weight = options
-    x = logits.astype(numerics.compute_dtype(logits))
+    axis, static_tau, smoothing, z_weight, implementation = options
+    kernel = registry.kernel("cross_entropy_statistics", implementation)
+    x = logits if kernel else logits.astype(numerics.compute_dtype(logits))
     targets = None if targets is None else targets.astype(x.dtype)
     if keep is not None:
         # At one temperature of all rows they meet: its slope is the sum of theirs. What
@@ -171,9 +185,15 @@ def _cross_entropy(options, logits, tau, where, labels, targets, keep):
         targets = None if targets is None else settle(keep, targets, axis)
         if tau is not None and several:
             tau = keep_rows(keep, tau, axis, 1)
-    lse, picked, mean, _ = _row_statistics(
-        axis, static_tau, smoothing > 0, x, tau, where, labels, targets
-    )
+    if kernel:
+        temperature = pick_temperature(static_tau, tau)
+        lse, picked, mean = kernel(
+            implementation, x, temperature, axis, where, labels, smoothing > 0
+        )
+    else:
+        lse, picked, mean, _ = _row_statistics(
+            axis, static_tau, smoothing > 0, x, tau, where, labels, targets
+        )
     loss = -numerics.scaled(1 - smoothing, picked)
     if smoothing:
         loss = loss - smoothing * mean

@@ -86,10 +86,9 @@ def softmax(
       Outputs, 1990; Hinton et al., Distilling the Knowledge in a Neural Network,
       arXiv:1503.02531 (the temperature).
     """
-    chosen = registry.resolve("softmax", implementation)
-    if kernel := registry.kernel("softmax", chosen):
-        return kernel(chosen, logits, temperature, axis, where)
-    return _run(probabilities, logits, temperature, axis, where)
+    return _call(
+        "softmax", probabilities, logits, temperature, axis, where, implementation
+    )
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -112,7 +111,8 @@ def log_softmax(
         with size 1 on the class axis, or lacks it.
       axis: the class axis.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
-      implementation: None or "xla".
+      implementation: None, "xla", or "mosaic_gpu", not yet measured: a kernel for
+        Hopper and Blackwell GPUs, float32, bfloat16 or float16 (needs absl-py).
 
     Returns:
       An array of the shape and dtype of `logits`; -inf for dropped classes and where
@@ -141,7 +141,9 @@ def log_softmax(
       Blanchard, Higham and Higham, Accurately computing the log-sum-exp and softmax
       functions, arXiv:1909.03469.
     """
-    return _call(_log_softmax, logits, temperature, axis, where, implementation)
+    return _call(
+        "log_softmax", _log_softmax, logits, temperature, axis, where, implementation
+    )
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -163,7 +165,8 @@ def logsumexp(
         with size 1 on the class axis, or lacks it.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
-      implementation: None or "xla".
+      implementation: None, "xla", or "mosaic_gpu", not yet measured: a kernel for
+        Hopper and Blackwell GPUs, float32, bfloat16 or float16 (needs absl-py).
 
     Returns:
       [...] float32 (float64 for float64 logits). -inf for a row without any kept
@@ -190,7 +193,9 @@ def logsumexp(
       Blanchard, Higham and Higham, Accurately computing the log-sum-exp and softmax
       functions, arXiv:1909.03469.
     """
-    return _call(_logsumexp, logits, temperature, axis, where, implementation)
+    return _call(
+        "logsumexp", _logsumexp, logits, temperature, axis, where, implementation
+    )
 
 
 @mesh_axes.accepts_explicit("logits", axis="axis")
@@ -213,7 +218,8 @@ def entropy(
         with size 1 on the class axis, or lacks it.
       axis: the class axis, which the result lacks.
       where: booleans that broadcast to `logits`; False drops a class. None keeps all.
-      implementation: None or "xla".
+      implementation: None, "xla", or "mosaic_gpu", not yet measured: a kernel for
+        Hopper and Blackwell GPUs, float32, bfloat16 or float16 (needs absl-py).
 
     Returns:
       [...] float32 (float64 for float64 logits), in [0, log V]; 0 for a row without
@@ -238,10 +244,11 @@ def entropy(
     References:
       Shannon, A Mathematical Theory of Communication, 1948.
     """
-    return _call(_entropy, logits, temperature, axis, where, implementation)
+    return _call("entropy", _entropy, logits, temperature, axis, where, implementation)
 
 
 def _call(
+    name: str,
     function: Callable[..., jax.Array],
     logits: ArrayLike,
     temperature: ArrayLike,
@@ -249,8 +256,10 @@ def _call(
     where: ArrayLike | None,
     implementation: Implementation | None,
 ) -> jax.Array:
-    """Runs a function that XLA alone computes."""
-    registry.resolve(function.__name__.lstrip("_"), implementation)
+    """Runs a function by a kernel that was asked for, or by XLA."""
+    chosen = registry.resolve(name, implementation)
+    if kernel := registry.kernel(name, chosen):
+        return kernel(chosen, logits, temperature, axis, where)
     return _run(function, logits, temperature, axis, where)
 
 

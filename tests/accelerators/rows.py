@@ -8,6 +8,7 @@ The argument is the slice of TPUs, v5e:2x2, v6e:2x2 or tpu7x:2x2x1, or the GPU. 
 import functools
 import os
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ KERNELS = (
     "jaxsoft_softmax_forward",
     "jaxsoft_softmax_backward",
     "jaxsoft_gumbel_softmax_forward",
+    "jaxsoft_log_softmax_forward",
+    "jaxsoft_row_statistics_forward",
 )
 
 
@@ -63,6 +66,9 @@ def _report_all(platform, implementation, place, chip):
         if name in ("kept", "longest"):
             hard = functools.partial(draw, hard=True, generator="threefry13")
             _report(platform, name, "hard", hard, (x, tau))
+            if platform == "cuda" and name == "longest":
+                # Rows so few that clusters share what is folded.
+                _report(platform, name, "entropy", _entropy, (x, tau))
             continue
 
         def value(x, tau=1.0):
@@ -72,6 +78,35 @@ def _report_all(platform, implementation, place, chip):
         _report(platform, name, "gradient", functools.partial(_vjp, value), (x, x))
         if name == "unaligned":
             _report(platform, name, "temperatures", value, (x, tau))
+        if platform == "cuda":
+            _report_logarithms(name, x, tau, place)
+
+
+def _report_logarithms(name, x, tau, place):
+    """Compiles and reports what a GPU's kernels alone have, of one shape."""
+    options: Any = {"implementation": "mosaic_gpu"}
+
+    def log_softmax(x, tau=1.0):
+        return jaxsoft.log_softmax(x, temperature=tau, **options)
+
+    def losses(x, labels):
+        def total(x):
+            return jaxsoft.softmax_cross_entropy(
+                x, labels, label_smoothing=0.1, reduction="mean", **options
+            )
+
+        return jax.value_and_grad(total)(x)
+
+    labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32, sharding=place)
+    _report("cuda", name, "log", log_softmax, (x, 0.7))
+    backward = functools.partial(_vjp, log_softmax)
+    _report("cuda", name, "log gradient", backward, (x, x))
+    _report("cuda", name, "entropy", _entropy, (x, tau))
+    _report("cuda", name, "losses", losses, (x, labels))
+
+
+def _entropy(x, tau):
+    return jaxsoft.entropy(x, temperature=tau, implementation="mosaic_gpu")
 
 
 def limited(chip, rows):

@@ -12,7 +12,9 @@ from tests.accelerators.compiling import MIB, results
 def kernels(what):
     """Returns the names of the kernels that a program has."""
     named = {"gradient": rows.KERNELS[:2]}
-    named |= dict.fromkeys(("noise", "hard"), rows.KERNELS[2:])
+    named |= dict.fromkeys(("noise", "hard"), rows.KERNELS[2:3])
+    named |= dict.fromkeys(("log", "log gradient"), rows.KERNELS[3:4])
+    named |= dict.fromkeys(("entropy", "losses"), rows.KERNELS[4:])
     return list(named.get(what, rows.KERNELS[:1]))
 
 
@@ -38,7 +40,7 @@ def test_rows_on_tpus(chip):
 def test_rows_on_gpus(chip, code):
     """Machine code without spills, and of 128-number lines no copy but y."""
     found = results("rows", chip, chip)
-    assert len(found) == 14
+    assert len(found) == 27
     for result in found:
         backward = result["what"] == "gradient"
         assert result["kernels"] == kernels(result["what"]), result

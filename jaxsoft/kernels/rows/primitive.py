@@ -1,14 +1,10 @@
-"""Softmaxes of rows by hand-written kernels, and what the kernels share.
+"""Softmaxes of rows by hand-written kernels.
 
 Two primitives. One gives `y = softmax(x / τ)` of rows, or the same of perturbed
 logits; the other the product of its derivative with rows,
 `y (g - Σ y g / Σ y) / τ`, which is what both modes of differentiation need, since that
 matrix is symmetric: from y alone, one read of y, one of g, one write. What a derivative
-of that needs, and τ's, is plain XLA. Under `jax.vmap` a batch becomes rows.
-
-XLA copies the logits before a kernel reads them where there is a mask, where classes
-are not on the last axis and, for GPUs, where V is no multiple of 128. On several
-devices kernels belong inside `jax.shard_map`: no compiler cuts them.
+of that needs, and τ's, is plain XLA.
 """
 
 import dataclasses
@@ -17,34 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 from jax.typing import ArrayLike
 
 from jaxsoft._core import mesh_axes, noise, registry
-from jaxsoft._core.numerics import inverse, is_ordinary
+from jaxsoft._core.numerics import inverse
+from jaxsoft.kernels.rows.binding import RowPlan, RowPrimitive, prepare
 from jaxsoft.logits.arguments import has_no_tangent
 from jaxsoft.logits.rows import Rows, to_rows
 
-__all__ = ["RowPlan", "gumbel_softmax", "softmax"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RowPlan:
-    """What is known of a call when it is traced.
-
-    Attributes:
-      implementation: which kernels run it.
-      static_tau: the temperature if it is an ordinary static number, else None and
-        an array has it.
-      generator: of the noise, or None without noise.
-      hard: whether the result is one-hot, the class of the largest perturbed logit.
-    """
-
-    implementation: str
-    static_tau: float | None
-    generator: noise.Generator | None = None
-    hard: bool = False
+__all__ = ["gumbel_softmax", "softmax"]
 
 
 def softmax(
@@ -88,27 +66,17 @@ def gumbel_softmax(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _compiled(plan: RowPlan, words: jax.Array | None, rows: Rows) -> jax.Array:
-    """Drops classes by -inf, gives rows their temperatures, and calls the kernel."""
-    x, tau, where = rows
-    if not x.size:
-        return x
-    if where is not None:
-        x = jnp.where(where, x, jnp.asarray(-jnp.inf, x.dtype))
-    static = plan.static_tau
-    if static is not None and not is_ordinary(static):
-        # At τ = 0 and τ = ∞ more than a division is needed, and kernels do it for
-        # temperatures that are arrays alone.
-        tau = jnp.full((1, 1), static, jnp.float32)
-        plan = dataclasses.replace(plan, static_tau=None)
-    if tau is not None:
-        tau = jnp.broadcast_to(tau.astype(jnp.float32), (x.shape[0], 1))
+    """Calls the kernel, where there are rows."""
+    if not rows.logits.size:
+        return rows.logits
+    plan, x, tau = prepare(plan, rows)
     x, tau, words = mesh_axes.like((x, tau, words), (x, tau, words))
     return (_straight_through if plan.hard else _relaxed)(plan, x, tau, words)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _relaxed(plan, x, tau, words):
-    return _bind(_softmax_primitive, plan, x, tau, words)
+    return _softmax_primitive(plan, x, tau, words)[0]
 
 
 def _relaxed_jvp(plan, primals, tangents):
@@ -121,7 +89,7 @@ _relaxed.defjvp(_relaxed_jvp, symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _straight_through(plan, x, tau, words):
-    return _bind(_softmax_primitive, plan, x, tau, words)
+    return _softmax_primitive(plan, x, tau, words)[0]
 
 
 def _straight_through_jvp(plan, primals, tangents):
@@ -148,7 +116,7 @@ def _tangent(plan: RowPlan, y: jax.Array, primals: Any, tangents: Any) -> jax.Ar
 
 def _slope(plan: RowPlan, y, g, scale) -> jax.Array:
     """Returns y (g - Σ y g / Σ y) / τ by a kernel; `scale` is 1/τ, or None."""
-    return _bind(_slope_primitive, plan, y, g, scale)
+    return _slope_primitive(plan, y, g, scale)[0]
 
 
 def _formula(y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
@@ -157,48 +125,6 @@ def _formula(y: jax.Array, g: jax.Array, scale: Any) -> jax.Array:
     total = jnp.sum(y, axis=1, keepdims=True)
     mean = jnp.sum(y * g, axis=1, keepdims=True) / jnp.where(total == 0, 1, total)
     return y * (g - mean) * scale
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _bind(primitive: Primitive, plan: RowPlan, *args: Any) -> jax.Array:
-    """Calls a primitive with those arguments that are not None; compiled once."""
-    given = tuple(a is not None for a in args)
-    args = tuple(a for a in args if a is not None)
-    run = functools.partial(_run, primitive, plan, given)
-    jaxpr = jax.make_jaxpr(run)(*args)
-    return primitive.bind(*args, plan=plan, given=given, jaxpr=jaxpr)[0]
-
-
-def _run(primitive, plan, given, *args) -> list[jax.Array]:
-    """Calls the kernel of a primitive."""
-    rest = iter(args)
-    args = [next(rest) if g else None for g in given]
-    step = "rows" if primitive is _softmax_primitive else "rows_slope"
-    run = registry.kernel(step, plan.implementation)
-    assert run is not None
-    return [run(plan, *args)]
-
-
-def _evaluate(*args, plan, given, jaxpr):
-    del plan, given
-    return jaxpr_as_fun(jaxpr)(*args)
-
-
-def _batch(primitive, args, dims, *, plan, given, jaxpr):
-    """Makes rows of a batch."""
-    del jaxpr
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-
-    def fold(array, dim):
-        if dim is None:
-            array = jnp.broadcast_to(array, (size, *array.shape))
-        else:
-            array = jnp.moveaxis(array, dim, 0)
-        return array.reshape(-1, array.shape[2])
-
-    rest = iter([fold(a, d) for a, d in zip(args, dims, strict=True)])
-    out = _bind(primitive, plan, *(next(rest) if g else None for g in given))
-    return [out.reshape(size, -1, out.shape[1])], [0]
 
 
 def _slope_jvp(primals, tangents, *, plan, given, jaxpr):
@@ -236,32 +162,7 @@ def _slope_transpose(cotangents, y, g, *scale, plan, given, jaxpr):
     return [None, out, *[None for _ in scale]]
 
 
-def _lowering():
-    """Returns how a primitive lowers where its kernel can run."""
-    lower = mlir.lower_fun(_evaluate, multiple_results=True)
-
-    def rule(ctx, *args, plan, given, jaxpr):
-        # A kernel in an interpreter has effects, and runs anywhere.
-        if not jaxpr.effects:
-            registry.check_platforms(plan.implementation, ctx.module_context.platforms)
-        return lower(ctx, *args, plan=plan, given=given, jaxpr=jaxpr)
-
-    return rule
-
-
-def _primitive(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_impl(_evaluate)
-    primitive.def_effectful_abstract_eval(
-        lambda *args, plan, given, jaxpr: (jaxpr.out_avals, jaxpr.effects)
-    )
-    mlir.register_lowering(primitive, _lowering())
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-    return primitive
-
-
-_softmax_primitive = _primitive("jaxsoft_softmax")
-_slope_primitive = _primitive("jaxsoft_softmax_slope")
-ad.primitive_jvps[_slope_primitive] = _slope_jvp
-ad.primitive_transposes[_slope_primitive] = _slope_transpose
+_softmax_primitive = RowPrimitive("jaxsoft_softmax", "rows")
+_slope_primitive = RowPrimitive("jaxsoft_softmax_slope", "rows_slope")
+ad.primitive_jvps[_slope_primitive.primitive] = _slope_jvp
+ad.primitive_transposes[_slope_primitive.primitive] = _slope_transpose

@@ -1,29 +1,12 @@
-"""How rows pass through the shared memory of GPUs.
-
-A block of 128 threads works on one row after another. Chunks of a row arrive in shared
-memory (TMA), and a task folds each as it arrives into a few numbers a thread, which
-meet once a row. Then the chunks are overwritten by the task's result and copied out,
-from the last to the first: those that shared memory still holds are not read again.
-While they are copied out, chunks of the next row come into their places.
-
-A row that does not fit a multiprocessor is shared by the blocks of a cluster, which run
-at the same time on neighbouring multiprocessors: each folds some of its chunks, and
-they tell each other what they found.
-"""
+"""Into which chunks rows are cut for GPUs, and how many of them shared memory holds."""
 
 import dataclasses
 import math
-from typing import Generic, NamedTuple, TypeVar
-
-import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jaxsoft._core.numerics import round_up
-from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, PIECE, Chunk, Task
-from jaxsoft.kernels.typing import Barrier, Factors, Index, Ref, Scalar
+from jaxsoft.kernels.rows.mosaic_gpu.tasks import LINE, PIECE
 
-__all__ = ["Meeting", "Refs", "Ring", "choose_ring", "stream"]
+__all__ = ["Ring", "choose_fold_ring", "choose_ring"]
 
 # The bytes of a chunk of one array: at most 64 lines, of the 256 that TMA copies at a
 # time.
@@ -37,11 +20,14 @@ _SPARE_BYTES = 3 * 2**10
 _MOST_BLOCKS = 8
 # How many blocks can share a row. Every GPU that has this kernel can place 8.
 _CLUSTERS = (1, 2, 4, 8)
+# The multiprocessors of a GPU come in groups of neighbours, at least this many in each;
+# a cluster lies within one group.
+_NEIGHBOURS = 16
 # The bytes of a number of noise.
 _NOISE_BYTES = 4
-
-_Carry = TypeVar("_Carry")
-_Result = TypeVar("_Result")
+# Of a block that writes nothing: the lines of a chunk, all in registers at once beside
+# several sums, and the bytes in flight.
+_FOLD_LINES, _FOLD_BYTES = 32, 64 * 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +81,17 @@ class Ring:
 
     @property
     def reads(self) -> float:
-        """How often a row is read, on average of its chunks."""
+        """How often a row is read that is written, on average of its chunks."""
         return 2 - self.slots / self.share
+
+    def groups(self, multiprocessors: int) -> int:
+        """Returns how many blocks, or clusters of them, run at the same time."""
+        if self.cluster == 1:
+            return multiprocessors * self.blocks
+        # Rows are dealt out in advance: a cluster that had to wait would double the
+        # time.
+        neighbours = multiprocessors - multiprocessors % _NEIGHBOURS
+        return max(1, neighbours * self.blocks // self.cluster)
 
 
 def choose_ring(classes: int, itemsize: int, arrays: int, noisy: bool = False) -> Ring:
@@ -113,17 +108,12 @@ def choose_ring(classes: int, itemsize: int, arrays: int, noisy: bool = False) -
       leave room for another row's on their multiprocessors, which hides how long they
       take to meet; else in the fewest that it fits. Its noise stays with it.
     """
-    lines = math.ceil(classes / LINE)
-    chunk = min(lines, _CHUNK_BYTES // (LINE * itemsize))
-    if chunk > PIECE:
-        chunk = round_up(chunk, PIECE)
-    chunks = math.ceil(lines / chunk)
+    lines, chunk, chunks = _chunks(classes, _CHUNK_BYTES // (LINE * itemsize))
 
     def ring(cluster: int, keeps_noise: bool) -> Ring | None:
         slot = (arrays * itemsize + keeps_noise * _NOISE_BYTES) * chunk * LINE
         share = math.ceil(chunks / cluster)
-        # A cluster's blocks also hold the lines of `Meeting` in shared memory.
-        spare = _SPARE_BYTES + (cluster > 1) * (1 + cluster) * LINE * 4
+        spare = _spare(cluster)
         slots = min(share, (_SHARED_BYTES - spare) // slot)
         if keeps_noise and slots < share:
             return None
@@ -141,303 +131,45 @@ def choose_ring(classes: int, itemsize: int, arrays: int, noisy: bool = False) -
     return largest_cluster
 
 
-class Meeting(NamedTuple):
-    """Where the blocks of a cluster tell each other what they found of a row.
-
-    Attributes:
-      table: in the device's memory, [G, 2, B, 128]: a line of each of the B blocks of G
-        clusters, for rows of even and of odd index.
-      line: the block's line, in shared memory, [128].
-      lines: those of all blocks of the cluster, in shared memory, [B, 128].
-      written: the cluster's barrier: every block has written its line to the table.
-      arrived: the block's barrier: the lines have arrived in its shared memory.
-    """
-
-    table: Ref
-    line: Ref
-    lines: Ref
-    written: Barrier
-    arrived: Barrier
-
-
-class Refs(NamedTuple):
-    """The arrays of a kernel, in the device's memory and in shared memory.
-
-    Attributes:
-      inputs: [R, L, 128] each.
-      out: [R, L, 128].
-      factors: [K, R], numbers for each row, or None.
-      words: [R, 2], keys for each row, or None.
-      stages: a ring for each input, [S, C, 128].
-      noise: a ring for noise, or None.
-      full: a barrier for each slot.
-      meeting: where the blocks of a cluster meet, or None without clusters.
-    """
-
-    inputs: list[Ref]
-    out: Ref
-    factors: Ref | None
-    words: Ref | None
-    stages: list[Ref]
-    noise: Ref | None
-    full: Barrier
-    meeting: Meeting | None
-
-
-def stream(task: Task, ring: Ring, rows: int, groups: int, refs: Refs) -> None:
-    """Streams the rows of a block, or of a cluster of them, through shared memory.
+def choose_fold_ring(
+    rows: int, classes: int, itemsize: int, multiprocessors: int
+) -> Ring:
+    """Chooses the ring of a fold, which writes no chunk and so holds but a few.
 
     Args:
-      task: what to fold and what to write.
-      ring: how a row passes.
-      rows: of the arrays.
-      groups: clusters on all multiprocessors, or blocks that share nothing.
-      refs: the arrays.
+      rows: R >= 1.
+      classes: V.
+      itemsize: the bytes of a number.
+      multiprocessors: of the device.
+
+    Returns:
+      The ring. Few rows are shared by blocks of clusters, by as many as leave every row
+      a cluster at the same time; many have a block each.
     """
-    group = lax.axis_index("group")
-    count = lax.div(rows - group + (groups - 1), groups)
-    part = _part(ring)
+    lines, chunk, chunks = _chunks(classes, _FOLD_LINES)
+    most = _FOLD_BYTES // (chunk * LINE * itemsize)
 
-    def stream_row(index, _):
-        factors, words, row = task.static, None, group + index * groups
-        if refs.factors is not None:
-            number = refs.factors.shape[0]
-            factors = tuple(refs.factors[i, row] for i in range(number))
-        if refs.words is not None:
-            words = tuple(refs.words[row, i] for i in range(2))
-        assert factors is not None
-        position = _RowPosition(index, row, groups, count)
-        _RowStream(task, ring, refs, position, part, factors, words).run()
+    def ring(cluster: int) -> Ring:
+        slots = min(math.ceil(chunks / cluster), most)
+        held = slots * chunk * LINE * itemsize + _spare(cluster)
+        blocks = min(_MOST_BLOCKS, _SHARED_BYTES // held)
+        return Ring(lines, chunk, slots, blocks, cluster=cluster)
 
-    first_row = _RowPosition(0, group, groups, count)
-    first = _RowStream(task, ring, refs, first_row, part, (), None)
-    lax.fori_loop(0, part.slots, lambda p, _: first.copy(group, p, p), None)
-    lax.fori_loop(0, count, stream_row, None)
+    rings = [ring(cluster) for cluster in _CLUSTERS if cluster <= chunks]
+    at_once = [r for r in rings if r.groups(multiprocessors) >= rows]
+    return at_once[-1] if at_once else rings[0]
 
 
-class _Part(NamedTuple):
-    """The part of each row that one block has.
-
-    Attributes:
-      first: its first chunk.
-      chunks: how many it has.
-      slots: how many of them fit.
-    """
-
-    first: Scalar
-    chunks: Scalar
-    slots: Scalar
+def _chunks(classes: int, most: int) -> tuple[int, int, int]:
+    """Returns the lines of a row and of a chunk, and the chunks of a row."""
+    lines = math.ceil(classes / LINE)
+    chunk = min(lines, most)
+    if chunk > PIECE:
+        chunk = round_up(chunk, PIECE)
+    return lines, chunk, math.ceil(lines / chunk)
 
 
-def _part(ring: Ring) -> _Part:
-    """Returns the part of this block."""
-    if ring.cluster == 1:
-        return _Part(0, ring.chunks, ring.slots)
-    # The blocks' parts are whole chunks, and differ by one chunk at most.
-    block = lax.axis_index("part")
-    first, end = (
-        lax.div(number * ring.chunks, ring.cluster) for number in (block, block + 1)
-    )
-    return _Part(first, end - first, lax.min(end - first, ring.slots))
-
-
-class _RowPosition(NamedTuple):
-    """Which row it is, of those that a group streams one after another.
-
-    Attributes:
-      index: its number among the group's rows.
-      row: its number in the arrays.
-      step: from a row of the group to its next, in the arrays.
-      count: of the group's rows.
-    """
-
-    index: Scalar
-    row: Scalar
-    step: int
-    count: Scalar
-
-
-@dataclasses.dataclass(frozen=True)
-class _RowStream(Generic[_Carry, _Result]):
-    """The way of one row through the shared memory of one block.
-
-    The block has a part of the row, whose chunks are numbered from 0. First they are
-    folded in this order, and a chunk that has no slot yet is copied into the slot of
-    the chunk that was just folded. Then they are written in the opposite order, and
-    copies refill the slots that they leave: first with chunks of this row that gave
-    their slots up, which have to be written too, then with the next row's first chunks.
-
-    Attributes:
-      task: what to fold and what to write.
-      ring: how the row passes.
-      refs: the arrays.
-      position: which row it is.
-      part: what the block has of it.
-      factors: the numbers of the row that the task needs.
-      words: the words of its key, or None.
-    """
-
-    task: Task[_Carry, _Result]
-    ring: Ring
-    refs: Refs
-    position: _RowPosition
-    part: _Part
-    factors: Factors
-    words: tuple[jax.Array, ...] | None
-
-    def run(self) -> None:
-        """Folds the row, writes it, and lets the next one in."""
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        chunks = self.part.chunks
-        start = self.task.start(self.ring.chunk, self.refs.stages[0].dtype.itemsize)
-        carry = lax.fori_loop(0, chunks, self.fold, start)
-        of_block = self.task.meet(self.factors, carry)
-        result = self.task.finish(self.factors, self.exchange(of_block))
-        lax.fori_loop(0, chunks, self.write, result)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        # This is chunk 0, as a traced number. With a Python 0 Pallas would check the
-        # copies' bounds when it traces them, and refuse the last chunk of a row, which
-        # may reach beyond the array.
-        self.refill(lax.rem(self.position.index, 1))
-
-    def slot(self, chunk: Scalar) -> Scalar:
-        """Returns the slot of a chunk.
-
-        Chunk p of the block's even rows has slot p mod S, of its odd rows slot
-        S - 1 - p mod S: slots that the end of a row leaves are those that the next row
-        wants first.
-        """
-        slots = self.part.slots
-        odd, slot = lax.rem(self.position.index, 2), lax.rem(chunk, slots)
-        return slot + odd * (slots - 1 - 2 * slot)
-
-    def chunk(self, chunk: Scalar, slot: Scalar) -> Chunk:
-        """Returns what the task sees of a chunk."""
-        refs, first = self.refs, self.first_line(chunk)
-        return Chunk(refs.stages, refs.noise, slot, first, self.factors, self.words)
-
-    def first_line(self, chunk: Scalar) -> Scalar:
-        """Returns the first line of a chunk in its row."""
-        return (self.part.first + chunk) * self.ring.chunk
-
-    def lines(self, chunk: Scalar) -> Index:
-        """Returns the lines of a chunk in its row."""
-        from jax.experimental import pallas as pl
-
-        return pl.ds(self.first_line(chunk), self.ring.chunk)
-
-    def copy(self, row: Scalar, chunk: Scalar, slot: Scalar) -> None:
-        """Starts to copy a chunk of each input into a slot."""
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        refs = self.refs
-        for ref, stage in zip(refs.inputs, refs.stages, strict=True):
-            window = ref.at[row, self.lines(chunk)]
-            plgpu.copy_gmem_to_smem(window, stage.at[slot], refs.full.at[slot])
-
-    def fold(self, chunk: Scalar, carry: _Carry) -> _Carry:
-        """Waits for a chunk and folds it; copies the one that takes its slot."""
-        from jax.experimental import pallas as pl
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        ring, slot = self.ring, self.slot(chunk)
-        plgpu.barrier_wait(self.refs.full.at[slot])
-        self.fill_beyond(chunk, slot)
-        carry = self.task.fold(self.chunk(chunk, slot), carry)
-        if ring.slots < ring.share:
-            following = chunk + self.part.slots
-
-            @pl.when(following < self.part.chunks)
-            def _():
-                # Past this no thread still reads the slot.
-                plgpu.commit_smem()
-                self.copy(self.position.row, following, slot)
-
-        return carry
-
-    def fill_beyond(self, chunk: Scalar, slot: Scalar) -> None:
-        """Fills the lines of the last chunk that are beyond the row."""
-        from jax.experimental import pallas as pl
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        ring, stage = self.ring, self.refs.stages[0]
-        held = ring.lines - (ring.chunks - 1) * ring.chunk
-        if held == ring.chunk or self.task.fill == 0:
-            return
-
-        @pl.when(self.part.first + chunk == ring.chunks - 1)
-        def _():
-            for line in range(held, ring.chunk):
-                stage[slot, line] = jnp.full((LINE,), self.task.fill, stage.dtype)
-            plgpu.commit_smem()
-
-    def exchange(self, of_block: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
-        """Returns what each block of the cluster found of the row."""
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        meeting = self.refs.meeting
-        if meeting is None:
-            return [of_block]
-        layout = plgpu.Layout.WG_STRIDED((LINE,), vec_size=1)
-        lane = plgpu.broadcasted_iota(jnp.int32, (LINE,), 0, layout=layout)
-        line = jnp.zeros((LINE,), jnp.float32)
-        for index, number in enumerate(of_block):
-            line = jnp.where(lane == index, number, line)
-        meeting.line[...] = line
-        plgpu.commit_smem()
-        # A block is at most one row ahead of another, which may still read the lines of
-        # its own row: even and odd rows have lines of their own.
-        table = meeting.table.at[
-            lax.axis_index("group"), lax.rem(self.position.index, 2)
-        ]
-        plgpu.copy_smem_to_gmem(meeting.line, table.at[lax.axis_index("part")])
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.barrier_arrive(meeting.written)
-        plgpu.barrier_wait(meeting.written)
-        plgpu.copy_gmem_to_smem(table, meeting.lines, meeting.arrived)
-        plgpu.barrier_wait(meeting.arrived)
-        blocks, numbers = range(self.ring.cluster), range(len(of_block))
-        return [tuple(meeting.lines[b, i] for i in numbers) for b in blocks]
-
-    def write(self, step: Scalar, result: _Result) -> _Result:
-        """Overwrites a chunk by its result and copies it out, the last chunk first."""
-        from jax.experimental import pallas as pl
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        ring, refs = self.ring, self.refs
-        chunk = self.part.chunks - 1 - step
-        slot = self.slot(chunk)
-        if ring.slots < ring.share:
-
-            @pl.when(chunk < self.part.chunks - self.part.slots)
-            def _():
-                plgpu.barrier_wait(refs.full.at[slot])
-
-        self.task.write(self.chunk(chunk, slot), result)
-        plgpu.commit_smem()
-        window = refs.out.at[self.position.row, self.lines(chunk)]
-        plgpu.copy_smem_to_gmem(refs.stages[0].at[slot], window)
-
-        @pl.when(step > 0)
-        def _():
-            # The copy before this one has left its slot.
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            self.refill(chunk + 1)
-
-        return result
-
-    def refill(self, chunk: Scalar) -> None:
-        """Copies what comes next into the slot that a chunk had."""
-        from jax.experimental import pallas as pl
-
-        slots, slot = self.part.slots, self.slot(chunk)
-        row, step = self.position.row, self.position.step
-
-        @pl.when(chunk >= slots)
-        def _():
-            self.copy(row, chunk - slots, slot)
-
-        @pl.when((chunk < slots) & (self.position.index + 1 < self.position.count))
-        def _():
-            self.copy(row + step, slots - 1 - chunk, slot)
+def _spare(cluster: int) -> int:
+    """Returns the bytes of shared memory that a block needs beside its ring."""
+    # A cluster's blocks also hold the lines in which they meet.
+    return _SPARE_BYTES + (cluster > 1) * (1 + cluster) * LINE * 4

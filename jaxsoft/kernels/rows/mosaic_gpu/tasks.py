@@ -1,7 +1,7 @@
 """What GPUs' kernels for rows do with the chunks that pass through shared memory.
 
-A task finds a few numbers of a row, chunk after chunk, and writes chunks from them. A
-piece is what threads hold at a time: of 8 lines, 8 numbers each.
+A fold finds a few numbers of a row, chunk after chunk; a task then writes chunks from
+them. A piece is what threads hold at a time: of 8 lines, 8 numbers each.
 """
 
 import abc
@@ -15,7 +15,18 @@ import jax.numpy as jnp
 
 from jaxsoft.kernels.typing import Factors, Index, Ref, Scalar
 
-__all__ = ["LINE", "PIECE", "Chunk", "Slope", "Softmax", "Task", "centred", "full"]
+__all__ = [
+    "LINE",
+    "PIECE",
+    "Chunk",
+    "PieceFold",
+    "RowFold",
+    "Slope",
+    "Softmax",
+    "Task",
+    "centred",
+    "full",
+]
 
 # Numbers in a line, and the most lines of a piece.
 LINE = 128
@@ -93,11 +104,11 @@ def centred(factors: Factors, x: jax.Array, peak: jax.Array) -> jax.Array:
     return c
 
 
-class Task(abc.ABC, Generic[_Carry, _Result]):
-    """What a kernel does with rows: it folds chunks, then it overwrites them.
+class RowFold(abc.ABC, Generic[_Carry, _Result]):
+    """What a kernel finds of rows, chunk after chunk.
 
     Threads fold by themselves; those of a block meet once a row, then the blocks that
-    share the row. A subclass is a frozen dataclass: a task is part of the program.
+    share the row. A subclass is a frozen dataclass: a fold is part of the program.
 
     Attributes:
       static: the factors of all rows, None if each row has its own.
@@ -109,6 +120,11 @@ class Task(abc.ABC, Generic[_Carry, _Result]):
     static: Factors | None
     fill: ClassVar[float]
     private: ClassVar[bool] = False
+
+    @property
+    def recorded(self) -> int:
+        """How many numbers of each row the kernel returns."""
+        return 0
 
     @abc.abstractmethod
     def start(self, lines: int, itemsize: int) -> _Carry:
@@ -131,27 +147,33 @@ class Task(abc.ABC, Generic[_Carry, _Result]):
     def finish(
         self, factors: Factors, of_blocks: list[tuple[jax.Array, ...]]
     ) -> _Result:
-        """Returns what `write` needs of a row.
+        """Returns what is known of a row.
 
         Args:
           factors: of the row.
           of_blocks: what `meet` returned in each block that has a part of the row.
         """
 
+    def record(self, result: _Result) -> tuple[jax.Array, ...]:
+        """Returns the numbers of a row that the kernel returns, float32."""
+        del result
+        return ()
+
+
+class Task(RowFold[_Carry, _Result]):
+    """What a kernel does with rows that it overwrites: it folds chunks, then writes."""
+
     @abc.abstractmethod
     def write(self, chunk: Chunk, result: _Result) -> None:
         """Overwrites the first array's chunk by the result."""
 
 
-class _PieceTask(Task[tuple[jax.Array, ...], _Result]):
-    """A task that takes pieces as threads load them fastest.
+class PieceFold(RowFold[tuple[jax.Array, ...], _Result]):
+    """A fold that takes pieces as threads load them fastest."""
 
-    Attributes:
-      starts: what each thread starts from, one float32 number for each of those that it
-        finds.
-    """
-
-    starts: ClassVar[tuple[float, ...]]
+    @abc.abstractmethod
+    def starts(self) -> tuple[float, ...]:
+        """Returns what each thread starts from, for each number that it finds."""
 
     @abc.abstractmethod
     def merge_pieces(
@@ -162,19 +184,23 @@ class _PieceTask(Task[tuple[jax.Array, ...], _Result]):
     ) -> tuple[jax.Array, ...]:
         """Returns the carry with pieces, [P, 128] of each array."""
 
-    @abc.abstractmethod
-    def result(self, factors: Factors, result: _Result, *piece: jax.Array) -> jax.Array:
-        """Returns what overwrites a piece of the first array."""
-
     def start(self, lines: int, itemsize: int) -> tuple[jax.Array, ...]:
         """Returns the starts, as pieces."""
         shape = (min(PIECE, lines), LINE)
-        return tuple(full(shape, jnp.float32(v), itemsize) for v in self.starts)
+        return tuple(full(shape, jnp.float32(v), itemsize) for v in self.starts())
 
     def fold(self, chunk: Chunk, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Merges the pieces of a chunk."""
         pieces = [chunk.load(window) for window in chunk.windows()]
         return self.merge_pieces(chunk.factors, carry, pieces)
+
+
+class _PieceTask(PieceFold[_Result], Task[tuple[jax.Array, ...], _Result]):
+    """A task that takes pieces as threads load them fastest."""
+
+    @abc.abstractmethod
+    def result(self, factors: Factors, result: _Result, *piece: jax.Array) -> jax.Array:
+        """Returns what overwrites a piece of the first array."""
 
     def write(self, chunk: Chunk, result: _Result) -> None:
         """Overwrites each piece of the chunk."""
@@ -185,7 +211,7 @@ class _PieceTask(Task[tuple[jax.Array, ...], _Result]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax(_PieceTask[tuple[jax.Array, jax.Array]]):
+class Softmax(_PieceTask[tuple[jax.Array, ...]]):
     """The largest logit and the sum of a row, then its probabilities.
 
     Attributes:
@@ -195,39 +221,50 @@ class Softmax(_PieceTask[tuple[jax.Array, jax.Array]]):
     static: Factors | None
 
     fill: ClassVar = -math.inf
-    starts: ClassVar = (float(jnp.finfo(jnp.float32).min), 0.0)
+
+    def weight(self, factors: Factors, x: jax.Array, peak: jax.Array) -> jax.Array:
+        """Returns exp((x - peak) / τ)."""
+        return jnp.exp2(centred(factors, x, peak))
+
+    def starts(self):
+        """Returns the lowest finite number, and no sum."""
+        return float(jnp.finfo(jnp.float32).min), 0.0
 
     def merge_pieces(self, factors, carry, pieces):
         """Merges the largest logits and the sums."""
         peak, total = carry
         xs = [x for (x,) in pieces]
         top = functools.reduce(jnp.maximum, xs, peak)
-        total = total * jnp.exp2(centred(factors, peak, top))
+        total = total * self.weight(factors, peak, top)
         for x in xs:
-            total = total + jnp.exp2(centred(factors, x, top))
+            total = total + self.weight(factors, x, top)
         return top, total
 
     def meet(self, factors, carry):
         """Returns the largest logit and the sum of a block."""
         peak, total = carry
         top = jnp.max(peak)
-        return top, jnp.sum(total * jnp.exp2(centred(factors, peak, top)))
+        return top, jnp.sum(total * self.weight(factors, peak, top))
 
     def finish(self, factors, of_blocks):
-        """Returns the row's largest logit, and one over its sum."""
+        """Returns what `known` does."""
         (top, total), *others = of_blocks
         for peak, block_total in others:
             both = jnp.maximum(top, peak)
-            total = total * jnp.exp2(centred(factors, top, both))
-            total = total + block_total * jnp.exp2(centred(factors, peak, both))
+            total = total * self.weight(factors, top, both)
+            total = total + block_total * self.weight(factors, peak, both)
             top = both
+        return self.known(top, total)
+
+    def known(self, top: jax.Array, total: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns the row's largest logit, and one over its sum."""
         return top, 1 / jnp.where(total == 0, 1.0, total)
 
     def result(self, factors, result, *piece):
         """Returns the probabilities of a piece."""
         (x,) = piece
         top, inverse = result
-        return jnp.exp2(centred(factors, x, top)) * inverse
+        return self.weight(factors, x, top) * inverse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +278,10 @@ class Slope(_PieceTask[jax.Array]):
     static: Factors | None
 
     fill: ClassVar = 0.0
-    starts: ClassVar = (0.0, 0.0)
+
+    def starts(self):
+        """Returns no sums."""
+        return 0.0, 0.0
 
     def merge_pieces(self, factors, carry, pieces):
         """Adds up pieces of y and g."""

@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxsoft._core import mesh_axes
 from jaxsoft._core.numerics import divide_by_temperature, round_up
 from jaxsoft.kernels import chips
+from jaxsoft.kernels.rows.binding import RowPlan
 from jaxsoft.kernels.rows.mosaic_tpu import gumbel
 from jaxsoft.kernels.rows.mosaic_tpu.strips import (
     FOLDING,
@@ -35,7 +36,6 @@ from jaxsoft.kernels.rows.mosaic_tpu.strips import (
     fold_chunks,
     merge_chunk,
 )
-from jaxsoft.kernels.rows.primitive import RowPlan
 from jaxsoft.kernels.typing import ChunkFold, Ref
 
 __all__ = ["RowBlocks", "backward", "choose_row_blocks", "forward"]

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jaxsoft._core import noise
 from jaxsoft._core.exact_sum import LOWEST, exact_sum, gap
 from jaxsoft._core.numerics import divide_by_temperature, is_zero
+from jaxsoft.kernels.rows.binding import RowPlan
 from jaxsoft.kernels.rows.mosaic_tpu.strips import WRITING, Strip, merge_chunk
-from jaxsoft.kernels.rows.primitive import RowPlan
 from jaxsoft.kernels.typing import ChunkFold, Tau
 
 __all__ = ["column_dtypes", "kernel"]
