@@ -20,7 +20,7 @@ from benchmarks.workloads import Layout, LinearWorkload, SoftmaxWorkload
 from jaxsoft._core import noise
 from jaxsoft._core.registry import Implementation
 
-_TEMPERATURE, _SOFTCAP = 0.7, 3.0
+_TEMPERATURE, _SOFTCAP, _SMOOTHING = 0.7, 3.0, 0.1
 # Of all rows, those that may part.
 _PARTING = 0.02
 
@@ -131,6 +131,55 @@ def check_rows(session: Session, workload: SoftmaxWorkload, suite: str) -> None:
         contest.run_case(case(suite, workload.name, shape, title), session)
 
 
+def check_losses(session: Session, workload: SoftmaxWorkload, suite: str) -> None:
+    """Checks log-probabilities, entropies and losses of stored logits.
+
+    Args:
+      session: where the results go.
+      workload: the shape.
+      suite: the question that the results answer.
+    """
+    logits, labels, cotangent = workload.inputs()
+    shape = {"N": workload.rows, "V": workload.classes, "dtype": workload.dtype}
+
+    def log_softmax(implementation: Any) -> Callable[..., jax.Array]:
+        return lambda logits: jaxsoft.log_softmax(
+            logits, temperature=_TEMPERATURE, implementation=implementation
+        )
+
+    def of_rows(implementation: Any) -> Callable[..., jax.Array]:
+        def call(logits: Any) -> jax.Array:
+            entropy = jaxsoft.entropy(
+                logits, temperature=_TEMPERATURE, implementation=implementation
+            )
+            loss = jaxsoft.softmax_cross_entropy(
+                logits,
+                labels,
+                _TEMPERATURE,
+                label_smoothing=_SMOOTHING,
+                implementation=implementation,
+            )
+            return jnp.stack([entropy, loss], axis=1)
+
+        return call
+
+    known = functools.cache(functools.partial(_logarithms, logits, labels, cotangent))
+    of_two = cotangent[:, :2].astype(jnp.float32)
+    cases = {
+        "log_softmax": (log_softmax, cotangent),
+        "entropy and smoothed loss": (of_rows, of_two),
+    }
+    for name, (ours, cotangents) in cases.items():
+        case = _of_samples(
+            ours,
+            lambda name=name: known()[name],
+            (logits, cotangents),
+            workload.dtype,
+        )
+        title = f"{name}: value and gradient"
+        contest.run_case(case(suite, workload.name, shape, title), session)
+
+
 def _of_classes(
     ours: _Ours, known: Callable[[], Any], arguments: Any
 ) -> Callable[..., contest.Case]:
@@ -146,7 +195,7 @@ def _of_classes(
 def _of_samples(
     ours: _Ours, known: Callable[[], Any], arguments: Any, dtype: str
 ) -> Callable[..., contest.Case]:
-    """A case that asks for relaxed samples and their gradients."""
+    """A case that asks for values of stored logits and their gradients."""
 
     def prepare(function: Callable[..., Any]) -> Callable[..., Any]:
         def both(logits: Any, cotangent: Any) -> Any:
@@ -209,3 +258,24 @@ def _relaxed(
     y /= y.sum(axis=1, keepdims=True)
     mean = (y * g).sum(axis=1, keepdims=True)
     return {"value": y, "gradient": y * (g - mean) / _TEMPERATURE}
+
+
+def _logarithms(logits: Any, labels: Any, cotangent: Any) -> dict[str, dict[str, Any]]:
+    """Log-probabilities, entropy and smoothed loss, and gradients, in float64."""
+    x, g = (np.asarray(array, np.float64) for array in (logits, cotangent))
+    c = (x - x.max(axis=1, keepdims=True)) / _TEMPERATURE
+    log_p = c - np.log(np.exp(c).sum(axis=1, keepdims=True))
+    p = np.exp(log_p)
+    entropy = -(p * log_p).sum(axis=1, keepdims=True)
+    targets = np.full(x.shape, _SMOOTHING / x.shape[1])
+    targets[np.arange(len(x)), np.asarray(labels)] += 1 - _SMOOTHING
+    loss = -(targets * log_p).sum(axis=1, keepdims=True)
+    slopes = g - p * g.sum(axis=1, keepdims=True)
+    of_rows = -p * (log_p + entropy) * g[:, :1] + (p - targets) * g[:, 1:2]
+    return {
+        "log_softmax": {"value": log_p, "gradient": slopes / _TEMPERATURE},
+        "entropy and smoothed loss": {
+            "value": np.concatenate([entropy, loss], axis=1),
+            "gradient": of_rows / _TEMPERATURE,
+        },
+    }

@@ -107,6 +107,7 @@ def _check_kernels(session: Session) -> None:
     for dtype in ("float32",) if session.quick else ("float32", "bfloat16"):
         workload = dataclasses.replace(_ROWS, dtype=dtype)
         choices.check_rows(session, workload, _PARITY)
+        choices.check_losses(session, workload, _PARITY)
 
 
 def _check_rest(session: Session) -> None:

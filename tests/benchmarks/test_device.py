@@ -401,6 +401,22 @@ def test_other_noise_than_the_canonical_is_a_fault(monkeypatch):
         assert {r.status for r in session.results} == {status}
 
 
+def test_losses_that_are_not_those_of_float64_are_a_fault(monkeypatch):
+    entropy = jaxsoft.entropy
+    workload = workloads.SoftmaxWorkload("tiny", 3, 130)
+    for scale, status in ((1, "right"), (1.01, "wrong")):
+        monkeypatch.setattr(
+            jaxsoft,
+            "entropy",
+            lambda *arguments, scale=scale, **options: (
+                scale * entropy(*arguments, **options)
+            ),
+        )
+        session = Session(quick=True, rounds=1)
+        choices.check_losses(session, workload, "s")
+        assert [r.status for r in session.results] == ["right", status]
+
+
 def test_a_machine_that_has_lost_its_device_starts_anew(tmp_path, monkeypatch):
     ended = []
 
