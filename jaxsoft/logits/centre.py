@@ -24,6 +24,7 @@ _PART = 2**20
 _MANY = 2**23
 # Up to this temperature a class so far below the peak has an exponential of 0.
 _MODERATE, _FAR = 2.0**64, 2.0**100
+_RAISED = 2.0**32
 
 
 class Centred(NamedTuple):
@@ -217,20 +218,41 @@ def _mean_of_kept(axis, static_tau, logits, peak, tau):
     kept = logits != -jnp.inf
     number = jnp.sum(kept, axis, keepdims=True, dtype=jnp.int32)
     number = jnp.maximum(number, 1).astype(logits.dtype)
-    c = divide_stored(logits, peak, pick_temperature(static_tau, tau))
+    temperature, times = _raised(pick_temperature(static_tau, tau), logits.dtype)
+    c = divide_stored(logits, peak, temperature)
     mean = jnp.sum(jnp.where(kept, c, 0), axis, keepdims=True) / number
+    if isinstance(times, jax.Array) or times != 1:
+        # XLA would multiply by one constant for both, and overflow before it divides.
+        mean = times * jax.lax.optimization_barrier(mean)
     # A temperature may vary over devices where logits do not.
     return mean, mesh_axes.like(number, mean)
+
+
+def _raised(
+    temperature: float | jax.Array, dtype: jnp.dtype
+) -> tuple[float | jax.Array, float | jax.Array]:
+    """Returns a higher temperature, where τ is very low, and how many times as high.
+
+    There a logit over τ may overflow where the mean does not, and at the higher one
+    neither it nor a sum of 2³² of them does.
+    """
+    least = float(jnp.finfo(dtype).tiny)
+    if isinstance(temperature, float):
+        times = _RAISED if least <= temperature < 1 / _RAISED else 1.0
+    else:
+        is_low = (temperature >= least) & (temperature < 1 / _RAISED)
+        times = jnp.where(is_low, _RAISED, 1.0).astype(dtype)
+    return temperature * times, times
 
 
 def _mean_of_all(axis, static_tau, logits, peak, tau):
     """Returns the mean, on a CPU: nothing is selected where no class is dropped.
 
     XLA for CPUs stores what a select gives before it adds it, and what c is made of
-    for a second use: the sum is of quarters, and c is not.
+    for a second use: what is added here is scaled, and c is not.
     """
-    classes = logits.shape[axis]
-    total = 4 * jnp.sum(logits * 0.25 - peak * 0.25, axis, keepdims=True)
+    classes, scale = logits.shape[axis], _scale(peak)
+    total = jnp.sum(logits * scale - peak * scale, axis, keepdims=True) / scale
 
     def mean():
         temperature = pick_temperature(static_tau, tau)

@@ -320,7 +320,8 @@ def _row_statistics_jvp(axis, static_tau, has_mean, primals, tangents):
             of_mean = total(jnp.where(centred.kept, dx, 0)) / number
             tangent[2] += of_mean * inverse_tau - mean_p
     if not has_no_tangent(dtau):
-        slope = dtau * inverse_tau
+        # Of each row: what they add up to may be infinite, and times 0 NaN.
+        slope = dtau * jnp.broadcast_to(inverse_tau, empty.shape)
         c = centred.values
         peak = over_temperature(centred.peak, tau)
         expected = total(e * visible(c)) * inverse_total

@@ -323,7 +323,11 @@ def _rule(
         tau = pick_temperature(static_tau, tau_array)
         inverse_tau = inverse(tau, x.dtype)
         dx = None if has_no_tangent(dx) else dx * inverse_tau
-        slope = None if has_no_tangent(dtau) else dtau * inverse_tau
+        slope = None
+        if not has_no_tangent(dtau):
+            # Of each row: what they add up to may be infinite, and times 0 NaN.
+            rows = tuple(1 if i == axis else n for i, n in enumerate(x.shape))
+            slope = dtau * jnp.broadcast_to(inverse_tau, rows)
         out, terms = derivative(axis, static_tau, x, tau_array, where, dx, slope)
         tangent = sum(terms) if terms else jnp.zeros_like(out)
         return out, tangent

@@ -445,3 +445,45 @@ def test_the_only_class_of_a_row_may_be_dropped(tau):
     (_, each), slope = step(x)
     np.testing.assert_array_equal(np.stack(each), 0)
     np.testing.assert_array_equal(slope, 0)
+
+
+@pytest.mark.parametrize("name", ["labels", "smoothed", "z_loss", "logsumexp"])
+def test_a_temperature_of_0_has_no_gradient_whatever_its_rows_add_up_to(name):
+    """Each row's slope is as large as a number can be, and there are several."""
+    x = truth.logits("unit", (9, 5)) + 50
+    labels = np.zeros(9, "int32")
+    options: Any = {"smoothed": {"label_smoothing": 0.1}, "z_loss": {"z_loss": 0.1}}
+
+    @jax.jit
+    @jax.grad
+    def slope(tau):
+        if name == "logsumexp":
+            return jaxsoft.logsumexp(x, temperature=tau).sum()
+        given = options.get(name, {})
+        return jaxsoft.softmax_cross_entropy(x, labels, tau, **given).sum()
+
+    for tau in (0.0, 1e-39):
+        assert slope(np.float32(tau)) == 0
+    # Colder than any other temperature the slope itself overflows.
+    assert np.isinf(slope(np.float32(2e-38)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mean_is_finite_where_a_tempered_logit_is_not(masked, static):
+    """Of ten classes one is so far below the others that it overflows over τ."""
+    x = np.tile(np.asarray([0, -8] + [-1] * 8, "float32"), (3, 1))
+    where = np.arange(10) != 9 if masked else None
+    labels, cold = np.arange(0, 6, 2), np.float32(2e-38)
+
+    @jax.jit
+    def loss(tau):
+        tau = float(cold) if static else tau
+        return jaxsoft.softmax_cross_entropy(
+            x, labels, tau, where=where, label_smoothing=0.5
+        )
+
+    kept = x if where is None else x[:, where]
+    picked = np.take_along_axis(x, labels[:, None], 1)[:, 0]
+    exact = -0.5 * (picked + kept.mean(1, dtype="float64")) / np.float64(cold)
+    np.testing.assert_allclose(loss(cold), exact, rtol=1e-6)
