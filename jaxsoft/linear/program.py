@@ -508,10 +508,23 @@ def _of_shards(
             jax.tree.leaves(result), partial, result_axes, strict=True
         ):
             over = _missing(letters, axes) if sums else ()
-            found.append(lax.psum(array, over) if over else array)
+            found.append(_added(program, array, over) if over else array)
         return found
 
     return call
+
+
+def _added(program: Program, array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the sum of the shards' arrays over mesh axes.
+
+    XLA for CPUs adds short floats up in float32. It ends the process where it finds
+    more than a sum to rewrite: JAX writes a sharding beside it where another axis of
+    the mesh is left to the compiler.
+    """
+    dtype = array.dtype
+    if program.fold.config.moves_bits and stored_dtype(dtype) != dtype:
+        array = array.astype(jnp.float32)
+    return lax.psum(array, axes).astype(dtype)
 
 
 def _mapped(
