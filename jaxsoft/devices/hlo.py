@@ -51,11 +51,13 @@ class Work:
       accessed: bytes that instructions read and write in the device's memory.
       is_least: whether there is more: a loop that runs nobody knows how often, or a
         kernel that does not tell.
+      is_untold: whether there is such a kernel.
     """
 
     dot_flops: int = 0
     accessed: int = 0
     is_least: bool = False
+    is_untold: bool = False
 
     def __add__(self, other: "Work") -> "Work":
         """Adds what is done after it."""
@@ -63,6 +65,7 @@ class Work:
             self.dot_flops + other.dot_flops,
             self.accessed + other.accessed,
             self.is_least or other.is_least,
+            self.is_untold or other.is_untold,
         )
 
     def __or__(self, other: "Work") -> "Work":
@@ -71,11 +74,14 @@ class Work:
             max(self.dot_flops, other.dot_flops),
             max(self.accessed, other.accessed),
             self.is_least or other.is_least,
+            self.is_untold or other.is_untold,
         )
 
     def times(self, count: int) -> "Work":
         """Returns the work of so many iterations."""
-        return Work(self.dot_flops * count, self.accessed * count, self.is_least)
+        return dataclasses.replace(
+            self, dot_flops=self.dot_flops * count, accessed=self.accessed * count
+        )
 
 
 def work_of(text: str) -> Work | None:
@@ -323,7 +329,8 @@ class _Counter:
             axes = _numbers(summed[1]) if summed else [len(left) - 1]
             flops = 2 * one.arrays[0].size * math.prod(left[axis] for axis in axes)
             return Work(flops, moved)
-        return Work(0, moved, is_least=_KERNELS.search(target) is not None)
+        is_kernel = _KERNELS.search(target) is not None
+        return Work(0, moved, is_kernel, is_kernel)
 
     def _flops_within(self, name: str) -> int:
         """Returns the flops of products inside a fusion."""

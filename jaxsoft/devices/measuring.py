@@ -73,15 +73,26 @@ class Ran:
     def least(self, kind: str, chip: Chip) -> Least | None:
         """Returns the least time of a program; None if it is not known what it does.
 
+        Of a kernel that does not tell its products, memory alone would be a bound far
+        below any time.
+
         Args:
           kind: "value" or "value_and_grad".
           chip: what it runs on.
         """
         work, schedule = self.work.get(kind), self.schedules.get(kind)
-        if work is None:
+        if work is None or (schedule is None and self._hides_products(kind)):
             return None
         cycles = 0 if schedule is None else schedule.cycles
         return least_time(chip, work.accessed, work.dot_flops, cycles)
+
+    def _hides_products(self, kind: str) -> bool:
+        """Tells whether a kernel may compute products that it does not tell."""
+        work, kernels = self.work[kind], self.kernels.get(kind, ())
+        if work is None or not work.is_untold:
+            return False
+        hidden = [one.may_multiply for one in kernels if one.is_of_mosaic]
+        return any(hidden) or not hidden
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Ran":

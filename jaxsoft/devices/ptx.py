@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["VARIABLES", "Kernel", "Limits", "kernels_of", "printed"]
+__all__ = ["VARIABLES", "Kernel", "Limits", "kernels_of", "missing_tools", "printed"]
 
 # What XLA and Mosaic are told, before they are loaded.
 VARIABLES = {"XLA_FLAGS": "--xla_dump_to={folder}", "MOSAIC_GPU_DUMP_PTX": "1"}
@@ -42,6 +42,9 @@ _OPCODE = re.compile(r"^(?:@!?U?P\w+ )?(\w+)")
 # The instructions of matrix units: of Hopper, Blackwell, and those before.
 _MATRIX = ("HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA", "UTCMMA", "HMMA")
 _COPIES = ("UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG")
+# What Mosaic puts behind a kernel's name.
+_OF_MOSAIC = "_mosaic_gpu_kernel"
+_TOOLS = ("ptxas", "nvdisasm")
 
 # Mosaic prints a kernel once: by name what was printed before.
 _printed_before: dict[str, str] = {}
@@ -89,6 +92,18 @@ class Kernel:
     loop: Mapping[str, int] | None = None
     copies: int | None = None
 
+    @property
+    def is_of_mosaic(self) -> bool:
+        """Whether Mosaic made it, not XLA."""
+        return self.name.endswith(_OF_MOSAIC)
+
+    @property
+    def may_multiply(self) -> bool:
+        """Whether its loop has matrix instructions, or nobody knows."""
+        if self.loop is None:
+            return self.copies is None
+        return self.loop["matrix"] > 0
+
 
 @contextlib.contextmanager
 def printed() -> Iterator[list[str]]:
@@ -128,10 +143,15 @@ def kernels_of(folder: Path, said: str, text: str, limits: Limits) -> list[Kerne
     ptx += [
         one
         for name, one in _printed_before.items()
-        if name in new or name.removesuffix("_mosaic_gpu_kernel") in text
+        if name in new or name.removesuffix(_OF_MOSAIC) in text
     ]
     found = [kernel for one in ptx for kernel in _kernels(one, limits)]
     return sorted(found, key=lambda kernel: -(kernel.loop or {}).get("matrix", 0))
+
+
+def missing_tools() -> list[str]:
+    """Returns the programs of CUDA's that are not installed."""
+    return [name for name in _TOOLS if _tool(name) is None]
 
 
 def _tool(name: str) -> str | None:

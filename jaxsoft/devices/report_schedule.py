@@ -3,10 +3,10 @@
 import textwrap
 from collections.abc import Iterator
 
-from jaxsoft.devices.chips import CHIPS, Chip
+from jaxsoft.devices.chips import CHIPS, Chip, least_time
 from jaxsoft.devices.measuring import Found, Ran
 from jaxsoft.devices.programs import Shapes
-from jaxsoft.devices.ptx import Kernel
+from jaxsoft.devices.ptx import Kernel, missing_tools
 from jaxsoft.devices.report import Surveyed, named, notes, print_table
 
 __all__ = ["show"]
@@ -62,8 +62,19 @@ def show(one: Surveyed, shapes: Shapes) -> None:
     if kernels:
         print("kernels by their matrix instructions, and the main loop's instructions")
         print_table(_KERNELS, kernels, len(_NAMES) + 1)
-    for note in notes(one):
+    for note in (*_tool_notes(bool(kernels)), *notes(one)):
         print(textwrap.fill(note, _WIDTH, subsequent_indent="  "))
+
+
+def _tool_notes(has_kernels: bool) -> Iterator[str]:
+    """Yields what is unknown of kernels for want of a program of CUDA's."""
+    missing = missing_tools() if has_kernels else []
+    if missing:
+        unknown = "instructions are" if missing == ["nvdisasm"] else "kernels' code is"
+        yield (
+            f"{unknown} unknown without {' and '.join(missing)}, which the extra `aot` "
+            'installs: pip install "jaxsoft[aot]"'
+        )
 
 
 def _programs(found: Found) -> Iterator[tuple[tuple[str, str, str], Ran, str]]:
@@ -77,21 +88,22 @@ def _programs(found: Found) -> Iterator[tuple[tuple[str, str, str], Ran, str]]:
 
 def _time_rows(found: Found, chip: Chip) -> Iterator[tuple[str, ...]]:
     for names, ran, kind in _programs(found):
-        least = ran.least(kind, chip)
-        if least is None:
+        work, schedule = ran.work.get(kind), ran.schedules.get(kind)
+        if work is None:
             yield (*names, *("?" for _ in _TIMES[len(names) :]))
             continue
-        schedule, work = ran.schedules.get(kind), ran.work[kind]
-        assert work is not None
+        cycles = 0 if schedule is None else schedule.cycles
+        parts = least_time(chip, work.accessed, work.dot_flops, cycles)
         # A kernel that does not tell has none of its products counted.
         products = "?" if work.is_least and not work.dot_flops else None
-        bundles = "-" if schedule is None else _ms(least.issue, schedule.is_least)
+        bundles = "-" if schedule is None else _ms(parts.issue, schedule.is_least)
+        least = ran.least(kind, chip)
         is_least = work.is_least or (schedule is not None and schedule.is_least)
         yield (
             *names,
-            _ms(least.seconds, is_least),
-            _ms(least.memory, work.is_least),
-            products or _ms(least.products, work.is_least),
+            "?" if least is None else _ms(least.seconds, is_least),
+            _ms(parts.memory, work.is_least),
+            products or _ms(parts.products, work.is_least),
             bundles,
         )
 

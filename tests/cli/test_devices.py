@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from jaxsoft.cli.main import main
-from jaxsoft.devices import child, report
+from jaxsoft.devices import child, report, report_schedule
 from jaxsoft.devices.bundles import UNITS
 from jaxsoft.devices.ptx import Kernel
 from jaxsoft.devices.target import TARGETS, Target
@@ -220,13 +220,22 @@ def test_a_schedule_as_text_and_as_json(capsys, monkeypatch, tmp_path):
     assert one["least_seconds"] == {"value": pytest.approx(180_000 / 1.751e9, rel=1e-3)}
 
 
-def test_kernels_of_a_gpu_as_text(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "has_ptxas, unknown",
+    [
+        (True, "instructions are unknown without nvdisasm, which the extra `aot`"),
+        (False, "kernels' code is unknown without ptxas and nvdisasm, which the"),
+    ],
+)
+def test_kernels_of_a_gpu_as_text(has_ptxas, unknown, capsys, monkeypatch, tmp_path):
     loop = {"instructions": 51, "matrix": 4, "copies": 0}
     kernels = [
         Kernel("a_fusion", 256, 30, 0, 32, 1.0, None, 0),
         Kernel("a_long_name_of_a_kernel_of_mosaic", 384, 168, 8, None, 0.1875, loop, 9),
         Kernel("a_copy", 128),
     ]
+    untold = {"accessed": 3352 * 10**6, "is_least": True, "is_untold": True}
+    product = Kernel("a_mosaic_gpu_kernel", 384, 168, 0, None, 0.1875, loop, 9)
     found = {
         "operation": "sample",
         "uses": "xla",
@@ -239,7 +248,13 @@ def test_kernels_of_a_gpu_as_text(capsys, monkeypatch, tmp_path):
                     "value_and_grad": {"accessed": 3352 * 10**6, "is_least": True},
                 },
                 "kernels": {"value": [dataclasses.asdict(one) for one in kernels]},
-            }
+            },
+            {
+                "name": "mosaic_gpu",
+                "temporaries": {"value": 0},
+                "work": {"value": untold},
+                "kernels": {"value": [dataclasses.asdict(product)]},
+            },
         ],
     }
     script = tmp_path / "python"
@@ -251,13 +266,19 @@ def test_kernels_of_a_gpu_as_text(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", os.fspath(script))
     monkeypatch.setattr(Target, "installed", lambda self: True)
+    monkeypatch.setattr(
+        report_schedule, "missing_tools", lambda: ["ptxas", "nvdisasm"][has_ptxas:]
+    )
     words = ["devices", "--target", "h100", "--op", "sample", *TINY, "--schedule"]
     assert main(words) == 0
     said = capsys.readouterr().out
+    assert unknown in said
     for pattern in (
         r"xla \(default\) +\| value +\| +1\.000 \| +0\.000 \| +1\.000 \| +- \|",
         # Of products that a kernel does not tell nothing is known.
         r"gradient +\| +≥ 1\.000 \| +≥ 1\.000 \| +\? \| +- \|",
+        # Bytes are no bound of a kernel with products.
+        r"mosaic_gpu +\| value +\| +\? \| +≥ 1\.000 \| +\? \| +- \|",
         r"a_long_name_of_a_kernel_of_mo… \| +384 \| +168 \| +8 \| unknown \| +≤ 0\.19 "
         r"\| +9 \| +51 \| +4 \| +0 \|",
         r"a_fusion +\| +256 \| +30 \| +0 \| +32 \| +≤ 1\.00 \| +0 \| +- \| +- \| +- \|",

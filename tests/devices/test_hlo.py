@@ -177,7 +177,7 @@ def test_a_kernel_that_does_not_tell():
         .replace("END", "3")
         .replace("STEP", "1")
     )
-    assert work_of(text) == Work(0, 2 * 64 * 128 + 4, is_least=True)
+    assert work_of(text) == Work(0, 2 * 64 * 128 + 4, is_least=True, is_untold=True)
 
 
 def test_what_is_no_program():

@@ -3,9 +3,12 @@
 import jax.numpy as jnp
 import pytest
 
-from jaxsoft.devices.measuring import describe, here
+from jaxsoft.devices.chips import CHIPS
+from jaxsoft.devices.hlo import Work
+from jaxsoft.devices.measuring import Ran, describe, here
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Program, Shapes, array
+from jaxsoft.devices.ptx import Kernel
 
 SHAPES = Shapes(2048, 8, 4096, "float32", workspace=4 * 2**20)
 LOGITS = 4 * SHAPES.tokens * SHAPES.vocabulary
@@ -57,6 +60,30 @@ def test_what_does_not_compile_is_said(monkeypatch):
     monkeypatch.setattr("jaxsoft.devices.measuring._compiled", refuse)
     (one,) = describe(here(), ["linear_sample"], Shapes())
     assert one.implementations[0].refused == "`hidden` must be narrower."
+
+
+@pytest.mark.parametrize(
+    "kernel, known",
+    [
+        (None, False),
+        (Kernel("one_mosaic_gpu_kernel", 384), False),
+        (Kernel("one_mosaic_gpu_kernel", 384, loop={"matrix": 4}, copies=9), False),
+        (Kernel("one_mosaic_gpu_kernel", 384, loop={"matrix": 0}, copies=9), True),
+        # Code without any loop.
+        (Kernel("one_mosaic_gpu_kernel", 384, loop=None, copies=0), True),
+    ],
+)
+def test_the_least_time_of_a_kernel_that_hides_products(kernel, known):
+    """Bytes alone would bound a product by a small part of its time."""
+    chip, work = CHIPS["h100"], Work(0, 3352 * 10**6, is_least=True, is_untold=True)
+    fusion = Kernel("a_fusion", 128, loop={"matrix": 0}, copies=0)
+    kernels = {} if kernel is None else {"value": [fusion, kernel]}
+    least = Ran("mosaic_gpu", work={"value": work}, kernels=kernels).least(
+        "value", chip
+    )
+    assert (least is not None) == known
+    if least is not None:
+        assert least.seconds == pytest.approx(1e-3)
 
 
 def test_three_classes_have_bands_and_best_classes():
