@@ -11,10 +11,11 @@ import jaxsoft
 from benchmarks.everyday_case import Case, Room, Size, at_most
 from benchmarks.everyday_draws import sample_top_p
 from benchmarks.everyday_logits import newton_temperature
+from benchmarks.masks import WORD, masked
 
 _SOFT, _TAU, _CAP, _SMOOTHING, _Z_LOSS = 2.0, 0.7, 30.0, 0.1, 1e-4
 _BEST, _CANDIDATES, _TOP_P = 10, 8, 0.9
-_RANK, _ADAPTERS, _WORD = 8, 4, 32
+_RANK, _ADAPTERS = 8, 4
 _SIMCLR, _CLIP, _SUPERVISED, _GROUPS = 0.5, 0.07, 0.1, 10
 _RETRIEVAL = 4.0
 # Of 2**25 logits a call takes seconds: only what most people call is timed there.
@@ -91,11 +92,7 @@ def _our_masked(hidden: Any, kernel: Any, bits: Any, labels: Any) -> jax.Array:
 
 
 def _masked(hidden: Any, kernel: Any, bits: Any, labels: Any) -> jax.Array:
-    x = _logits(hidden, kernel)
-    places = jnp.arange(_WORD, dtype=jnp.uint32)
-    kept = (bits[..., None] >> places) & 1 != 0
-    kept = kept.reshape(len(hidden), -1)[:, : x.shape[1]]
-    return _cross_entropy(jnp.where(kept, x, -jnp.inf), labels).mean()
+    return _cross_entropy(masked(_logits(hidden, kernel), bits), labels).mean()
 
 
 def _sample_with_log_prob(key: Any, hidden: Any, kernel: Any) -> tuple[jax.Array, ...]:
@@ -569,11 +566,11 @@ def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
 
     def bits() -> jax.Array:
         """Returns masks that keep most classes, the label of each token among them."""
-        words = -(-classes // _WORD)
+        words = -(-classes // WORD)
         some = jax.random.bits(keys[3], (2, rows, words), jnp.uint32)
         own = jax.random.randint(keys[6], (rows,), 0, classes)
-        bit = jnp.uint32(1) << (own % _WORD).astype(jnp.uint32)
-        is_word = jnp.arange(words) == own[:, None] // _WORD
+        bit = jnp.uint32(1) << (own % WORD).astype(jnp.uint32)
+        is_word = jnp.arange(words) == own[:, None] // WORD
         return some[0] | some[1] | jnp.where(is_word, bit[:, None], jnp.uint32(0))
 
     def drawn_labels() -> jax.Array:

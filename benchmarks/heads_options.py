@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jaxsoft
 from benchmarks import heads_truth
 from benchmarks.heads_cases import Head, Inputs, Outputs, by_rows, sampling
+from benchmarks.masks import WORD, masked
 from benchmarks.passes import STORED, cross_entropy
 from benchmarks.peers import OURS
 from benchmarks.workloads import LinearWorkload
@@ -151,20 +152,17 @@ def _our_masked(x: Inputs) -> Outputs:
 
 
 def _plain_masked(x: Inputs) -> Outputs:
-    logits, places = _logits(x), jnp.arange(32, dtype=jnp.uint32)
-    kept = (x["bits"][..., None] >> places[None, None]) & 1 != 0
-    kept = kept.reshape(len(logits), -1)[:, : logits.shape[1]]
-    return _cross_entropy(jnp.where(kept, logits, -jnp.inf), x["labels"])
+    return _cross_entropy(masked(_logits(x), x["bits"]), x["labels"])
 
 
 def _bits(workload: LinearWorkload, key: jax.Array) -> Inputs:
     """Half of the classes, and the token's own."""
     labels = workload.inputs("hv")[2]
-    shape = (workload.tokens, -(-workload.classes // 32))
-    rows, own = jnp.arange(shape[0]), jnp.uint32(1) << (labels % 32).astype("uint32")
+    shape = (workload.tokens, -(-workload.classes // WORD))
+    rows, own = jnp.arange(shape[0]), jnp.uint32(1) << (labels % WORD).astype("uint32")
     words = jax.random.bits(key, shape, jnp.uint32)
-    mine = words[rows, labels // 32] | own
-    return {"bits": words.at[rows, labels // 32].set(mine)}
+    mine = words[rows, labels // WORD] | own
+    return {"bits": words.at[rows, labels // WORD].set(mine)}
 
 
 def _our_in_batch(x: Inputs) -> Outputs:
