@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -156,28 +156,34 @@ def linear_log_prob(
     return log_prob, weigh_tokens(token_weight, of_tokens.entropy)
 
 
+class _Options(TypedDict, total=False):
+    """Options of `linear_log_prob_at` but `normalize`, which says what it returns."""
+
+    bias: ArrayLike | None
+    temperature: ArrayLike
+    logit_softcap: float | None
+    class_mask: ArrayLike | None
+    class_bits: ArrayLike | None
+    kernel_scale: ArrayLike | None
+    lora: LoRA | None
+    weights: ArrayLike | None
+    ignore_label: int | None
+    kernel_layout: KernelLayout
+    precision: jax.lax.PrecisionLike
+    vocab_axis: MeshAxes
+    token_axes: MeshAxes
+    workspace_bytes: int | None
+    implementation: Implementation | None
+
+
 @overload
 def linear_log_prob_at(
     hidden: ArrayLike,
     kernel: ArrayLike,
     class_ids: ArrayLike,
     *,
-    bias: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
-    logit_softcap: float | None = None,
-    class_mask: ArrayLike | None = None,
-    class_bits: ArrayLike | None = None,
-    kernel_scale: ArrayLike | None = None,
-    lora: LoRA | None = None,
-    weights: ArrayLike | None = None,
-    ignore_label: int | None = None,
     normalize: Literal[False] = False,
-    kernel_layout: KernelLayout = "hv",
-    precision: jax.lax.PrecisionLike = None,
-    vocab_axis: MeshAxes = None,
-    token_axes: MeshAxes = (),
-    workspace_bytes: int | None = None,
-    implementation: Implementation | None = None,
+    **options: Unpack[_Options],
 ) -> jax.Array: ...
 
 
@@ -187,22 +193,8 @@ def linear_log_prob_at(
     kernel: ArrayLike,
     class_ids: ArrayLike,
     *,
-    bias: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
-    logit_softcap: float | None = None,
-    class_mask: ArrayLike | None = None,
-    class_bits: ArrayLike | None = None,
-    kernel_scale: ArrayLike | None = None,
-    lora: LoRA | None = None,
-    weights: ArrayLike | None = None,
-    ignore_label: int | None = None,
     normalize: Literal[True],
-    kernel_layout: KernelLayout = "hv",
-    precision: jax.lax.PrecisionLike = None,
-    vocab_axis: MeshAxes = None,
-    token_axes: MeshAxes = (),
-    workspace_bytes: int | None = None,
-    implementation: Implementation | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
