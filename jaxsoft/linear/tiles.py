@@ -131,6 +131,13 @@ class Tile(NamedTuple):
             self.logits, self.labels, cpu=_gathered, default=_selected
         )
 
+    def kept(self) -> jax.Array | None:
+        """Returns [R, B] whether a class counts in means; None where every one does."""
+        if not self.masked:
+            return self.alike
+        kept = self.logits != -jnp.inf
+        return kept if self.alike is None else kept & self.alike
+
     def place(self, values: jax.Array) -> jax.Array:
         """Returns [R, B] with values [R, K] added at the labels that are kept."""
         assert self.labels is not None

@@ -340,36 +340,57 @@ class _RawLabel(_Label):
         return sums["raw_label"]
 
 
-class _Mean(_Statistic):
-    """The mean of c: `gap` is Σ (u - m), not over τ, of `number` kept classes.
+class _MeanOfKept(_Statistic):
+    """A mean over the kept classes, where there are groups over those of the row's.
 
-    Where rows and classes have groups it is that of the classes of the row's group.
+    Attributes:
+      total: the column of the sum.
+      count: the column of the number of classes.
     """
 
-    name = "mean"
+    total: ClassVar[str]
+    count: ClassVar[str]
+
+    @abc.abstractmethod
+    def terms(self, new: _Merged) -> jax.Array:
+        """Returns what is summed, [R, B]."""
 
     def start(self, rows, labels, dtype):
         return {
-            "gap": jnp.zeros((rows, 1), dtype),
-            "number": jnp.zeros((rows, 1), jnp.int32),
+            self.total: jnp.zeros((rows, 1), dtype),
+            self.count: jnp.zeros((rows, 1), jnp.int32),
         }
+
+    def merge(self, columns, new):
+        tile, terms = new.tile, self.terms(new)
+        number = tile.logits.shape[tile.axis]
+        kept = tile.kept()
+        if kept is not None:
+            terms = jnp.where(kept, terms, 0)
+            number = tile.sum(kept, jnp.int32)
+        return {
+            self.total: columns[self.total] + tile.sum(terms),
+            self.count: columns[self.count] + number,
+        }
+
+    def saved(self, sums):
+        return {"number": jnp.maximum(sums[self.count], 1)[:, 0]}
+
+
+class _Mean(_MeanOfKept):
+    """The mean of c: `gap` is Σ (u - m), not over τ, of `number` kept classes."""
+
+    name = "mean"
+    total = "gap"
+    count = "number"
+
+    def terms(self, new):
+        return new.tile.logits - new.move.peak
 
     def moved(self, columns, move):
         number, gap = columns["number"], columns["gap"]
         by = jnp.where(number == 0, 0, move.old - move.peak)
         return {"gap": gap + number.astype(gap.dtype) * by, "number": number}
-
-    def merge(self, columns, new):
-        u = new.tile.logits
-        kept = u != -jnp.inf
-        if new.tile.alike is not None:
-            kept = kept & new.tile.alike
-        gaps = jnp.where(kept, u - new.move.peak, 0)
-        counts = new.tile.sum(kept, jnp.int32)
-        return {
-            "gap": columns["gap"] + new.tile.sum(gaps),
-            "number": columns["number"] + counts,
-        }
 
     def sums(self, columns, move, finish):
         gap = columns["gap"]
@@ -382,9 +403,6 @@ class _Mean(_Statistic):
     def field(self, sums, total, finish):
         return sums["gap"][:, 0] * (finish.classes / self.saved(sums)["number"])
 
-    def saved(self, sums):
-        return {"number": jnp.maximum(sums["number"], 1)[:, 0]}
-
     def coefficients(self, cotangent, saved):
         assert saved.number is not None
         return {"mean": cotangent / saved.number}
@@ -392,27 +410,23 @@ class _Mean(_Statistic):
     def slope(self, rows, tile, weights):
         if rows.mean is None:
             return None
-        if tile.alike is not None:
-            kept = tile.alike & (tile.logits != -jnp.inf)
-            return jnp.where(kept, rows.mean, 0)
-        if not tile.masked:
-            return rows.mean
-        return jnp.where(tile.logits == -jnp.inf, 0, rows.mean)
+        kept = tile.kept()
+        return rows.mean if kept is None else jnp.where(kept, rows.mean, 0)
 
 
-class _Growth(_Statistic):
+class _Growth(_MeanOfKept):
     """The mean of τ (exp(c) - 1): `growth` is its sum over `kept` classes.
 
     Where τ is large it has the digits that Σ exp(c), close to the number, lacks.
     """
 
     name = "growth"
+    total = "growth"
+    count = "kept"
 
-    def start(self, rows, labels, dtype):
-        return {
-            "growth": jnp.zeros((rows, 1), dtype),
-            "kept": jnp.zeros((rows, 1), jnp.int32),
-        }
+    def terms(self, new):
+        gap = new.tile.logits - new.move.peak
+        return _scaled_growth(new.c, new.weights, gap, new.move.tau)
 
     def moved(self, columns, move):
         kept, growth = columns["kept"], columns["growth"]
@@ -420,28 +434,12 @@ class _Growth(_Statistic):
         moved = move.rescale * growth + kept.astype(growth.dtype) * by
         return {"growth": jnp.where(kept == 0, 0, moved), "kept": kept}
 
-    def merge(self, columns, new):
-        u = new.tile.logits
-        terms = _scaled_growth(new.c, new.weights, u - new.move.peak, new.move.tau)
-        counts = u.shape[new.tile.axis]
-        if new.tile.masked:
-            kept = u != -jnp.inf
-            terms = jnp.where(kept, terms, 0)
-            counts = new.tile.sum(kept, jnp.int32)
-        return {
-            "growth": columns["growth"] + new.tile.sum(terms),
-            "kept": columns["kept"] + counts,
-        }
-
     def sums(self, columns, move, finish):
         growth = columns["growth"]
         return {"growth": growth, "kept": columns["kept"].astype(growth.dtype)}
 
     def field(self, sums, total, finish):
         return sums["growth"][:, 0] / self.saved(sums)["number"]
-
-    def saved(self, sums):
-        return {"number": jnp.maximum(sums["kept"], 1)[:, 0]}
 
 
 def _scaled_growth(
