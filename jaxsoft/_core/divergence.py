@@ -200,6 +200,58 @@ def _remainder(r: jax.Array, inverse: jax.Array, tau: jax.Array) -> jax.Array:
     return tau * jnp.where(small, near, (inverse - 1) + r)
 
 
+class _Side(NamedTuple):
+    """One of two distributions, class by class.
+
+    Attributes:
+      weight: of its divergence from the mixture.
+      share: its own of the mixture.
+      prob: its probabilities.
+      d: the logarithm of the other's over these, finite.
+    """
+
+    weight: float
+    share: float
+    prob: jax.Array
+    d: jax.Array
+
+
+def _apart(
+    own: _Side, other: _Side, m: jax.Array, log_m: jax.Array, tau: jax.Array
+) -> tuple[jax.Array, jax.Array | float, jax.Array | float]:
+    """Returns what the divergence of one side from the mixture adds where d is large.
+
+    Args:
+      own: the side, whose weight is not 0.
+      other: the other one.
+      m: the mixture's probabilities.
+      log_m: the logarithm of m over the larger of both probabilities.
+      tau: τ.
+
+    Returns:
+      The terms, τ² included, and what they add to s of this side and of the other.
+    """
+    tiny = jnp.finfo(m.dtype).tiny
+    ratio = log_m + jnp.maximum(own.d, 0)
+    if other.share < 0.5:
+        # That has few digits where m is nearly p alone.
+        more = (other.prob - own.prob) / jnp.maximum(own.prob, tiny)
+        ratio = jnp.log1p(other.share * jnp.minimum(more, _HUGE))
+    terms = own.weight * excess(own.prob, m, ratio, tau * ratio, tau)
+    if own.weight == own.share:
+        # As in Jensen-Shannon: what both add to the other's s is nothing together.
+        return terms, own.weight * (tau * ratio), 0.0
+    # The other side's divergence is none of it.
+    gap = tau * ((own.prob - other.prob) / jnp.maximum(m, tiny))
+    far = other.share * (other.share * gap)
+    if own.share > 0.5:
+        # The terms of the sum below are nearly opposite.
+        s = _remainder(ratio, own.prob / jnp.maximum(m, tiny), tau) - far
+    else:
+        s = tau * ratio + own.share / other.share * far
+    return terms, s, far
+
+
 def mixture_terms(
     mixture: Mixture,
     p: jax.Array,
@@ -237,47 +289,19 @@ def mixture_terms(
     larger = jnp.maximum(jnp.maximum(p, q), tiny)
     log_m = jnp.log(jnp.maximum(m / larger, tiny))
     d = jnp.clip(d, -_FAR, _FAR)
-    loss = s_p = s_q = jnp.zeros_like(m)
-
-    def part(prob, rest, d, other):
-        """Returns τ² times the terms of p or of q, and log(m / p)."""
-        ratio = log_m + jnp.maximum(d, 0)
-        if other < 0.5:
-            # That has few digits where m is nearly p alone.
-            more = (rest - prob) / jnp.maximum(prob, tiny)
-            ratio = jnp.log1p(other * jnp.minimum(more, _HUGE))
-        return excess(prob, m, ratio, tau * ratio, tau), ratio
-
-    def skewed(prob, ratio, own, other, far):
-        """Returns s of p or of q alone from a mixture, with far that of the other."""
-        if own > 0.5:
-            # The terms of the sum below are nearly opposite.
-            return _remainder(ratio, prob / jnp.maximum(m, tiny), tau) - far
-        return tau * ratio + own / other * far
-
-    # Each weight is the share, as in Jensen-Shannon, or one of them is 0.
-    is_even = of_p == share_p
-    gap = tau * ((p - q) / jnp.maximum(m, tiny))
-    if of_p:
-        terms, ratio = part(p, q, d, share_q)
-        loss += of_p * terms
-        if is_even:
-            s_p += of_p * (tau * ratio)
-        else:
-            s_q += share_q * (share_q * gap)
-            s_p += skewed(p, ratio, share_p, share_q, s_q)
-    if of_q:
-        terms, ratio = part(q, p, -d, share_p)
-        loss += of_q * terms
-        if is_even:
-            s_q += of_q * (tau * ratio)
-        else:
-            s_p -= share_p * (share_p * gap)
-            s_q += skewed(q, ratio, share_q, share_p, s_p)
+    sides = _Side(of_p, share_p, p, d), _Side(of_q, share_q, q, -d)
+    loss = jnp.zeros_like(m)
+    slopes = [loss, loss]
+    for own, other in ((0, 1), (1, 0)):
+        if sides[own].weight:
+            terms, *found = _apart(sides[own], sides[other], m, log_m, tau)
+            loss += terms
+            for place, s in zip((own, other), found, strict=True):
+                slopes[place] += s
     about = p + series.share * (q - p)
     terms = about * close * (close * _polynomial(series.loss, step))
     loss = jnp.where(near, terms, loss)
-    s_p = jnp.where(near, close * _polynomial(series.of_p, step), s_p)
-    s_q = jnp.where(near, close * _polynomial(series.of_q, step), s_q)
+    s_p = jnp.where(near, close * _polynomial(series.of_p, step), slopes[0])
+    s_q = jnp.where(near, close * _polynomial(series.of_q, step), slopes[1])
     s_p, s_q = (jnp.where(a == 0, 0, finite(s)) for a, s in ((p, s_p), (q, s_q)))
     return loss, s_p, s_q
