@@ -1,8 +1,9 @@
 """Which implementations each operation has, where they run, and which one a call takes.
 
 A name asks for exactly that implementation or an error. `None` takes the first that the
-operation has, never what happens to suit the default backend. Dispatch, `jaxsoft
-devices`, tests and benchmarks all read this one table.
+operation has, never what happens to suit the default backend; where `defaults.py` has
+evidence for a kernel, a program that is compiled for that chip has it in the place of
+XLA's loops. Dispatch, `jaxsoft devices`, tests and benchmarks all read this one table.
 """
 
 import contextlib
@@ -18,8 +19,10 @@ from jax.typing import DTypeLike
 from jaxsoft._core.exporting import PyTree
 
 __all__ = [
+    "TPUS",
     "Gpu",
     "Implementation",
+    "Tpu",
     "check_dtype",
     "check_platforms",
     "compiling_for",
@@ -28,13 +31,13 @@ __all__ = [
     "kernel",
     "platform_of",
     "resolve",
+    "tpu",
 ]
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
 
 _XLA: tuple[Implementation, ...] = ("xla",)
 _STREAMED: tuple[Implementation, ...] = ("xla", "reference")
-# No kernel is a default before it was measured.
 _STATISTICS: tuple[Implementation, ...] = (*_STREAMED, "mosaic_tpu", "mosaic_gpu")
 _ROWS: tuple[Implementation, ...] = ("xla", "mosaic_tpu", "mosaic_gpu")
 _XLA_OR_GPU: tuple[Implementation, ...] = ("xla", "mosaic_gpu")
@@ -141,7 +144,32 @@ class Gpu(NamedTuple):
     core_count: int
 
 
-_elsewhere: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar(
+class Tpu(NamedTuple):
+    """A TPU.
+
+    Attributes:
+      name: such as "v6e".
+      vmem_bytes: of a core.
+    """
+
+    name: str
+    vmem_bytes: int
+
+
+TPUS = {
+    tpu.name: tpu
+    for tpu in (Tpu("v5e", 128 * 2**20), Tpu("v6e", 128 * 2**20), Tpu("7x", 64 * 2**20))
+}
+# Their names, by the kinds of JAX's devices.
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "7x",
+}
+
+_elsewhere: contextvars.ContextVar[Gpu | Tpu | None] = contextvars.ContextVar(
     "jaxsoft_elsewhere", default=None
 )
 
@@ -236,18 +264,18 @@ def check_platforms(implementation: str, platforms: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def compiling_for(gpu: Gpu | None) -> Iterator[None]:
-    """Has kernels take a GPU that is not here for the one that they will run on.
+def compiling_for(chip: Gpu | Tpu | None) -> Iterator[None]:
+    """Has kernels take a chip that is not here for the one that they will run on.
 
     Args:
-      gpu: that GPU; None for those of this process.
+      chip: that GPU or TPU; None for those of this process.
     """
-    if gpu is None:
+    if chip is None:
         yield
         return
-    # What was traced for another GPU must not be taken for this one.
+    # What was traced for another chip must not be taken for this one.
     jax.clear_caches()
-    token = _elsewhere.set(gpu)
+    token = _elsewhere.set(chip)
     try:
         yield
     finally:
@@ -262,8 +290,21 @@ def gpus() -> Sequence[Any]:
     """
     elsewhere = _elsewhere.get()
     if elsewhere is not None:
-        return [elsewhere]
+        return [elsewhere] if isinstance(elsewhere, Gpu) else []
     try:
         return jax.local_devices(backend="cuda")
     except RuntimeError:
         return []
+
+
+def tpu() -> Tpu | None:
+    """Returns the TPU that a program is compiled for; None if none is known."""
+    elsewhere = _elsewhere.get()
+    if elsewhere is not None:
+        return elsewhere if isinstance(elsewhere, Tpu) else None
+    try:
+        kinds = {device.device_kind for device in jax.local_devices(backend="tpu")}
+    except RuntimeError:
+        return None
+    names = {_KINDS.get(kind, "") for kind in kinds}
+    return TPUS.get(names.pop()) if len(names) == 1 else None

@@ -40,7 +40,7 @@ def main(request: Mapping[str, Any]) -> None:
         Path(request["dumps"]) if request["dumps"] else None,
         target.limits if request["dumps"] else None,
     )
-    with compiling_for(target.gpu):
+    with compiling_for(target.chip):
         shapes = Shapes(**request["shapes"])
         for found in describe(device, request["operations"], shapes):
             print(PREFIX + json.dumps(dataclasses.asdict(found)), flush=True)

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from jaxsoft._core import registry
+from jaxsoft._core import defaults, registry
+from jaxsoft._core.defaults import Default
 from jaxsoft._core.exporting import PyTree
 from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.chips import Chip, Least, least_time
@@ -19,9 +20,13 @@ from jaxsoft.devices.programs import Operation, Program, Shapes
 from jaxsoft.devices.ptx import Kernel, Limits, kernels_of, printed
 from jaxsoft.devices.schedule import Schedule, forget, schedule_of
 from jaxsoft.linear.plans import Plan, Tiling
-from jaxsoft.linear.program import plans_in
+from jaxsoft.linear.program import defaults_in, plans_in
 
-__all__ = ["Device", "Found", "Ran", "describe", "here"]
+__all__ = ["UNASKED", "Device", "Found", "Ran", "describe", "here"]
+
+# The name of what a call does that asks for nothing, where that is not what the default
+# implementation does by itself: some passes are those of kernels.
+UNASKED = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Ran:
       schedules: what a TPU's compiler scheduled, by the same names; empty where nobody
         asked.
       kernels: of a GPU, likewise.
+      defaults: the kernels that it takes unasked: in these programs, or at all where
+        none was compiled.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Ran:
     plans: tuple[Plan, ...] = ()
     schedules: Mapping[str, Schedule] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, Sequence[Kernel]] = dataclasses.field(default_factory=dict)
+    defaults: tuple[Default, ...] = ()
 
     def least(self, kind: str, chip: Chip) -> Least | None:
         """Returns the least time of a program; None if it is not known what it does.
@@ -113,7 +121,8 @@ class Ran:
             kind: [Kernel(**one) for one in found]
             for kind, found in fields.get("kernels", {}).items()
         }
-        made = {"work": work, "plans": plans}
+        taken = tuple(map(Default.from_json, fields.get("defaults", ())))
+        made = {"work": work, "plans": plans, "defaults": taken}
         return cls(**{**fields, **made, "schedules": schedules, "kernels": kernels})
 
 
@@ -123,7 +132,8 @@ class Found:
 
     Attributes:
       operation: its name.
-      uses: the implementation that it uses unless told otherwise.
+      uses: the implementation that it uses unless told otherwise; `UNASKED` where
+        kernels do some passes of it.
       implementations: all that it has, that one first.
     """
 
@@ -167,13 +177,33 @@ def _describe(device: Device, operation: Operation, shapes: Shapes | None) -> Fo
     uses, *others = (
         registry.implementations(operation.name) if operation.chooses else ("xla",)
     )
-    ran = []
-    for name in (uses, *others):
-        # The default is asked for as users do: by not asking.
-        workspace = None if shapes is None else shapes.workspace
-        options = operation.options(None if name == uses else name, workspace)
-        ran.append(_run(device, name, program, options, shapes is not None))
-    return Found(operation.name, uses, tuple(ran))
+    workspace = None if shapes is None else shapes.workspace
+
+    def run(name: str, asked: str | None) -> Ran:
+        options = operation.options(asked, workspace)
+        return _run(device, name, program, options, shapes is not None)
+
+    # The default is asked for as users do: by not asking.
+    first = run(uses, None)
+    if shapes is None:
+        first = dataclasses.replace(first, defaults=_defaults(device, operation))
+    elif first.defaults:
+        first, others = dataclasses.replace(first, name=UNASKED), [uses, *others]
+    ran = [first, *(run(name, name) for name in others)]
+    return Found(operation.name, first.name, tuple(ran))
+
+
+def _defaults(device: Device, operation: Operation) -> tuple[Default, ...]:
+    """Returns the kernels that a function may take unasked on a device."""
+    chip = registry.tpu() if device.platform == "tpu" else None
+    if chip is None or not operation.chooses or not defaults.allowed():
+        return ()
+    names = registry.implementations(operation.name)
+    return tuple(
+        default
+        for default in defaults.DEFAULTS
+        if default.chip == chip.name and default.implementation in names
+    )
 
 
 def _run(
@@ -191,13 +221,15 @@ def _run(
         return Ran(name)
     temporaries, work, plans, reason = {}, {}, (), None
     schedules, kernels = {}, {}
+    taken: tuple[Default, ...] = ()
     try:
         for kind, function, arrays in program.calls(options):
             if compiles:
                 donated = program.donated if kind == "value" else ()
                 found = _compiled(device, function, arrays, donated)
-                temporaries[kind], work[kind], chosen, code = found
+                temporaries[kind], work[kind], chosen, unasked, code = found
                 plans = tuple(dict.fromkeys([*plans, *chosen]))
+                taken = tuple(dict.fromkeys([*taken, *unasked]))
                 if isinstance(code, Schedule):
                     schedules[kind] = code
                 elif code is not None:
@@ -206,7 +238,7 @@ def _run(
                 jax.eval_shape(function, *arrays)
     except (NotImplementedError, ImportError, jax.errors.JaxRuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-    return Ran(name, temporaries, reason, work, plans, schedules, kernels)
+    return Ran(name, temporaries, reason, work, plans, schedules, kernels, taken)
 
 
 def _compiled(
@@ -214,8 +246,14 @@ def _compiled(
     function: Callable[..., PyTree],
     arrays: tuple[PyTree, ...],
     donated: tuple[int, ...],
-) -> tuple[int | None, Work | None, list[Plan], Schedule | list[Kernel] | None]:
-    """Returns the bytes beside arguments and results, work, plans and code.
+) -> tuple[
+    int | None,
+    Work | None,
+    list[Plan],
+    list[Default],
+    Schedule | list[Kernel] | None,
+]:
+    """Returns the bytes beside arguments and results, work, plans, kernels and code.
 
     Args:
       device: what to compile for.
@@ -235,9 +273,12 @@ def _compiled(
         compiled = lowered.compile()
     temporaries = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
     plans = list(plans_in(traced.jaxpr.jaxpr, device.platform))
+    unasked: list[Default] = []
+    if device.platform == "tpu":
+        unasked = list(defaults_in(traced.jaxpr.jaxpr))
     text, code = compiled.as_text() or "", None
     if device.dumps is not None and device.limits is not None:
         code = kernels_of(device.dumps, said[0], text, device.limits)
     elif device.dumps is not None and device.chip is not None:
         code = schedule_of(device.dumps, text, device.chip.branch_delay)
-    return temporaries, work_of(text), plans, code
+    return temporaries, work_of(text), plans, unasked, code

@@ -7,19 +7,26 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from jaxsoft._core.defaults import VARIABLE, Default
 from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.chips import CHIPS
-from jaxsoft.devices.measuring import Device, Found, Ran
+from jaxsoft.devices.measuring import UNASKED, Device, Found, Ran
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.linear.plans import Plan
 
-__all__ = ["Surveyed", "as_json", "named", "notes", "print_table", "show"]
+__all__ = ["Surveyed", "as_json", "named", "notes", "print_table", "show", "taken"]
 
 _MIB, _GIB = 2**20, 2**30
 _WIDTH, _WIDEST = 88, 1000
 _KINDS = ("value", "value_and_grad")
 _NAMES = ("function", "implementation")
 _COLUMNS = (*_NAMES, "value", "with gradient")
+_STEPS = {"statistics": "forward pass", "statistics_gradient": "backward pass"}
+_MISSING = {
+    "cuda": "no device has timed it",
+    "tpu": "no device has timed it, and its schedule is not evidence enough",
+}
+_LAYOUTS = {"hv": "[H, V]", "vh": "[V, H]"}
 _WORK_COLUMNS = (*_NAMES, "value", "with grad.", "GiB", "with grad.")
 
 
@@ -87,6 +94,8 @@ def show(one: Surveyed, shapes: Shapes | None) -> None:
     if shapes is None or one.problem is not None:
         for line in _choices(one.found):
             print(line)
+        for line in _evidence(one):
+            print(textwrap.fill(line, _WIDTH, subsequent_indent="  "))
     else:
         words = "" if shapes.workspace is None else f", {_size(shapes.workspace)}"
         print(
@@ -97,7 +106,7 @@ def show(one: Surveyed, shapes: Shapes | None) -> None:
         print("matrix products in N·H·V flops, and GiB read and written")
         rows = [row for found in one.found for row in _work_rows(found, shapes)]
         print_table(_WORK_COLUMNS, rows)
-        for line in _plans(one.found, shapes):
+        for line in (*_plans(one.found, shapes), *taken(one.found)):
             print(textwrap.fill(line, _WIDTH, subsequent_indent="  "))
     for note in notes(one):
         print(textwrap.fill(note, _WIDTH, subsequent_indent="  "))
@@ -109,7 +118,11 @@ def _choices(found: Sequence[Found]) -> Iterator[str]:
     for one in found:
         runs = [ran.name for ran in one.implementations if ran.refused is None]
         others = [name for name in runs if name != one.uses]
-        groups.setdefault((one.uses, *others), []).append(one.operation)
+        kernels = {
+            default.implementation for default in one.implementations[0].defaults
+        }
+        uses = " and ".join([one.uses, *sorted(kernels)])
+        groups.setdefault((uses, *others), []).append(one.operation)
     for (uses, *others), names in groups.items():
         asked = f"; {' or '.join(others)} if asked for" if others else ""
         yield f"  {uses}{asked}:"
@@ -120,6 +133,47 @@ def _choices(found: Sequence[Found]) -> Iterator[str]:
             subsequent_indent="    ",
             break_on_hyphens=False,
         )
+
+
+def _evidence(one: Surveyed) -> Iterator[str]:
+    """Yields where kernels are defaults, and why; or why none is."""
+    every = [d for found in one.found for d in found.implementations[0].defaults]
+    for default in dict.fromkeys(every):
+        least, most = default.features
+        layouts = " or ".join(_LAYOUTS[layout] for layout in default.layouts)
+        yield (
+            f"{default.implementation} is the default of the {_STEPS[default.step]}, "
+            f"{default.evidence}, in {default.dtype} where N ≥ {default.rows:,}, "
+            f"{least:,} ≤ H ≤ {most:,}, V ≥ {default.classes:,} and a kernel is "
+            f"{layouts}; {VARIABLE}=0 turns it off"
+        )
+    names = {
+        ran.name
+        for found in one.found
+        for ran in found.implementations
+        if platform_of(ran.name) == one.device.platform and ran.refused is None
+    }
+    for name in sorted(names - {default.implementation for default in every}):
+        yield f"{name} is no default: {_MISSING[one.device.platform]}"
+
+
+def taken(found: Sequence[Found]) -> Iterator[str]:
+    """Yields which kernels functions take unasked, those that do the same in one line.
+
+    Args:
+      found: functions whose programs were compiled.
+    """
+    groups: dict[tuple[Default, ...], list[str]] = {}
+    for one in found:
+        if one.implementations[0].defaults:
+            defaults = one.implementations[0].defaults
+            groups.setdefault(defaults, []).append(one.operation)
+    for defaults, names in groups.items():
+        said = "; ".join(
+            f"{_STEPS[default.step]} by {default.implementation}, {default.evidence}"
+            for default in defaults
+        )
+        yield f"default of {', '.join(names)}: {said}; {VARIABLE}=0 turns it off"
 
 
 def _rows(found: Found) -> Iterator[tuple[str, ...]]:
@@ -148,7 +202,8 @@ def named(found: Found) -> Iterator[tuple[tuple[str, str], Ran]]:
     for ran in found.implementations:
         if ran.refused is not None and ran.name != found.uses:
             continue
-        name = f"{ran.name} (default)" if ran.name == found.uses else ran.name
+        is_named = ran.name == found.uses and ran.name != UNASKED
+        name = f"{ran.name} (default)" if is_named else ran.name
         yield (first, name), ran
         first = ""
 

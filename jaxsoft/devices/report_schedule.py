@@ -7,7 +7,7 @@ from jaxsoft.devices.chips import CHIPS, Chip, least_time
 from jaxsoft.devices.measuring import Found, Ran
 from jaxsoft.devices.programs import Shapes
 from jaxsoft.devices.ptx import Kernel, missing_tools
-from jaxsoft.devices.report import Surveyed, named, notes, print_table
+from jaxsoft.devices.report import Surveyed, named, notes, print_table, taken
 
 __all__ = ["show"]
 
@@ -62,7 +62,8 @@ def show(one: Surveyed, shapes: Shapes) -> None:
     if kernels:
         print("kernels by their matrix instructions, and the main loop's instructions")
         print_table(_KERNELS, kernels, len(_NAMES) + 1)
-    for note in (*_tool_notes(bool(kernels)), *notes(one)):
+    said = (*taken(one.found), *_tool_notes(bool(kernels)), *notes(one))
+    for note in said:
         print(textwrap.fill(note, _WIDTH, subsequent_indent="  "))
 
 

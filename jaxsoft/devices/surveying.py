@@ -56,7 +56,7 @@ def survey(
     if name == HERE:
         yield from describe(here(), operations, shapes)
     elif shapes is None:
-        with compiling_for(TARGETS[name].gpu):
+        with compiling_for(TARGETS[name].chip):
             yield from describe(device_of(name), operations, None)
     elif TARGETS[name].installed():
         yield from _elsewhere(TARGETS[name], operations, shapes, schedule)

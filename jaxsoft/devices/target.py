@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from jaxsoft._core.registry import Gpu
+    from jaxsoft._core.registry import Gpu, Tpu
     from jaxsoft.devices.ptx import Limits
 
 __all__ = ["ENVIRONMENT", "HERE", "TARGETS", "Target"]
@@ -57,6 +57,13 @@ class Target:
 
         major, minor = self._read(r"major: (\d+) minor: (\d+)")
         return Gpu(f"{major}.{minor}", int(*self._read(r"core_count: (\d+)")))
+
+    @property
+    def chip(self) -> "Gpu | Tpu":
+        """The device, as kernels ask about it."""
+        from jaxsoft._core.registry import TPUS
+
+        return self.gpu or TPUS[self.name]
 
     @property
     def description(self) -> str:

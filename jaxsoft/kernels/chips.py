@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._core.numerics import Temperature, is_ordinary
-from jaxsoft._core.registry import Gpu, gpus
+from jaxsoft._core.registry import Gpu, gpus, tpu
 
 __all__ = [
     "MULTIPROCESSORS",
@@ -38,9 +38,11 @@ _LOG2_E = math.log2(math.e)
 
 
 def vmem_bytes() -> int:
-    """Returns the VMEM of a core of the default TPU; of the smallest without a TPU."""
+    """Returns the VMEM of a core of the TPU; of the smallest where none is known."""
     from jax.experimental.pallas import tpu as pltpu
 
+    if (chip := tpu()) is not None:
+        return chip.vmem_bytes
     try:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsoft._core import checks, mesh_axes, numerics, registry
+from jaxsoft._core import checks, defaults, mesh_axes, numerics, registry
 from jaxsoft._core.numerics import operand_dtype
 from jaxsoft._core.registry import Implementation
 from jaxsoft.linear.lora import LoRA, adapted
@@ -122,6 +122,8 @@ class Config:
         slopes that are multiplied as one matrix where weights are kept.
       blocks: rows and classes of a tile where something is kept of tiles; else None.
       drops_group: whether a row drops the classes of its group but for its label.
+      takes_defaults: whether a pass may be that of a kernel in the place of XLA's loops
+        where there is evidence for it; see `defaults.py`.
     """
 
     kernel_layout: KernelLayout
@@ -138,6 +140,7 @@ class Config:
     for_gpu: bool = False
     blocks: tuple[int, int] | None = None
     drops_group: bool = False
+    takes_defaults: bool = False
 
     def over(self, vocab_axes: tuple[str, ...]) -> "Config":
         """Returns that of one shard of the classes, which mesh axes share."""
@@ -261,6 +264,12 @@ class Operands(NamedTuple):
             return self.hidden.dtype
         return operand_dtype(self.hidden, self.kernel)
 
+    def are_for_kernels(self) -> bool:
+        """Whether kernels read all that there is: one label a row, and few arrays."""
+        others = self[self._fields.index("class_mask") + 1 :]
+        one_label = self.labels is None or self.labels.shape[1] == 1
+        return one_label and all(array is None for array in others)
+
     def has_scale_of_class(self) -> bool:
         """Whether one scale a class multiplies its products, not the kernel."""
         return self.kernel_scale is not None and self.kernel_scale.shape[0] == 1
@@ -379,6 +388,9 @@ def prepare(
             vocab_axis.number if isinstance(vocab_axis, mesh_axes.Classes) else None
         ),
         shards=mesh_axes.explicit_shards(),
+        takes_defaults=implementation is None
+        and "mosaic_tpu" in registry.implementations(name)
+        and defaults.allowed(),
     )
     array_tau = tau if isinstance(tau, jax.Array) else None
     rows = hidden.shape[:-1]

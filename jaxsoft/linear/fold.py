@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsoft._core import mesh_axes, registry
+from jaxsoft._core import defaults, mesh_axes, registry
+from jaxsoft._core.defaults import Default
 from jaxsoft.linear.arguments import Config, Operands, axes_of
 from jaxsoft.linear.gradients import Into
 from jaxsoft.linear.kept import Keep, Keeping, Kept, KeptTile, Place
@@ -52,8 +53,9 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
     """
 
     config: Config
-    # The step's name in the registry of kernels; None where no kernel does it.
+    # The steps' names in the registry of kernels; None where no kernel does them.
     kernel_step: ClassVar[str | None] = None
+    gradient_step: ClassVar[str | None] = None
 
     @abc.abstractmethod
     def start(self, rows: int, arrays: Any) -> Carry:
@@ -264,6 +266,30 @@ class Fold(abc.ABC, Generic[Arrays, Carry, Saved, Result]):
         config = dataclasses.replace(self.config, implementation=implementation)
         return dataclasses.replace(self, config=config)
 
+    def default(self, arrays: Arrays, step: str | None) -> Default | None:
+        """Returns the kernel that a pass takes unasked; None for XLA's loops.
+
+        Args:
+          arrays: those of the call, of this device alone.
+          step: of the pass, or None.
+        """
+        config = self.config
+        if step is None or not config.takes_defaults or config.shards is not None:
+            return None
+        layer = self.operands(arrays)
+        if not layer.are_for_kernels():
+            return None
+        return defaults.find(
+            defaults.Pass(
+                step,
+                layer.hidden.shape[0],
+                layer.hidden.shape[1],
+                layer.num_classes(config),
+                (layer.hidden.dtype.name, layer.kernel.dtype.name),
+                config.kernel_layout,
+            )
+        )
+
     def room(
         self, arrays: Arrays, keep: Keep | None, shards: int = 1
     ) -> tuple[Kept, ...]:
@@ -393,6 +419,10 @@ class _Result(Program):
     def call(self, arrays: Any) -> Any:
         return self.fold.compute(arrays)
 
+    def default(self, arrays: Any) -> Default | None:
+        """Returns the kernel of the forward pass."""
+        return self.fold.default(arrays, self.fold.kernel_step)
+
     def differentiable(self, moving: Any) -> Callable[..., Any]:
         return self.fold.differentiable(moving)
 
@@ -423,6 +453,12 @@ class _Saved(Program):
         room = self.fold.room(arrays, self.keep, self.shards)
         saved, kept = self.fold.forward(arrays, self.keep, room)
         return _Forward(saved, tuple(each.in_floats() for each in kept))
+
+    def default(self, arrays: Any) -> Default | None:
+        """Returns the kernel of a forward pass that keeps nothing."""
+        if self.keep is not None:
+            return None
+        return self.fold.default(arrays, self.fold.kernel_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,6 +498,11 @@ class _Gradients(Program):
             lambda a, b: a & b, (each.is_of(fold.config, here) for each in kept)
         )
         return lax.cond(same, lambda: gradients(kept), lambda: gradients(()))
+
+    def default(self, arrays: Any, *others: Any) -> Default | None:
+        """Returns the kernel of a backward pass for which nothing was kept."""
+        _, kept, _ = others
+        return None if kept else self.fold.default(arrays, self.fold.gradient_step)
 
     def is_partial(self, result: Any) -> Any:
         return jax.tree.map(lambda _: True, result)

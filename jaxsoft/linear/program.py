@@ -28,11 +28,12 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsoft._core import mesh_axes, registry
+from jaxsoft._core.defaults import Default
 from jaxsoft.linear.arguments import axes_of
 from jaxsoft.linear.kept import stored_dtype
 from jaxsoft.linear.plans import Plan
 
-__all__ = ["Program", "by_moving", "bind", "plans_in"]
+__all__ = ["Program", "by_moving", "bind", "defaults_in", "plans_in"]
 
 # The letters of axes that lie along the classes: those themselves, and what is kept of
 # some of them and of their tiles.
@@ -108,6 +109,11 @@ class Program(abc.ABC):
         """Returns the same function for GPUs."""
         return self
 
+    def default(self, arrays: Any, *others: Any) -> Default | None:
+        """Returns the kernel that a TPU takes unasked; None where XLA's loops run."""
+        del arrays, others
+        return None
+
     def without(self, used: Sequence[bool]) -> "Program | None":
         """Returns a program of the first results alone; None if there is none cheaper.
 
@@ -138,20 +144,36 @@ def plans_in(jaxpr: Any, platform: str) -> Iterator[Plan]:
       jaxpr: a `Jaxpr`.
       platform: where it runs, as `jax.lax.platform_dependent` has it.
     """
+    for program, args in _programs_in(jaxpr):
+        program = program.on_gpu() if platform in _GPUS else program
+        plan = program.plan(*args)
+        yield from () if plan is None else (plan,)
+
+
+def defaults_in(jaxpr: Any) -> Iterator[Default]:
+    """Yields the kernels that a program takes unasked on the TPU it is compiled for.
+
+    Args:
+      jaxpr: a `Jaxpr`.
+    """
+    for program, args in _programs_in(jaxpr):
+        default = program.default(*args)
+        yield from () if default is None else (default,)
+
+
+def _programs_in(jaxpr: Any) -> Iterator[tuple[Program, Any]]:
+    """Yields the programs of a `Jaxpr`, and the types of their arguments."""
     for equation in jaxpr.eqns:
         if equation.primitive is _primitive:
             avals = [var.aval for var in equation.invars]
             args = jax.tree.unflatten(equation.params["tree"], avals)
-            program = equation.params["program"]
-            program = program.on_gpu() if platform in _GPUS else program
-            plan = program.plan(*args)
-            yield from () if plan is None else (plan,)
+            yield equation.params["program"], args
             continue
         for inner in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
         ):
             if hasattr(inner, "eqns"):
-                yield from plans_in(inner, platform)
+                yield from _programs_in(inner)
 
 
 def _prepare(program: Program, flat: Sequence[Any], tree: Any) -> tuple[dict, Any]:
@@ -333,6 +355,28 @@ def _lowering(function):
     return rule
 
 
+def _lower_on_tpu(ctx, *args, program, tree, **params):
+    """Lowers for TPUs, with the kernel for which there is evidence, if there is one."""
+    if _runs_whole(ctx.module_context):
+        default = program.default(*jax.tree.unflatten(tree, ctx.avals_in))
+        if default is not None:
+            fold = program.fold.by(default.implementation)
+            program = dataclasses.replace(program, fold=fold)
+    return _on_tpu(ctx, *args, program=program, tree=tree, **params)
+
+
+def _runs_whole(context: mlir.ModuleContext) -> bool:
+    """Whether one device runs all that is lowered: nobody can take a kernel apart."""
+    axes = context.axis_context
+    if tuple(context.platforms) != ("tpu",):
+        return False
+    if isinstance(axes, mlir.ShardingContext):
+        return axes.num_devices == 1
+    return isinstance(axes, mlir.SPMDAxisContext) and axes.manual_axes == frozenset(
+        axes.mesh.axis_names
+    )
+
+
 def _without_unused(used: list[bool], *others):
     """Drops what nothing uses: all of it, or all but what is cheap alone."""
     # Newer versions of JAX tell in between which inputs are alive.
@@ -359,7 +403,8 @@ _primitive.def_effectful_abstract_eval(
     lambda *args, jaxpr, **params: (jaxpr.out_avals, jaxpr.effects)
 )
 mlir.register_lowering(_primitive, _lowering(_evaluate))
-mlir.register_lowering(_primitive, _lowering(_evaluate_whole), platform="tpu")
+_on_tpu = _lowering(_evaluate_whole)
+mlir.register_lowering(_primitive, _lower_on_tpu, platform="tpu")
 mlir.register_lowering(_primitive, _lowering(_evaluate_by_bits), platform="cpu")
 for _gpu in _GPUS:
     mlir.register_lowering(_primitive, _lowering(_evaluate_on_gpu), platform=_gpu)

@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from jaxsoft._core import mesh_axes
+from jaxsoft._core.defaults import Default
 from jaxsoft._core.numerics import compute_dtype
 from jaxsoft.linear.arguments import Axes, axes_of
 from jaxsoft.linear.fold import Fold, stream, unwrapped
@@ -236,6 +237,10 @@ class _LossesAlone(Program):
     """The losses of the rows."""
 
     loss: RowLoss
+
+    def default(self, arrays: Any, *others: Any) -> Default | None:
+        """Returns the kernel of the forward pass."""
+        return self.fold.default(arrays, self.fold.kernel_step)
 
     def call(self, arrays: Any, rows: Any) -> _Losses:
         return _Losses(self.loss.of_rows(self.fold.compute(arrays), rows))

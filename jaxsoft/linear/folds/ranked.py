@@ -95,6 +95,7 @@ class _Ranked(Statistics):
 
     k: int = 0
     kernel_step: ClassVar[str | None] = None
+    gradient_step: ClassVar[str | None] = None
 
     @property
     def _ranks(self) -> bool:

@@ -559,6 +559,7 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
 
     wanted: frozenset[str] = frozenset()
     kernel_step: ClassVar[str | None] = "statistics"
+    gradient_step: ClassVar[str | None] = "statistics_gradient"
 
     @property
     def statistics(self) -> tuple[_Statistic, ...]:
