@@ -14,6 +14,7 @@ _SECONDS_PER_CONTENDER = 4.0
 # Programs run below the machine's best rate: an estimate, for the budget alone.
 _USUAL_EFFICIENCY = 0.4
 _SPARE_MEMORY = 1.1
+_NOTE = "Some times are by the host's clock: the trace of the device lacks samples."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +148,17 @@ def _time(
         assert program is not None
         programs.append(program)
     session.step(*named.values())
-    return timing.interleave(
+    timings = timing.interleave(
         programs,
         case.arguments,
         session.rounds,
         min(session.case_seconds, max(session.seconds_left() - once, 0)),
         before=lambda name: session.turn(named[name]),
     )
+    clocks = {measured.clock for measured in timings.values()}
+    if clocks == {"host"} and session.platform != "cpu" and _NOTE not in session.notes:
+        session.notes.append(_NOTE)
+    return timings
 
 
 @dataclasses.dataclass

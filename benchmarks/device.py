@@ -1,8 +1,9 @@
 """On this accelerator: are our numbers right, and then, how fast are we?
 
-Parity comes first: value and gradients of every implementation and every option, at
-unaligned shapes, against float64 NumPy. Then what the design promises is timed, at the
-shapes that it names; then parity of everything else, and the heads of real models,
+Parity comes first: value and gradients of every kernel, without options and with all,
+at unaligned shapes, against float64 NumPy. Then what the design promises is timed, at
+the shapes that it names: mean cross-entropy by every plan and kernel, statistics, rows
+of softmaxes, samples; then parity of everything else, and the heads of real models,
 until the budget is spent. What did not fit is named, and measured by the same command
 again: a run goes on where the one before it stopped. On a CPU the same is done at small
 shapes.
@@ -72,7 +73,6 @@ def run(session: Session) -> None:
     if session.platform == "cpu" and note not in session.notes:
         session.notes.append(note)
     _check_kernels(session)
-    _check_rows(session, softmax.MAIN_CASES[:2])
     if peers.OURS not in (faulty := _faulty(session)):
         promises.run(session, small=small, without=faulty)
     session.findings = list(promises.findings(session))
@@ -94,24 +94,38 @@ def _faulty(session: Session) -> frozenset[str]:
 
 
 def _check_kernels(session: Session) -> None:
-    """Checks what has kernels, by every implementation, with every option."""
+    """Checks each kernel that is timed, in its dtype, without options and with all."""
+    for layout, workload in _OF_KERNELS.items():
+        titles = ("every option",) if session.quick else ("no option", "every option")
+        _check_linear(session, workload, layout, titles)
+        choices.check_layer(session, workload, layout, _PARITY)
+    cases = softmax.MAIN_CASES[:2]
+    softmax.run_workload(
+        session, _ROWS, cases, _PARITY, timed=False, without=frozenset()
+    )
+    choices.check_rows(session, _ROWS, _PARITY)
+
+
+def _check_options(session: Session) -> None:
+    """Checks what has kernels with each option, and in its other dtypes."""
     for dtype in ("bfloat16", "float32"):
         for layout, workload in _OF_KERNELS.items():
             workload = dataclasses.replace(workload, dtype=dtype)
-            every = _options(workload.inputs(layout)[2], workload)
-            few = session.quick or dtype == "float32"
-            _check_linear(
-                session, workload, layout, ("every option",) if few else every
-            )
-            choices.check_layer(session, workload, layout, _PARITY)
-    for dtype in ("float32",) if session.quick else ("float32", "bfloat16"):
-        workload = dataclasses.replace(_ROWS, dtype=dtype)
-        choices.check_rows(session, workload, _PARITY)
-        choices.check_losses(session, workload, _PARITY)
+            titles = ("every option",)
+            if dtype == "bfloat16":
+                titles = ("temperature per token", "soft-cap")
+            _check_linear(session, workload, layout, titles)
+            if dtype == "float32":
+                choices.check_layer(session, workload, layout, _PARITY)
+    rows = dataclasses.replace(_ROWS, dtype="bfloat16")
+    choices.check_rows(session, rows, _PARITY)
+    choices.check_losses(session, rows, _PARITY)
 
 
 def _check_rest(session: Session) -> None:
-    """Checks what no kernel was written for."""
+    """Checks the rest of what has kernels, and what none was written for."""
+    if not session.quick:
+        _check_options(session)
     for dtype in ("float32",) if session.quick else ("float32", "bfloat16"):
         _check_heads(session, dtype)
         _check_rows(session, softmax.ALL_CASES, dtype)

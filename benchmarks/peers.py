@@ -19,7 +19,7 @@ import optax
 import jaxsoft
 from benchmarks import passes, timing, torch_peer
 from benchmarks.workloads import MIB, Layout, LinearCase, LinearWorkload
-from jaxsoft._core import registry
+from jaxsoft._core import defaults, registry
 from jaxsoft._core.registry import Implementation
 
 OURS = "jaxsoft"
@@ -58,8 +58,11 @@ class Contender:
 
 
 def implementations() -> dict[str, Implementation | None]:
-    """Ours by name: the default, then each that could run on this platform."""
-    found: dict[str, Implementation | None] = {OURS: None, f"{OURS} xla": "xla"}
+    """Ours by name: the default, then each that it is not, of those that could run."""
+    found: dict[str, Implementation | None] = {OURS: None}
+    if registry.tpu() is not None and defaults.allowed():
+        # Elsewhere no pass of the default is that of a kernel.
+        found[f"{OURS} xla"] = "xla"
     kernel = _OF_PLATFORM.get(jax.default_backend())
     if kernel in registry.implementations("linear_cross_entropy"):
         found[f"{OURS} {kernel}"] = kernel
@@ -76,7 +79,7 @@ def by_implementation(
 
     Args:
       ours: makes the function of an implementation.
-      xla: whether "xla" takes part beside the default, which is the same today.
+      xla: whether "xla" takes part beside a default that has passes of kernels.
       gradient_matmuls: gives that field of an implementation's contender.
     """
     return [

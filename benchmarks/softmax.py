@@ -107,8 +107,8 @@ def run_workload(
       cases: what is asked.
       suite: the question that the results answer.
       timed: whether they are timed once checked.
-      without: who is left out of all implementations and peers; None takes our
-        default and the plain formula alone.
+      without: who is left out of all implementations, and of peers where they are
+        timed; None takes our default and the plain formula alone.
     """
     if timed:
         session.measure("copy")
@@ -138,7 +138,7 @@ def _cases(
             workload=workload.name,
             shape={"N": workload.rows, "V": workload.classes, "dtype": workload.dtype},
             title=case.title,
-            contenders=_contenders(case, without),
+            contenders=_contenders(case, without, timed),
             prepare=functools.partial(_prepare, case=case),
             arguments=arguments,
             truth=functools.partial(_truth, case, arguments, subset),
@@ -153,14 +153,16 @@ def _cases(
 
 
 def _contenders(
-    case: SoftmaxCase, without: frozenset[str] | None
+    case: SoftmaxCase, without: frozenset[str] | None, timed: bool
 ) -> list[peers.Contender]:
     usual = peers.softmax_contenders(case.operation)
     if without is None:
         return usual
+    every = [*peers.softmax_implementations(without), *usual[1:]]
+    if not timed:
+        return every
     return [
-        *peers.softmax_implementations(without),
-        *usual[1:],
+        *every,
         *peers.softmax_of_torch(_TEMPERATURE, value=case.value, gradient=case.gradient),
     ]
 

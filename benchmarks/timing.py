@@ -8,6 +8,7 @@ rotates from round to round, so that what else the machine does falls on all of 
 alike.
 """
 
+import contextlib
 import dataclasses
 import gc
 import math
@@ -19,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import device_time
+
 # A sample lasts at least this long where nothing is donated: shorter calls are
 # enqueued back to back, as a training loop does.
 _SAMPLE_SECONDS = 0.005
@@ -26,6 +29,7 @@ _SAMPLE_SECONDS = 0.005
 _CHAIN_SECONDS = 0.05
 _MAX_CALLS = 64
 FEWEST_ROUNDS = 5
+_UNMARKED = contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Timing:
       high: third quartile.
       best: the fastest round.
       samples: one number a round, in order.
+      clock: whose: "device", of what ran there, or "host", until it was there.
     """
 
     median: float
@@ -104,15 +109,17 @@ class Timing:
     high: float
     best: float
     samples: tuple[float, ...]
+    clock: str = "host"
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> "Timing":
+    def of(cls, samples: Sequence[float], clock: str = "host") -> "Timing":
         """Summarises the samples of one contender."""
         if len(samples) > 1:
             low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
         else:
             low = high = samples[0]
-        return cls(statistics.median(samples), low, high, min(samples), tuple(samples))
+        median, every = statistics.median(samples), tuple(samples)
+        return cls(median, low, high, min(samples), every, clock)
 
 
 def compile_program(
@@ -174,12 +181,17 @@ def compile_chain(
     )
 
 
-def call(program: Program, arguments: tuple[Any, ...]) -> tuple[Any, float]:
+def call(
+    program: Program,
+    arguments: tuple[Any, ...],
+    mark: contextlib.AbstractContextManager[Any] = _UNMARKED,
+) -> tuple[Any, float]:
     """Runs a program once.
 
     Args:
       program: what to run.
       arguments: arrays; those that the program donates are copied first.
+      mark: entered while it runs.
 
     Returns:
       Its outputs, ready, and the seconds that the call took.
@@ -191,9 +203,10 @@ def call(program: Program, arguments: tuple[Any, ...]) -> tuple[Any, float]:
     jax.block_until_ready(arguments)
     if isinstance(program.executable, Chain):
         program.executable.start()
-    start = time.perf_counter()
-    outputs = jax.block_until_ready(program.executable(*arguments))
-    return outputs, time.perf_counter() - start
+    with mark:
+        start = time.perf_counter()
+        outputs = jax.block_until_ready(program.executable(*arguments))
+        return outputs, time.perf_counter() - start
 
 
 def interleave(
@@ -207,7 +220,8 @@ def interleave(
     """Times programs by turns.
 
     Each is called once before, untimed, unless it was just now. The garbage collector
-    is off meanwhile.
+    is off meanwhile. Samples are by the device's clock if its trace has all of them,
+    and else all by the host's.
 
     Args:
       programs: the contenders of one case, which take the same arguments.
@@ -228,20 +242,30 @@ def interleave(
     samples: dict[str, list[float]] = {program.name: [] for program in programs}
     collecting = gc.isenabled()
     gc.disable()
-    start = time.perf_counter()
+    start, names = time.perf_counter(), []
     try:
-        for turn in range(rounds):
-            if turn >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
-                break
-            first = turn % len(programs)
-            for program in (*programs[first:], *programs[:first]):
-                before(program.name)
-                count = calls[program.name]
-                samples[program.name].append(_sample(program, arguments, count))
+        with device_time.record() as recorder:
+            for turn in range(rounds):
+                if turn >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+                    break
+                first = turn % len(programs)
+                for program in (*programs[first:], *programs[:first]):
+                    before(program.name)
+                    names.append(program.name)
+                    samples[program.name].append(
+                        _sample(
+                            program, arguments, calls[program.name], recorder.sample()
+                        )
+                    )
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing.of(measured) for name, measured in samples.items()}
+    if recorder.seconds is None:
+        return {name: Timing.of(measured) for name, measured in samples.items()}
+    by_name: dict[str, list[float]] = {name: [] for name in samples}
+    for name, busy in zip(names, recorder.seconds, strict=True):
+        by_name[name].append(busy / calls[name])
+    return {name: Timing.of(found, "device") for name, found in by_name.items()}
 
 
 def paired_ratio(ours: Timing, theirs: Timing) -> float:
@@ -256,15 +280,21 @@ def _calls_per_sample(program: Program, once: float) -> int:
     return max(1, min(_MAX_CALLS, math.ceil(seconds / max(once, 1e-7))))
 
 
-def _sample(program: Program, arguments: tuple[Any, ...], count: int) -> float:
+def _sample(
+    program: Program,
+    arguments: tuple[Any, ...],
+    count: int,
+    mark: contextlib.AbstractContextManager[Any],
+) -> float:
     if count == 1:
-        return call(program, arguments)[1]
+        return call(program, arguments, mark)[1]
     if isinstance(program.executable, Chain):
         # A loop finds its own data in the caches, not those of whoever came before.
         call(program, arguments)
-    start = time.perf_counter()
-    outputs = None
-    for _ in range(count):
-        outputs = program.executable(*arguments)
-    jax.block_until_ready(outputs)
-    return (time.perf_counter() - start) / count
+    with mark:
+        start = time.perf_counter()
+        outputs = None
+        for _ in range(count):
+            outputs = program.executable(*arguments)
+        jax.block_until_ready(outputs)
+        return (time.perf_counter() - start) / count

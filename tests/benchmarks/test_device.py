@@ -255,7 +255,7 @@ class TestPeersOnAGpu:
     ):
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         found = list(peers.implementations().values())
-        assert found == [None, "xla"] + [kernel] * bool(kernel)
+        assert found == [None] + [kernel] * bool(kernel)
 
     @pytest.mark.skipif(
         peers.import_package("torch")[0] is None, reason="torch is not installed"
