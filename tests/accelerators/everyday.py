@@ -16,8 +16,9 @@ _SIZE = "512x8192"
 CELLS: Mapping[str, tuple[str, ...]] = {
     "softmax, T = 0.7": (VALUE,),
     "log_softmax, T = 0.7": (VALUE,),
+    "entropy, T = 0.7": (GRADIENT,),
     "softmax_cross_entropy, labels": (VALUE, GRADIENT),
-    "softmax_cross_entropy, targets": (VALUE,),
+    "softmax_cross_entropy, targets": (VALUE, GRADIENT),
     "softmax_cross_entropy, label_smoothing=0.1": (GRADIENT,),
     "softmax_cross_entropy, weights, mean": (GRADIENT,),
 }
