@@ -3,6 +3,8 @@
 Needs the extra `aot`; without it these tests skip, each with the reason.
 """
 
+from typing import Any
+
 import pytest
 
 from benchmarks.everyday_case import OURS, PLAIN
@@ -12,7 +14,8 @@ from tests.accelerators.compiling import TARGETS, results
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_functions_of_logits_beside_formulas(target):
-    found = [(name, cell) for name, cell, _ in results("everyday", target)]
+    reported: list[Any] = results("everyday", target)
+    found = [(name, cell) for name, cell, _ in reported]
     cells = [(name, what) for name, whats in everyday.CELLS.items() for what in whats]
     assert sorted((name, cell["what"]) for name, cell in found) == sorted(cells)
     for name, cell in found:
