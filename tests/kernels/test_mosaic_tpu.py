@@ -36,8 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Takes blocks of 128 classes and of 32 rows; of 16 backward."""
+    """Takes blocks of 128 classes and of 32 rows; of 16 backward, in three parts."""
     monkeypatch.setattr(backward, "CHUNK", 16)
+    monkeypatch.setattr(backward, "PART", 48)
     for module, name, rows in (
         (forward, "choose_forward", 32),
         (backward, "choose_backward", 16),
@@ -348,7 +349,7 @@ def test_blocks_fit_and_are_balanced():
     assert (forward.rows, forward.classes) == (1024, 768)
     assert forward.vmem_bytes < small
     both = [choices.choose_backward(llama, True, True, vmem) for vmem in (small, large)]
-    assert [(b.rows, b.classes) for b in both] == [(256, 512), (256, 1024)]
+    assert [(b.rows, b.classes) for b in both] == [(256, 512), (512, 1024)]
     few = choices.choose_forward(LayerShape(1100, 64, 300, 4, 4, 4), small)
     assert (few.rows, few.classes) == (560, 384)
     for rows, classes, vmem in ((8, 128, 1), (24, 128, 1), (16, 64, 1), (16, 128, 0)):

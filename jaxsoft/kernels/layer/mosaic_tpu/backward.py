@@ -8,16 +8,21 @@ rows, dhidden and what the temperature needs, live in HBM: those of a block of r
 fetched and written back by copies that run beside the products. What is not wanted is
 neither computed nor stored.
 
+The compiler unrolls a step, and computes what is not a product beside products that do
+not need it. So the classes of a tile come in parts: before the derivative of a part the
+program has the logits of the next one, and before that of the last part dkernel of all
+others. Columns of numbers of each row come as one array.
+
 The last block of classes may reach beyond the arrays: its derivative and its part of
 the kernel are 0 there. Rows are padded where they do not fill their blocks.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -27,6 +32,7 @@ from jaxsoft.kernels.layer.mosaic_tpu import tile as tiles
 from jaxsoft.kernels.layer.mosaic_tpu.blocks import (
     CHUNK,
     LANES,
+    PART,
     TpuBlocks,
     choose_backward,
 )
@@ -41,6 +47,20 @@ __all__ = ["accumulate"]
 
 
 _Array = TypeVar("_Array")
+
+
+class _Columns(NamedTuple):
+    """What the kernel reads of each row beside its hidden states, [N, 1] each.
+
+    Attributes:
+      tau: float32, or None where the temperature is static.
+      labels: int32, or None.
+      rows: the coefficients.
+    """
+
+    tau: Any
+    labels: Any
+    rows: Any
 
 
 class _Results(NamedTuple, Generic[_Array]):
@@ -144,14 +164,18 @@ def _call(
         pl.cdiv(layer.classes, blocks.classes),
         inputs.hidden.shape[0] // blocks.rows,
     )
+    columns = _Columns(inputs.tau, inputs.labels, rows)
+    packed = _packed(columns)
+    inputs = inputs._replace(tau=None, labels=None)
     specs = tiles.input_specs(problem, inputs, blocks, row_axis=1)
-    column = pl.BlockSpec((blocks.rows, 1), lambda _, row: (row, 0))
+    width = packed.shape[1]
+    columns_spec = pl.BlockSpec((blocks.rows, width), lambda _, row: (row, 0))
     out_specs = _Results(
         None if results.sums is None else pl.BlockSpec(memory_space=pl.ANY),
         None if results.kernel is None else specs.kernel,
         None if results.bias is None else specs.offsets,
     )
-    scratch = {}
+    scratch = {"d_ref": pltpu.VMEM((blocks.rows, blocks.classes), problem.dtype)}
     if results.sums is not None:
         slots = (2, blocks.rows, results.sums.shape[1])
         scratch["slots_ref"] = pltpu.VMEM(slots, jnp.float32)
@@ -172,9 +196,10 @@ def _call(
             problem=problem,
             blocks=blocks,
             wanted=wanted,
+            dtypes=jax.tree.map(lambda column: column.dtype, columns),
         ),
         grid=grid,
-        in_specs=[specs, jax.tree.map(lambda _: column, rows)],
+        in_specs=[specs, columns_spec],
         out_specs=(out_specs,),
         out_shape=(results,),
         scratch_shapes=scratch,
@@ -188,8 +213,27 @@ def _call(
             bytes_accessed=passes + inputs.kernel.nbytes + _bytes(results.kernel),
         ),
         name="jaxsoft_statistics_backward",
-    )(inputs, rows)
+    )(inputs, packed)
     return gradients
+
+
+def _packed(columns: _Columns) -> jax.Array:
+    """Returns columns [N, 1] of 32 bits as one array [N, C] of int32.
+
+    Each on its own would fill all lanes of its registers, in HBM too.
+    """
+    bits = [lax.bitcast_convert_type(a, jnp.int32) for a in jax.tree.leaves(columns)]
+    return jnp.concatenate(bits, axis=1)
+
+
+def _unpacked(packed_ref: Ref, dtypes: _Columns) -> _Columns:
+    """Returns the columns that were packed, of a block of rows."""
+    leaves, tree = jax.tree.flatten(dtypes)
+    columns = [
+        lax.bitcast_convert_type(packed_ref[:, i : i + 1], dtype)
+        for i, dtype in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, columns)
 
 
 def _bytes(result: jax.ShapeDtypeStruct | None) -> int:
@@ -199,63 +243,90 @@ def _bytes(result: jax.ShapeDtypeStruct | None) -> int:
 
 def _gradients_kernel(
     inputs: TpuInputs[Ref],
-    rows: Rows,
+    columns_ref: Ref,
     results: _Results[Ref],
     *,
     slots_ref: Ref | None = None,
     reads: Barrier | None = None,
     writes: Barrier | None = None,
     total_ref: Ref | None = None,
+    d_ref: Ref,
     fold: Statistics,
     problem: Problem,
     blocks: TpuBlocks,
     wanted: Wanted,
+    dtypes: _Columns,
 ) -> None:
     """Adds the contribution of one tile.
 
     Args:
-      inputs: references to blocks.
-      rows: references to columns of coefficients.
+      inputs: references to blocks; those of columns are not there.
+      columns_ref: [R, C] int32, what `_packed` returned.
       results: references: the sums in HBM, blocks of the others.
       slots_ref: [2, R, W] float32, the sums of this block of rows and of its neighbour.
       reads: a semaphore for each slot.
       writes: a semaphore for each slot.
       total_ref: [B, H] float32, the block of dkernel as it grows, classes first.
+      d_ref: [R, B] in the dtype of the products, the derivative by the logits.
       fold: which statistics.
       problem: what is known of the work.
       blocks: the sizes of the blocks.
       wanted: which gradients to compute.
+      dtypes: those of the columns.
     """
     block, row_block = pl.program_id(0), pl.program_id(1)
-    values = jax.tree.map(lambda ref: ref[...], rows)
+    columns = _unpacked(columns_ref, dtypes)
+    tau = problem.config.static_tau if columns.tau is None else columns.tau
+    assert tau is not None
+    parts = _parts(blocks.classes)
+    # The last derivative is computed beside products of all others.
+    last = parts[-1].start
     sums = None
     if slots_ref is not None:
         assert results.sums is not None and reads is not None and writes is not None
         sums = _RowSums(results.sums, slots_ref, reads, writes, blocks.rows)
 
     def step(ragged: bool) -> None:
-        tile = tiles.compute_tile(problem, inputs, blocks, block, ragged)
-        tau = inputs.temperature(problem.config)
-        d, moments = fold.slope(tau, values, tile, wanted.tau)
-        if tile.slope is not None:
-            d = d * tile.slope
-        if results.bias is not None:
-            new = jnp.sum(d, axis=0, keepdims=True)
-            _add(results.bias, ..., new, row_block == 0)
-        d = d.astype(problem.dtype)
+        moments = None
+
+        def tile_of(part):
+            return tiles.compute_tile(
+                problem, inputs, blocks, block, ragged, columns.labels, part
+            )
+
+        following = tile_of(parts[0])
+        for index, part in enumerate(parts):
+            tile = following
+            if index + 1 < len(parts):
+                following = tile_of(parts[index + 1])
+            elif total_ref is not None and last:
+                _add_to_kernel(problem, inputs, total_ref, d_ref, slice(0, last))
+            d, of_part = fold.slope(tau, columns.rows, tile, wanted.tau)
+            if tile.slope is not None:
+                d = d * tile.slope
+            if of_part is not None:
+                moments = of_part if moments is None else moments + of_part
+            if results.bias is not None:
+                new = jnp.sum(d, axis=0, keepdims=True)
+                _add(results.bias, (slice(None), part), new, row_block == 0)
+            d_ref[:, part] = d.astype(problem.dtype)
         if total_ref is not None:
-            _add_to_kernel(problem, inputs, total_ref, d)
+            _add_to_kernel(
+                problem, inputs, total_ref, d_ref, slice(last, blocks.classes)
+            )
         if sums is None:
             return
         slot_ref = sums.take()
         if wanted.hidden:
-            _add_to_hidden(problem, inputs, slot_ref, d, tile.start, ragged)
+            start = block * blocks.classes
+            _add_to_hidden(problem, inputs, slot_ref, d_ref, start, ragged)
         if moments is not None:
             lane = slot_ref.shape[1] - LANES
             _add(slot_ref, (slice(None), pl.ds(lane, 1)), moments, block == 0)
         sums.give()
 
-    tiles.each_block(0, problem.layer.classes, blocks.classes, step)
+    # Masks run beside products, and a step for full blocks would double the program.
+    step(problem.layer.classes % blocks.classes != 0)
     if total_ref is not None and results.kernel is not None:
         kernel_ref = results.kernel
 
@@ -337,17 +408,14 @@ class _RowSums(NamedTuple):
         return self.hbm_ref.at[pl.ds(start, self.rows), :]
 
 
-def _each_chunk(features: int, step: Callable[[pl.Slice], None]) -> None:
-    """Runs a step for slices that cover the features."""
-    whole = features // CHUNK if features > CHUNK else 0
-    if whole:
+def _parts(classes: int) -> list[slice]:
+    """Returns the parts of a block whose derivatives are computed one by one."""
+    return [slice(i, min(i + PART, classes)) for i in range(0, classes, PART)]
 
-        @pl.loop(0, whole)
-        def _(index):
-            step(pl.Slice(pl.multiple_of(index * CHUNK, CHUNK), CHUNK))
 
-    if features > whole * CHUNK:
-        step(pl.Slice(whole * CHUNK, features - whole * CHUNK))
+def _chunks(features: int) -> list[slice]:
+    """Returns slices that cover the features."""
+    return [slice(i, min(i + CHUNK, features)) for i in range(0, features, CHUNK)]
 
 
 def _add(ref: Ref, at: Index, new: jax.Array, first: jax.Array) -> None:
@@ -356,49 +424,41 @@ def _add(ref: Ref, at: Index, new: jax.Array, first: jax.Array) -> None:
 
 
 def _add_to_kernel(
-    problem: Problem, inputs: TpuInputs[Ref], total_ref: Ref, d: jax.Array
+    problem: Problem, inputs: TpuInputs[Ref], total_ref: Ref, d_ref: Ref, part: slice
 ) -> None:
-    """Adds a tile's part to the block of dkernel."""
+    """Adds what a part of a tile contributes to the block of dkernel."""
     first = pl.program_id(1) == 0
-
-    def add(chunk):
+    d = d_ref[:, part]
+    for chunk in _chunks(problem.layer.features):
         hidden = inputs.hidden[:, chunk].astype(d.dtype)
         new = dot(d, hidden, (0, 0), problem.config.precision, jnp.float32)
-        _add(total_ref, (slice(None), chunk), new, first)
-
-    _each_chunk(problem.layer.features, add)
+        _add(total_ref, (part, chunk), new, first)
 
 
 def _add_to_hidden(
     problem: Problem,
     inputs: TpuInputs[Ref],
     slot_ref: Ref,
-    d: jax.Array,
+    d_ref: Ref,
     start: jax.Array,
     ragged: bool,
 ) -> None:
-    """Adds a tile's part to the sums of its rows."""
-    first, axis = pl.program_id(0) == 0, problem.config.class_axis
-
-    def add(chunk):
+    """Adds what a tile contributes to the sums of its rows."""
+    d, first, axis = d_ref[...], pl.program_id(0) == 0, problem.config.class_axis
+    for chunk in _chunks(problem.layer.features):
         at = (chunk, slice(None)) if axis == 1 else (slice(None), chunk)
-        kernel = inputs.kernel[at].astype(d.dtype)
+        kernel = inputs.kernel[at].astype(d_ref.dtype)
         if ragged:
             kernel = tiles.inside(problem, start, kernel, axis, 0)
         new = dot(d, kernel, (1, axis), problem.config.precision, jnp.float32)
         _add(slot_ref, (slice(None), chunk), new, first)
 
-    _each_chunk(problem.layer.features, add)
-
 
 def _write_kernel(problem: Problem, kernel_ref: Ref, total_ref: Ref) -> None:
     """Writes the block of dkernel in its layout and dtype."""
-
-    def write(chunk):
-        total = total_ref[:, chunk]
+    for chunk in _chunks(problem.layer.features):
+        total = total_ref[:, chunk].astype(kernel_ref.dtype)
         if problem.config.class_axis == 1:
-            kernel_ref[chunk, :] = total.T.astype(kernel_ref.dtype)
+            kernel_ref[chunk, :] = total.T
         else:
-            kernel_ref[:, chunk] = total.astype(kernel_ref.dtype)
-
-    _each_chunk(problem.layer.features, write)
+            kernel_ref[:, chunk] = total

@@ -21,8 +21,8 @@ _RUNNING = 8
 # products of another: the more rows there are, the more products for each part of the
 # kernel that a matrix unit is loaded with, and the fewer ends at which it idles.
 _ROWS = (1024, 768, 512, 256, 128, 64, 32, 16)
-# Backward the sums of a block's rows are on their way while it is worked on.
-_MOST_ROWS_BACKWARD = 256
+# Backward they are in two products more of the same step.
+_MOST_ROWS_BACKWARD = 512
 _CLASSES = (1024, 768, 512, 384, 256, 128)
 
 # The cost of a choice is _KEPT over the size of the block that stays in VMEM plus
@@ -33,12 +33,17 @@ _CLASSES = (1024, 768, 512, 384, 256, 128)
 _KEPT = 400
 _STREAMED = 128
 
-# The float32 tiles of logits that a step holds at once, beside its operands.
+# The float32 tiles of logits that a step holds at once, beside its operands; backward
+# those of parts.
 _TILES_FORWARD = 3
 _TILES_BACKWARD = 6
 
 # The features of a chunk, where products are added up chunk by chunk.
 CHUNK = 512
+
+# The classes of a part of a tile whose exponentials are computed beside the products of
+# another: as many as a matrix unit has columns.
+PART = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +151,12 @@ def choose_backward(
     """
 
     def used(rows: int, classes: int) -> int:
-        # Labels, temperatures and six coefficients, padded to lanes.
-        columns = 8 * 2 * rows * LANES * 4
+        # Labels, temperatures and coefficients, two blocks in turn.
+        columns = 2 * rows * LANES * 4
         total = layer.operand_bytes(rows, classes) + columns
-        total += _TILES_BACKWARD * rows * classes * 4
+        # The derivative by the logits, and float32 logits of parts.
+        total += rows * classes * layer.product_bytes
+        total += _TILES_BACKWARD * rows * min(PART, classes) * 4
         # Two slots of float32 sums, and the moments.
         total += 2 * rows * ((layer.width if hidden else 0) + LANES) * 4
         if kernel:

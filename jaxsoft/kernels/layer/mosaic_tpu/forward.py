@@ -141,7 +141,8 @@ def _statistics_kernel(
     tau = inputs.temperature(problem.config)
 
     def step(ragged: bool) -> None:
-        tile = tiles.compute_tile(problem, inputs, blocks, block, ragged)
+        labels = None if inputs.labels is None else inputs.labels[...]
+        tile = tiles.compute_tile(problem, inputs, blocks, block, ragged, labels)
         old = {name: ref[...][None] for name, ref in running.items()}
         by_row = tau[None] if isinstance(tau, jax.Array) else tau
         new = fold.merge(old, tile.by_lanes(LANES), by_row)

@@ -174,6 +174,8 @@ def compute_tile(
     blocks: TpuBlocks,
     block: jax.Array,
     ragged: bool,
+    labels: jax.Array | None,
+    part: slice | None = None,
 ) -> Tile:
     """Computes the tile of the rows and classes that are in VMEM.
 
@@ -184,17 +186,20 @@ def compute_tile(
       block: the index of the block of classes.
       ragged: whether that block reaches beyond the kernel: what it holds there is
         arbitrary, and counts for nothing.
+      labels: [R, 1] int32, -1 for none; or None.
+      part: the classes of the block that the tile has, all of them if None.
 
     Returns:
       The tile.
     """
-    config, size = problem.config, blocks.classes
-    start = block * size
+    config, part = problem.config, part or slice(0, blocks.classes)
+    start, size = block * blocks.classes + part.start, part.stop - part.start
     hidden = inputs.hidden[...].astype(problem.dtype)
-    kernel = inputs.kernel[...].astype(problem.dtype)
+    at = (slice(None), part) if config.class_axis == 1 else (part, slice(None))
+    kernel = inputs.kernel[at].astype(problem.dtype)
     axes = (1, 1 - config.class_axis)
     u = dot(hidden, kernel, axes, config.precision, jnp.float32)
-    offsets = None if inputs.offsets is None else inputs.offsets[...]
+    offsets = None if inputs.offsets is None else inputs.offsets[:, part]
     u, slope = capped(u, offsets if problem.biased else None, config.softcap)
     if problem.dropping:
         assert offsets is not None
@@ -202,9 +207,8 @@ def compute_tile(
     if ragged:
         u = inside(problem, start, u, 1, -jnp.inf)
         slope = None if slope is None else inside(problem, start, slope, 1, 0)
-    labels = None
-    if inputs.labels is not None:
-        labels = columns_of(inputs.labels[...], start, size)
+    if labels is not None:
+        labels = columns_of(labels, start, size)
     masked = ragged or offsets is not None
     return Tile(start, kernel, u, masked, labels, slope)
 
