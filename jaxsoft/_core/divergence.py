@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from numpy.polynomial import chebyshev
 
 from jaxsoft._core import checks
 from jaxsoft._core.numerics import finite
@@ -81,6 +82,8 @@ def kind_of(divergence: Divergence, beta: object, alpha: object) -> Kind:
 
 # Below this |d| the series is used.
 SMALL = 0.5
+# Below this |d| that of a mixture is.
+_NEAR = 1.0
 # Beyond this |d| the smaller of two probabilities is 0.
 _FAR = 1000
 # A probability so many times another leaves nothing of it, times a logarithm.
@@ -133,56 +136,97 @@ def _log_share(own: float, other: float) -> float:
 
 
 class _Series(NamedTuple):
-    """Coefficients of series in d; see `mixture_terms`.
+    """Coefficients of polynomials in d, for |d| <= 1; see `mixture_terms`.
 
     Attributes:
       share: b.
-      loss: those of d², d³, … in the terms over p + b (q - p) and τ².
+      tilt: c, 0 if b is above 0 and below 1.
+      loss: those of d², d³, … in the terms over τ² and (p + b (q - p)) (1 + c u)⁴,
+        with u = (q - p) / (q + p).
       of_p: those of d, d², … in s of p over τ.
       of_q: likewise of q.
     """
 
     share: float
+    tilt: float
     loss: list[float]
     of_p: list[float]
     of_q: list[float]
 
 
 @functools.cache
-def _series_of(mixture: Mixture, count: int) -> _Series:
-    """Returns `count` coefficients of each; see `mixture_terms`."""
+def _series_of(mixture: Mixture, count: int, terms: int) -> _Series:
+    """Returns `count` coefficients of each, of as many terms of the series."""
     # In fractions, since they are of (1 - α)² where the skew α is close to 1.
     of_p, of_q, share_p, share_q = map(Fraction, mixture)
     # The larger share is rounded.
     share_p = share_p if share_p < share_q else 1 - share_q
     share_q = 1 - share_p
-    exp = [Fraction(1, math.factorial(n)) for n in range(count + 2)]
+    exp = [Fraction(1, math.factorial(n)) for n in range(terms + 2)]
     # Of m / p, its logarithm and (q - p) / m: M L' = M' and M g = exp(d) - 1.
     m = [Fraction(1), *(share_q * x for x in exp[1:])]
     log_m, gap = [Fraction()], [Fraction()]
-    for n in range(1, count + 2):
+    for n in range(1, terms + 2):
         inner = range(1, n)
         log_m.append(m[n] - sum(k * log_m[k] * m[n - k] for k in inner) / Fraction(n))
         gap.append(exp[n] - sum(m[k] * gap[n - k] for k in inner))
     # log(m / q) is log(m / p) - d.
     log_m_q = [Fraction(), log_m[1] - 1, *log_m[2:]]
     over_p = []
-    for n in range(2, count + 2):
+    for n in range(2, terms + 2):
         times = sum(exp[n - k] * log_m_q[k] for k in range(1, n + 1))
         over_p.append(of_p * (m[n] - log_m[n]) + of_q * (m[n] - exp[n] - times))
     # With this share an error of d in all classes changes the sum of terms least: by
     # no more than its product with Σ d³, as Σ p exp(d) is 1.
-    share, loss = min(max(3 * over_p[1] / over_p[0] - 1, 0), 1), []
+    wanted = 3 * over_p[1] / over_p[0] - 1
+    share = min(max(wanted, Fraction()), Fraction(1))
+    tilt = (wanted - share) / 2
+    about = _tilted([Fraction(1), *(share * x for x in exp[1:])], tilt, exp)
+    loss = []
     for n, term in enumerate(over_p):
-        loss.append(term - share * sum(exp[n - k] * loss[k] for k in range(n)))
+        loss.append(term - sum(about[n - k] * loss[k] for k in range(n)))
     skew = of_q * share_p - of_p * share_q
     logs = zip(log_m[1:], log_m_q[1:], gap[1:], strict=True)
     both = [
         (of_p * a + skew * share_p * g, of_q * b + skew * share_q * g)
         for a, b, g in logs
     ]
-    series = loss, *zip(*both[:count], strict=True)
-    return _Series(float(share), *([float(x) for x in each] for each in series))
+    series = loss, *zip(*both[:terms], strict=True)
+    shortened = (_shortened(list(each), count) for each in series)
+    return _Series(float(share), float(tilt), *shortened)
+
+
+def _tilted(
+    about: list[Fraction], tilt: Fraction, exp: list[Fraction]
+) -> list[Fraction]:
+    """Returns a series in d times (1 + c u)⁴, with u = (exp(d) - 1) / (exp(d) + 1)."""
+    if not tilt:
+        return about
+    factor = [Fraction(1)]
+    for n in range(1, len(exp)):
+        inner = (exp[k] * factor[n - k] for k in range(1, n))
+        factor.append((tilt * exp[n] - sum(inner, Fraction())) / 2)
+    for _ in range(4):
+        about = [
+            sum((factor[k] * about[n - k] for k in range(n + 1)), Fraction())
+            for n in range(len(about))
+        ]
+    return about
+
+
+def _shortened(coefficients: list[Fraction], count: int) -> list[float]:
+    """Returns those of the polynomial of fewer terms that is as close on [-1, 1].
+
+    Each term that goes is replaced by what its Chebyshev polynomial has below it: what
+    is left out falls by 6.4 from term to term, where the series itself falls by π.
+    """
+    left = coefficients
+    while len(left) > count:
+        *lower, last = chebyshev.cheb2poly([0] * (len(left) - 1) + [1])
+        share = left[-1] / Fraction(float(last))
+        pairs = zip(left[:-1], lower, strict=True)
+        left = [x - share * Fraction(float(y)) for x, y in pairs]
+    return [float(x) for x in left]
 
 
 def _polynomial(coefficients: list[float], x: jax.Array) -> jax.Array:
@@ -198,58 +242,6 @@ def _remainder(r: jax.Array, inverse: jax.Array, tau: jax.Array) -> jax.Array:
     step = jnp.where(small, r, 0)
     near = step * (step * _series(-step))
     return tau * jnp.where(small, near, (inverse - 1) + r)
-
-
-class _Side(NamedTuple):
-    """One of two distributions, class by class.
-
-    Attributes:
-      weight: of its divergence from the mixture.
-      share: its own of the mixture.
-      prob: its probabilities.
-      d: the logarithm of the other's over these, finite.
-    """
-
-    weight: float
-    share: float
-    prob: jax.Array
-    d: jax.Array
-
-
-def _apart(
-    own: _Side, other: _Side, m: jax.Array, log_m: jax.Array, tau: jax.Array
-) -> tuple[jax.Array, jax.Array | float, jax.Array | float]:
-    """Returns what the divergence of one side from the mixture adds where d is large.
-
-    Args:
-      own: the side, whose weight is not 0.
-      other: the other one.
-      m: the mixture's probabilities.
-      log_m: the logarithm of m over the larger of both probabilities.
-      tau: τ.
-
-    Returns:
-      The terms, τ² included, and what they add to s of this side and of the other.
-    """
-    tiny = jnp.finfo(m.dtype).tiny
-    ratio = log_m + jnp.maximum(own.d, 0)
-    if other.share < 0.5:
-        # That has few digits where m is nearly p alone.
-        more = (other.prob - own.prob) / jnp.maximum(own.prob, tiny)
-        ratio = jnp.log1p(other.share * jnp.minimum(more, _HUGE))
-    terms = own.weight * excess(own.prob, m, ratio, tau * ratio, tau)
-    if own.weight == own.share:
-        # As in Jensen-Shannon: what both add to the other's s is nothing together.
-        return terms, own.weight * (tau * ratio), 0.0
-    # The other side's divergence is none of it.
-    gap = tau * ((own.prob - other.prob) / jnp.maximum(m, tiny))
-    far = other.share * (other.share * gap)
-    if own.share > 0.5:
-        # The terms of the sum below are nearly opposite.
-        s = _remainder(ratio, own.prob / jnp.maximum(m, tiny), tau) - far
-    else:
-        s = tau * ratio + own.share / other.share * far
-    return terms, s, far
 
 
 def mixture_terms(
@@ -277,31 +269,81 @@ def mixture_terms(
     Returns:
       The terms, s of p and s of q, both finite and 0 where the probability is.
     """
-    of_p, of_q, share_p, share_q = mixture
-    near = jnp.abs(d) <= SMALL
-    # What is left out is below 2⁻²⁷ of the sums, in float64 below 2⁻⁵⁵.
-    series = _series_of(mixture, 21 if d.dtype == jnp.float64 else 10)
+    of_p, _, share_p, share_q = mixture
+    is_even = of_p == share_p
+    # An error of d in all classes takes digits of the slopes of a skew that has little
+    # of the other in their series, and none in a difference of the probabilities.
+    is_slight = not is_even and (share_p if of_p else share_q) > 0.5
+    near = jnp.abs(d) <= (SMALL if is_slight else _NEAR)
+    # What is left out is below 2⁻²⁶ of the sums, in float64 below 2⁻⁵⁵.
+    sizes = (22, 36) if d.dtype == jnp.float64 else (12, 20)
+    series = _series_of(mixture, *sizes)
     step = jnp.where(near, d, 0)
     close = tau * step if scaled is None else jnp.where(near, scaled, 0)
-    m = share_p * p + share_q * q
-    tiny = jnp.finfo(m.dtype).tiny
-    # log(m / p) and log(m / q), by one logarithm: their difference is d.
-    larger = jnp.maximum(jnp.maximum(p, q), tiny)
-    log_m = jnp.log(jnp.maximum(m / larger, tiny))
-    d = jnp.clip(d, -_FAR, _FAR)
-    sides = _Side(of_p, share_p, p, d), _Side(of_q, share_q, q, -d)
-    loss = jnp.zeros_like(m)
-    slopes = [loss, loss]
-    for own, other in ((0, 1), (1, 0)):
-        if sides[own].weight:
-            terms, *found = _apart(sides[own], sides[other], m, log_m, tau)
-            loss += terms
-            for place, s in zip((own, other), found, strict=True):
-                slopes[place] += s
+    apart = _even if is_even else _skewed
+    loss, s_p, s_q = apart(mixture, p, q, jnp.clip(d, -_FAR, _FAR), tau)
     about = p + series.share * (q - p)
+    if series.tilt:
+        slope = (q - p) / jnp.maximum(q + p, jnp.finfo(p.dtype).tiny)
+        about *= jnp.square(jnp.square(1 + series.tilt * slope))
     terms = about * close * (close * _polynomial(series.loss, step))
     loss = jnp.where(near, terms, loss)
-    s_p = jnp.where(near, close * _polynomial(series.of_p, step), slopes[0])
-    s_q = jnp.where(near, close * _polynomial(series.of_q, step), slopes[1])
+    s_p = jnp.where(near, close * _polynomial(series.of_p, step), s_p)
+    s_q = jnp.where(near, close * _polynomial(series.of_q, step), s_q)
     s_p, s_q = (jnp.where(a == 0, 0, finite(s)) for a, s in ((p, s_p), (q, s_q)))
+    return loss, s_p, s_q
+
+
+def _even(mixture, p, q, d, tau):
+    """Returns what `mixture_terms` does where |d| > 1, of weights equal to the shares.
+
+    With a and b the shares, `a p log(p / m) + b q log(q / m)`, by one logarithm: that
+    of m over whichever of p and q it has more of.
+    """
+    _, _, a, b = mixture
+    m = a * p + b * q
+    tiny = jnp.finfo(m.dtype).tiny
+    is_p = a * p >= b * q
+    base = jnp.where(is_p, p, q)
+    if a == b:
+        log_m = jnp.log(jnp.maximum(m / jnp.maximum(base, tiny), tiny))
+    else:
+        # That has few digits where m is nearly one of them alone: of m / base, or of
+        # base / m if that is larger, by how much it is above 1.
+        apart = jnp.where(is_p, b * (q - p), a * (p - q))
+        least = jnp.maximum(jnp.minimum(m, base), tiny)
+        log_m = jnp.copysign(jnp.log1p(jnp.abs(apart) / least), apart)
+    loss = jnp.where(is_p, b * q, -(a * p)) * d - m * log_m
+    s_p = a * (tau * (log_m + jnp.where(is_p, 0, d)))
+    s_q = b * (tau * (log_m - jnp.where(is_p, d, 0)))
+    return tau * (tau * loss), s_p, s_q
+
+
+def _skewed(mixture, p, q, d, tau):
+    """Returns what `mixture_terms` does where d is not near, of one divergence."""
+    if mixture.of_p:
+        return _skewed_of_first(mixture.share_p, mixture.share_q, p, q, d, tau)
+    loss, s_q, s_p = _skewed_of_first(mixture.share_q, mixture.share_p, q, p, -d, tau)
+    return loss, s_p, s_q
+
+
+def _skewed_of_first(own, other, p, q, d, tau):
+    """Returns τ² times the terms of KL(p, own p + other q), and s of p and of q."""
+    m = own * p + other * q
+    tiny = jnp.finfo(m.dtype).tiny
+    if other < 0.5:
+        # A logarithm of m / p has few digits where m is nearly p alone.
+        more = (q - p) / jnp.maximum(p, tiny)
+        ratio = jnp.log1p(other * jnp.minimum(more, _HUGE))
+        loss = excess(p, m, ratio, tau * ratio, tau)
+    else:
+        larger = jnp.maximum(jnp.maximum(p, q), tiny)
+        ratio = jnp.log(jnp.maximum(m / larger, tiny)) + jnp.maximum(d, 0)
+        loss = tau * (tau * (other * (q - p) - p * ratio))
+    s_q = other * (other * (tau * ((p - q) / jnp.maximum(m, tiny))))
+    if own > 0.5:
+        # The terms of the sum below are nearly opposite.
+        s_p = _remainder(ratio, p / jnp.maximum(m, tiny), tau) - s_q
+    else:
+        s_p = tau * ratio + own / other * s_q
     return loss, s_p, s_q

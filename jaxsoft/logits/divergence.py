@@ -99,12 +99,26 @@ def _log_of_sums(s: _Side, t: _Side) -> jax.Array:
 class _Evenly(NamedTuple):
     """Two distributions, of which neither comes first; see `Pair`."""
 
-    p: jax.Array
-    q: jax.Array
+    teacher: _Side
+    student: _Side
     log_ratio: jax.Array
     tau: jax.Array
-    lacks_p: jax.Array
-    lacks_q: jax.Array
+
+    @property
+    def p(self) -> jax.Array:
+        return self.teacher.probabilities
+
+    @property
+    def q(self) -> jax.Array:
+        return self.student.probabilities
+
+    @property
+    def lacks_p(self) -> jax.Array:
+        return self.teacher.sum == 0
+
+    @property
+    def lacks_q(self) -> jax.Array:
+        return self.student.sum == 0
 
 
 def _compare_evenly(student, teacher, tau, where, axis) -> _Evenly:
@@ -120,13 +134,13 @@ def _compare_evenly(student, teacher, tau, where, axis) -> _Evenly:
     gap = below_peak(s.centred) - below_peak(t.centred)
     # Of halves, which are nothing else: XLA for CPUs would store p and q for this sum.
     halves = t.weights * (0.5 * t.share) + s.weights * (0.5 * s.share)
-    mean = jnp.sum(halves * gap, axis, keepdims=True)
+    # Of what a select gives, which is stored: a sum of products takes longer than both.
+    mean = jnp.sum(jnp.where(gap == 0, 0, halves * gap), axis, keepdims=True)
     shift = _log_of_sums(s, t)
     rounding = float(jnp.finfo(student.dtype).eps) ** 0.75
     is_close = jnp.abs(shift - mean * inverse(tau, student.dtype)) <= rounding
     log_ratio = finite(gap - jnp.where(is_close, mean, tau * shift))
-    p, q = t.probabilities, s.probabilities
-    return _Evenly(p, q, log_ratio, tau, t.sum == 0, s.sum == 0)
+    return _Evenly(t, s, log_ratio, tau)
 
 
 def compare(student, teacher, tau, where, axis) -> Pair:
@@ -251,8 +265,8 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
             mixture, pair.p, pair.q, d, pair.log_ratio, pair.tau
         )
         loss = total(terms)
-        by_student = _less_mean(pair.q, to_q, pair.lacks_q, total)
-        by_teacher = _less_mean(pair.p, to_p, pair.lacks_p, total)
+        by_student = _less_mean(pair.student, to_q, total)
+        by_teacher = _less_mean(pair.teacher, to_p, total)
     else:
         pair = compare(*sides, tau, where, axis)
         loss = pair.loss
@@ -274,12 +288,14 @@ def _value_and_slopes(kind, axis, student, teacher, tau, where):
     return jnp.squeeze(loss, axis), by_student, by_teacher
 
 
-def _less_mean(p, values, lacks, total):
-    """Returns -p (v - Σ p v) of values v, 0 where a row lacks p."""
-    # XLA for CPUs stores what a select gives, and of a sum that one follows no more:
-    # it would store what the sum is taken from once for each of its factors.
-    weighted = jnp.where(lacks, 0, p * -values)
-    return weighted - p * jnp.where(lacks, 0, total(weighted))
+def _less_mean(side: _Side, values: jax.Array, total) -> jax.Array:
+    """Returns -p (v - Σ p v) of values v, 0 where p is."""
+    # To XLA the divisor is not one number a row, by whose inverse it would multiply.
+    # Quotients are stored on CPUs; products would be computed again for each use.
+    divisor = jnp.maximum(nonzero(side.sum), side.weights)
+    weighted = jnp.where(values == 0, 0, side.weights * -values / divisor)
+    mean = jnp.where(side.sum == 0, 0, total(weighted))
+    return weighted - side.probabilities * mean
 
 
 def _scaled_divergence_jvp(kind, axis, static_tau, primals, tangents):

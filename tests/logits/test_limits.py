@@ -315,6 +315,25 @@ def test_skews_near_their_ends_keep_all_digits(kind, alpha, monkeypatch):
         assert (np.abs(slope - exact_slope).max(-1) <= most).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "parts", "size"),
+    [
+        ({"divergence": "jensen_shannon"}, (0.5, 0.5, 0.5, 0.5), 0.5),
+        ({"divergence": "jensen_shannon", "beta": 0.1}, (0.1, 0.9, 0.1, 0.9), 0.5),
+        ({"alpha": 0.1}, (1, 0, 0.1, 0.9), 0.5),
+        ({"alpha": 0.95}, (1, 0, 0.95, 0.05), 0.1),
+    ],
+)
+def test_rounding_of_log_ratios_is_not_amplified(options, parts, size, monkeypatch):
+    """What all classes err alike moves a divergence by less than its rounding."""
+    monkeypatch.setitem(truth.DIVERGENCES, "mixture", ({}, parts))
+    teacher = truth.logits("unit", (64, 50))
+    student = teacher + truth.logits("unit", (64, 50), seed=9) * np.float32(size)
+    value = jaxsoft.distillation_loss(student, teacher, **options)
+    exact, *_ = truth.scaled_divergence(student, teacher, 1.0, "mixture")
+    assert np.sqrt(np.mean((value / exact - 1) ** 2)) < 4e-7
+
+
 def test_one_class_and_no_rows():
     x = jnp.zeros((3, 1))
     np.testing.assert_array_equal(jaxsoft.softmax(x, temperature=0.3), np.ones((3, 1)))
