@@ -49,12 +49,12 @@ def first_classes(
 
     Returns:
       [R, count] logits as they are computed with, -inf at dropped classes, and all +inf
-      in a row with a NaN or +inf; and their classes, int32.
+      in a row with a NaN; and their classes, int32.
     """
     some, ids, least = first_groups(rows, count, size, shard)
     # So many classes are not less: told at once, fewer take a place before others do.
     best, places = _top_k(jnp.where(some < least, -jnp.inf, some), count)
-    return best, _take(ids, places)
+    return best, jnp.take_along_axis(ids, places, axis=1)
 
 
 def first_groups(
@@ -70,33 +70,28 @@ def first_groups(
 
     Returns:
       [R, count·size] logits as they are computed with, -inf at dropped classes, and
-      all +inf in a row with a NaN or +inf; their classes, int32, ascending; and [R, 1]
-      the largest logit of the last group in the order.
+      all +inf in a row with a NaN; their classes, int32, ascending; and [R, 1] the
+      largest logit of the last group in the order.
     """
     x = _masked(rows.logits, rows.where)
     tops, groups = _top_k(_largest(x, size, shard), count)
-    least, has_bad = tops[:, -1:], tops[:, :1] == jnp.inf
+    least = tops[:, -1:]
     ids = jnp.sort(groups, axis=1)[:, :, None] * size
     ids = ids + lax.iota(jnp.int32, size)[None, None]
     ids = ids.reshape(ids.shape[0], count * size)
 
     if shard.axes:
-        return jnp.where(has_bad, jnp.inf, shard.take(x, ids)), ids, least
+        some = shard.take(x, ids)
+        return jnp.where(_with_nan(x, shard), jnp.inf, some), ids, least
 
-    classes, where = x.shape[1], rows.where
-    places = jnp.minimum(ids, classes - 1)
-    some = _take(rows.logits, places)
+    def take(array: jax.Array, fill: float | bool) -> jax.Array:
+        return jnp.take_along_axis(array, ids, axis=1, mode="fill", fill_value=fill)
+
+    where = rows.where
     if where is not None:
-        where = _take(jnp.broadcast_to(where, rows.logits.shape), places)
-    some = _masked(some, where).astype(tops.dtype)
-    # The last group may be shorter.
-    some = jnp.where(ids < classes, some, -jnp.inf)
-    return jnp.where(has_bad, jnp.inf, some), ids, least
-
-
-def _take(array: jax.Array, places: jax.Array) -> jax.Array:
-    """Returns what is at some columns of each row, [R, K], none of them beyond it."""
-    return jnp.take_along_axis(array, places, axis=1, mode="promise_in_bounds")
+        where = take(jnp.broadcast_to(where, rows.logits.shape), False)
+    some = _masked(take(rows.logits, -jnp.inf), where).astype(tops.dtype)
+    return jnp.where(_with_nan(x, shard), jnp.inf, some), ids, least
 
 
 def _masked(logits: jax.Array, where: jax.Array | None) -> jax.Array:
@@ -104,9 +99,8 @@ def _masked(logits: jax.Array, where: jax.Array | None) -> jax.Array:
 
 
 def _largest(x: jax.Array, size: int, shard: ClassShard) -> jax.Array:
-    """Returns the largest logit of each group, [R, n], +inf where one is NaN."""
-    # XLA's own maximum on CPUs leaves NaN out in loops that it vectorises.
-    x, shard = shard.aligned(jnp.where(jnp.isnan(x), jnp.inf, x), size)
+    """Returns the largest logit of each group, [R, n]."""
+    x, shard = shard.aligned(x, size)
     tops = block_maxima(x, size).astype(compute_dtype(x))
     return shard.largest(shard.spread(tops, size, -jnp.inf))
 
@@ -116,3 +110,19 @@ def _top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     best, places = lax.top_k(jnp.where(x == 0, 0, x), count)
     # Without the barrier XLA would sort where the best are sliced.
     return lax.optimization_barrier(best), places
+
+
+def _with_nan(x: jax.Array, shard: ClassShard) -> jax.Array:
+    """Tells which rows have a NaN, [R, 1].
+
+    XLA's own maximum on CPUs leaves NaN out in loops that it vectorises, a sum never.
+    """
+    total = jnp.sum(x, axis=1, keepdims=True, dtype=compute_dtype(x))
+    # Or infinities of both signs, which may be sums of large numbers.
+    suspect = jnp.isnan(total)
+    found = lax.cond(
+        jnp.any(suspect),
+        lambda: jnp.any(jnp.isnan(x), axis=1, keepdims=True),
+        lambda: suspect,
+    )
+    return shard.add(found.astype(jnp.int32)) > 0 if shard.axes else found
