@@ -289,7 +289,8 @@ def _head_bias(
     shortlist = kernel.shape[1] - len(tails)
     is_empty = jnp.concatenate([jnp.zeros(shortlist, bool), jnp.stack(empty)])
     bias = jnp.zeros(kernel.shape[1], kernel.dtype) if bias is None else bias
-    return jnp.where(is_empty, -jnp.inf, bias)
+    # Some floats of 8 bits have no infinity.
+    return jnp.where(is_empty, -jnp.inf, bias.astype(compute_dtype(bias)))
 
 
 def _checked_tail(

@@ -394,6 +394,20 @@ def test_a_tail_without_any_class_is_no_entry_of_the_head(has_head_bias):
     check_rates(case, drawn.reshape(2, many))
 
 
+@pytest.mark.parametrize("has_head_bias", [True, False])
+def test_a_head_without_infinity_leaves_out_a_tail_without_any_class(has_head_bias):
+    bands = ClassBands.in_order(9, (2, 5))
+    case = Case(bands, rows=2)
+    head = jnp.asarray(case.head).astype("float8_e4m3fn")
+    masked = case.tails[1]._replace(bias=np.full(4, -np.inf, "float32"))
+    bias = jnp.zeros(4, head.dtype) if has_head_bias else None
+    found = jaxsoft.adaptive_log_probs(
+        case.hidden, head, [case.tails[0], masked], bands, head_bias=bias
+    )
+    np.testing.assert_allclose(jnp.exp(found[:, :5]).sum(1), 1, rtol=1e-5)
+    assert (found[:, 5:] == -jnp.inf).all()
+
+
 def test_a_nan_is_not_a_class():
     case = Case(ClassBands.in_order(60, (10, 30)), rows=8)
     hidden, tau = case.hidden.copy(), np.ones(8, np.float32)
