@@ -15,7 +15,16 @@ from typing import Any, Literal, NamedTuple
 from jaxsoft._core import registry
 from jaxsoft._core.registry import Implementation
 
-__all__ = ["DEFAULTS", "VARIABLE", "Default", "Evidence", "Pass", "allowed", "find"]
+__all__ = [
+    "DEFAULTS",
+    "VARIABLE",
+    "Default",
+    "Evidence",
+    "Pass",
+    "allowed",
+    "find",
+    "on_chip",
+]
 
 Evidence = Literal["scheduled", "timed"]
 
@@ -98,6 +107,12 @@ def allowed() -> bool:
     return os.environ.get(VARIABLE, "1") != "0"
 
 
+def on_chip() -> tuple[Default, ...]:
+    """Returns the kernels that calls may take unasked on the TPU compiled for."""
+    chip = registry.tpu()
+    return tuple(one for one in DEFAULTS if chip is not None and one.chip == chip.name)
+
+
 def find(one: Pass) -> Default | None:
     """Returns the kernel that a pass takes unasked on the TPU that is compiled for.
 
@@ -107,8 +122,4 @@ def find(one: Pass) -> Default | None:
     Returns:
       None where XLA's loops do it: without evidence, or for an unknown chip.
     """
-    chip = registry.tpu()
-    for default in DEFAULTS:
-        if chip is not None and default.chip == chip.name and default.covers(one):
-            return default
-    return None
+    return next((default for default in on_chip() if default.covers(one)), None)

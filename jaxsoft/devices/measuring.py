@@ -195,14 +195,15 @@ def _describe(device: Device, operation: Operation, shapes: Shapes | None) -> Fo
 
 def _defaults(device: Device, operation: Operation) -> tuple[Default, ...]:
     """Returns the kernels that a function may take unasked on a device."""
-    chip = registry.tpu() if device.platform == "tpu" else None
-    if chip is None or not operation.chooses or not defaults.allowed():
+    if device.platform != "tpu" or not operation.chooses or not defaults.allowed():
         return ()
-    names = registry.implementations(operation.name)
+    name = operation.name
+    # What has a kernel of its own, such as a softmax, has no pass over a layer.
     return tuple(
         default
-        for default in defaults.DEFAULTS
-        if default.chip == chip.name and default.implementation in names
+        for default in defaults.on_chip()
+        if default.implementation in registry.implementations(name)
+        and registry.kernel(name, default.implementation) is None
     )
 
 

@@ -3,9 +3,12 @@
 import jax.numpy as jnp
 import pytest
 
+from jaxsoft._core import defaults
+from jaxsoft._core.defaults import Default
+from jaxsoft._core.registry import TPUS, compiling_for
 from jaxsoft.devices.chips import CHIPS
 from jaxsoft.devices.hlo import Work
-from jaxsoft.devices.measuring import Ran, describe, here
+from jaxsoft.devices.measuring import Device, Ran, describe, here
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.programs import Program, Shapes, array
 from jaxsoft.devices.ptx import Kernel
@@ -60,6 +63,25 @@ def test_what_does_not_compile_is_said(monkeypatch):
     monkeypatch.setattr("jaxsoft.devices.measuring._compiled", refuse)
     (one,) = describe(here(), ["linear_sample"], Shapes())
     assert one.implementations[0].refused == "`hidden` must be narrower."
+
+
+def test_functions_of_layers_alone_have_passes_of_kernels(monkeypatch):
+    """A softmax may be asked for by the same name, and takes no kernel of a layer."""
+    table = [
+        Default("statistics", "mosaic_tpu", chip, "scheduled", 1, (1, 9), 1)
+        for chip in ("v5e", "v6e")
+    ]
+    monkeypatch.setattr(defaults, "DEFAULTS", tuple(table))
+    names = ["softmax", "log_softmax", "linear_cross_entropy", "linear_sample"]
+    device = Device("tpu", "v6e")
+    with compiling_for(TPUS["v6e"]):
+        found = list(describe(device, names, None))
+        taken = {one.operation: one.implementations[0].defaults for one in found}
+        assert taken.pop("linear_cross_entropy") == (table[1],)
+        assert not any(taken.values())
+        monkeypatch.setenv(defaults.VARIABLE, "0")
+        (one,) = describe(device, ["linear_cross_entropy"], None)
+        assert one.implementations[0].defaults == ()
 
 
 @pytest.mark.parametrize(
