@@ -60,7 +60,7 @@ class Contender:
 def implementations() -> dict[str, Implementation | None]:
     """Ours by name: the default, then each that it is not, of those that could run."""
     found: dict[str, Implementation | None] = {OURS: None}
-    if registry.tpu() is not None and defaults.allowed():
+    if defaults.on_chip() and defaults.allowed():
         # Elsewhere no pass of the default is that of a kernel.
         found[f"{OURS} xla"] = "xla"
     kernel = _OF_PLATFORM.get(jax.default_backend())

@@ -27,6 +27,7 @@ from benchmarks import (
     workloads,
 )
 from benchmarks.session import Result, Session, Work
+from jaxsoft._core import defaults, registry
 
 TINY = workloads.LinearWorkload("tiny", 19, 16, 131)
 
@@ -256,6 +257,18 @@ class TestPeersOnAGpu:
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         found = list(peers.implementations().values())
         assert found == [None] + [kernel] * bool(kernel)
+
+    def test_xla_takes_part_where_it_is_not_the_default(self, monkeypatch):
+        """Elsewhere the same program would be timed twice."""
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        one = defaults.Default("statistics", "mosaic_tpu", "v6e", "timed", 1, (1, 9), 1)
+        monkeypatch.setattr(defaults, "DEFAULTS", (one,))
+        for chip, found in (
+            ("v5e", [None, "mosaic_tpu"]),
+            ("v6e", [None, "xla", "mosaic_tpu"]),
+        ):
+            with registry.compiling_for(registry.TPUS[chip]):
+                assert list(peers.implementations().values()) == found
 
     @pytest.mark.skipif(
         peers.import_package("torch")[0] is None, reason="torch is not installed"
