@@ -49,7 +49,7 @@ def test_choices_here_and_on_every_target(capsys):
 
 
 def test_memory_here_as_a_table_and_as_json(capsys, monkeypatch):
-    words = ["devices", "--op", "linear_sample", "--op", "entropy", *TINY]
+    words = ["devices", "--op", "linear_sample", "--op", "boltzmann_policy", *TINY]
     assert main(words) == 0
     table = capsys.readouterr().out
     assert "temporaries in MiB, N = 8, H = 4, V = 16, float32" in table
@@ -82,13 +82,13 @@ def test_memory_here_as_a_table_and_as_json(capsys, monkeypatch):
     }
     (device,) = said["devices"]
     assert (device["name"], device["platform"]) == ("here", "cpu")
-    sample, entropy = device["functions"]
+    sample, policy = device["functions"]
     assert (sample["operation"], sample["uses"]) == ("linear_sample", "xla")
-    (ran,) = entropy["implementations"]
+    (ran,) = policy["implementations"]
     assert ran["refused"] is None
     assert set(ran["temporaries"]) == {"value", "value_and_grad"}
     assert all(isinstance(size, int) for size in ran["temporaries"].values())
-    assert entropy["implementations"][0]["plans"] == []
+    assert policy["implementations"][0]["plans"] == []
     work = sample["implementations"][0]["work"]["value"]
     # The draw adds up what is before each of four groups, and of four in each.
     inside = 2 * 8 * 4 * (4 + 16)

@@ -17,14 +17,26 @@ from jaxsoft.devices.target import TARGETS
 
 MOSAIC = ("mosaic_tpu", "mosaic_gpu")
 CPU, CUDA = Device("cpu", "a CPU"), Device("cuda", "a GPU")
-KERNEL_FUNCTIONS = dict.fromkeys(
-    ("linear_statistics", "linear_cross_entropy", "linear_log_prob"),
-    ("xla", "reference", *MOSAIC),
-) | {
-    "linear_sample": ("xla", "mosaic_gpu"),
-    "softmax": ("xla", *MOSAIC),
-    "gumbel_softmax": ("xla", *MOSAIC),
-}
+KERNEL_FUNCTIONS = (
+    dict.fromkeys(
+        ("linear_statistics", "linear_cross_entropy", "linear_log_prob"),
+        ("xla", "reference", *MOSAIC),
+    )
+    | {
+        "softmax": ("xla", *MOSAIC),
+        "gumbel_softmax": ("xla", *MOSAIC),
+    }
+    | dict.fromkeys(
+        (
+            "log_softmax",
+            "logsumexp",
+            "entropy",
+            "softmax_cross_entropy",
+            "linear_sample",
+        ),
+        ("xla", "mosaic_gpu"),
+    )
+)
 
 
 def found_on(device: Device, *names: str) -> dict[str, Found]:
