@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+from jaxsoft._core import registry
 from jaxsoft.cli import commands
 from jaxsoft.devices.operations import operations
 from jaxsoft.devices.target import TARGETS
@@ -77,6 +78,23 @@ def test_commands_on_devices_are_ones_that_exist():
         parsed = commands.parser().parse_args(words)
         assert set(parsed.target) <= set(TARGETS)
         assert set(parsed.op or ()) <= set(operations())
+
+
+def test_the_table_of_accelerators_names_every_function_with_a_kernel():
+    rows = {
+        name: set(re.findall(r"`(\w+)`", line))
+        for name in ("mosaic_tpu", "mosaic_gpu")
+        for line in re.findall(rf'^\|.*`implementation="{name}"`.*$', README, re.M)
+    }
+    # The row of GPUs has those of TPUs by reference.
+    rows["mosaic_gpu"] |= rows["mosaic_tpu"]
+    for kernel, named in rows.items():
+        every = {
+            one.name
+            for one in operations().values()
+            if one.chooses and kernel in registry.implementations(one.name)
+        }
+        assert every and named == every, kernel
 
 
 def test_links_lead_somewhere():

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from jaxsoft._core.defaults import VARIABLE, Default
+from jaxsoft._core.defaults import VARIABLE, Default, allowed
 from jaxsoft._core.registry import platform_of
 from jaxsoft.devices.chips import CHIPS
 from jaxsoft.devices.measuring import UNASKED, Device, Found, Ran
@@ -154,7 +154,8 @@ def _evidence(one: Surveyed) -> Iterator[str]:
         if platform_of(ran.name) == one.device.platform and ran.refused is None
     }
     for name in sorted(names - {default.implementation for default in every}):
-        yield f"{name} is no default: {_MISSING[one.device.platform]}"
+        why = _MISSING[one.device.platform] if allowed() else f"{VARIABLE} is 0"
+        yield f"{name} is no default: {why}"
 
 
 def taken(found: Sequence[Found]) -> Iterator[str]:

@@ -321,3 +321,11 @@ def test_kernels_of_a_gpu_as_text(has_ptxas, unknown, capsys, monkeypatch, tmp_p
 def test_bad_input_is_one_line(words, said, capsys):
     line = fails(capsys, *words.split())
     assert line.startswith("jaxsoft devices: ") and re.search(said, line), line
+
+
+@pytest.mark.parametrize(("value", "why"), [("1", "no device"), ("0", "DEFAULT_KER")])
+def test_why_a_kernel_is_no_default(value, why, capsys, monkeypatch):
+    monkeypatch.setenv("JAXSOFT_DEFAULT_KERNELS", value)
+    assert main(["devices", "--target", "v6e", "--op", "softmax"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"mosaic_tpu is no default: \w*{why}", said)
