@@ -135,6 +135,25 @@ def test_static_temperatures(name, tau):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=5e-6 * np.abs(a).max())
 
 
+def test_slopes_at_a_temperature_of_zero_are_zero():
+    """Whatever the cotangent, which times a slope not yet over τ may be infinite."""
+    x = logits(classes=70)[jnp.array([0, 1, 7])]
+
+    @jax.jit
+    def slope(tau):
+        def values(tau):
+            lse = jaxsoft.logsumexp(x, temperature=tau, implementation="mosaic_gpu")
+            loss = jaxsoft.softmax_cross_entropy(
+                x, LABELS[:3], tau, label_smoothing=0.1, implementation="mosaic_gpu"
+            )
+            return jnp.stack([lse, loss])
+
+        y, back = jax.vjp(values, tau)
+        return back(jnp.full_like(y, 1e3))[0]
+
+    assert slope(jnp.float32(0)) == 0
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_both_modes_and_second_derivatives(name):
     x = logits(classes=30)[jnp.array([0, 1, 7])]

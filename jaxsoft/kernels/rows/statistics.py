@@ -236,9 +236,13 @@ def _numbers_jvp(plan, primals, tangents):
         u = dx.astype(jnp.float32) * known.inverse_tau
         moved = _add(moved, _moved_by_logits(known, out, u))
     if not has_no_tangent(dtau):
-        slope = dtau * known.inverse_tau
-        by = _moved_by_temperature(known, out)
-        moved = _add(moved, jax.tree.map(lambda a: a * slope, by))
+        # A cotangent times a slope that is not yet over τ may be infinite, and times 0
+        # NaN.
+        slopes = jax.tree.map(
+            lambda a: finite(a * known.inverse_tau) * dtau,
+            _moved_by_temperature(known, out),
+        )
+        moved = _add(moved, slopes)
     return out, moved
 
 
