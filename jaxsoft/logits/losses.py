@@ -32,7 +32,12 @@ from jaxsoft.logits.arguments import (
     row_weights,
 )
 from jaxsoft.logits.centre import centre, mean_of_kept
-from jaxsoft.logits.softmax import nonzero, visible, weights
+from jaxsoft.logits.softmax import (
+    nonzero,
+    over_temperatures,
+    visible,
+    weights,
+)
 
 __all__ = ["softmax_cross_entropy"]
 
@@ -244,9 +249,13 @@ def _row_statistics(axis, static_tau, has_mean, x, tau, where, labels, targets):
         jnp.squeeze(a, axis) for a in (lse, picked, mean, number)
     )
     if targets is None:
-        classes = x.shape[axis]
-        picked = numerics.nan_where((labels < 0) | (labels >= classes), picked)
+        picked = numerics.nan_where(_beyond(labels, x.shape[axis]), picked)
     return lse, picked, mean, number
+
+
+def _beyond(labels, classes):
+    """Tells which labels are those of no class."""
+    return (labels < 0) | (labels >= classes)
 
 
 def _at_label(x, where, label, axis):
@@ -296,8 +305,10 @@ def _row_statistics_jvp(axis, static_tau, has_mean, primals, tangents):
     if targets is None:
         label = jnp.expand_dims(labels, axis)
         logit = _at_label(x, where, label, axis)
+        beyond = _beyond(label, x.shape[axis])
         # A label of a dropped class has no slope, as if it were none of the classes.
-        label = jnp.where(logit == -jnp.inf, -1, label.astype(jnp.int32))
+        none = beyond | (logit == -jnp.inf)
+        label = jnp.where(none, -1, label.astype(jnp.int32))
         picks = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) == label
         mass = 1
     else:
@@ -320,20 +331,20 @@ def _row_statistics_jvp(axis, static_tau, has_mean, primals, tangents):
             of_mean = total(jnp.where(centred.kept, dx, 0)) / number
             tangent[2] += of_mean * inverse_tau - mean_p
     if not has_no_tangent(dtau):
-        # Of each row: what they add up to may be infinite, and times 0 NaN.
-        slope = dtau * jnp.broadcast_to(inverse_tau, empty.shape)
+        slope = functools.partial(over_temperatures, inverse_tau, dtau)
         c = centred.values
         peak = over_temperature(centred.peak, tau)
         expected = total(e * visible(c)) * inverse_total
         if targets is None:
             at_label = finite(divide_stored(logit, centred.peak, tau))
+            at_label = jnp.where(beyond, 0, at_label)
         else:
             at_label = total(targets * finite(c)) * held
-        tangent[0] -= jnp.where(empty, 0, finite(peak + expected)) * slope
-        tangent[1] -= jnp.where(empty, 0, finite(at_label - mass * expected)) * slope
+        tangent[0] -= slope(jnp.where(empty, 0, finite(peak + expected)))
+        tangent[1] -= slope(jnp.where(empty, 0, finite(at_label - mass * expected)))
         if has_mean:
             mean = finite(mean_of_kept(centred, tau, where, axis)[0])
-            tangent[2] -= jnp.where(empty, 0, finite(mean - expected)) * slope
+            tangent[2] -= slope(jnp.where(empty, 0, finite(mean - expected)))
     if not has_no_tangent(dtargets):
         log_p = centred.values - log_total
         lost = (log_p == -jnp.inf) & (targets == 0)

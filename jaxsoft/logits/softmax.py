@@ -313,8 +313,9 @@ def _rule(
 ) -> Callable[..., tuple[jax.Array, ArrayLike]]:
     """Turns `derivative(axis, tau, x, where, dx, slope)` into a custom_jvp rule.
 
-    The derivative gets `dx`, the tangent of the logits over τ, or None, and
-    `slope`, the tangent of τ over τ, or None; it returns the output and its tangent.
+    The derivative gets `dx`, the tangent of the logits over τ, or None, and `slope`,
+    which multiplies numbers of each row by the tangent of τ over τ, or None; it returns
+    the output and its tangent.
     """
 
     def rule(axis, static_tau, primals, tangents):
@@ -325,14 +326,21 @@ def _rule(
         dx = None if has_no_tangent(dx) else dx * inverse_tau
         slope = None
         if not has_no_tangent(dtau):
-            # Of each row: what they add up to may be infinite, and times 0 NaN.
-            rows = tuple(1 if i == axis else n for i, n in enumerate(x.shape))
-            slope = dtau * jnp.broadcast_to(inverse_tau, rows)
+            slope = functools.partial(over_temperatures, inverse_tau, dtau)
         out, terms = derivative(axis, static_tau, x, tau_array, where, dx, slope)
         tangent = sum(terms) if terms else jnp.zeros_like(out)
         return out, tangent
 
     return rule
+
+
+def over_temperatures(inverse_tau, dtau, values):
+    """Returns numbers of each row over τ, times the tangent of τ.
+
+    At τ = 0 the inverse is the largest finite number. A cotangent times that may be
+    infinite, as is what those of several rows add up to, and times 0 NaN.
+    """
+    return finite(values * inverse_tau) * dtau
 
 
 def _terms(tau, x, where, axis, dx, dtau):
@@ -439,7 +447,7 @@ def _logsumexp_derivative(axis, static_tau, x, tau, where, dx, slope):
         centred = centre(x, tau, where, axis)
         expected = _sum(e * visible(centred.values), axis) / total
         mean = finite(over_temperature(centred.peak, tau) + expected)
-        terms.append(-jnp.where(sums == 0, 0, mean) * slope)
+        terms.append(-slope(jnp.where(sums == 0, 0, mean)))
     return out, [jnp.squeeze(term, axis) for term in terms]
 
 
@@ -467,7 +475,7 @@ def _entropy_derivative(axis, static_tau, x, tau, where, dx, slope):
     if dx is not None:
         terms.append(-_sum(excess * dx, axis) / total)
     if slope is not None:
-        terms.append(_sum(excess * c, axis) / total * slope)
+        terms.append(slope(_sum(excess * c, axis) / total))
     return out, [jnp.squeeze(term, axis) for term in terms]
 
 

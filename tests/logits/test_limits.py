@@ -466,8 +466,11 @@ def test_the_only_class_of_a_row_may_be_dropped(tau):
     np.testing.assert_array_equal(slope, 0)
 
 
-@pytest.mark.parametrize("name", ["labels", "smoothed", "z_loss", "logsumexp"])
-def test_a_temperature_of_0_has_no_gradient_whatever_its_rows_add_up_to(name):
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["labels", "smoothed", "z_loss", "logsumexp", "entropy"]
+)
+def test_a_temperature_of_0_has_no_gradient_whatever_it_is_multiplied_by(name, factor):
     """Each row's slope is as large as a number can be, and there are several."""
     x = truth.logits("unit", (9, 5)) + 50
     labels = np.zeros(9, "int32")
@@ -476,15 +479,34 @@ def test_a_temperature_of_0_has_no_gradient_whatever_its_rows_add_up_to(name):
     @jax.jit
     @jax.grad
     def slope(tau):
-        if name == "logsumexp":
-            return jaxsoft.logsumexp(x, temperature=tau).sum()
+        if name in ("logsumexp", "entropy"):
+            return factor * getattr(jaxsoft, name)(x, temperature=tau).sum()
         given = options.get(name, {})
-        return jaxsoft.softmax_cross_entropy(x, labels, tau, **given).sum()
+        losses = jaxsoft.softmax_cross_entropy(x, labels, tau, **given)
+        return factor * losses.sum()
 
     for tau in (0.0, 1e-39):
         assert slope(np.float32(tau)) == 0
     # Colder than any other temperature the slope itself overflows.
-    assert np.isinf(slope(np.float32(2e-38)))
+    assert np.isinf(slope(np.float32(2e-38))) or name == "entropy"
+
+
+def test_a_label_of_no_class_has_no_share_in_any_slope():
+    """Nor has the class that is the nearest to it."""
+    x = truth.logits("unit", (3, 5))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def slopes(x, tau, labels):
+        losses = jaxsoft.softmax_cross_entropy(x, labels, tau, label_smoothing=0.5)
+        return losses.sum()
+
+    tau = np.float32(0.7)
+    below, above = (slopes(x, tau, np.full(3, label)) for label in (-1, 5))
+    for first, second in zip(below, above, strict=True):
+        np.testing.assert_array_equal(first, second)
+    exact = (truth.softmax(x, 0.7) - 0.5 / 5) / 0.7
+    np.testing.assert_allclose(below[0], exact, rtol=2e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])
