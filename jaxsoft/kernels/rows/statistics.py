@@ -20,7 +20,7 @@ from jaxsoft._core.numerics import divide_stored, finite, inverse, over_temperat
 from jaxsoft.kernels.rows.binding import RowPlan, RowPrimitive, prepare
 from jaxsoft.logits.arguments import has_no_tangent, pick_temperature
 from jaxsoft.logits.rows import Rows, to_rows
-from jaxsoft.logits.softmax import nonzero, visible
+from jaxsoft.logits.softmax import nonzero, over_temperatures, visible
 
 __all__ = ["cross_entropy_statistics", "entropy", "log_softmax", "logsumexp"]
 
@@ -236,13 +236,9 @@ def _numbers_jvp(plan, primals, tangents):
         u = dx.astype(jnp.float32) * known.inverse_tau
         moved = _add(moved, _moved_by_logits(known, out, u))
     if not has_no_tangent(dtau):
-        # A cotangent times a slope that is not yet over τ may be infinite, and times 0
-        # NaN.
-        slopes = jax.tree.map(
-            lambda a: finite(a * known.inverse_tau) * dtau,
-            _moved_by_temperature(known, out),
-        )
-        moved = _add(moved, slopes)
+        slope = functools.partial(over_temperatures, known.inverse_tau, dtau)
+        by = _moved_by_temperature(known, out)
+        moved = _add(moved, jax.tree.map(slope, by))
     return out, moved
 
 
