@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -31,6 +32,8 @@ _OPTIMIZED_ONCE = (
 )
 # On the second what could differ is JAX, not our numbers: some cases of each test do.
 _SECOND = os.environ.get("JAXSOFT_SECOND_PYTHON") == "1"
+# "2/4" runs the second of four shares of the cases that are slow for being many.
+_SHARE, _SHARES = map(int, (os.environ.get("JAXSOFT_SHARE") or "1/1").split("/"))
 
 # Seconds that each file took once, by `python -m tests.durations`.
 _DURATIONS = Path(__file__).with_name("durations.json")
@@ -65,7 +68,8 @@ def pytest_collection_modifyitems(config, items):
     """Sorts tests into tiers before `-m` picks them, and deals long files out first.
 
     The first and the last case of a test with `many_cases` are of the default tier, its
-    others slow. On the second Python no test has more cases than these two.
+    others slow, and divided into shares. On the second Python no test has more cases
+    than these two.
     """
     # A file without a record is new, and may be long.
     seconds = json.loads(_DURATIONS.read_text())
@@ -83,14 +87,20 @@ def pytest_collection_modifyitems(config, items):
             if not place.isdisjoint(places):
                 item.add_marker(marker)
         cases[item.nodeid.partition("[")[0]].append(item)
-    others = {item for of_test in cases.values() for item in of_test[1:-1]}
-    if _SECOND:
-        config.hook.pytest_deselected(items=[item for item in items if item in others])
-        items[:] = [item for item in items if item not in others]
-        return
-    for item in others:
-        if item.get_closest_marker("many_cases"):
+    others, left_out = set(), set()
+    for of_test in cases.values():
+        for item in of_test[1:-1]:
+            others.add(item)
+            if not item.get_closest_marker("many_cases"):
+                continue
             item.add_marker(pytest.mark.slow)
+            # By chance, since neighbours of a case differ in one of its parameters.
+            if zlib.crc32(item.nodeid.encode()) % _SHARES != _SHARE - 1:
+                left_out.add(item)
+    if _SECOND:
+        left_out = others
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_configure(config):

@@ -375,6 +375,7 @@ def another(what, originals, rng, run, capfd):
     check(words, run, capfd, own=["out", "cache"])
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize(
     "number",
     range(len(KINDS)),
