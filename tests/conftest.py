@@ -30,7 +30,7 @@ _OPTIMIZED_ONCE = (
     "test_values.py",
     "test_word2vec.py",
 )
-# On the second what could differ is JAX, not our numbers: some cases of each test do.
+# On the second what could differ is JAX, not our numbers: it runs fewer cases.
 _SECOND = os.environ.get("JAXSOFT_SECOND_PYTHON") == "1"
 # "2/4" runs the second of four shares of the cases that are slow for being many.
 _SHARE, _SHARES = map(int, (os.environ.get("JAXSOFT_SHARE") or "1/1").split("/"))
@@ -63,13 +63,18 @@ def _file_of(item):
     return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
+def _chance(item):
+    """Returns a number that neighbours do not share: they differ in one parameter."""
+    return zlib.crc32(item.nodeid.encode())
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Sorts tests into tiers before `-m` picks them, and deals long files out first.
 
     The first and the last case of a test with `many_cases` are of the default tier, its
-    others slow, and divided into shares. On the second Python no test has more cases
-    than these two.
+    others slow, and divided into shares. On the second Python a test has one case of
+    each sixteen, of those that are not slow where it has any.
     """
     # A file without a record is new, and may be long.
     seconds = json.loads(_DURATIONS.read_text())
@@ -87,18 +92,19 @@ def pytest_collection_modifyitems(config, items):
             if not place.isdisjoint(places):
                 item.add_marker(marker)
         cases[item.nodeid.partition("[")[0]].append(item)
-    others, left_out = set(), set()
+    left_out = set()
     for of_test in cases.values():
+        if _SECOND:
+            quick = [one for one in of_test if not one.get_closest_marker("slow")]
+            among = sorted(quick or of_test, key=_chance)
+            left_out.update(set(of_test).difference(among[: -(-len(among) // 16)]))
+            continue
         for item in of_test[1:-1]:
-            others.add(item)
             if not item.get_closest_marker("many_cases"):
                 continue
             item.add_marker(pytest.mark.slow)
-            # By chance, since neighbours of a case differ in one of its parameters.
-            if zlib.crc32(item.nodeid.encode()) % _SHARES != _SHARE - 1:
+            if _chance(item) % _SHARES != _SHARE - 1:
                 left_out.add(item)
-    if _SECOND:
-        left_out = others
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
