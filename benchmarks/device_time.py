@@ -39,15 +39,16 @@ class Recorder:
     Attributes:
       seconds: of each sample, in order, once the trace has ended; None where there is
         no trace of a device, or none of some sample.
+      traces: whether what runs now is traced.
     """
 
     seconds: list[float] | None = None
+    traces: bool = False
     _marked: int = 0
-    _traces: bool = False
 
     def sample(self) -> contextlib.AbstractContextManager[Any]:
         """Marks the sample that runs in this context, which ends when it is there."""
-        if not self._traces:
+        if not self.traces:
             return contextlib.nullcontext()
         self._marked += 1
         return jax.profiler.TraceAnnotation(f"{_MARK}{self._marked - 1}")
@@ -65,13 +66,13 @@ def record() -> Iterator[Recorder]:
         yield recorder
         return
     with tempfile.TemporaryDirectory(prefix="jaxsoft-trace-") as folder:
-        recorder._traces = _start(folder)
+        recorder.traces = _start(folder)
         try:
             yield recorder
         finally:
-            if recorder._traces:
+            if recorder.traces:
                 jax.profiler.stop_trace()
-        if recorder._traces:
+        if recorder.traces:
             recorder.seconds = _read(pathlib.Path(folder), recorder._marked)
 
 

@@ -13,9 +13,12 @@ machine a ratio may be off by a half. `--markdown` prints a line for each functi
 import argparse
 import importlib.util
 import json
+import math
 import pathlib
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,7 +47,7 @@ from benchmarks.everyday_case import (
 )
 from jaxsoft.devices.target import TARGETS
 
-__all__ = ["ROOMS", "UNTIMED", "main", "unexplained"]
+__all__ = ["ROOMS", "UNTIMED", "main", "settled", "unexplained"]
 
 SCHEMA = "jaxsoft everyday 1"
 ROOMS = (everyday_draws.ROOM, *everyday_layers.ROOMS, *everyday_trees.ROOMS)
@@ -75,10 +78,13 @@ UNTIMED = {
 # A formula that is quicker than this is measured less well.
 _SHORT, _SHORT_BOUND, _BOUND = 50e-6, 1.10, 1.05
 _COMPILE_RATIO, _COMPILE_SECONDS = 2.5, 0.4
-# The rounds of a cell end after so long, and are at least three.
-_CELL_SECONDS, _FEWEST_ROUNDS, _ROUNDS = 0.8, 3, 9
-# The call that was checked warms up calls of this length.
+# A call of this length that was checked is a sample of the first round.
 _LONG = 0.05
+# Rounds end once the ratio is further from its bound than this many standard errors,
+# for which a round is taken to be off by a tenth at least. Short ones are five before.
+_SURE, _NOISE, _FEW_ROUNDS, _FEW_SECONDS = 4.0, 0.1, 5, 0.25
+# Those of a cell beside its bound end after so long, and are at least three.
+_CELL_SECONDS, _FEWEST_ROUNDS, _ROUNDS = 0.8, 3, 40
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,7 +166,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds",
         type=_positive,
         metavar="N",
-        help=f"samples of each; else {_ROUNDS}, and {_FEWEST_ROUNDS} of long calls",
+        help=f"samples of each; else up to {_ROUNDS}, until a ratio is clearly within "
+        "its bound or above",
     )
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write JSON")
     parser.add_argument(
@@ -242,9 +249,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
                 document["cells"].append(cell)
                 document["finished"] = machine.now()
                 _show(cell)
-                # A run that is cut keeps what it measured.
-                if options.out:
-                    options.out.write_text(_text(document))
+            # A run that is cut keeps what it measured.
+            if options.out:
+                options.out.write_text(_text(document))
     return document
 
 
@@ -322,22 +329,62 @@ def _of_calls(
     outputs.clear()
     if faults:
         return {"status": "wrong", "reason": "; ".join(faults)}
-    if rounds is None:
-        fit = int(_CELL_SECONDS / sum(seconds.values()))
-        rounds = max(_FEWEST_ROUNDS, min(_ROUNDS, fit))
-    called = seconds if min(seconds.values()) > _LONG else None
-    found = timing.interleave(both, pair.arguments, rounds, called=called)
-    short = found[PLAIN].median < _SHORT
-    bound = (_SHORT_BOUND if short else _BOUND) * case.allowed(size)
+    allowed = case.allowed(size)
+    called = {name: each for name, each in seconds.items() if each > _LONG}
+    until = _until_settled(allowed, sum(called.values()))
+    found = timing.interleave(
+        both,
+        pair.arguments,
+        rounds or _ROUNDS,
+        called=called,
+        enough=(lambda samples: False) if rounds else until,
+    )
+    bound = _bound(found[PLAIN].median, allowed)
     ratio = timing.paired_ratio(found[OURS], found[PLAIN])
     return {
         "error": max(errors.values(), default=None),
-        "rounds": rounds,
+        "rounds": len(found[OURS].samples),
         "seconds": {name: each.median for name, each in found.items()},
         "ratio": ratio,
         "ratio_bound": bound,
         "ratio_excess": ratio / bound,
     }
+
+
+def _bound(plain_seconds: float, allowed: float) -> float:
+    """Returns what a cell's ratio may be."""
+    return (_SHORT_BOUND if plain_seconds < _SHORT else _BOUND) * allowed
+
+
+def _until_settled(
+    allowed: float, spent: float
+) -> Callable[[Mapping[str, Sequence[float]]], bool]:
+    """Returns what ends a cell's rounds, which took so many seconds by now."""
+    start = time.perf_counter() - spent
+
+    def enough(samples: Mapping[str, Sequence[float]]) -> bool:
+        seconds = time.perf_counter() - start
+        count = len(samples[OURS])
+        if count >= _FEWEST_ROUNDS and seconds > _CELL_SECONDS:
+            return True
+        few = count < _FEW_ROUNDS and seconds < _FEW_SECONDS
+        return not few and settled(samples[OURS], samples[PLAIN], allowed)
+
+    return enough
+
+
+def settled(ours: Sequence[float], plain: Sequence[float], allowed: float) -> bool:
+    """Tells whether more rounds would leave a ratio on its side of the bound.
+
+    Args:
+      ours: seconds of each round.
+      plain: those of the formula in the same rounds.
+      allowed: what the bound is multiplied by.
+    """
+    bound = _bound(statistics.median(plain), allowed)
+    away = [math.log(a / b / bound) for a, b in zip(ours, plain, strict=True)]
+    spread = max(_NOISE, statistics.stdev(away) if len(away) > 1 else 0.0)
+    return abs(statistics.median(away)) > _SURE * spread / math.sqrt(len(away))
 
 
 def _show(cell: dict[str, Any]) -> None:

@@ -126,7 +126,8 @@ class Room:
       name: of the inputs.
       sizes: small ones first.
       cases: of every function.
-      arrays: makes, of a size, what draws each input.
+      arrays: makes, of a size, what draws each input, with NumPy where it can: JAX
+        would compile programs for each size.
     """
 
     name: str
@@ -140,13 +141,26 @@ class Inputs:
 
     def __init__(self, room: Room, size: Size):
         self._drawn: dict[str, Any] = {}
+        self._weights: dict[tuple[int, ...], jax.Array] = {}
         self._draws = room.arrays(size)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._drawn:
-            draw = self._draws[name]
-            self._drawn[name] = jax.block_until_ready(jax.jit(draw)())
+            drawn = jax.device_put(self._draws[name]())
+            self._drawn[name] = jax.block_until_ready(drawn)
         return self._drawn[name]
+
+    def weights(self, shape: tuple[int, ...]) -> jax.Array:
+        """Returns positive numbers: a sum of probabilities does not cancel."""
+        if shape not in self._weights:
+            drawn = np.random.default_rng(3).random(shape, np.float32)
+            self._weights[shape] = jax.device_put(drawn)
+        return self._weights[shape]
+
+
+def compiled(draws: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    """Returns what draws inputs with JAX, each as one program."""
+    return {name: jax.jit(draw) for name, draw in draws.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +205,8 @@ def compile_pair(case: Case, what: str, size: Size, inputs: Inputs) -> Pair:
         return Pair(programs[PLAIN], programs[OURS], arguments)
     both, arguments = functions(case, what, tuple(inputs[name] for name in names))
     if what == GRADIENT:
-        arguments = (jax.tree.map(_draw_weights, arguments[0]), *arguments[1:])
+        weights = jax.tree.map(lambda each: inputs.weights(each.shape), arguments[0])
+        arguments = (weights, *arguments[1:])
     programs = {}
     for name, function in both.items():
         jax.clear_caches()
@@ -229,11 +244,6 @@ def _weight(output: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
     """Returns weights of what has classes; of a loss for each row the mean is taken."""
     several = output.ndim > 1
     return jax.ShapeDtypeStruct(output.shape, jnp.float32) if several else None
-
-
-def _draw_weights(weight: jax.ShapeDtypeStruct) -> jax.Array:
-    """Draws positive numbers: a sum of probabilities does not cancel."""
-    return jax.random.uniform(jax.random.key(3), weight.shape)
 
 
 def _total(function: Callable[..., Any]) -> Callable[..., jax.Array]:

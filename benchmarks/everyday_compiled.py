@@ -133,8 +133,7 @@ def _cell(
         "dtype": size.dtype,
     }
     try:
-        draws = room.arrays(size)
-        arrays = tuple(jax.eval_shape(draws[name]) for name in case.inputs.split())
+        arrays = tuple(_shapes(room, size, name) for name in case.inputs.split())
         both, arguments = functions(case, what, arrays)
         specs = (P(),) * len(arguments)
         figures = {
@@ -155,6 +154,12 @@ def _cell(
             n for n, found in figures.items() if found["open bundles"]
         ]
     return cell
+
+
+@functools.cache
+def _shapes(room: Room, size: Size, name: str) -> Any:
+    """Returns the shapes and dtypes of an input, which NumPy may draw to tell them."""
+    return jax.eval_shape(room.arrays(size)[name])
 
 
 def print_table(cells: Sequence[dict[str, Any]]) -> None:

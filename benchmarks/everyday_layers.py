@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxsoft
 from benchmarks.everyday_case import Case, Room, Size, at_most
 from benchmarks.everyday_draws import sample_top_p
+from benchmarks.everyday_inputs import Draws
 from benchmarks.everyday_logits import newton_temperature
 from benchmarks.masks import WORD, masked
 
@@ -533,81 +535,69 @@ _CONTRASTIVE = (
 def _arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
     """Returns what draws the inputs of a layer."""
     rows, features, classes, dtype = size.rows, size.features, size.classes, size.dtype
-    keys = jax.random.split(jax.random.key(1), 8)
+    drawn = Draws(1)
 
-    def states(place: int) -> jax.Array:
-        return jax.random.normal(keys[place], (rows, features), dtype)
+    def normal(place: int, shape: tuple[int, ...], scale: float) -> np.ndarray:
+        return (drawn.normal(place, shape) * np.float32(scale)).astype(jnp.dtype(dtype))
 
-    def kernel(place: int) -> jax.Array:
-        drawn = jax.random.normal(keys[place], (features, classes), dtype)
-        return drawn * jnp.asarray(features**-0.5, dtype)
+    def states(place: int) -> np.ndarray:
+        return drawn.normal(place, (rows, features), dtype)
 
-    def candidates() -> jax.Array:
-        """Returns classes of which none comes twice in a row."""
-        first = jax.random.randint(keys[4], (rows, 1), 0, classes)
-        steps = jnp.arange(_CANDIDATES) * (classes // _CANDIDATES)
-        return (first + steps) % classes
+    def kernel(place: int) -> np.ndarray:
+        return normal(place, (features, classes), features**-0.5)
 
-    def listed() -> jax.Array:
-        """Returns log-probabilities that leave some to the other classes."""
-        drawn = jax.random.normal(keys[5], (rows, _CANDIDATES + 1))
-        return jax.nn.log_softmax(drawn)[:, :-1]
+    def labels() -> np.ndarray:
+        return drawn.integers(6, (rows,), 0, classes)
 
-    def short_kernel() -> jax.Array:
-        return jax.random.randint(keys[1], (features, classes), -127, 128, jnp.int8)
+    def adapter(shape: tuple[int, ...], place: int) -> np.ndarray:
+        return normal(place, (_ADAPTERS, *shape), shape[0] ** -0.5)
 
-    def scale() -> jax.Array:
-        drawn = jax.random.uniform(keys[3], (classes,), minval=0.5)
-        return drawn * features**-0.5 / 64
-
-    def adapter(shape: tuple[int, ...], place: int) -> jax.Array:
-        drawn = jax.random.normal(keys[place], (_ADAPTERS, *shape), dtype)
-        return drawn * jnp.asarray(shape[0] ** -0.5, dtype)
-
-    def bits() -> jax.Array:
+    def bits() -> np.ndarray:
         """Returns masks that keep most classes, the label of each token among them."""
         words = -(-classes // WORD)
-        some = jax.random.bits(keys[3], (2, rows, words), jnp.uint32)
-        own = jax.random.randint(keys[6], (rows,), 0, classes)
-        bit = jnp.uint32(1) << (own % WORD).astype(jnp.uint32)
-        is_word = jnp.arange(words) == own[:, None] // WORD
-        return some[0] | some[1] | jnp.where(is_word, bit[:, None], jnp.uint32(0))
+        some = drawn.integers(3, (2, rows, words), 0, 2**WORD, np.uint32)
+        kept, own = some[0] | some[1], labels().astype(np.uint32)
+        kept[np.arange(rows), own // WORD] |= np.uint32(1) << own % WORD
+        return kept
 
-    def drawn_labels() -> jax.Array:
-        return jaxsoft.sample(keys[7], _logits(states(0), kernel(1)), 1.5)
+    def drawn_labels() -> np.ndarray:
+        logits = states(0).astype(np.float32) @ kernel(1).astype(np.float32)
+        return drawn.classes(7, logits, 1.5)
 
     return {
         "key": lambda: jax.random.key(2),
         "hidden": lambda: states(0),
         "kernel": lambda: kernel(1),
-        "table": lambda: kernel(1).T,
-        "labels": lambda: jax.random.randint(keys[6], (rows,), 0, classes),
+        "table": lambda: np.ascontiguousarray(kernel(1).T),
+        "labels": labels,
         "drawn_labels": drawn_labels,
-        "bias": lambda: jax.random.normal(keys[4], (classes,), dtype),
-        "weights": lambda: jax.random.uniform(keys[5], (rows,)) < 0.9,
+        "bias": lambda: drawn.normal(4, (classes,), dtype),
+        "weights": lambda: drawn.uniform(5, (rows,)) < 0.9,
         "teacher_hidden": lambda: states(2),
         "teacher_kernel": lambda: kernel(3),
-        "candidates": candidates,
-        "listed": listed,
-        "short_kernel": short_kernel,
-        "scale": scale,
+        "candidates": lambda: drawn.candidates(4, rows, classes, _CANDIDATES),
+        "listed": lambda: drawn.listed(5, rows, _CANDIDATES),
+        "short_kernel": lambda: drawn.integers(
+            1, (features, classes), -127, 128, np.int8
+        ),
+        "scale": lambda: drawn.uniform(3, (classes,), 0.5) * features**-0.5 / 64,
         "a": lambda: adapter((features, _RANK), 2),
         "b": lambda: adapter((_RANK, classes), 3),
-        "adapters": lambda: jnp.arange(rows) % _ADAPTERS,
+        "adapters": lambda: np.arange(rows, dtype=np.int32) % _ADAPTERS,
         "bits": bits,
-        "values": lambda: jax.random.normal(keys[3], (classes, features), dtype),
+        "values": lambda: drawn.normal(3, (classes, features), dtype),
     }
 
 
 def _pairs(size: Size) -> Mapping[str, Callable[[], Any]]:
     """Returns what draws pairs of embeddings."""
-    shape, keys = (size.rows, size.features), jax.random.split(jax.random.key(1))
+    shape, drawn = (size.rows, size.features), Draws(1)
     return {
-        "image": lambda: jax.random.normal(keys[0], shape, size.dtype),
-        "text": lambda: jax.random.normal(keys[1], shape, size.dtype),
-        "groups": lambda: jnp.arange(size.rows) % _GROUPS,
-        "log_q": lambda: jnp.log(jax.random.uniform(keys[0], shape[:1], minval=1e-3)),
-        "items": lambda: jnp.arange(size.rows) // 2,
+        "image": lambda: drawn.normal(0, shape, size.dtype),
+        "text": lambda: drawn.normal(1, shape, size.dtype),
+        "groups": lambda: np.arange(size.rows, dtype=np.int32) % _GROUPS,
+        "log_q": lambda: np.log(drawn.uniform(2, shape[:1], 1e-3)),
+        "items": lambda: np.arange(size.rows, dtype=np.int32) // 2,
     }
 
 

@@ -15,7 +15,7 @@ import optax
 
 import jaxsoft
 from benchmarks import trees_steps
-from benchmarks.everyday_case import Case, Room, Size, at_most
+from benchmarks.everyday_case import Case, Room, Size, at_most, compiled
 from benchmarks.peers import Contender
 from benchmarks.workloads import TreeWorkload
 
@@ -202,17 +202,19 @@ def _tree_arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
         path = huffman().paths(jnp.arange(classes))
         return path.first_rows, jnp.where(path.num_rows > 0, path.choices, -1)
 
-    return {
-        "key": lambda: jax.random.key(2),
-        "hidden": lambda: workload.hidden()[0],
-        "nodes": lambda: workload.kernel(classes - 1, "vh"),
-        "kernel": lambda: workload.kernel(classes, "hv"),
-        "labels": lambda: workload.labels(classes, 1)[0],
-        "tree": lambda: jaxsoft.ClassTree.balanced(classes),
-        "frequent": frequent,
-        "huffman": huffman,
-        "paths": paths,
-    }
+    return compiled(
+        {
+            "key": lambda: jax.random.key(2),
+            "hidden": lambda: workload.hidden()[0],
+            "nodes": lambda: workload.kernel(classes - 1, "vh"),
+            "kernel": lambda: workload.kernel(classes, "hv"),
+            "labels": lambda: workload.labels(classes, 1)[0],
+            "tree": lambda: jaxsoft.ClassTree.balanced(classes),
+            "frequent": frequent,
+            "huffman": huffman,
+            "paths": paths,
+        }
+    )
 
 
 def _workload(size: Size) -> TreeWorkload:
@@ -283,10 +285,12 @@ _TRAINING_CASES = (
 
 def _training_arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
     workload = _workload(size)
-    return {
-        "hidden": lambda: workload.hidden()[0],
-        "labels": lambda: workload.labels(size.classes, trees_steps.BATCHES),
-    }
+    return compiled(
+        {
+            "hidden": lambda: workload.hidden()[0],
+            "labels": lambda: workload.labels(size.classes, trees_steps.BATCHES),
+        }
+    )
 
 
 # Bands, and samples of the classes.
@@ -396,16 +400,20 @@ def _band_arrays(size: Size) -> Mapping[str, Callable[[], Any]]:
         place = jax.random.uniform(keys[1], (rows,))
         return jnp.int32((classes + 1) ** place) - 1
 
-    return {
-        "key": lambda: jax.random.key(2),
-        "hidden": lambda: jax.random.normal(keys[2], (rows, features)),
-        "head": lambda: matrix(keys[3], features, bands.shortlist + len(bands.tails)),
-        "table": lambda: matrix(keys[3], features, classes).T,
-        "tails": tails,
-        "labels": labels,
-        "bands": lambda: bands,
-        "sampler": lambda: jaxsoft.ClassSampler.log_uniform(classes),
-    }
+    return compiled(
+        {
+            "key": lambda: jax.random.key(2),
+            "hidden": lambda: jax.random.normal(keys[2], (rows, features)),
+            "head": lambda: matrix(
+                keys[3], features, bands.shortlist + len(bands.tails)
+            ),
+            "table": lambda: matrix(keys[3], features, classes).T,
+            "tails": tails,
+            "labels": labels,
+            "bands": lambda: bands,
+            "sampler": lambda: jaxsoft.ClassSampler.log_uniform(classes),
+        }
+    )
 
 
 _SMALL = tuple(

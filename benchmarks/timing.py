@@ -216,12 +216,14 @@ def interleave(
     seconds: float = math.inf,
     before: Callable[[str], None] = lambda name: None,
     called: Mapping[str, float] | None = None,
+    enough: Callable[[Mapping[str, Sequence[float]]], bool] = lambda samples: False,
 ) -> dict[str, Timing]:
     """Times programs by turns.
 
-    Each is called once before, untimed, unless it was just now. The garbage collector
-    is off meanwhile. Samples are by the device's clock if its trace has all of them,
-    and else all by the host's.
+    Each is called once before, untimed, unless it was just now: that call, if a sample
+    is but one call, is its sample of the first round. The garbage collector is off
+    meanwhile. Samples are by the device's clock if its trace has all of them, and else
+    all by the host's; a call before is in no trace, and then no sample.
 
     Args:
       programs: the contenders of one case, which take the same arguments.
@@ -229,16 +231,19 @@ def interleave(
       rounds: samples of each.
       seconds: after which no round begins, once there were five.
       before: told whose turn it is.
-      called: seconds of a call of each, where all were called already.
+      called: seconds of a call of those that were called already, by name.
+      enough: told the samples of each by the host's clock after every round; no other
+        begins once it says so.
 
     Returns:
       The timing of each, by name.
     """
-    calls = {}
+    calls, called = {}, called or {}
     for program in programs:
-        before(program.name)
-        once = called[program.name] if called else call(program, arguments)[1]
-        calls[program.name] = 1 if program.donated else _calls_per_sample(program, once)
+        name = program.name
+        before(name)
+        once = called[name] if name in called else call(program, arguments)[1]
+        calls[name] = 1 if program.donated else _calls_per_sample(program, once)
     samples: dict[str, list[float]] = {program.name: [] for program in programs}
     collecting = gc.isenabled()
     gc.disable()
@@ -250,13 +255,18 @@ def interleave(
                     break
                 first = turn % len(programs)
                 for program in (*programs[first:], *programs[:first]):
-                    before(program.name)
-                    names.append(program.name)
-                    samples[program.name].append(
-                        _sample(
-                            program, arguments, calls[program.name], recorder.sample()
-                        )
+                    name = program.name
+                    taken = turn == 0 and calls[name] == 1 and name in called
+                    if taken and not recorder.traces:
+                        samples[name].append(called[name])
+                        continue
+                    before(name)
+                    names.append(name)
+                    samples[name].append(
+                        _sample(program, arguments, calls[name], recorder.sample())
                     )
+                if enough(samples):
+                    break
     finally:
         if collecting:
             gc.enable()

@@ -325,11 +325,39 @@ class TestTiming:
         assert "".join(order) == "abc" + "abc" + "bca" + "cab"
         assert all(len(timings[name].samples) == 3 for name in "abc")
 
-    def test_what_was_called_already_needs_no_call_before(self):
+    def test_a_long_call_that_was_made_already_is_the_first_sample(self):
         count = iter(range(9))
         program = timing.Program("p", lambda: next(count), 0.0, 0, 0)
-        timing.interleave([program], (), rounds=2, called={"p": 1.0})
+        found = timing.interleave([program], (), rounds=3, called={"p": 1.0})
         assert next(count) == 2
+        assert len(found["p"].samples) == 3 and found["p"].samples[0] == 1.0
+
+    def test_a_short_call_that_was_made_already_is_no_sample(self):
+        count = iter(range(99))
+        program = timing.Program("p", lambda: next(count), 0.0, 0, 0)
+        timing.interleave([program], (), rounds=2, called={"p": 0.0025})
+        # Two calls each round, and none before.
+        assert next(count) == 4
+
+    def test_only_what_was_not_called_is_called_before(self):
+        order = []
+        programs = [
+            timing.Program(name, lambda name=name: order.append(name), 0.0, 0, 0)
+            for name in "ab"
+        ]
+        called = {"a": 1.0, "b": 1.0}
+        timing.interleave(programs, (), rounds=2, called=called)
+        assert "".join(order) == "ba"
+        order.clear()
+        timing.interleave(programs, (), rounds=1, called={"a": 1.0})
+        assert {*order} == {"b"}
+
+    def test_no_round_begins_once_there_are_enough(self):
+        program = timing.Program("p", lambda: None, 0.0, 0, 0, donated=(0,))
+        timings = timing.interleave(
+            [program], (), rounds=9, enough=lambda samples: len(samples["p"]) == 4
+        )
+        assert len(timings["p"].samples) == 4
 
     def test_no_round_begins_once_the_time_is_spent_and_there_were_five(self):
         program = timing.Program("p", lambda: None, 0.0, 0, 0, donated=(0,))

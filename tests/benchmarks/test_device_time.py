@@ -32,7 +32,7 @@ def test_a_sample_is_the_time_in_which_something_ran():
 def test_marks_are_found_in_a_trace_and_none_of_a_device_is_said(tmp_path):
     """A CPU's trace has the marks, and no line of a device."""
     assert device_time._start(str(tmp_path))
-    recorder = device_time.Recorder(_traces=True)
+    recorder = device_time.Recorder(traces=True)
     for _ in range(3):
         with recorder.sample():
             jax.block_until_ready(jnp.ones(8) + 1)
@@ -94,7 +94,8 @@ def test_samples_by_the_device_are_of_one_call_each(monkeypatch):
     programs = [
         timing.compile_program(name, lambda x: x + 1, (jnp.ones(8),)) for name in "ab"
     ]
-    for clock, recorder in (("device", Fake()), ("host", device_time.Recorder())):
+    fake = Fake(traces=True)
+    for clock, recorder in (("device", fake), ("host", device_time.Recorder())):
         monkeypatch.setattr(
             device_time, "record", lambda r=recorder: contextlib.nullcontext(r)
         )

@@ -1,16 +1,19 @@
 """Everything public is compared with a formula, and what is wrong is not timed."""
 
+import dataclasses
+import itertools
 import json
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxsoft
 from benchmarks import __main__ as command
-from benchmarks import everyday, everyday_compiled, everyday_report
-from benchmarks.everyday_case import GRADIENT, OURS, PLAIN, VALUE, Inputs, Size
+from benchmarks import everyday, everyday_compiled, everyday_report, timing
+from benchmarks.everyday_case import GRADIENT, OURS, PLAIN, VALUE, Inputs, Pair, Size
 
 CASES = [
     pytest.param(room, case, id=f"{case.name} {room.name}")
@@ -324,6 +327,85 @@ class TestReport:
         assert line.startswith(
             "| `softmax` | value · 9x9 | 2 | 1 | 1.45 | 2.10 | 1.05 |"
         )
+
+
+class TestRounds:
+    @pytest.mark.parametrize(
+        ("ratios", "expected"),
+        [
+            # One round tells what is half as long, or twice, and no less.
+            ([0.5], True),
+            ([2.0], True),
+            ([1.3], False),
+            ([0.9], False),
+            # What is far away may vary; what is near its bound takes many rounds.
+            ([0.4, 0.5, 0.6], True),
+            ([0.9, 0.6, 1.3], False),
+            ([1.3] * 5, True),
+            ([1.2] * 5, False),
+            ([1.2] * 12, True),
+            ([1.04, 1.06] * 20, False),
+        ],
+    )
+    def test_rounds_go_on_while_a_ratio_may_be_on_either_side(self, ratios, expected):
+        ours = [ratio * 1e-3 for ratio in ratios]
+        assert everyday.settled(ours, [1e-3] * len(ours), 1.0) is expected
+
+    def test_short_calls_and_what_is_allowed_move_the_bound(self):
+        assert everyday.settled([1.2e-3] * 12, [1e-3] * 12, 1.0)
+        assert not everyday.settled([1.2e-5] * 12, [1e-5] * 12, 1.0)
+        assert not everyday.settled([1.2e-3] * 12, [1e-3] * 12, 1.1)
+
+    def test_cells_far_from_their_bound_have_fewer_rounds(self, monkeypatch):
+        seconds = {PLAIN: 1e-3}
+
+        def interleave(programs, arguments, rounds, *, called, enough):
+            samples = {PLAIN: [], OURS: []}
+            for _ in range(rounds):
+                for name, each in seconds.items():
+                    samples[name].append(each)
+                if enough(samples):
+                    break
+            return {n: timing.Timing.of(found) for n, found in samples.items()}
+
+        monkeypatch.setattr(timing, "interleave", interleave)
+        monkeypatch.setattr(everyday.time, "perf_counter", itertools.count().__next__)
+        monkeypatch.setattr(everyday, "_CELL_SECONDS", 1000)
+        size = Size(64, 10)
+        case = everyday.ROOMS[0].cases[0]
+        program = timing.Program("", lambda: jnp.ones((64, 10)), 0.0, 0, 0)
+        pair = Pair(
+            dataclasses.replace(program, name=PLAIN),
+            dataclasses.replace(program, name=OURS),
+            (),
+        )
+
+        def rounds(ratio, given=None):
+            seconds[OURS] = ratio * 1e-3
+            cell = everyday._of_calls(pair, case, VALUE, size, given)
+            assert cell["ratio"] == pytest.approx(ratio)
+            return cell["rounds"]
+
+        assert rounds(0.4) == rounds(3.0) == 1
+        assert 1 < rounds(1.3) < rounds(1.2) < 40
+        assert rounds(1.0) == 40
+        assert rounds(0.4, given=7) == 7
+        monkeypatch.setattr(everyday, "_CELL_SECONDS", 0.5)
+        assert rounds(1.0) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inputs_are_of_the_same_dtypes_as_the_formulas_take(dtype):
+    """No input has 64 bits, which a device would not keep, and all are drawn alike."""
+    for room in everyday.ROOMS[:3]:
+        size = next(each for each in room.sizes if each.dtype in (dtype, "float32"))
+        drawn, again = Inputs(room, size), Inputs(room, size)
+        for name, draw in room.arrays(size).items():
+            found = draw()
+            if isinstance(found, np.ndarray):
+                assert found.dtype.itemsize <= 4, name
+                assert jnp.array_equal(drawn[name], again[name]), name
+                assert drawn[name].dtype == found.dtype, name
 
 
 def test_a_size_is_named_as_it_is_asked_for():
