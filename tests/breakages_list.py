@@ -899,6 +899,22 @@ _LINEAR = (
         tests=("tests/linear/test_memory.py",),
     ),
     Breakage(
+        "turned-states-take-what-they-like",
+        kind="dropped guard",
+        file="jaxsoft/linear/tiles.py",
+        before="tiles.class_blocks == 1 or hidden.size * hidden.dtype.itemsize > room",
+        after="tiles.class_blocks == 1",
+        tests=("tests/linear/test_turned.py",),
+    ),
+    Breakage(
+        "turned-states-turn-back",
+        kind="dropped guard",
+        file="jaxsoft/linear/tiles.py",
+        before="lax.optimization_barrier(matrix.T).T",
+        after="matrix.T.T",
+        tests=("tests/linear/test_turned.py",),
+    ),
+    Breakage(
         "rank-takes-the-whole-workspace",
         kind="dropped factor",
         file="jaxsoft/linear/plans.py",

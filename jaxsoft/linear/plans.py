@@ -232,15 +232,18 @@ class Layer:
         share = int(logits * _SHARE_OF_LOGITS)
         return min(max(share, _LEAST_WORKSPACE), _MOST_WORKSPACE)
 
+    def room(self, given: int | None) -> int:
+        """Returns the bytes that one of a call's tiles, slices or copies may take."""
+        parts = _TILES_AND_SLICES if self.layers == 1 else _TILES_AND_SLICES + _TILES
+        return self.workspace(given) // parts
+
     def tiling(self, given: int | None, multiple: int = 1) -> Tiling:
         """Returns the tiles; see `choose` for `multiple`."""
         operands = self.rows * self.features * self.hidden_bytes
         operands += self.features * self.classes * self.kernel_bytes
         share = min(max(int(operands * _SHARE), _LEAST_TILE), _MOST_TILE)
-        parts = _TILES_AND_SLICES if self.layers == 1 else _TILES_AND_SLICES + _TILES
-        room = self.workspace(given) // parts
         most = int(self.workspace(given) * self.tile_share)
-        tile_bytes = max(min(share, room, most) // self.layers, 1)
+        tile_bytes = max(min(share, self.room(given), most) // self.layers, 1)
         return choose(
             self.rows,
             self.classes,

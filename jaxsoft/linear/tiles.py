@@ -50,6 +50,7 @@ __all__ = [
     "slice_rows",
     "tiles_of",
     "tiles_of_layer",
+    "turned",
     "whole_kernel",
 ]
 
@@ -471,6 +472,36 @@ def compute_tile(
             u, alike, masked = jnp.where(alike, -jnp.inf, u), None, True
     tile = Tile(start, kernel, u, masked, labels, slope, product, is_of_xla=True)
     return tile._replace(alike=alike)
+
+
+def turned(config: Config, operands: Operands, tiles: Tiling) -> Operands:
+    """Returns operands whose states lie feature by feature on TPUs.
+
+    XLA for TPUs writes a tile class by class, for sums over the classes. From states
+    that lie row by row it transposes a slice of the kernel for every window of rows;
+    turned states are one copy, which all tiles of their rows share.
+
+    Args:
+      config: what is known of the layer.
+      operands: those of the rows of a tile.
+      tiles: the tiles.
+
+    Returns:
+      The operands; they are the same where one tile has all classes, and where the
+      copy would take more than its part of the workspace.
+    """
+    hidden = operands.hidden
+    room = layer_of(config, operands).room(config.workspace_bytes)
+    if tiles.class_blocks == 1 or hidden.size * hidden.dtype.itemsize > room:
+        return operands
+    hidden = lax.platform_dependent(hidden, tpu=_turned, default=lambda same: same)
+    return operands._replace(hidden=hidden)
+
+
+def _turned(matrix: jax.Array) -> jax.Array:
+    """Returns a matrix that lies column by column."""
+    # Without the barrier XLA would undo both transpositions.
+    return lax.optimization_barrier(matrix.T).T
 
 
 def fold_tiles(

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,8 @@ from jaxsoft.linear.arguments import Axes, Call, Operands, fold_rows
 from jaxsoft.linear.fold import Fold, stream
 from jaxsoft.linear.gradients import Into, Share, Wanted, accumulate
 from jaxsoft.linear.kept import Keep, Keeping, Kept, KeptTile
-from jaxsoft.linear.tiles import Tile
+from jaxsoft.linear.plans import Tiling
+from jaxsoft.linear.tiles import Tile, turned
 
 __all__ = [
     "Columns",
@@ -607,6 +608,19 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
         for statistic in self.statistics:
             merged |= statistic.merge(statistic.moved(columns, move), new)
         return merged
+
+    def tile(
+        self,
+        part: Operands,
+        tiles: Tiling,
+        index: jax.Array | int,
+        kept: KeptTile | None = None,
+    ) -> Any:
+        # It is known to pay where nothing is kept of tiles; what JAX itself
+        # differentiates stays plain.
+        if self.config.keeps and self.config.blocks is None:
+            part = turned(self.config, part, tiles)
+        return super().tile(part, tiles, index, kept)
 
     def join(self, columns: Columns, tau: float | jax.Array) -> Columns:
         """Merges P parts of the classes, [P, R, 1] each, in the order of classes."""
