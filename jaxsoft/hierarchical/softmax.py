@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import mesh_axes
+from jaxsoft._core.by_platform import by_platform
 from jaxsoft._core.numerics import matmul, nan_where, over_temperature
 from jaxsoft._core.registry import Implementation
 from jaxsoft._core.tokens import weigh_tokens
@@ -272,19 +273,26 @@ def all_log_probs(layer: Layer) -> jax.Array:
         return jnp.zeros((layer.hidden.shape[0], 1), layer.dtype)
     levels = layer.tree.levels
     if isinstance(levels, Canonical) and levels.arity == 2:
-        # A TPU pads pairs of children, which lie beside each other in a row.
-        return lax.platform_dependent(layer, tpu=_of_nodes, default=_of_pairs)
+        return _of_pairs(levels, layer)
     return _of_nodes(layer)
 
 
-def _of_pairs(layer: Layer) -> jax.Array:
+def _of_pairs(levels: Canonical, layer: Layer) -> jax.Array:
     """Returns the log-probabilities of all classes, [N, V], of a tree of arity 2."""
-    levels = layer.tree.levels
-    assert isinstance(levels, Canonical)
     logits = matmul(layer.hidden, layer.kernel.T, layer.precision, layer.dtype)
     if layer.bias is not None:
         logits += layer.bias[None]
-    by_rank = binary.by_rank(levels, logits, layer.tau)
+
+    def beside(logits, row_tau):
+        tau = layer.constant_tau if row_tau is None else row_tau[:, None]
+        return binary.by_rank(levels, logits, tau)
+
+    def below(logits, row_tau):
+        # A TPU pads pairs of children, which lie beside each other in a row.
+        tau = layer.constant_tau if row_tau is None else row_tau[None]
+        return _by_level(levels, logits.T, tau).T
+
+    by_rank = by_platform(logits, layer.row_tau, tpu=below, default=beside)
     ranks = layer.tree.ranks
     # Rows are gathered: the derivative adds up rows much faster than columns.
     return by_rank if ranks is None else by_rank.T[jnp.asarray(ranks)].T

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsoft._core import mesh_axes
+from jaxsoft._core.by_platform import by_platform
 from jaxsoft._core.divergence import (
     HALVES,
     Mixture,
@@ -237,7 +238,7 @@ def _in_tiles(kind, axis, static_tau, arrays, wanted):
             lambda a: a.reshape(student.shape[: a.ndim + student.ndim - 2]), found
         )
 
-    return jax.lax.platform_dependent(arrays, cpu=in_parts, default=at_once)
+    return by_platform(arrays, cpu=in_parts, default=at_once)
 
 
 def _as_rows(shape: tuple[int, ...], array: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsoft._core import noise, numerics
+from jaxsoft._core.by_platform import by_platform
 from jaxsoft._core.numerics import is_zero
 from jaxsoft.logits.centre import centre
 from jaxsoft.logits.rows import Rows, in_tiles, tile_rows
@@ -39,7 +40,7 @@ def _by_platform(
         return in_tiles(apart, arrays, num_rows, tile_rows(num_classes))
 
     whole = functools.partial(function, True)
-    return lax.platform_dependent(arrays, cpu=tiled, default=whole)
+    return by_platform(arrays, cpu=tiled, default=whole)
 
 
 def _noisy(

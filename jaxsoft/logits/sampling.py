@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise, numerics
+from jaxsoft._core.by_platform import by_platform
 from jaxsoft._core.exporting import exportable_namedtuple
 from jaxsoft.logits import filters, groups, kept_sum, rejection
 from jaxsoft.logits.arguments import number_of_rows
@@ -462,7 +463,7 @@ def _draw(
     size = count if count <= 2 * size else size
     if few and count == size:
         return draw(arrays)
-    return lax.platform_dependent(
+    return by_platform(
         arrays, cpu=lambda arrays: in_tiles(tiled, arrays, count, size), default=draw
     )
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxsoft._core import block_sampling, checks, mesh_axes, noise
+from jaxsoft._core.by_platform import by_platform
 from jaxsoft._core.exporting import exportable_namedtuple
 from jaxsoft._core.numerics import (
     compute_dtype,
@@ -177,7 +178,7 @@ def _sample(
     def by_tiles(size):
         return lambda arrays: in_tiles(tiled, arrays, count, size)
 
-    return lax.platform_dependent(
+    return by_platform(
         arrays,
         cpu=by_tiles(tile_rows(2 * classes, 4)),
         tpu=by_tiles(tile_rows(2 * classes, 8, _TPU_TILE)),
