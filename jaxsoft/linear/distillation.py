@@ -566,9 +566,14 @@ class _OfListed(RowLoss):
             some = rows.log_p > -jnp.inf
             log_q = log_softmax(found.label, temperature=tau, where=some)
         else:
-            log_q = found.label - found.log_sum[:, None]
+            listed = found.label
             if found.rest is not None:
-                log_rest = found.rest - found.log_sum
+                listed = jnp.concatenate([listed, found.rest[:, None]], axis=-1)
+            # The slope of log_sum is one sum then, which XLA for CPUs takes once a row
+            # and not once a class.
+            log_q = listed - found.log_sum[:, None]
+            if found.rest is not None:
+                log_q, log_rest = log_q[:, :-1], log_q[:, -1]
         return listed_divergence(
             self.kind,
             self.remaining,

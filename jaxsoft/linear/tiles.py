@@ -139,19 +139,36 @@ class Tile(NamedTuple):
         kept = self.logits != -jnp.inf
         return kept if self.alike is None else kept & self.alike
 
-    def place(self, values: jax.Array) -> jax.Array:
-        """Returns [R, B] with values [R, K] added at the labels that are kept."""
+    def with_added(self, slopes: jax.Array, values: jax.Array) -> jax.Array:
+        """Adds values [R, K] at the labels that are kept to slopes [R, B]."""
         assert self.labels is not None
         if self.labels.shape[1] == 1:
             here = self._is_label()
             if self.masked:
                 here = here & (self.logits != -jnp.inf)
-            return jnp.where(here, values, 0)
-        if self.labels.shape[1] <= FEW:
-            placed = at_listed(self.labels, values, self.logits.shape, 1)
-        else:
-            placed = scatter(jnp.zeros_like(self.logits), self.labels, "add", values)
-        return jnp.where(self.logits == -jnp.inf, 0, placed) if self.masked else placed
+            return slopes + jnp.where(here, values, 0)
+        if self.labels.shape[1] > FEW:
+            return self._scattered(slopes, values)
+        # In a pass over all classes XLA for CPUs computes the values once a class.
+        return lax.platform_dependent(
+            slopes, values, cpu=self._scattered, default=self._compared
+        )
+
+    def _scattered(self, slopes: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns the same as `with_added`, one label after another."""
+        assert self.labels is not None
+        if self.masked:
+            dropped = _gathered(self.logits, self.labels) == -jnp.inf
+            values = jnp.where(dropped, 0, values)
+        return scatter(slopes, self.labels, "add", values)
+
+    def _compared(self, slopes: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns the same as `with_added`, in a pass over all classes."""
+        assert self.labels is not None
+        placed = at_listed(self.labels, values, self.logits.shape, 1)
+        if self.masked:
+            placed = jnp.where(self.logits == -jnp.inf, 0, placed)
+        return slopes + placed
 
     def without_labels(self, values: jax.Array) -> jax.Array:
         """Returns values [R, B] with 0 at the labels."""

@@ -21,6 +21,7 @@ from jaxsoft import (
     linear_top_k,
 )
 from jaxsoft._core.listed import FEW
+from jaxsoft.linear.tiles import Tile
 from tests import truth
 from tests.linear import cases
 
@@ -166,6 +167,25 @@ def test_gradients_of_a_long_list(monkeypatch, x64):
     """Of classes that are too many to compare each with all."""
     monkeypatch.setattr(sys.modules[__name__], "LISTED", FEW + 2)
     test_gradients(("other", "beta"), x64)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", ["_scattered", "_compared"])
+def test_slopes_are_added_at_listed_classes(way, masked):
+    """CPUs add them one after another, accelerators in a pass over all classes."""
+    slopes, values = np.arange(10.0).reshape(2, 5), np.array([[1.0, 2, 4], [8, 16, 32]])
+    labels = np.array([[3, -1, 0], [2, 2, 4]])
+    expected = slopes.copy()
+    for row, column, value in ((0, 3, 1), (0, 0, 4), (1, 2, 24), (1, 4, 32)):
+        expected[row, column] += value
+    logits = np.zeros((2, 5))
+    if masked:
+        logits[0, 0] = logits[1, 4] = -np.inf
+        expected[0, 0], expected[1, 4] = slopes[0, 0], slopes[1, 4]
+    arrays = [jnp.asarray(a, "float32") for a in (logits, slopes, values)]
+    kernel, labels = jnp.zeros((1, 5)), jnp.asarray(labels, "int32")
+    tile = Tile(jnp.int32(0), kernel, arrays[0], masked, labels, None)
+    np.testing.assert_array_equal(getattr(tile, way)(*arrays[1:]), expected)
 
 
 @pytest.mark.parametrize("remaining", REMAINING)

@@ -206,7 +206,7 @@ class _Side(NamedTuple):
         """Returns the derivative by a tile's similarities, and c."""
         # As the forward pass has it, so that XLA computes one tile's weights once.
         c = divide_by_temperature(tile.logits, finite_peak(self.max), tau)
-        return jnp.exp(c) * self.of_weight - tile.place(self.of_label), c
+        return tile.with_added(jnp.exp(c) * self.of_weight, -self.of_label), c
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,10 +261,12 @@ class _Statistic(abc.ABC):
         del cotangent, saved
         return {}
 
-    def slope(self, rows: Rows, tile: Tile, weights: jax.Array) -> jax.Array | None:
-        """Returns the statistic's own term of the derivative, [R, B]."""
+    def added(
+        self, slopes: jax.Array, rows: Rows, tile: Tile, weights: jax.Array
+    ) -> jax.Array:
+        """Returns slopes [R, B] with the statistic's own term of the derivative."""
         del rows, tile, weights
-        return None
+        return slopes
 
 
 class _Finish(NamedTuple):
@@ -323,10 +325,10 @@ class _Label(_Statistic):
     def coefficients(self, cotangent, saved):
         return {"label": cotangent}
 
-    def slope(self, rows, tile, weights):
+    def added(self, slopes, rows, tile, weights):
         if rows.label is None or tile.labels is None:
-            return None
-        return tile.place(rows.label)
+            return slopes
+        return tile.with_added(slopes, rows.label)
 
 
 class _RawLabel(_Label):
@@ -408,11 +410,12 @@ class _Mean(_MeanOfKept):
         assert saved.number is not None
         return {"mean": cotangent / saved.number}
 
-    def slope(self, rows, tile, weights):
+    def added(self, slopes, rows, tile, weights):
         if rows.mean is None:
-            return None
+            return slopes
         kept = tile.kept()
-        return rows.mean if kept is None else jnp.where(kept, rows.mean, 0)
+        mean = rows.mean if kept is None else jnp.where(kept, rows.mean, 0)
+        return slopes + mean
 
 
 class _Growth(_MeanOfKept):
@@ -532,10 +535,10 @@ class _Rest(_Statistic):
         assert saved.rest is not None
         return {"rest": cotangent / jnp.where(saved.rest == 0, 1, saved.rest)}
 
-    def slope(self, rows, tile, weights):
+    def added(self, slopes, rows, tile, weights):
         if rows.rest is None:
-            return None
-        return tile.without_labels(weights) * rows.rest
+            return slopes
+        return slopes + tile.without_labels(weights) * rows.rest
 
 
 _STATISTICS: tuple[_Statistic, ...] = (
@@ -797,8 +800,7 @@ class Statistics(Fold[Operands, Columns, Saved, Fields]):
         if rows.of_pc is not None and c is not None:
             d = d + times(p, c) * rows.of_pc
         for statistic in self.statistics:
-            term = statistic.slope(rows, tile, weights)
-            d = d if term is None else d + term
+            d = statistic.added(d, rows, tile, weights)
         if not moments or c is None:
             return d, None
         return d, jnp.sum(times(d, finite(c)), axis=1, keepdims=True)
