@@ -69,7 +69,8 @@ class Tile(NamedTuple):
       labels: [R, K] the labels' columns in this tile, -1 for none; None without
         labels.
       slope: [R, B] derivative of the soft-cap; None without one.
-      product: [R, B] of the states and the kernel alone; None for kept weights.
+      product: [R, B] of the states and the kernel, with what adapters add unless a
+        scale a class multiplies it first; None for kept weights.
       peak: [R, 1] what kept weights are about. `logits` are then those weights,
         exp((u - peak) / τ); None for logits.
       is_of_xla: whether it is no tile of a kernel's.
@@ -450,13 +451,16 @@ def compute_tile(
         )
     else:
         product = kept.numbers
-    summed = product
-    if operands.has_scale_of_class():
+    summed, is_scaled = product, operands.has_scale_of_class()
+    if is_scaled:
         summed = summed * scale_slice(operands, start, size)
     if operands.lora_hidden is not None and operands.lora_kernel is not None:
-        states = operands.lora_hidden
-        columns = lora_slice(config, operands, start, size)
-        summed = summed + dot(states, columns, (1, 0), config.precision, dtype)
+        if kept is None or is_scaled:
+            states = operands.lora_hidden
+            columns = lora_slice(config, operands, start, size)
+            summed = summed + dot(states, columns, (1, 0), config.precision, dtype)
+    # The derivative by scales needs the product that they multiply.
+    product = product if is_scaled else summed
     bias = None
     if operands.bias is not None:
         bias = lax.dynamic_slice_in_dim(operands.bias, start, size)
