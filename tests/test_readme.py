@@ -70,6 +70,13 @@ def test_commands_on_tables_are_ones_that_exist():
     assert named >= {"--label", "--out", "--resume", "--calibrate", "--probabilities"}
 
 
+def test_commands_on_trained_models_are_ones_that_exist():
+    lines = re.findall(r"`jaxsoft (generate[^`]*)`", README)
+    assert lines
+    for line in lines:
+        commands.parser().parse_args(shlex.split(line))
+
+
 def test_commands_on_devices_are_ones_that_exist():
     lines = re.findall(r"^\$ jaxsoft (devices(?:.*\\\n)*.*)$", README, re.M)
     assert len(lines) == 3

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
         compare_heads,
     )
     from jaxsoft.training.language_model.config import LanguageModelConfig, load_config
+    from jaxsoft.training.language_model.loading import (
+        Continuation,
+        Piece,
+        TrainedLanguageModel,
+        load_language_model,
+    )
     from jaxsoft.training.language_model.report import FinalReport, Sample
     from jaxsoft.training.language_model.trainer import train_language_model
     from jaxsoft.training.mesh import parse_mesh
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ComparisonReport",
+    "Continuation",
     "CorpusError",
     "FinalReport",
     "HeadReport",
@@ -56,6 +63,7 @@ __all__ = [
     "MissingExtraError",
     "ModelFileError",
     "NonFiniteLossError",
+    "Piece",
     "PredictionError",
     "PredictionReport",
     "RegressConfig",
@@ -67,9 +75,11 @@ __all__ = [
     "StopRequest",
     "SvmlightError",
     "TableError",
+    "TrainedLanguageModel",
     "TrainingInterrupted",
     "compare_heads",
     "load_config",
+    "load_language_model",
     "load_svmlight_memmap",
     "parse_mesh",
     "predict_table",
@@ -88,6 +98,8 @@ _NAMES = {
     "interruption": "StopRequest",
     "language_model.comparison": "ComparisonReport HeadReport compare_heads",
     "language_model.config": "LanguageModelConfig load_config",
+    "language_model.loading": "Continuation Piece TrainedLanguageModel "
+    "load_language_model",
     "language_model.report": "FinalReport Sample",
     "language_model.trainer": "train_language_model",
     "mesh": "parse_mesh",

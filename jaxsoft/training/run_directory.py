@@ -7,12 +7,14 @@ One folder holds one run:
   or, last, "final") and its `step`;
 - `loss.png`: the curve of both losses beside the unigram entropy;
 - `tokenizer.json`: the tokenizer, so that the run stands without the token cache;
+- `counts.npy`: how often each token comes in training, which heads are made from;
 - `checkpoints/`: Orbax checkpoints.
 
 A comparison of heads has `comparison.json` and `comparison.png` instead.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -20,6 +22,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+
+import numpy as np
 
 from jaxsoft.training.errors import RunDirectoryError
 from jaxsoft.training.files import open_regular
@@ -82,6 +86,7 @@ class RunDirectory:
         "metrics.jsonl",
         "loss.png",
         "tokenizer.json",
+        "counts.npy",
         "checkpoints",
         "comparison.json",
         "comparison.png",
@@ -98,6 +103,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.curve = self.path / "loss.png"
         self.tokenizer = self.path / "tokenizer.json"
+        self.counts = self.path / "counts.npy"
         self.checkpoints = self.path / "checkpoints"
         self.comparison = self.path / "comparison.json"
         self.comparison_curve = self.path / "comparison.png"
@@ -126,6 +132,16 @@ class RunDirectory:
                 f"`out` {self.path} holds no run to resume (no config.json)."
             )
 
+    def check_finished(self) -> None:
+        """Raises `RunDirectoryError` unless a run was finished here."""
+        if not self.config.is_file():
+            raise RunDirectoryError(f"{self.path} holds no run (no config.json).")
+        if self.final_record() is None:
+            raise RunDirectoryError(
+                f"the run in {self.path} is not finished; `jaxsoft train --resume` "
+                "goes on with it."
+            )
+
     def start(self, description: Mapping[str, object]) -> None:
         """Makes the folder and writes what the run is, first of all its files.
 
@@ -142,16 +158,22 @@ class RunDirectory:
                 f"`out` {self.path} cannot be written ({error})."
             ) from error
 
-    def keep_tokenizer(self, tokenizer: Path) -> None:
-        """Copies the tokenizer's file, unless it is there.
+    def keep_tokens(self, tokenizer: Path, counts: np.ndarray) -> None:
+        """Copies the tokenizer's file and writes the counts, unless they are there.
 
         Args:
           tokenizer: the file.
+          counts: `[V]`, how often each token comes in training.
         """
-        if self.tokenizer.exists():
-            return
+        array = io.BytesIO()
+        np.save(array, counts)
         try:
-            write_atomically(self.tokenizer, tokenizer.read_bytes())
+            for path, data in (
+                (self.tokenizer, tokenizer.read_bytes()),
+                (self.counts, array.getvalue()),
+            ):
+                if not path.exists():
+                    write_atomically(path, data)
         except OSError as error:
             raise RunDirectoryError(
                 f"`out` {self.path} cannot be written ({error})."

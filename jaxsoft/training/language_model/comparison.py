@@ -13,15 +13,13 @@ from jaxsoft.training.heads import HEADS, HeadKind, Params
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.language_model.config import LanguageModelConfig
 from jaxsoft.training.language_model.head_cost import HeadCost, measure_head
+from jaxsoft.training.language_model.model_plan import TrainState, head_plan
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.preparation import prepare
 from jaxsoft.training.language_model.report import perplexity
-from jaxsoft.training.language_model.steps import Programs, TrainState
+from jaxsoft.training.language_model.steps import Programs
 from jaxsoft.training.language_model.tokens import TokenCache
-from jaxsoft.training.language_model.trainer import (
-    FINAL_EVALUATION,
-    head_plan,
-)
+from jaxsoft.training.language_model.trainer import FINAL_EVALUATION
 from jaxsoft.training.language_model.windows import Windows
 from jaxsoft.training.reporting import Listener
 from jaxsoft.training.run_directory import RunDirectory
@@ -177,7 +175,7 @@ class _Contender:
             config.transformer(tokens.facts.vocab_size),
             OptimizerConfig(_RESOLUTION, config.learning_rate),
             (config.batch_size, length),
-            head=head_plan(config, tokens),
+            head=head_plan(config, tokens.counts("train")),
             seed=config.seed,
         )
         listener.note(

@@ -1,4 +1,4 @@
-"""The compiled programs of language-model training: step, evaluation, sampling.
+"""The compiled programs of language-model training: step and evaluation.
 
 Each program is compiled once, ahead of time, for one shape; the training state is
 donated, so a step holds one copy of it. The state is a plain pytree (parameters and
@@ -11,7 +11,7 @@ Shapes: `B` sequences of `T` tokens, `N = B·T` tokens a step, `H` features, `V`
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,31 +27,17 @@ from jaxsoft import RowGradient
 from jaxsoft.nn import HierarchicalSoftmaxHead
 from jaxsoft.training.heads import HeadPlan, Params, head_rows, with_head_rows
 from jaxsoft.training.language_model.config import TransformerConfig
+from jaxsoft.training.language_model.model_plan import ModelPlan, TrainState
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.transformer import LanguageModel
-from jaxsoft.training.mesh import over_data, placed, replicated, usable_mesh
+from jaxsoft.training.mesh import over_data, replicated, usable_mesh
 
 __all__ = [
     "MemoryReport",
     "Programs",
     "StepResult",
-    "TrainState",
     "compiled_programs",
 ]
-
-
-class TrainState(NamedTuple):
-    """All that a step changes.
-
-    Attributes:
-      params: the model's parameters, an `nnx.State`.
-      optimizer: the Optax state of those with dense gradients.
-      rows: the state of the optimizer of those with row gradients, if there are.
-    """
-
-    params: Params
-    optimizer: optax.OptState
-    rows: Params = ()
 
 
 class StepResult(NamedTuple):
@@ -89,7 +75,7 @@ class MemoryReport:
 
 
 class Programs:
-    """The compiled training step, evaluation and sampling of one model."""
+    """The compiled training step and evaluation of one model."""
 
     def __init__(
         self,
@@ -114,14 +100,12 @@ class Programs:
         self.mesh = usable_mesh(mesh, batch_shape[0])
         self.batch_shape = batch_shape
         self.num_classes = model.num_classes
-        self.head, self.optimizer = head, optimizer
-        self._config, self._seed = model, seed
-        self._graph = nnx.graphdef(nnx.eval_shape(self._build_model))
-        self.abstract_state = placed(self.mesh, jax.eval_shape(self._init))
-        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self.head, self.optimizer, self._seed = head, optimizer, seed
+        self._plan = ModelPlan(model, optimizer, head=head, seed=seed, mesh=self.mesh)
+        self.abstract_state = self._plan.abstract_state
         started = time.perf_counter()
         everywhere = replicated(self.mesh)
-        self.tables = jax.jit(self._make_tables, out_shardings=everywhere)()
+        self.tables = self._plan.make_tables()
         batch, length = batch_shape
         tokens = jax.ShapeDtypeStruct(
             (batch, length + 1), jnp.int32, sharding=over_data(self.mesh)
@@ -132,7 +116,7 @@ class Programs:
             jax.jit(
                 self._train,
                 donate_argnums=0,
-                out_shardings=(self._shardings, everywhere),
+                out_shardings=(self._plan.shardings, everywhere),
             )
             .lower(self.abstract_state, self.tables, tokens, rate, index)
             .compile(compiler_options=_deterministic_options())
@@ -146,7 +130,7 @@ class Programs:
 
     def init(self) -> TrainState:
         """Makes the initial state, a function of the seed and of the head's counts."""
-        return jax.jit(self._init, out_shardings=self._shardings)()
+        return self._plan.init()
 
     def step(
         self, state: TrainState, batch: np.ndarray, rate: float, index: int
@@ -193,46 +177,9 @@ class Programs:
             total += losses[: len(part)].sum()
         return total / (len(windows) * self.batch_shape[1])
 
-    def sample(
-        self,
-        params: Params,
-        prompt: Sequence[int],
-        temperatures: Sequence[float],
-        num_tokens: int,
-    ) -> list[list[int]]:
-        """Continues a prompt once at each temperature.
-
-        Args:
-          params: the model's parameters.
-          prompt: token ids to start from, at least one; its end counts where it is
-            longer than `T`.
-          temperatures: one a sample; 0 takes the most probable token.
-          num_tokens: tokens to add.
-
-        Returns:
-          The added tokens, one list a temperature; a function of the seed and of the
-          arguments.
-        """
-        length = self.batch_shape[1]
-        prompt = list(prompt)[-length:]
-        window = np.zeros([len(temperatures), length], np.int32)
-        window[:, : len(prompt)] = prompt
-        key = jax.random.key(self._seed)
-        generate = jax.jit(self._generate, static_argnames="num_tokens")
-        tokens = generate(
-            params,
-            self.tables,
-            jnp.asarray(window),
-            len(prompt),
-            jnp.asarray(temperatures, jnp.float32),
-            key,
-            num_tokens=num_tokens,
-        )
-        return np.asarray(tokens).tolist()
-
     def model(self, params: Params) -> LanguageModel:
         """Puts parameters into the model, to call its methods."""
-        return self._model(params, self.tables)
+        return self._plan.model(params, self.tables)
 
     def memory(self) -> MemoryReport:
         """Compares the compiled step with one that stores its logits."""
@@ -245,34 +192,6 @@ class Programs:
     def _place(self, batch: np.ndarray) -> Array:
         return jax.device_put(batch, over_data(self.mesh))
 
-    def _build_model(self) -> LanguageModel:
-        return LanguageModel(self._config, plan=self.head, rngs=nnx.Rngs(self._seed))
-
-    def _make_tables(self) -> Params:
-        """What a model has besides parameters."""
-        return nnx.state(self._build_model(), nnx.Not(nnx.Param))
-
-    def _model(
-        self, params: Params, tables: Params, *, training: bool = False
-    ) -> LanguageModel:
-        model = nnx.merge(self._graph, params, tables)
-        model.train() if training else model.eval()
-        return model
-
-    def _init(self) -> TrainState:
-        params = nnx.state(self._build_model(), nnx.Param)
-        dense, head = self._split(params)
-        rows = self.optimizer.rows(0.0).init(head_rows(head)) if head else ()
-        return TrainState(params, self.optimizer.build(0.0).init(dense), rows)
-
-    def _split(self, params: Params) -> tuple[nnx.State, nnx.State]:
-        """Cuts parameters into those with dense gradients and those with rows'."""
-        by_rows = self.head.has_row_gradients
-        dense, rows = nnx.split_state(
-            params, lambda path, _: not (by_rows and path[0] == "head"), ...
-        )
-        return dense, rows
-
     def _train(
         self,
         state: TrainState,
@@ -282,7 +201,7 @@ class Programs:
         index: Array,
     ) -> tuple[TrainState, StepResult]:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        dense, head = self._split(state.params)
+        dense, head = self._plan.split(state.params)
         rows = state.rows
         if head:
             loss, gradient, of_rows = self._row_gradients(
@@ -306,7 +225,7 @@ class Programs:
         key = jax.random.fold_in(jax.random.key(self._seed), index)
 
         def mean_loss(params: Params) -> Array:
-            model = self._model(params, tables, training=True)
+            model = self._plan.model(params, tables, training=True)
             return model.loss(inputs, labels, **self.head.loss_options(key))
 
         return jax.value_and_grad(mean_loss)(params)
@@ -317,47 +236,17 @@ class Programs:
         """Returns the loss, its gradient in the trunk, and in the head's rows."""
 
         def trunk(dense: Params) -> Array:
-            return self._model(nnx.merge_state(dense, head), tables).trunk(inputs)
+            return self._plan.model(nnx.merge_state(dense, head), tables).trunk(inputs)
 
         hidden, pull = jax.vjp(trunk, dense)
-        module = self._model(nnx.merge_state(dense, head), tables).head
+        module = self._plan.model(nnx.merge_state(dense, head), tables).head
         assert isinstance(module, HierarchicalSoftmaxHead)
         loss, dhidden, of_rows = module.value_and_row_grad(hidden, labels)
         return loss, *pull(dhidden), of_rows
 
     def _losses(self, params: Params, tables: Params, tokens: Array) -> Array:
-        model = self._model(params, tables)
+        model = self._plan.model(params, tables)
         return model.loss(tokens[:, :-1], tokens[:, 1:], reduction="none")
-
-    def _generate(
-        self,
-        params: Params,
-        tables: Params,
-        window: Array,
-        filled: Array,
-        temperatures: Array,
-        key: Array,
-        *,
-        num_tokens: int,
-    ) -> Array:
-        """Adds tokens one by one; the window slides once it is full."""
-        model = self._model(params, tables)
-        length = window.shape[1]
-
-        def add_token(carry: tuple[Array, Array], key: Array):
-            window, filled = carry
-            hidden = model.trunk(window)
-            last = jax.lax.dynamic_index_in_dim(hidden, filled - 1, 1, keepdims=False)
-            token = model.head.sample(key, last, temperature=temperatures)
-            full = filled == length
-            window = jnp.where(full, jnp.roll(window, -1, axis=1), window)
-            filled = jnp.where(full, filled, filled + 1)
-            window = jax.lax.dynamic_update_index_in_dim(window, token, filled - 1, 1)
-            return (window, filled), token
-
-        keys = jax.random.split(key, num_tokens)
-        _, tokens = jax.lax.scan(add_token, (window, jnp.asarray(filled)), keys)
-        return tokens.T
 
 
 @functools.lru_cache(maxsize=4)

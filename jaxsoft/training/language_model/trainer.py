@@ -13,11 +13,11 @@ import time
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxsoft.training.checkpoints import Checkpoints, Progress
 from jaxsoft.training.errors import TrainingInterrupted
-from jaxsoft.training.heads import HeadPlan
 from jaxsoft.training.interruption import StopRequest
 from jaxsoft.training.language_model.config import (
     FREE_FIELDS,
@@ -25,11 +25,17 @@ from jaxsoft.training.language_model.config import (
     load_config,
 )
 from jaxsoft.training.language_model.corpus import Corpus
+from jaxsoft.training.language_model.generation import (
+    Generator,
+    Sampling,
+    encode_prompt,
+)
+from jaxsoft.training.language_model.model_plan import TrainState, head_plan
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.preparation import check_vocabulary, prepare
 from jaxsoft.training.language_model.report import FinalReport, Sample
-from jaxsoft.training.language_model.steps import TrainState, compiled_programs
-from jaxsoft.training.language_model.tokens import DOCUMENT_START_ID, TokenCache
+from jaxsoft.training.language_model.steps import compiled_programs
+from jaxsoft.training.language_model.tokens import TokenCache
 from jaxsoft.training.language_model.windows import Windows
 from jaxsoft.training.mesh import usable_mesh
 from jaxsoft.training.reporting import Listener, Record
@@ -45,7 +51,7 @@ from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["FINAL_EVALUATION", "head_plan", "train_language_model"]
+__all__ = ["FINAL_EVALUATION", "train_language_model"]
 
 SAMPLE_TEMPERATURES = (0.0, 0.7, 1.0)
 
@@ -67,7 +73,7 @@ def train_language_model(
 
     Loss is that of a head of `jaxsoft.nn`: the `[N, V]` logits of a step exist only a
     tile at a time, or never. `config.out` receives `config.json`, `metrics.jsonl`,
-    `loss.png`, `tokenizer.json` and `checkpoints/`.
+    `loss.png`, `tokenizer.json`, `counts.npy` and `checkpoints/`.
 
     Args:
       config: what to train.
@@ -114,7 +120,7 @@ def train_language_model(
     stop.check()
     if not resume:
         directory.start(description)
-    directory.keep_tokenizer(tokens.tokenizer_file)
+    directory.keep_tokens(tokens.tokenizer_file, tokens.counts("train"))
     return run.run(resume=resume)
 
 
@@ -142,7 +148,7 @@ class _Run:
             config.transformer(tokens.facts.vocab_size),
             self.optimizer,
             (config.batch_size, length),
-            head=head_plan(config, tokens),
+            head=head_plan(config, tokens.counts("train")),
             seed=config.seed,
             mesh=mesh,
         )
@@ -287,28 +293,31 @@ class _Run:
         self, state: TrainState, tokenizer: "Tokenizer", prompt: list[int]
     ) -> tuple[Sample, ...]:
         """Continues the prompt at each temperature."""
-        continuations = self.programs.sample(
-            state.params, prompt, SAMPLE_TEMPERATURES, self.config.sample_tokens
+        config = self.config
+        generator = Generator(
+            self.programs.model(state.params),
+            config.sequence_length,
+            mesh=self.programs.mesh,
         )
+        drawn = generator.stream(
+            prompt,
+            config.sample_tokens,
+            Sampling(temperature=SAMPLE_TEMPERATURES),
+            seed=config.seed,
+            rows=len(SAMPLE_TEMPERATURES),
+        )
+        continuations = np.stack([each.token_ids for each in drawn], axis=1)
         return tuple(
-            Sample(temperature, tokenizer.decode(ids))
+            Sample(temperature, tokenizer.decode(ids.tolist()))
             for temperature, ids in zip(SAMPLE_TEMPERATURES, continuations, strict=True)
         )
 
     def _prompt(self, tokenizer: "Tokenizer") -> list[int]:
         """Tokens of the prompt: the one asked for, or one from the validation text."""
         if self.config.prompt is not None:
-            return [DOCUMENT_START_ID, *tokenizer.encode(self.config.prompt).ids]
+            return encode_prompt(tokenizer, self.config.prompt)
         middle = self.validation[len(self.validation) // 2]
         return middle[: min(_PROMPT_TOKENS, len(middle) - 1)].tolist()
-
-
-def head_plan(config: LanguageModelConfig, tokens: TokenCache) -> HeadPlan:
-    """The head of a run, made from the training tokens' counts."""
-    counts = tokens.counts("train").tolist()
-    return HeadPlan(
-        config.head, tuple(counts), config.num_samples, config.workspace_bytes
-    )
 
 
 def _description(

@@ -7,7 +7,7 @@ logits, so nothing here may compute them during training.
 Shapes: `B` sequences, `T` positions, `H` features, `V` classes (tokens).
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ __all__ = [
     "Attention",
     "Block",
     "FeedForward",
+    "KeysValues",
     "LanguageModel",
     "Transformer",
     "rotate_positions",
@@ -29,11 +30,25 @@ __all__ = [
 _ROTARY_BASE = 10_000.0
 
 
-def rotate_positions(vectors: Array) -> Array:
+class KeysValues(NamedTuple):
+    """What attention keeps of the positions that it has seen.
+
+    Attributes:
+      keys: `[B, heads, C, D]`, rotated, for `C` positions; what is beyond those that
+        were seen is no matter. Matrix products read this order without a copy.
+      values: `[B, heads, C, D]`.
+    """
+
+    keys: Array
+    values: Array
+
+
+def rotate_positions(vectors: Array, first: Array | None = None) -> Array:
     """Rotates pairs of features by an angle proportional to the position.
 
     Args:
       vectors: `[B, T, heads, D]`, queries or keys with even `D`.
+      first: the position of the first, an integer scalar; None is 0.
 
     Returns:
       The rotated vectors, same shape and dtype. Dot products between two of them
@@ -45,7 +60,10 @@ def rotate_positions(vectors: Array) -> Array:
     """
     length, half = vectors.shape[1], vectors.shape[-1] // 2
     frequencies = _ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
+    positions = jnp.arange(length, dtype=jnp.float32)
+    if first is not None:
+        positions += first.astype(jnp.float32)
+    angles = jnp.outer(positions, frequencies)
     cosine = jnp.cos(angles)[None, :, None, :].astype(vectors.dtype)
     sine = jnp.sin(angles)[None, :, None, :].astype(vectors.dtype)
     first, second = jnp.split(vectors, 2, axis=-1)
@@ -79,19 +97,55 @@ class Attention(nnx.Module):
 
     def __call__(self, hidden: Array) -> Array:
         """Mixes every position with those before it; `[B, T, H]` in and out."""
-        batch, length, width = hidden.shape
-        projected = self.query_key_value(hidden)
-        query, key, value = (
-            part.reshape(batch, length, self.heads, width // self.heads)
-            for part in jnp.split(projected, 3, axis=-1)
-        )
+        query, key, value = self._projected(hidden)
         mixed = jax.nn.dot_product_attention(
             rotate_positions(self.query_norm(query)),
             rotate_positions(self.key_norm(key)),
             value,
             is_causal=True,
         )
-        return self.out(mixed.reshape(batch, length, width))
+        return self.out(mixed.reshape(hidden.shape))
+
+    def extend(
+        self, hidden: Array, cache: KeysValues, first: Array
+    ) -> tuple[Array, KeysValues]:
+        """Mixes new positions with themselves and with those of the cache.
+
+        Args:
+          hidden: `[B, T, H]`, of positions `first … first + T - 1`.
+          cache: of the positions before; it has room for these.
+          first: an integer scalar.
+
+        Returns:
+          `[B, T, H]`, and the cache with the new positions.
+        """
+        query, key, value = self._projected(hidden)
+        query = rotate_positions(self.query_norm(query), first)
+        key = rotate_positions(self.key_norm(key), first)
+        cache = KeysValues(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(
+                    kept, new.swapaxes(1, 2), first, axis=2
+                )
+                for kept, new in zip(cache, (key, value), strict=True)
+            )
+        )
+        length, capacity, size = hidden.shape[1], *cache.keys.shape[2:]
+        seen = jnp.arange(capacity)[None] <= first + jnp.arange(length)[:, None]
+        scores = jnp.einsum("bthd,bhcd->bhtc", query * size**-0.5, cache.keys)
+        weights = jax.nn.softmax(scores, where=seen[None, None])
+        mixed = jnp.einsum("bhtc,bhcd->bthd", weights, cache.values)
+        return self.out(mixed.reshape(hidden.shape)), cache
+
+    def _projected(self, hidden: Array) -> tuple[Array, Array, Array]:
+        """Returns queries, keys and values, `[B, T, heads, D]` each."""
+        batch, length, width = hidden.shape
+        projected = self.query_key_value(hidden)
+        query, key, value = (
+            part.reshape(batch, length, self.heads, width // self.heads)
+            for part in jnp.split(projected, 3, axis=-1)
+        )
+        return query, key, value
 
 
 class FeedForward(nnx.Module):
@@ -144,6 +198,14 @@ class Block(nnx.Module):
         hidden = hidden + self.attention(self.attention_norm(hidden))
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))
 
+    def extend(
+        self, hidden: Array, cache: KeysValues, first: Array
+    ) -> tuple[Array, KeysValues]:
+        """Adds both halves at new positions; as `Attention.extend`."""
+        mixed, cache = self.attention.extend(self.attention_norm(hidden), cache, first)
+        hidden = hidden + mixed
+        return hidden + self.feed_forward(self.feed_forward_norm(hidden)), cache
+
 
 class Transformer(nnx.Module):
     """The trunk: tokens in, hidden states out, no logits."""
@@ -178,6 +240,42 @@ class Transformer(nnx.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.final_norm(hidden)
+
+    def empty_cache(self, batch: int, capacity: int) -> tuple[KeysValues, ...]:
+        """Makes the cache of texts without a token.
+
+        Args:
+          batch: `B`.
+          capacity: `C`, how many positions it has room for.
+
+        Returns:
+          The cache of each block.
+        """
+        width = self.embedding.features
+        heads = self.blocks[0].attention.heads
+        empty = jnp.zeros([batch, heads, capacity, width // heads])
+        return (KeysValues(empty, empty),) * len(self.blocks)
+
+    def extend(
+        self, tokens: Array, cache: tuple[KeysValues, ...], first: Array
+    ) -> tuple[Array, tuple[KeysValues, ...]]:
+        """Computes the hidden states after new tokens, from what is kept of others.
+
+        Args:
+          tokens: `[B, T]` integers in `[0, V)`, at positions `first … first + T - 1`.
+          cache: of the tokens before, see `empty_cache`; it has room for these.
+          first: an integer scalar.
+
+        Returns:
+          `[B, T, H]`, those that a call with all tokens gives at these positions within
+          rounding, and the cache with the new tokens.
+        """
+        hidden = self.embedding_norm(self.embedding(tokens))
+        caches = []
+        for block, kept in zip(self.blocks, cache, strict=True):
+            hidden, kept = block.extend(hidden, kept, first)
+            caches.append(kept)
+        return self.final_norm(hidden), tuple(caches)
 
 
 class LanguageModel(nnx.Module):

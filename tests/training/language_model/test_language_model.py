@@ -139,6 +139,7 @@ def test_all_files_are_written(uninterrupted):
         "metrics.jsonl",
         "loss.png",
         "tokenizer.json",
+        "counts.npy",
         "checkpoints",
     }
     png = RunDirectory(config.out).curve.read_bytes()

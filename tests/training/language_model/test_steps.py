@@ -185,43 +185,6 @@ def test_weight_decay_leaves_vectors_alone():
     assert (updates["vector"] == 0).all()
 
 
-def test_greedy_sample_repeats_what_was_learnt():
-    programs = compiled("full")
-    state, _ = train(programs, programs.init(), 20)
-    greedy, warm = programs.sample(state.params, [2], [0.0, 1.0], 5)
-    assert greedy == [3, 4, 5, 6, 7]
-    assert len(warm) == 5 and all(0 <= token < 40 for token in warm)
-
-
-@pytest.mark.parametrize("head", ["full", "sampled"])
-def test_samples_equal_a_plain_loop(head):
-    """Past the window's end the context slides: the last T tokens count."""
-    programs = compiled(head)
-    state, _ = train(programs, programs.init(), 20)
-    prompt, length = [5, 6, 7], 8
-    sampled = programs.sample(state.params, prompt, [0.0], 12)[0]
-    context = list(prompt)
-
-    @jax.jit
-    def logits(tokens, last):
-        model = programs.model(state.params)
-        return model.head(model.trunk(tokens)[0, last])
-
-    for token in sampled:
-        window = context[-length:]
-        padded = jnp.asarray([window + [39] * (length - len(window))])
-        assert token == int(logits(padded, len(window) - 1).argmax())
-        context.append(token)
-
-
-def test_long_prompt_counts_by_its_end(programs, state):
-    state, _ = train(programs, state, 5)
-    long = list(range(20))
-    sampled = programs.sample(state.params, long, [0.0, 0.7], 4)
-    assert sampled == programs.sample(state.params, long[-8:], [0.0, 0.7], 4)
-    assert all(0 <= token < 40 for one in sampled for token in one)
-
-
 def test_memory_counts_stored_logits(programs):
     memory = programs.memory()
     assert memory.stored_logits == 3 * 8 * 40 * 4
