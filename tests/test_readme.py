@@ -71,8 +71,8 @@ def test_commands_on_tables_are_ones_that_exist():
 
 
 def test_commands_on_trained_models_are_ones_that_exist():
-    lines = re.findall(r"`jaxsoft (generate[^`]*)`", README)
-    assert lines
+    lines = re.findall(r"`jaxsoft ((?:generate|evaluate)[^`]*)`", README)
+    assert len(lines) == 2
     for line in lines:
         commands.parser().parse_args(shlex.split(line))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxsoft import __version__
-from jaxsoft.cli import devices, generate, process, regress, train
+from jaxsoft.cli import devices, evaluate, generate, process, regress, train
 from jaxsoft.cli.errors import fail
 from jaxsoft.cli.text import UsageError, one_line
 from jaxsoft.training.errors import TrainingInterrupted
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jaxsoft", description="The softmax layer of JAX.")
     parser.add_argument("--version", action="version", version=f"jaxsoft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for module in (train, generate, regress, devices):
+    for module in (train, generate, evaluate, regress, devices):
         module.add_commands(commands)
     for each, default in [
         (parser, False),

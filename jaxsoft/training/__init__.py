@@ -27,6 +27,10 @@ if TYPE_CHECKING:
         compare_heads,
     )
     from jaxsoft.training.language_model.config import LanguageModelConfig, load_config
+    from jaxsoft.training.language_model.evaluation import (
+        EvaluationReport,
+        evaluate_language_model,
+    )
     from jaxsoft.training.language_model.loading import (
         Continuation,
         Piece,
@@ -55,6 +59,7 @@ __all__ = [
     "ComparisonReport",
     "Continuation",
     "CorpusError",
+    "EvaluationReport",
     "FinalReport",
     "HeadReport",
     "LanguageModelConfig",
@@ -78,6 +83,7 @@ __all__ = [
     "TrainedLanguageModel",
     "TrainingInterrupted",
     "compare_heads",
+    "evaluate_language_model",
     "load_config",
     "load_language_model",
     "load_svmlight_memmap",
@@ -98,6 +104,7 @@ _NAMES = {
     "interruption": "StopRequest",
     "language_model.comparison": "ComparisonReport HeadReport compare_heads",
     "language_model.config": "LanguageModelConfig load_config",
+    "language_model.evaluation": "EvaluationReport evaluate_language_model",
     "language_model.loading": "Continuation Piece TrainedLanguageModel "
     "load_language_model",
     "language_model.report": "FinalReport Sample",

@@ -16,7 +16,7 @@ from jaxsoft.training.run_directory import save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["reliability_diagram"]
+__all__ = ["draw_bins", "reliability_diagram"]
 
 
 def reliability_diagram(
@@ -77,16 +77,28 @@ def reliability_diagram(
             "a reliability diagram needs matplotlib, which the extra `train` installs: "
             'pip install "jaxsoft[train]"'
         )
-    bins = calibration_bins(probabilities, labels, num_bins, weights=weights)
+    path = Path(path)
+    draw_bins(
+        calibration_bins(probabilities, labels, num_bins, weights=weights), path, title
+    )
+    return path
+
+
+def draw_bins(bins: CalibrationBins, path: Path, title: str | None) -> None:
+    """Draws bins, and writes the picture; see `reliability_diagram`.
+
+    Args:
+      bins: sums of the rows in each.
+      path: the file to write.
+      title: a line above the picture, or None.
+    """
     bins = CalibrationBins._make(np.asarray(values, np.float64) for values in bins)
     if not all(np.isfinite(values).all() for values in bins):
         raise ValueError(
             "`probabilities`, `labels` and `weights` must be finite, within [0, V) and "
             "not negative, got a bin that is NaN."
         )
-    path = Path(path)
     save_figure(_figure(bins, title), path)
-    return path
 
 
 def _figure(bins: CalibrationBins, title: str | None) -> Figure:

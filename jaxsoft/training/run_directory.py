@@ -8,7 +8,8 @@ One folder holds one run:
 - `loss.png`: the curve of both losses beside the unigram entropy;
 - `tokenizer.json`: the tokenizer, so that the run stands without the token cache;
 - `counts.npy`: how often each token comes in training, which heads are made from;
-- `checkpoints/`: Orbax checkpoints.
+- `checkpoints/`: Orbax checkpoints;
+- `reliability.png`: once it was evaluated, how well it knows the next token.
 
 A comparison of heads has `comparison.json` and `comparison.png` instead.
 """
@@ -88,6 +89,7 @@ class RunDirectory:
         "tokenizer.json",
         "counts.npy",
         "checkpoints",
+        "reliability.png",
         "comparison.json",
         "comparison.png",
     )
@@ -105,6 +107,7 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer.json"
         self.counts = self.path / "counts.npy"
         self.checkpoints = self.path / "checkpoints"
+        self.reliability = self.path / "reliability.png"
         self.comparison = self.path / "comparison.json"
         self.comparison_curve = self.path / "comparison.png"
 

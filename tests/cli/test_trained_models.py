@@ -1,4 +1,5 @@
 import io
+import json
 import re
 import shutil
 import sys
@@ -92,3 +93,28 @@ def test_folders_that_cannot_be_used(run, capsys, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:-1]))
     words[1] = str(tmp_path / "run")
     assert "is not finished; `jaxsoft train --resume` goes on" in fails(capsys, words)
+
+
+def test_evaluate_prints_its_measurements(run, capsys, tmp_path):
+    words = ["evaluate", str(run), "--corpus", str(tmp_path / "text.txt")]
+    (tmp_path / "text.txt").write_text(TEXT[:3000])
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for pattern in (
+        r"^corpus: .*text.txt, 0.0 MB; 1 texts$",
+        r"^batch \d+/\d+  loss \d\.\d{3}  [\d,]+ tokens/s",
+        r"^loss: \d\.\d{3} nats a token, perplexity [\d,.]+ \([\d,]+ tokens\)$",
+        r"^bits per byte: \d+\.\d{3}$",
+        r"^the likeliest token is right: [\d.]+ %, calibration error \(ECE\) 0\.\d{4}$",
+        r"^files: .*reliability.png$",
+    ):
+        assert re.search(pattern, captured.out, re.M), pattern
+    assert main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["texts"] == 1 and document["bytes"] == 3000
+    assert document["step"] == 4 and document["tokens"] > 100
+    words[-1] = str(tmp_path / "nowhere")
+    assert "the corpus " in fails(capsys, words)
+    said = fails(capsys, [*words, "--memory", "much"])
+    assert "--memory must be a size such as 4G, got 'much'." in said

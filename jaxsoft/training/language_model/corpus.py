@@ -23,7 +23,7 @@ from jaxsoft.training.errors import CorpusError
 from jaxsoft.training.files import read_unpacked
 from jaxsoft.training.memory import MemoryBudget
 
-__all__ = ["Corpus", "VALIDATION_FRACTION", "read_corpus"]
+__all__ = ["Corpus", "Texts", "VALIDATION_FRACTION", "read_corpus", "read_texts"]
 
 VALIDATION_FRACTION = 0.05
 
@@ -58,6 +58,23 @@ class Corpus:
         return sum(len(text.encode()) for text in (*self.train, *self.validation))
 
 
+@dataclass(frozen=True)
+class Texts:
+    """All texts of a corpus.
+
+    Attributes:
+      source: where they come from, in words.
+      texts: one a file, in the order of their contents' hashes.
+      skipped: number of files that were not UTF-8 text or could not be read.
+      duplicates: number of files left out because another has the same contents.
+    """
+
+    source: str
+    texts: tuple[str, ...]
+    skipped: int
+    duplicates: int
+
+
 def read_corpus(
     path: str | os.PathLike[str] | None = None,
     *,
@@ -89,6 +106,38 @@ def read_corpus(
         raise ValueError(
             f"`validation_fraction` must be between 0 and 1, got {validation_fraction}."
         )
+    found = read_texts(path, memory=memory)
+    if len(found.texts) == 1:
+        train, validation = _split_by_position(
+            found.texts[0], validation_fraction, found.source
+        )
+    else:
+        train, validation = _split_by_file(found.texts, validation_fraction)
+    return Corpus(
+        source=found.source,
+        train=tuple(train),
+        validation=tuple(validation),
+        skipped=found.skipped,
+        duplicates=found.duplicates,
+        digest=_digest(train, validation),
+    )
+
+
+def read_texts(
+    path: str | os.PathLike[str] | None = None, *, memory: MemoryBudget | None = None
+) -> Texts:
+    """Reads the texts of a corpus into memory.
+
+    Args:
+      path: as in `read_corpus`.
+      memory: what the texts must not exceed; None is half of what is free.
+
+    Returns:
+      The texts, at least one.
+
+    Raises:
+      CorpusError: the path does not exist, or holds no text or more than `memory`.
+    """
     if path is None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         source = f"the Python {version} standard library"
@@ -106,19 +155,8 @@ def read_corpus(
     if not texts:
         passed_over = f" ({skipped} files are none, or unreadable)" if skipped else ""
         raise CorpusError(f"the corpus {source} holds no text{passed_over}.")
-    ordered = [texts[key] for key in sorted(texts)]
-    if len(ordered) == 1:
-        train, validation = _split_by_position(ordered[0], validation_fraction, source)
-    else:
-        train, validation = _split_by_file(ordered, validation_fraction)
-    return Corpus(
-        source=source,
-        train=tuple(train),
-        validation=tuple(validation),
-        skipped=skipped,
-        duplicates=duplicates,
-        digest=_digest(train, validation),
-    )
+    ordered = tuple(texts[key] for key in sorted(texts))
+    return Texts(source, ordered, skipped, duplicates)
 
 
 def _standard_library_files() -> Iterator[Path]:

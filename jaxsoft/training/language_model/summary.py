@@ -9,9 +9,15 @@ from rich.table import Table
 
 from jaxsoft.training.console import clock, say
 from jaxsoft.training.language_model.comparison import ComparisonReport
+from jaxsoft.training.language_model.evaluation import EvaluationReport
 from jaxsoft.training.language_model.report import FinalReport
 
-__all__ = ["summarise", "summarise_comparison", "summary_lines"]
+__all__ = [
+    "summarise",
+    "summarise_comparison",
+    "summarise_evaluation",
+    "summary_lines",
+]
 
 _MIB = 2**20
 
@@ -101,5 +107,28 @@ def summarise_comparison(
         "head ms, state and temp are of the head's step alone: loss, gradients and "
         "update; state is parameters, moments and tables",
         "files: " + ", ".join(str(file) for file in files),
+    ):
+        say(console, line)
+
+
+def summarise_evaluation(
+    console: Console, report: EvaluationReport, picture: Path
+) -> None:
+    """Prints what a model makes of a corpus.
+
+    Args:
+      console: where to print.
+      report: the measurements.
+      picture: the reliability diagram.
+    """
+    for line in (
+        f"corpus: {report.corpus}, {report.bytes / 1e6:,.1f} MB; "
+        f"{report.texts:,} texts",
+        f"loss: {report.loss:.3f} nats a token, perplexity {report.perplexity:,.1f} "
+        f"({report.tokens:,} tokens)",
+        f"bits per byte: {report.bits_per_byte:.3f}",
+        f"the likeliest token is right: {100 * report.accuracy:.1f} %, calibration "
+        f"error (ECE) {report.expected_calibration_error:.4f}",
+        f"files: {picture}",
     ):
         say(console, line)

@@ -35,6 +35,7 @@ __all__ = [
     "TokenCache",
     "TokenFacts",
     "default_cache_dir",
+    "encode_texts",
     "prepare_tokens",
 ]
 
@@ -259,7 +260,7 @@ def _write_entry(
     )
     lengths = []
     for split, texts in (("train", corpus.train), ("validation", corpus.validation)):
-        tokens = _encode(tokenizer, texts, dtype, check)
+        tokens = encode_texts(tokenizer, texts, dtype, check)
         np.save(directory / f"{split}.npy", tokens)
         digest.update(tokens.tobytes())
         lengths.append(len(tokens))
@@ -292,13 +293,20 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> "Tokenizer":
     return tokenizer
 
 
-def _encode(
+def encode_texts(
     tokenizer: "Tokenizer",
     texts: Sequence[str],
     dtype: type,
-    check: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Encodes texts into one array, a document mark before each."""
+    """Encodes texts into one array, a document mark before each.
+
+    Args:
+      tokenizer: the tokenizer.
+      texts: at least one.
+      dtype: of the array.
+      check: called now and then; what it raises ends the work.
+    """
     # A text that spells out the document mark is encoded as ordinary characters.
     tokenizer.encode_special_tokens = True
     pieces = []

@@ -64,7 +64,6 @@ class RegressionDirectory(RunDirectory):
         super().__init__(path)
         self.model = self.path / "model.safetensors"
         self.report = self.path / "metrics.json"
-        self.reliability = self.path / "reliability.png"
 
     def write_report(self, record: Record) -> None:
         """Writes what the run measured; a run that has it is finished."""

@@ -94,7 +94,7 @@ def test_failure_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
     def fail(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokens_module, "_encode", fail)
+    monkeypatch.setattr(tokens_module, "encode_texts", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare_tokens(corpus, 270, tmp_path)
     assert list((tmp_path / "tokens").iterdir()) == []
