@@ -9,6 +9,8 @@ One folder holds one run:
 - `tokenizer.json`: the tokenizer, so that the run stands without the token cache;
 - `counts.npy`: how often each token comes in training, which heads are made from;
 - `checkpoints/`: Orbax checkpoints;
+- `model.safetensors`: of a finished run, the parameters by name;
+- `model-card.md`: what they are: data, options, and what they reached;
 - `reliability.png`: once it was evaluated, how well it knows the next token.
 
 A comparison of heads has `comparison.json` and `comparison.png` instead.
@@ -89,6 +91,8 @@ class RunDirectory:
         "tokenizer.json",
         "counts.npy",
         "checkpoints",
+        "model.safetensors",
+        "model-card.md",
         "reliability.png",
         "comparison.json",
         "comparison.png",
@@ -107,6 +111,8 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer.json"
         self.counts = self.path / "counts.npy"
         self.checkpoints = self.path / "checkpoints"
+        self.weights = self.path / "model.safetensors"
+        self.card = self.path / "model-card.md"
         self.reliability = self.path / "reliability.png"
         self.comparison = self.path / "comparison.json"
         self.comparison_curve = self.path / "comparison.png"

@@ -39,7 +39,7 @@ from jaxsoft.training.language_model.tokens import TokenCache
 from jaxsoft.training.language_model.windows import Windows
 from jaxsoft.training.mesh import usable_mesh
 from jaxsoft.training.reporting import Listener, Record
-from jaxsoft.training.run_directory import RunDirectory
+from jaxsoft.training.run_directory import RunDirectory, write_atomically
 from jaxsoft.training.running import (
     check_finite,
     check_same,
@@ -73,7 +73,8 @@ def train_language_model(
 
     Loss is that of a head of `jaxsoft.nn`: the `[N, V]` logits of a step exist only a
     tile at a time, or never. `config.out` receives `config.json`, `metrics.jsonl`,
-    `loss.png`, `tokenizer.json`, `counts.npy` and `checkpoints/`.
+    `loss.png`, `tokenizer.json`, `counts.npy` and `checkpoints/`, and at its end
+    `model.safetensors` and `model-card.md`.
 
     Args:
       config: what to train.
@@ -116,7 +117,7 @@ def train_language_model(
     description = _description(config, corpus, tokens, mesh)
     if resume:
         check_same_surroundings(directory, description, listener, ("corpus", "tokens"))
-    run = _Run(config, directory, tokens, mesh, listener, stop)
+    run = _Run(config, description, directory, tokens, mesh, listener, stop)
     stop.check()
     if not resume:
         directory.start(description)
@@ -130,6 +131,7 @@ class _Run:
     def __init__(
         self,
         config: LanguageModelConfig,
+        description: Record,
         directory: RunDirectory,
         tokens: TokenCache,
         mesh: Mesh,
@@ -137,6 +139,7 @@ class _Run:
         stop: StopRequest,
     ):
         self.config, self.directory, self.tokens = config, directory, tokens
+        self.description = description
         self.listener, self.stop = listener, stop
         length = config.sequence_length
         self.read_batch = Windows(tokens.train, length).batches(
@@ -286,8 +289,19 @@ class _Run:
         self.stop.check(progress.step)
         record = report.record()
         self.directory.plot(report.unigram_entropy, record)
+        self._publish(state, report)
         self.directory.append(record)
         return report
+
+    def _publish(self, state: TrainState, report: FinalReport) -> None:
+        """Writes the weights by name, and the model card."""
+        from jaxsoft.training.language_model.model_card import model_card, weights_file
+
+        weights = weights_file(state.params, self.config, report.step)
+        write_atomically(self.directory.weights, weights)
+        number = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        card = model_card(self.config, self.description, report, number)
+        write_atomically(self.directory.card, card.encode())
 
     def _samples(
         self, state: TrainState, tokenizer: "Tokenizer", prompt: list[int]

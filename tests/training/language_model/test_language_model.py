@@ -141,6 +141,8 @@ def test_all_files_are_written(uninterrupted):
         "tokenizer.json",
         "counts.npy",
         "checkpoints",
+        "model.safetensors",
+        "model-card.md",
     }
     png = RunDirectory(config.out).curve.read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 5_000

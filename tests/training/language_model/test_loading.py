@@ -1,7 +1,9 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
+import safetensors
 
 from jaxsoft.training import (
     LanguageModelConfig,
@@ -111,6 +113,39 @@ def test_a_text_ends_with_the_mark_before_another(trained, monkeypatch):
 def test_counts_are_checked_at_once(trained, name):
     with pytest.raises(ValueError, match=f"`{name}` must be .*, got -1."):
         trained.stream(**{name: -1})
+
+
+def test_weights_are_in_one_file_by_name(finished, trained):
+    directory = RunDirectory(finished[0].out)
+    with safetensors.safe_open(directory.weights, "numpy") as file:
+        metadata = file.metadata()
+        found = {name: file.get_tensor(name) for name in file.keys()}
+    assert metadata["step"] == "6" and json.loads(metadata["config"])["features"] == 16
+    attention = trained.model.trunk.blocks[0].attention
+    expected = {
+        "trunk.embedding.embedding": trained.model.trunk.embedding.embedding,
+        "trunk.blocks.0.attention.out.kernel": attention.out.kernel,
+        "head.kernel": trained.model.head.kernel,
+        "head.bias": trained.model.head.bias,
+    }
+    assert expected.keys() <= found.keys() and len(found) == 13
+    for name, parameter in expected.items():
+        np.testing.assert_array_equal(found[name], parameter[...])
+
+
+def test_the_model_card_says_what_was_trained(finished):
+    config, report = finished
+    card = RunDirectory(config.out).card.read_text()
+    for text in (
+        "16 features and 2 attention heads",
+        f"corpus: `{config.corpus}`",
+        f"perplexity {report.perplexity:,.1f}",
+        "| learning_rate | `0.03` |",
+        "| prompt | `alpha beta` |",
+        "- head: full",
+    ):
+        assert text in card, text
+    assert "cache_dir" not in card and "| out |" not in card
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
