@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -21,8 +21,10 @@ __all__ = [
     "check_finite",
     "check_same",
     "check_same_surroundings",
+    "check_same_trunk",
     "read_config",
     "require_train_extra",
+    "trunk_name",
 ]
 
 _EXTRA_PACKAGES = (
@@ -66,6 +68,7 @@ class _Description(Generic[Contents]):
     tokens: dict[str, Any] | None = None
     unigram: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
+    trunk: str | None = None
 
 
 def require_train_extra() -> None:
@@ -155,3 +158,27 @@ def check_same_surroundings(
             listener.note(
                 f"{part} changed since the run started: it goes on, but not bit for bit"
             )
+
+
+def trunk_name(trunk: Callable[..., Any] | None) -> str | None:
+    """The name of what makes a run's trunk; None of the default one."""
+    return None if trunk is None else getattr(trunk, "__qualname__", repr(trunk))
+
+
+def check_same_trunk(directory: RunDirectory, trunk: Callable[..., Any] | None) -> None:
+    """Raises `RunDirectoryError` unless a trunk has the name of the run's own.
+
+    Args:
+      directory: of the run.
+      trunk: what makes the trunk, or None.
+    """
+    stored, given = (
+        _read_description(directory, dict[str, Any]).trunk,
+        trunk_name(trunk),
+    )
+    if stored != given:
+        raise RunDirectoryError(
+            f"the run in {directory.path} has "
+            + (f"the `trunk` {stored}" if stored else "no `trunk` of its own")
+            + f", got {given}."
+        )

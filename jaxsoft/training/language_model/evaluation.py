@@ -25,6 +25,7 @@ from jaxsoft.training.language_model.corpus import read_texts
 from jaxsoft.training.language_model.loading import load_language_model
 from jaxsoft.training.language_model.report import perplexity
 from jaxsoft.training.language_model.tokens import encode_texts
+from jaxsoft.training.language_model.transformer import TrunkBuilder
 from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.reliability import draw_bins
 from jaxsoft.training.reporting import Listener, Record
@@ -75,6 +76,7 @@ def evaluate_language_model(
     corpus: str | os.PathLike[str],
     *,
     memory: str | None = None,
+    trunk: TrunkBuilder | None = None,
     listener: Listener | None = None,
 ) -> EvaluationReport:
     """Measures a run's model on a corpus.
@@ -87,6 +89,7 @@ def evaluate_language_model(
       corpus: a text file, compressed or not, or a folder of such.
       memory: the most that the texts may take, such as "4G"; None is half of what is
         free.
+      trunk: what made the trunk, if the run was given one.
       listener: told of progress, in batches.
 
     Returns:
@@ -99,7 +102,7 @@ def evaluate_language_model(
       CorpusError: the corpus is missing or holds no text.
     """
     listener = listener or Listener()
-    trained = load_language_model(run)
+    trained = load_language_model(run, trunk=trunk)
     budget = MemoryBudget.parse(memory)
     found = read_texts(corpus, memory=budget)
     tokens = encode_texts(trained.tokenizer, found.texts, np.int32)

@@ -119,7 +119,8 @@ class Generator:
         """Takes the model apart.
 
         Args:
-          model: a module with a `trunk` and a head of `jaxsoft.nn`, `head`.
+          model: a module with a `trunk` and a head of `jaxsoft.nn`, `head`. A trunk
+            without `extend` and `empty_cache` reads the window anew for each token.
           length: `T`.
           mesh: the devices that the parameters are on; None is one.
         """
@@ -221,7 +222,7 @@ class Generator:
 
     def _read_texts(self, arrays: list[Array], tokens: Array) -> Any:
         """Returns the cache of texts `[B, T]`; what is after them does not matter."""
-        trunk = self._model(arrays).trunk
+        trunk = _cached(self._model(arrays).trunk)
         cache = trunk.empty_cache(*tokens.shape)
         return trunk.extend(tokens, cache, jnp.int32(0))[1]
 
@@ -239,7 +240,7 @@ class Generator:
         """Adds the newest token to the cache, and draws the next one."""
         model = self._model(arrays)
         token = window.token[:, None]
-        hidden, cache = model.trunk.extend(token, cache, window.position)
+        hidden, cache = _cached(model.trunk).extend(token, cache, window.position)
         hidden = hidden[:, 0]
         key = jax.random.fold_in(key, window.number)
         filters = options if top_k is None else options | {"top_k": top_k}
@@ -253,6 +254,27 @@ class Generator:
             token = draw()
             of_tokens = model.head.log_prob(hidden, token, **options)
         return cache, _Window(token, window.position + 1, window.number + 1), of_tokens
+
+
+def _cached(trunk: Any) -> Any:
+    """Returns a trunk that goes on from a cache."""
+    return trunk if hasattr(trunk, "extend") else _Whole(trunk)
+
+
+class _Whole:
+    """A trunk without a cache of its own: what is kept are the tokens themselves."""
+
+    def __init__(self, trunk: Any):
+        self._trunk = trunk
+
+    def empty_cache(self, batch: int, capacity: int) -> Array:
+        return jnp.zeros([batch, capacity], jnp.int32)
+
+    def extend(self, tokens: Array, cache: Array, first: Array) -> tuple[Array, Array]:
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, tokens, first, 1)
+        hidden = self._trunk(cache)
+        length = tokens.shape[1]
+        return jax.lax.dynamic_slice_in_dim(hidden, first, length, 1), cache
 
 
 def _bytes_of_letters() -> dict[str, int]:

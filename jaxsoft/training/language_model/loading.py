@@ -22,11 +22,11 @@ from jaxsoft.training.language_model.generation import (
 from jaxsoft.training.language_model.model_plan import ModelPlan, head_plan
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
 from jaxsoft.training.language_model.tokens import DOCUMENT_START_ID
-from jaxsoft.training.language_model.transformer import LanguageModel
+from jaxsoft.training.language_model.transformer import LanguageModel, TrunkBuilder
 from jaxsoft.training.mesh import usable_mesh
 from jaxsoft.training.panics import panics_as_errors
 from jaxsoft.training.run_directory import RunDirectory
-from jaxsoft.training.running import require_train_extra
+from jaxsoft.training.running import check_same_trunk, require_train_extra
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -212,11 +212,14 @@ class TrainedLanguageModel:
                 return
 
 
-def load_language_model(run: str | os.PathLike[str]) -> TrainedLanguageModel:
+def load_language_model(
+    run: str | os.PathLike[str], *, trunk: TrunkBuilder | None = None
+) -> TrainedLanguageModel:
     """Loads what a finished run of `train_language_model` has trained.
 
     Args:
       run: the run's folder.
+      trunk: what made the trunk, if the run was given one.
 
     Returns:
       The model as of the last step, on the first device, with tokenizer and
@@ -242,6 +245,7 @@ def load_language_model(run: str | os.PathLike[str]) -> TrainedLanguageModel:
     require_train_extra()
     directory = RunDirectory(run)
     directory.check_finished()
+    check_same_trunk(directory, trunk)
     config = load_config(run)
     tokenizer = _load_tokenizer(directory)
     counts = map_array(directory.counts, RunDirectoryError)
@@ -257,6 +261,7 @@ def load_language_model(run: str | os.PathLike[str]) -> TrainedLanguageModel:
         head=head_plan(config, counts),
         seed=config.seed,
         mesh=usable_mesh(None, config.batch_size),
+        trunk=trunk,
     )
     with Checkpoints(directory.checkpoints) as checkpoints:
         state, progress = checkpoints.restore(plan.abstract_state)

@@ -106,11 +106,16 @@ def model_card(
             "parameters by name, `tokenizer.json` the tokenizer.",
         ],
     }
+    trunk = (
+        f"{config.layers} blocks of {config.features} features and {config.heads} "
+        "attention heads"
+        if description["trunk"] is None
+        else f"a trunk of its own, {_code(description['trunk'])}"
+    )
     lines = [
         "# Model card",
         "",
-        f"A causal transformer of {parameters:,} parameters: {config.layers} blocks of "
-        f"{config.features} features and {config.heads} attention heads, which was "
+        f"A causal language model of {parameters:,} parameters: {trunk}, which was "
         f"trained on {config.sequence_length} tokens of context, under a {config.head} "
         f"softmax head over {report.vocab_size:,} tokens.",
     ]

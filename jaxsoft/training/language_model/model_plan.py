@@ -14,7 +14,7 @@ from jaxsoft.training.language_model.config import (
     TransformerConfig,
 )
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
-from jaxsoft.training.language_model.transformer import LanguageModel
+from jaxsoft.training.language_model.transformer import LanguageModel, TrunkBuilder
 from jaxsoft.training.mesh import placed, replicated
 
 __all__ = ["ModelPlan", "TrainState", "head_plan"]
@@ -53,6 +53,7 @@ class ModelPlan:
         head: HeadPlan,
         seed: int,
         mesh: Mesh,
+        trunk: TrunkBuilder | None = None,
     ):
         """Finds the structure; computes nothing.
 
@@ -62,9 +63,10 @@ class ModelPlan:
           head: the head, over as many classes as the model has.
           seed: seed of the initial parameters.
           mesh: the devices, with all axes; see `usable_mesh`.
+          trunk: makes the trunk; None is `Transformer`.
         """
         self.mesh, self.head, self.optimizer = mesh, head, optimizer
-        self._config, self._seed = model, seed
+        self._config, self._seed, self._trunk = model, seed, trunk
         self._graph = nnx.graphdef(nnx.eval_shape(self._build_model))
         self.abstract_state = placed(mesh, jax.eval_shape(self._init))
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
@@ -94,7 +96,12 @@ class ModelPlan:
         return dense, rows
 
     def _build_model(self) -> LanguageModel:
-        return LanguageModel(self._config, plan=self.head, rngs=nnx.Rngs(self._seed))
+        return LanguageModel(
+            self._config,
+            plan=self.head,
+            trunk=self._trunk,
+            rngs=nnx.Rngs(self._seed),
+        )
 
     def _tables(self) -> Params:
         return nnx.state(self._build_model(), nnx.Not(nnx.Param))

@@ -29,7 +29,7 @@ from jaxsoft.training.heads import HeadPlan, Params, head_rows, with_head_rows
 from jaxsoft.training.language_model.config import TransformerConfig
 from jaxsoft.training.language_model.model_plan import ModelPlan, TrainState
 from jaxsoft.training.language_model.optimizer import OptimizerConfig
-from jaxsoft.training.language_model.transformer import LanguageModel
+from jaxsoft.training.language_model.transformer import LanguageModel, TrunkBuilder
 from jaxsoft.training.mesh import over_data, replicated, usable_mesh
 
 __all__ = [
@@ -86,6 +86,7 @@ class Programs:
         head: HeadPlan,
         seed: int,
         mesh: Mesh | None = None,
+        trunk: TrunkBuilder | None = None,
     ):
         """Compiles the training step and the evaluation.
 
@@ -96,12 +97,15 @@ class Programs:
           head: the head, over as many classes as the model has.
           seed: seed of the initial parameters, and of what a head draws.
           mesh: the devices, see `jaxsoft.training.mesh`; None takes the first.
+          trunk: makes the trunk; None is `Transformer`.
         """
         self.mesh = usable_mesh(mesh, batch_shape[0])
         self.batch_shape = batch_shape
         self.num_classes = model.num_classes
         self.head, self.optimizer, self._seed = head, optimizer, seed
-        self._plan = ModelPlan(model, optimizer, head=head, seed=seed, mesh=self.mesh)
+        self._plan = ModelPlan(
+            model, optimizer, head=head, seed=seed, mesh=self.mesh, trunk=trunk
+        )
         self.abstract_state = self._plan.abstract_state
         started = time.perf_counter()
         everywhere = replicated(self.mesh)
@@ -258,9 +262,12 @@ def compiled_programs(
     head: HeadPlan,
     seed: int,
     mesh: Mesh | None = None,
+    trunk: TrunkBuilder | None = None,
 ) -> Programs:
     """Makes `Programs`, or returns those of the last runs with the same arguments."""
-    return Programs(model, optimizer, batch_shape, head=head, seed=seed, mesh=mesh)
+    return Programs(
+        model, optimizer, batch_shape, head=head, seed=seed, mesh=mesh, trunk=trunk
+    )
 
 
 def _deterministic_options() -> dict[str, str | bool] | None:

@@ -36,6 +36,7 @@ from jaxsoft.training.language_model.preparation import check_vocabulary, prepar
 from jaxsoft.training.language_model.report import FinalReport, Sample
 from jaxsoft.training.language_model.steps import compiled_programs
 from jaxsoft.training.language_model.tokens import TokenCache
+from jaxsoft.training.language_model.transformer import TrunkBuilder
 from jaxsoft.training.language_model.windows import Windows
 from jaxsoft.training.mesh import usable_mesh
 from jaxsoft.training.reporting import Listener, Record
@@ -44,7 +45,9 @@ from jaxsoft.training.running import (
     check_finite,
     check_same,
     check_same_surroundings,
+    check_same_trunk,
     require_train_extra,
+    trunk_name,
 )
 from jaxsoft.training.unigram import unigram_cross_entropy, unigram_entropy
 
@@ -66,6 +69,7 @@ def train_language_model(
     *,
     resume: bool = False,
     mesh: Mesh | None = None,
+    trunk: TrunkBuilder | None = None,
     listener: Listener | None = None,
     stop: StopRequest | None = None,
 ) -> FinalReport:
@@ -84,7 +88,14 @@ def train_language_model(
       mesh: the devices, with the axes `data` for sequences, `vocab` for the head's
         classes, or one of them; None takes one device. Losses are the same within
         rounding, and a run may be resumed on another mesh.
-      listener: told of progress.
+      trunk: called with the sizes, a `TransformerConfig`, and `rngs=`, it makes the
+        Flax module under the head: one that is called with tokens `[B, T]` and returns
+        hidden states `[B, T, H]`, each of its own and earlier tokens alone. All else,
+        from the data to the samples, is as with None, which is a transformer. A run
+        with a trunk of its own is resumed and loaded with the same.
+      listener: told of progress: its methods are called with a line before training and
+        after it, with the first step and with each step's and validation's record; see
+        `Listener`. What it raises ends the run, which can be resumed.
       stop: asked between steps whether to stop; a stop saves first.
 
     Returns:
@@ -99,6 +110,22 @@ def train_language_model(
       CheckpointError: a checkpoint cannot be written or read.
       NonFiniteLossError: the loss or its gradient is no longer finite.
       TrainingInterrupted: `stop` received a signal; the run can be resumed.
+
+    Example:
+      A trunk of your own, and a listener that collects losses::
+
+        class Losses(Listener):
+            def __init__(self):
+                self.values = []
+
+            def step(self, record):
+                self.values.append(record["loss"])
+
+        losses = Losses()
+        config = LanguageModelConfig(corpus="texts", out="run", steps=500)
+        report = train_language_model(config, trunk=MyTrunk, listener=losses)
+
+      `jaxsoft.examples.own_trunk` is a whole one.
     """
     require_train_extra()
     listener, stop = listener or Listener(), stop or StopRequest()
@@ -114,10 +141,11 @@ def train_language_model(
         directory.check_vacant()
     corpus, tokens = prepare(config, listener, stop)
     check_vocabulary(mesh, tokens.facts.vocab_size, config.head)
-    description = _description(config, corpus, tokens, mesh)
+    description = _description(config, corpus, tokens, mesh, trunk)
     if resume:
+        check_same_trunk(directory, trunk)
         check_same_surroundings(directory, description, listener, ("corpus", "tokens"))
-    run = _Run(config, description, directory, tokens, mesh, listener, stop)
+    run = _Run(config, description, directory, tokens, mesh, trunk, listener, stop)
     stop.check()
     if not resume:
         directory.start(description)
@@ -135,6 +163,7 @@ class _Run:
         directory: RunDirectory,
         tokens: TokenCache,
         mesh: Mesh,
+        trunk: TrunkBuilder | None,
         listener: Listener,
         stop: StopRequest,
     ):
@@ -154,6 +183,7 @@ class _Run:
             head=head_plan(config, tokens.counts("train")),
             seed=config.seed,
             mesh=mesh,
+            trunk=trunk,
         )
         listener.note(f"compiled in {self.programs.compile_seconds:.1f} s")
 
@@ -335,7 +365,11 @@ class _Run:
 
 
 def _description(
-    config: LanguageModelConfig, corpus: Corpus, tokens: TokenCache, mesh: Mesh
+    config: LanguageModelConfig,
+    corpus: Corpus,
+    tokens: TokenCache,
+    mesh: Mesh,
+    trunk: TrunkBuilder | None,
 ) -> Record:
     """Contents of `config.json`."""
     train, validation = (tokens.counts(split) for split in ("train", "validation"))
@@ -361,4 +395,5 @@ def _description(
         },
         "device": jax.devices()[0].device_kind,
         "mesh": dict(mesh.shape),
+        "trunk": trunk_name(trunk),
     }

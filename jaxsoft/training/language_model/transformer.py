@@ -7,7 +7,8 @@ logits, so nothing here may compute them during training.
 Shapes: `B` sequences, `T` positions, `H` features, `V` classes (tokens).
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,15 @@ __all__ = [
     "KeysValues",
     "LanguageModel",
     "Transformer",
+    "TrunkBuilder",
     "rotate_positions",
 ]
 
 _ROTARY_BASE = 10_000.0
+
+# Makes a trunk of a configuration and `rngs=`: a module that is called with tokens
+# `[B, T]` and returns hidden states `[B, T, H]`, each of its own and earlier tokens.
+TrunkBuilder: TypeAlias = Callable[..., nnx.Module]
 
 
 class KeysValues(NamedTuple):
@@ -279,7 +285,7 @@ class Transformer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A `Transformer` trunk under a head of `jaxsoft.nn`.
+    """A trunk, by default a `Transformer`, under a head of `jaxsoft.nn`.
 
     A head's kernels are its own and start at zero, so that a new model predicts its
     head's biases. (Tied to the embedding table, the same steps of the default run end
@@ -301,6 +307,7 @@ class LanguageModel(nnx.Module):
         config: TransformerConfig,
         *,
         plan: HeadPlan | None = None,
+        trunk: TrunkBuilder | None = None,
         rngs: nnx.Rngs,
     ):
         """Builds trunk and head.
@@ -309,10 +316,11 @@ class LanguageModel(nnx.Module):
           config: sizes of the model.
           plan: the head, over as many classes; None is a full one that starts at the
             uniform distribution.
+          trunk: makes the trunk; None is `Transformer`.
           rngs: source of the initial parameters.
         """
         plan = plan or HeadPlan("full", (0,) * config.num_classes)
-        self.trunk = Transformer(config, rngs=rngs)
+        self.trunk: Any = (trunk or Transformer)(config, rngs=rngs)
         self.head = plan.build(config.features, rngs=rngs)
 
     def loss(
