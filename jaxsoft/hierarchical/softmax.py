@@ -283,13 +283,16 @@ def _of_pairs(levels: Canonical, layer: Layer) -> jax.Array:
     if layer.bias is not None:
         logits += layer.bias[None]
 
+    # The functions live as long as the program: none holds the layer's arrays.
+    constant_tau = layer.constant_tau
+
     def beside(logits, row_tau):
-        tau = layer.constant_tau if row_tau is None else row_tau[:, None]
+        tau = constant_tau if row_tau is None else row_tau[:, None]
         return binary.by_rank(levels, logits, tau)
 
     def below(logits, row_tau):
         # A TPU pads pairs of children, which lie beside each other in a row.
-        tau = layer.constant_tau if row_tau is None else row_tau[None]
+        tau = constant_tau if row_tau is None else row_tau[None]
         return _by_level(levels, logits.T, tau).T
 
     by_rank = by_platform(logits, layer.row_tau, tpu=below, default=beside)

@@ -224,18 +224,20 @@ def _in_tiles(kind, axis, static_tau, arrays, wanted):
     is_last = axis == student.ndim - 1
     if not is_last or student.size <= _MANY or mesh_axes.may_be_shared(student):
         return at_once(arrays)
-    classes = student.shape[axis]
+    # The functions live as long as the program: none holds an array.
+    shape = student.shape
+    classes = shape[axis]
 
     def in_parts(arrays):
-        rows = jax.tree.map(functools.partial(_as_rows, student.shape), arrays)
+        rows = jax.tree.map(functools.partial(_as_rows, shape), arrays)
         found = in_tiles(
             functools.partial(compared, 1),
             rows,
-            student.size // classes,
+            math.prod(shape[:-1]),
             tile_rows(classes),
         )
         return jax.tree.map(
-            lambda a: a.reshape(student.shape[: a.ndim + student.ndim - 2]), found
+            lambda a: a.reshape(shape[: a.ndim + len(shape) - 2]), found
         )
 
     return by_platform(arrays, cpu=in_parts, default=at_once)

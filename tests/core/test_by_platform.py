@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+import jaxsoft
 from jaxsoft._core.by_platform import by_platform
+from jaxsoft.logits import divergence
 
 
 def ours(x, w, n):
@@ -185,3 +187,13 @@ def test_arrays_must_be_arguments():
 
     with pytest.raises(TypeError, match="must take all arrays as arguments"):
         captured(x)
+
+
+def test_a_program_holds_no_array_of_its_tracing(monkeypatch):
+    tree = jaxsoft.ClassTree.balanced(5)
+    hidden, kernel = jnp.ones((3, 2)), jnp.ones((tree.num_rows, 2))
+    monkeypatch.setattr(divergence, "_MANY", 0)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with jax.checking_leaks():
+        jax.jit(lambda *a: jaxsoft.hierarchical_log_probs(*a, tree))(hidden, kernel)
+        jax.jit(lambda *a: jaxsoft.distillation_loss(*a))(hidden, 2 * hidden)
