@@ -136,6 +136,7 @@ def searched(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("bands", BANDS)
 @pytest.mark.usefixtures("searched")
 def test_scores_by_definition(bands):

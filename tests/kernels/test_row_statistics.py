@@ -101,6 +101,7 @@ def value_and_gradients(function, implementation, x, tau):
     return y, back(cotangent)
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_and_gradients_are_those_of_xla(name, dtype):
@@ -119,6 +120,7 @@ def test_values_and_gradients_are_those_of_xla(name, dtype):
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("tau", [0.0, 0.7, 1.0, 1e5, np.inf])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_static_temperatures(name, tau):

@@ -347,6 +347,7 @@ def test_every_kind_of_logits(name, classes, kind, x64):
             assert truth.gap(a, e) <= bound
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_both_streams_read_the_logits_of_a_few_rows(kind, monkeypatch):
     monkeypatch.setattr(plans, "_ROWS_OF_A_SUM", 8)
@@ -382,6 +383,7 @@ def test_both_streams_read_the_logits_of_a_few_rows(kind, monkeypatch):
     assert counts == [2, 4]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("workspace", [TILE, None])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_cross_entropy_of_labels_in_the_same_stream(reduction, workspace):

@@ -58,6 +58,7 @@ def exact(x):
     return np.eye(len(x), dtype=x.dtype), x
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("given", FILTERS.values(), ids=FILTERS)
 def test_the_classes_and_log_probabilities_of_stored_logits(given):
     x = 2 * truth.logits("unit", (ROWS, CLASSES))

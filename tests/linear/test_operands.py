@@ -260,6 +260,7 @@ def test_every_function_takes_them():
     close(linear_cross_entropy(hidden, kernel, labels, **given), reference)
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
 @pytest.mark.parametrize("workspace", [None, TILE])
 def test_distillation(divergence, workspace, x64):
@@ -339,6 +340,7 @@ def test_distillation_over_a_mesh():
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("scale", ["class", "blocks"])
 @pytest.mark.parametrize("shape, vocab, tokens", [((8,), "x", ()), ((2, 4), "y", "x")])
 def test_over_a_mesh(scale, shape, vocab, tokens):

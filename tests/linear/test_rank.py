@@ -243,6 +243,7 @@ def plain_step(k, *args):
     return jax.value_and_grad(plain, (0, 1, 2, 3))(*args)
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize(
     "plan, implementation",
     [(plan, "xla") for plan in ("none", *PLANS)] + [("none", "reference")],

@@ -218,6 +218,7 @@ ACTIVE = {
 }
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("names", [*itertools.product([False, True], repeat=4)])
 def test_a_filter_that_is_none_keeps_all(names):
     x = np.random.default_rng(1).integers(-3, 4, (ROWS, CLASSES)).astype("float32")
@@ -502,6 +503,7 @@ def test_rows_without_a_class_or_with_what_is_no_number():
     np.testing.assert_array_equal(drawn[[0, 5]], clean[[0, 5]])
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("given", FILTERS, ids=lambda given: "-".join(given))
 def test_many_classes_with_what_is_no_number(given):
     """Of known filters and of traced ones; no row with a sample has another one."""

@@ -86,6 +86,7 @@ def check(mesh, x, tau, where, options):
     return found.class_id
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("given", GIVEN, ids=lambda given: "-".join(given) or "none")
 @pytest.mark.parametrize("classes", [24, 1000, 8192])
 def test_the_classes_of_one_device(classes, given):

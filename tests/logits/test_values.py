@@ -254,6 +254,7 @@ def divergence(name, student, teacher, tau, where=None):
     return truth.divergence(p, q, name) * tau**2
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("name", truth.DIVERGENCES)
 @pytest.mark.parametrize("tau", [0.3, 1.0, 4.0, 100.0])
 @pytest.mark.parametrize("kind", ["unit", "peaked", "range", "offset"])
