@@ -1,6 +1,7 @@
 """What every run checks: its packages, its losses, and the run that it resumes."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -162,7 +163,12 @@ def check_same_surroundings(
 
 def trunk_name(trunk: Callable[..., Any] | None) -> str | None:
     """The name of what makes a run's trunk; None of the default one."""
-    return None if trunk is None else getattr(trunk, "__qualname__", repr(trunk))
+    if trunk is None:
+        return None
+    # A `repr` may hold an address, which another process does not have.
+    while isinstance(trunk, functools.partial):
+        trunk = trunk.func
+    return getattr(trunk, "__qualname__", type(trunk).__qualname__)
 
 
 def check_same_trunk(directory: RunDirectory, trunk: Callable[..., Any] | None) -> None:

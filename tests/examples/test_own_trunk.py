@@ -1,6 +1,7 @@
 """A Flax module of one's own in the trainer's loop: trained, resumed, loaded."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from jaxsoft.training import (
     train_language_model,
 )
 from jaxsoft.training.language_model.config import TransformerConfig
+from jaxsoft.training.running import trunk_name
 
 TEXT = "".join(f"line {index} of a little text\n" for index in range(2000))
 
@@ -67,6 +69,20 @@ def test_the_loop_trains_resumes_and_loads_it(config, tmp_path):
     assert (again.loss, again.samples) == (report.loss, report.samples)
     with pytest.raises(RunDirectoryError, match="has the `trunk` Convolutions, got No"):
         load_language_model(config.out)
+
+
+def test_the_name_of_a_trunk_has_no_address():
+    """Another process loads the run."""
+
+    def made(width, config, *, rngs):
+        return own_trunk.Convolutions(config, rngs=rngs)
+
+    class Maker:
+        def __call__(self, config, *, rngs):
+            return own_trunk.Convolutions(config, rngs=rngs)
+
+    assert trunk_name(functools.partial(made, 3)) == made.__qualname__
+    assert trunk_name(Maker()) == Maker.__qualname__
 
 
 def test_hidden_states_see_the_past_alone():

@@ -28,7 +28,7 @@ from jaxsoft.training.language_model.tokens import encode_texts
 from jaxsoft.training.language_model.transformer import TrunkBuilder
 from jaxsoft.training.memory import MemoryBudget
 from jaxsoft.training.reliability import draw_bins
-from jaxsoft.training.reporting import Listener, Record
+from jaxsoft.training.reporting import Listener, Record, printable
 from jaxsoft.training.run_directory import RunDirectory
 
 __all__ = ["EvaluationReport", "evaluate_language_model"]
@@ -140,7 +140,8 @@ def evaluate_language_model(
         expected_calibration_error=float(np.abs(sums.bins.gap).sum()) / sums.tokens,
         step=trained.step,
     )
-    name = Path(found.source).name
+    # Matplotlib takes what is between two dollars for mathematics.
+    name = printable(Path(found.source).name).replace("$", r"\$")
     draw_bins(sums.bins, RunDirectory(run).reliability, f"next token of {name}")
     return report
 

@@ -258,7 +258,8 @@ class Generator:
 
 def _cached(trunk: Any) -> Any:
     """Returns a trunk that goes on from a cache."""
-    return trunk if hasattr(trunk, "extend") else _Whole(trunk)
+    has_cache = hasattr(trunk, "extend") and hasattr(trunk, "empty_cache")
+    return trunk if has_cache else _Whole(trunk)
 
 
 class _Whole:
@@ -332,4 +333,6 @@ def encode_prompt(tokenizer: "Tokenizer", text: str) -> list[int]:
       tokenizer: the tokenizer.
       text: may be empty.
     """
+    # As in training, a text that spells out the document mark does not end there.
+    tokenizer.encode_special_tokens = True
     return [DOCUMENT_START_ID, *tokenizer.encode(text).ids]

@@ -248,6 +248,11 @@ def load_language_model(
     check_same_trunk(directory, trunk)
     config = load_config(run)
     tokenizer = _load_tokenizer(directory)
+    if not directory.counts.exists():
+        raise RunDirectoryError(
+            f"the file {directory.counts} does not exist, from which the head is "
+            "made: an older version made this run."
+        )
     counts = map_array(directory.counts, RunDirectoryError)
     size = tokenizer.get_vocab_size()
     if counts.shape != (size,) or not np.issubdtype(counts.dtype, np.integer):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxsoft.training.heads import HeadPlan
+from jaxsoft.training.language_model import generation
 from jaxsoft.training.language_model.config import TransformerConfig
 from jaxsoft.training.language_model.generation import (
     Generator,
@@ -17,7 +18,7 @@ from jaxsoft.training.language_model.generation import (
     TokenText,
     encode_prompt,
 )
-from jaxsoft.training.language_model.tokens import _train_tokenizer
+from jaxsoft.training.language_model.tokens import DOCUMENT_START, _train_tokenizer
 from jaxsoft.training.language_model.transformer import LanguageModel
 
 # One worker: its programs serve many tests.
@@ -214,6 +215,22 @@ def test_characters_come_when_they_are_whole(tokenizer):
     pieces = [decoder.add(token_id) for token_id in ids]
     assert "".join(pieces) == text and decoder.end() == ""
     assert "�" not in "".join(pieces) and "" in pieces[1:]
+
+
+def test_a_spelt_out_mark_is_text(tokenizer):
+    """As it is in training."""
+    text = f"a{DOCUMENT_START}b"
+    ids = encode_prompt(tokenizer, text)
+    assert ids.count(0) == 1 and tokenizer.decode(ids) == text
+
+
+def test_a_trunk_with_half_a_cache_reads_all():
+    class Extends(nnx.Module):
+        extend = None
+
+    trunk = Extends()
+    assert generation._cached(trunk) is not trunk
+    assert generation._cached(model_of("full").trunk) is model_of("full").trunk
 
 
 def test_pieces_are_what_the_tokenizer_decodes(tokenizer):

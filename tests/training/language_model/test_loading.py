@@ -165,6 +165,13 @@ def test_a_run_that_is_not_finished_is_an_error(finished, tmp_path):
         load_language_model(directory.path)
 
 
+def test_a_run_of_an_older_version_is_named(finished, tmp_path):
+    directory = copied(finished, tmp_path)
+    directory.counts.unlink()
+    with pytest.raises(RunDirectoryError, match="not exist.*an older version"):
+        load_language_model(directory.path)
+
+
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
