@@ -195,5 +195,5 @@ def test_a_program_holds_no_array_of_its_tracing(monkeypatch):
     monkeypatch.setattr(divergence, "_MANY", 0)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     with jax.checking_leaks():
-        jax.jit(lambda *a: jaxsoft.hierarchical_log_probs(*a, tree))(hidden, kernel)
-        jax.jit(lambda *a: jaxsoft.distillation_loss(*a))(hidden, 2 * hidden)
+        jax.jit(lambda h, k: jaxsoft.hierarchical_log_probs(h, k, tree))(hidden, kernel)
+        jax.jit(lambda s, t: jaxsoft.distillation_loss(s, t))(hidden, 2 * hidden)
